@@ -1,0 +1,153 @@
+"""TOML file and `--section.key value` flags to one settings object, with every problem told at once."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from tulu_mega.config.sections import Section
+from tulu_mega.errors import UserError, nearest
+
+S = TypeVar("S", bound=Section)
+
+
+def load(settings: type[S], file: str | None, flags: Sequence[str] = ()) -> S:
+    """Reads a TOML file, lays the flags over it, validates.
+
+    Args:
+        settings: the command's settings class.
+        file: path of a TOML file, or None when flags say everything.
+        flags: ``["--optim.lr", "1e-5", "--data.shuffle=false", ...]``.
+
+    Raises:
+        UserError: with all problems of file and flags together.
+    """
+    values = _read_toml(file) if file is not None else {}
+    problems: list[str] = []
+    for dotted, text in _pairs(flags, problems):
+        _put(values, dotted, _parse(settings, dotted, text), problems)
+    try:
+        result = settings.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(settings, dict(item)) for item in error.errors()]
+    if problems:
+        raise UserError(problems)
+    return result
+
+
+def describe(settings: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Rows of (dotted name, type, default, help) of every setting, for `--help`."""
+    rows = []
+    for name, field in settings.model_fields.items():
+        section = _section(field.annotation)
+        if section:
+            rows += describe(section, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else str(field.default)
+        kind = getattr(field.annotation, "__name__", str(field.annotation)) if not get_args(field.annotation) else str(field.annotation)
+        kind = kind.replace("typing.", "").replace("Annotated[", "").split(", FieldInfo")[0]
+        rows.append((f"{prefix}{name}", kind, default, (field.description or "").replace("\n", " ")))
+    return rows
+
+
+def _read_toml(file: str) -> dict[str, Any]:
+    path = Path(file)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the path of a TOML file with the settings") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as text: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not valid TOML: {error}") from None
+
+
+def _pairs(flags: Sequence[str], problems: list[str]) -> list[tuple[str, str]]:
+    pairs, rest = [], list(flags)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            problems.append(f"{flag}: expected --section.key value")
+            continue
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                problems.append(f"--{name}: no value given; write --{name} VALUE")
+                continue
+            value = rest.pop(0)
+        pairs.append((name.replace("-", "_"), value))
+    return pairs
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _field(settings: type[BaseModel], dotted: str):
+    section: type[BaseModel] | None = settings
+    field = None
+    for part in dotted.split("."):
+        field = section.model_fields.get(part) if section else None
+        section = _section(field.annotation) if field else None
+    return field
+
+
+def _parse(settings: type[BaseModel], dotted: str, text: str) -> Any:
+    """A flag's text as the value TOML would give it, or as plain text where the setting takes text."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    field = _field(settings, dotted)
+    if field is None or isinstance(value, str):
+        return value
+    # "--run_dir 123": a number to TOML, yet a fine directory name
+    adapter = TypeAdapter(field.annotation)
+    for candidate in (value, text):
+        try:
+            adapter.validate_python(candidate)
+            return candidate
+        except ValidationError:
+            continue
+    return value
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any, problems: list[str]) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if isinstance(inner, str) and parent == "model":  # `model = "dir"` in the file, --model.dtype beside it
+            inner = values[parent] = {"path": inner}
+        if not isinstance(inner, dict):
+            problems.append(f"--{dotted}: {parent!r} is not a section")
+            return
+        values = inner
+    if isinstance(values.get(last), dict) and isinstance(value, str) and last == "model":
+        values[last]["path"] = value
+    else:
+        values[last] = value
+
+
+def _explain(settings: type[BaseModel], error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "extra_forbidden":
+            parent = _field(settings, ".".join(str(part) for part in error["loc"][:-1])) if len(error["loc"]) > 1 else None
+            section = _section(parent.annotation) if parent else settings
+            names = list((section or settings).model_fields)
+            hint = nearest(str(error["loc"][-1]), names)
+            if not hint:
+                dotted = [row[0] for row in describe(settings)]
+                same = [name for name in dotted if name.split(".")[-1] == error["loc"][-1]]
+                hint = f"; did you mean {same[0]!r}?" if same else f"; known here: {', '.join(names)}"
+            return f"{where}: unknown setting{hint}"
+        case "missing":
+            return f"{where}: required, but not given; set it in the file or with --{where}"
+        case "value_error":
+            return f"{where}: {error['ctx']['error']}"
+        case _:
+            return f"{where}: {error['msg'].lower()}, got {error['input']!r} ({type(error['input']).__name__})"

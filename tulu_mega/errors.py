@@ -1,0 +1,31 @@
+"""The one exception users see as a message instead of a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend: settings, data, a model directory, the environment.
+
+    Every problem says what was got, what was expected and what to do. The command line prints
+    all of them and exits with status 2.
+
+    Args:
+        problems: one message, or several that were found together.
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self):  # crosses process boundaries (broadcast from rank 0, worker pools)
+        return type(self), (self.problems,)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as ``; did you mean 'lr'?``, empty when nothing is close."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,33 @@
+"""Supervised fine-tuning: cross-entropy over the supervised tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from tulu_mega.records import LossOutput, PackedBatch
+
+
+@dataclass(frozen=True)
+class SftObjective:
+    """Sum of ``-log p(label)`` over supervised tokens, divided once over the global batch.
+
+    ``reduction = "sum"`` divides by the number of sequences (Tulu 3, arXiv 2411.15124, section 4.3.2: the sum loss that
+    keeps long conversations from being down-weighted); ``"token_mean"`` by the number of supervised tokens.
+    """
+
+    reduction: Literal["sum", "token_mean"]
+    needs = "token_logp"
+
+    def __call__(self, logp_T: Tensor, batch: PackedBatch) -> LossOutput:
+        """
+        Args:
+            logp_T: float32, log-probability of ``batch.labels_T``; 0 where nothing is trained.
+            batch: the micro-batch.
+        """
+        nll = -(logp_T * batch.loss_mask_T).sum()
+        tokens = int(batch.loss_mask_T.sum())
+        count = batch.num_sequences if self.reduction == "sum" else tokens
+        return LossOutput(nll, count, {"nll": (nll.detach(), tokens)})

@@ -1,0 +1,85 @@
+"""The records that pass between rooms.
+
+Shape suffixes, here and everywhere:
+
+    T   packed tokens on this rank        S   sequences in a pack       S1  S + 1
+    V   vocabulary                        V_l this rank's shard of it    H   hidden size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a token that is not trained, as in Hugging Face."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One tokenised row: ``input_ids`` and ``labels`` of equal length, labels *not* shifted, IGNORE where not trained."""
+
+    row: int
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One packed micro-batch (megatron's ``thd`` layout) on one rank.
+
+    Two sequences of 3 and 2 tokens, of which the last token of the first and both of the second are trained,
+    padded to a total of 8, read::
+
+        tokens_T      a0 a1 a2 b0 b1  0  0  0
+        labels_T      -1 a2 -1 b1 -1 -1 -1 -1      (IGNORE written as -1) next token, shifted inside each sequence
+        positions_T    0  1  2  0  1  0  1  2
+        loss_mask_T    0  1  0  1  0  0  0  0
+        cu_seqlens_S1  0  3  5  8                  the padding is a segment of its own, nobody attends to it
+        rows_S         7  4 -1                     the data set's rows, -1 for padding
+
+    ``labels_T[t]`` is the token that position ``t`` predicts. The last position of a sequence predicts nothing.
+    """
+
+    tokens_T: Tensor
+    """int64"""
+    labels_T: Tensor
+    """int64, IGNORE where nothing is predicted or trained"""
+    positions_T: Tensor
+    """int64, restarting at 0 in every sequence"""
+    loss_mask_T: Tensor
+    """bool, ``labels_T != IGNORE``"""
+    cu_seqlens_S1: Tensor
+    """int32, boundaries of the segments"""
+    rows_S: Tensor
+    """int64, the data set's row of each segment, -1 for padding"""
+    max_seqlen: int
+    """length of the longest segment"""
+
+    @property
+    def num_sequences(self) -> int:
+        """Real sequences, padding not counted."""
+        return int((self.rows_S >= 0).sum())
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on another device."""
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return PackedBatch(**moved)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an objective makes of one micro-batch.
+
+    The engine sums ``loss_sum`` and ``count`` over micro-batches, DP and CP and divides once, so that no split of the
+    global batch changes the gradient.
+    """
+
+    loss_sum: Tensor
+    """scalar, differentiable"""
+    count: int
+    """this micro-batch's share of the global denominator: tokens, sequences or pairs"""
+    metrics: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+    """name -> (sum, count); reported as the ratio of the sums over the global batch"""
