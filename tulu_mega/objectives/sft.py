@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -19,7 +19,8 @@ class SftObjective:
     """
 
     reduction: Literal["sum", "token_mean"]
-    needs = "token_logp"
+    needs: ClassVar[str] = "token_logp"
+    reported: ClassVar[tuple[str, ...]] = ("nll",)
 
     def __call__(self, logp_T: Tensor, batch: PackedBatch) -> LossOutput:
         """

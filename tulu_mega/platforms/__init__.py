@@ -1,0 +1,40 @@
+"""What megatron-core runs on: CUDA as it is, or a CPU made to look like the device it expects.
+
+The only place of the project where anything of another library is replaced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where tensors live and what carries collectives."""
+
+    device: torch.device
+    backend: str
+    """torch.distributed back end"""
+
+
+def install(local_rank: int = 0) -> Platform:
+    """Prepares this process for megatron-core. Call once, before any other module of megatron-core is used.
+
+    Args:
+        local_rank: rank among this machine's processes; picks the CUDA device.
+    """
+    from tulu_mega.platforms import adam
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        platform = Platform(device, "nccl")
+    else:
+        from tulu_mega.platforms import cpu
+
+        cpu.install()
+        platform = Platform(torch.device("cpu"), "gloo")
+    adam.install()
+    return platform

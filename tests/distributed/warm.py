@@ -1,0 +1,23 @@
+"""What every rank of every distributed test imports; the fork server loads it once and ranks are forks of it."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import warnings
+
+warnings.simplefilter("ignore")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+import tulu_mega.platforms.cpu  # noqa: E402
+
+tulu_mega.platforms.cpu.install()
+
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+
+import tulu_mega.engine  # noqa: E402, F401
+import tulu_mega.platforms.adam  # noqa: E402, F401

@@ -1,0 +1,69 @@
+"""Worlds of gloo processes for tests: `run(size, function, *args)` calls it on every rank and gathers what it returns."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.distributed.warm"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank_main(rank: int, size: int, port: int, pipe, function, args) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    try:
+        pipe.send((True, function(*args)))
+    except BaseException as error:
+        pipe.send((False, f"rank {rank}: {error!r}\n{traceback.format_exc()}"))
+    pipe.close()
+    os._exit(0)  # gloo's threads of a failed world must not keep the process
+
+
+def run(size: int, function, *args, timeout: float = 240) -> list[Any]:
+    """Results by rank.
+
+    Raises:
+        AssertionError: with the tracebacks of the ranks that failed or the ranks that did not answer in time.
+    """
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = _context.Pipe()
+        process = _context.Process(target=_rank_main, args=(rank, size, port, theirs, function, args), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    results: list[Any] = [None] * size
+    problems = []
+    try:
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(timeout if not problems else 5):
+                problems.append(f"rank {rank}: no answer within {timeout} s")
+                continue
+            try:
+                fine, value = pipe.recv()
+            except EOFError:
+                fine, value = False, f"rank {rank}: ended without an answer"
+            if fine:
+                results[rank] = value
+            else:
+                problems.append(value)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert not problems, "\n".join(problems)
+    return results

@@ -1,0 +1,193 @@
+"""The command line: ``tulu-mega COMMAND [config.toml] [--section.key value ...]``.
+
+Nothing heavy is imported before it is needed, so that ``--help`` answers at once: commands name their settings and their
+code as ``module:attribute`` strings.
+
+Exit status: 0 done · 2 the user can mend it (each problem on standard error as ``error: ...``) · 130 interrupted ·
+143 terminated · otherwise the status of the rank that failed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tulu_mega import __version__, launcher
+from tulu_mega.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, the settings it takes and the function that does it, as ``module:attribute``."""
+
+    summary: str
+    settings: str
+    run: str
+    world: bool = False
+    """Needs a world of ranks: ``run(settings, world)`` instead of ``run(settings)``."""
+    example: str = ""
+
+
+COMMANDS = {
+    "sft": Command(
+        "supervised fine-tuning: a model and conversations in, a run directory out",
+        "tulu_mega.config:SftSettings",
+        "tulu_mega.recipes.sft:run",
+        world=True,
+        example="tulu-mega sft examples/tulu3/8b/sft.toml --parallel.tensor 2",
+    ),
+    "score": Command(
+        "per-token log-probabilities of given texts under any layout",
+        "tulu_mega.config:ScoreSettings",
+        "tulu_mega.recipes.score:run",
+        world=True,
+        example="tulu-mega score --model DIR --input texts.jsonl --output scores.jsonl",
+    ),
+    "generate": Command(
+        "answers by vLLM, from JSONL or at a prompt",
+        "tulu_mega.config:GenerateSettings",
+        "tulu_mega.rollout.generate:generate",
+        example="tulu-mega generate --model DIR --input prompts.jsonl --output answers.jsonl",
+    ),
+    "quickstart": Command(
+        "the recipe on a tiny model and task made on the spot: train, generate, compare",
+        "tulu_mega.config:QuickstartSettings",
+        "tulu_mega.quickstart.demo:run",
+        example="tulu-mega quickstart",
+    ),
+}
+CHECK = "check"
+CHECK_SUMMARY = "settings, data, model and environment of a command, before anything is launched"
+HELP = ("-h", "--help", "help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv`` when None.
+
+    Returns:
+        The exit status (see the module's docstring).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        launcher.report(error.problems)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `tulu-mega ... | head`
+        sys.stderr.close()
+        return 141
+    except Exception as error:
+        launcher.record_crash(error)
+        raise
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in HELP:
+        print(_overview())
+        return 0
+    name, *rest = arguments
+    if name == "--version":
+        print(f"tulu-mega {__version__}")
+        return 0
+    if name == CHECK:
+        return _check(rest)
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{nearest(name, [*COMMANDS, CHECK])}; commands: {', '.join([*COMMANDS, CHECK])}")
+    if any(flag in HELP for flag in rest):
+        print(_command_help(name))
+        return 0
+    command = COMMANDS[name]
+    if command.world:
+        launcher.die_with_launcher()
+        settings = _settings(command, rest)
+        return launcher.run(command.run, settings, [sys.executable, "-m", "tulu_mega", name, *rest])
+    settings = _settings(command, rest)
+    status = launcher.resolve(command.run)(settings)
+    return int(status or 0)
+
+
+def _settings(command: Command, arguments: list[str]) -> Any:
+    from tulu_mega.config import load
+
+    file, flags = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
+    return load(launcher.resolve(command.settings), file, flags)
+
+
+def _check(arguments: list[str]) -> int:
+    """``check [COMMAND] config.toml [flags]``: prints the resolved settings and everything that is wrong."""
+    if not arguments or any(flag in HELP for flag in arguments):
+        print(
+            f"usage: tulu-mega check [COMMAND] [config.toml] [--section.key value ...]\n\n{CHECK_SUMMARY}.\n"
+            f"COMMAND is {', '.join(COMMANDS)}; sft when left out. Exit status 0: nothing is wrong; 2: something is."
+        )
+        return 0
+    name = "sft"
+    if arguments[0] in COMMANDS:
+        name, *arguments = arguments
+    settings = _settings(COMMANDS[name], arguments)
+    print(as_toml(settings.model_dump()))
+    problems = launcher.resolve("tulu_mega.preflight:check")(settings)
+    if problems:
+        raise UserError(problems)
+    print(f"# {name}: nothing wrong found")
+    return 0
+
+
+def as_toml(values: dict[str, Any], section: str = "") -> str:
+    """Settings as TOML that `tulu-mega` reads back; unset ones as comments."""
+    lines, tables = [], []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            dotted = f"{section}{name}"
+            body = as_toml(value, f"{dotted}.")
+            tables.append(f"\n[{dotted}]\n{body}".rstrip())
+        elif value is None:
+            lines.append(f"# {name} is not set")
+        else:
+            # JSON's numbers, booleans, strings and lists are TOML's, but for DEL, which TOML wants escaped
+            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
+    return "\n".join([*lines, *tables])
+
+
+def _overview() -> str:
+    rows = {name: command.summary for name, command in COMMANDS.items()} | {CHECK: CHECK_SUMMARY}
+    width = max(map(len, rows))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in rows.items())
+    return (
+        f"tulu-mega {__version__}: Tulu 3 post-training on Megatron-core models with vLLM rollouts\n\n"
+        f"usage: tulu-mega COMMAND [config.toml] [--section.key value ...]\n\n{commands}\n\n"
+        "Settings are the same in the file and as flags, flags win: [optim] lr = 1e-5 is --optim.lr 1e-5.\n"
+        "tulu-mega COMMAND --help lists every setting of a command."
+    )
+
+
+def _command_help(name: str) -> str:
+    from tulu_mega.config import describe
+
+    command = COMMANDS[name]
+    sections: dict[str, list[tuple[str, str, str, str]]] = {}
+    for row in describe(launcher.resolve(command.settings)):
+        section = row[0].rpartition(".")[0]
+        sections.setdefault(section, []).append(row)
+    lines = [
+        f"usage: tulu-mega {name} [config.toml] [--section.key value ...]",
+        "",
+        f"{command.summary}.",
+        f"Example: {command.example}",
+    ]
+    for section in sorted(sections, key=bool):  # settings without a section first
+        lines += ["", f"[{section}]" if section else "Settings"]
+        for dotted, kind, default, text in sections[section]:
+            shown = "required" if default == "required" else "not set" if default == "None" else f"default {default}"
+            lines.append(f"  --{dotted}  {kind}, {shown}")
+            lines += textwrap.wrap(text.replace("`", ""), width=110, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)

@@ -1,0 +1,186 @@
+"""The training engine: megatron-core's schedules, DDP and optimizer behind three verbs. Knows no algorithm by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from tulu_mega.config import EngineSettings, OptimSettings
+from tulu_mega.model.build import build_model, wrap_for_training
+from tulu_mega.model.gpt import PolicyModel
+from tulu_mega.optimizer import Schedule, build_optimizer
+from tulu_mega.platforms import Platform
+from tulu_mega.records import LossOutput, PackedBatch
+from tulu_mega.topology import Topology
+
+
+class Objective(Protocol):
+    """What the engine minimises; see `objectives/`."""
+
+    reported: tuple[str, ...]
+
+    def __call__(self, logp_T: Tensor, batch: PackedBatch) -> LossOutput: ...
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A global batch's loss, the same on every rank."""
+
+    loss: float
+    """sum over the batch / global count"""
+    count: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of an optimizer step, the same on every rank."""
+
+    grad_norm: float
+    """global, before clipping"""
+    lr: float
+    applied: bool
+    """False when loss or gradient was not finite: parameters and optimizer state stay as they were"""
+
+
+class Engine:
+    """A model under a layout, ready to train or to score.
+
+    Args:
+        hf: the model's Hugging Face config.
+        settings: model, layout and `[megatron]` table.
+        topology, platform: this process's place.
+    """
+
+    def __init__(self, hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform):
+        self.hf, self.settings, self.topology, self.platform = hf, settings, topology, platform
+        self.model: PolicyModel = build_model(hf, settings, topology, platform)
+        self.ddp: DistributedDataParallel | None = None
+        self.optimizer: MegatronOptimizer | None = None
+
+    def prepare_training(self, optim: OptimSettings, steps: int) -> None:
+        """Adds gradient buffers, optimizer and schedule. The weights are to be there already."""
+        self.optim = optim
+        self.model.train()
+        sharded = self.settings.parallel.distributed_optimizer and optim.name == "adamw"  # SGD has no state to shard
+        self.ddp = wrap_for_training(self.model, sharded)
+        self.optimizer = build_optimizer(
+            optim, self.settings.model.dtype, [self.ddp], sharded, gloo_groups=self.platform.backend != "gloo"
+        )
+        self.schedule = Schedule(self.optimizer, optim, steps)
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+
+    def forward_backward(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> BatchLoss:
+        """Gradients of a global batch, summed over micro-batches and DP x CP and divided once by the global count.
+
+        Args:
+            micro_batches: this data-parallel rank's share; every rank of a replica gets the same, all replicas as many.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs: list[LossOutput] = []
+
+        def step(batches, model):
+            batch = next(batches)
+
+            def loss(logp):
+                out = objective(logp[0], batch)
+                outputs.append(out)
+                count = torch.tensor(out.count, dtype=torch.int32, device=self.platform.device)
+                return out.loss_sum, count, {}
+
+            return self._forward(model, batch), loss
+
+        self._run(step, micro_batches, self.ddp)
+        return self._reduce(outputs, objective.reported)
+
+    def optimizer_step(self, step: int, loss: float) -> Update:
+        """Clips by the global norm and updates, unless loss or norm is not finite.
+
+        Args:
+            step: from 0; decides the learning rate.
+            loss: of the batch the gradients are of.
+        """
+        lr = self.schedule.set(step)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        applied = math.isfinite(loss) and math.isfinite(norm)
+        if applied:
+            if self.optim.clip > 0:
+                parameters = self.optimizer_parameters()
+                if parameters:
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.optim.clip, total_norm=norm)
+            self.optimizer.step_with_ready_grads()
+        return Update(norm, lr, applied)
+
+    def optimizer_parameters(self) -> list[Tensor]:
+        """The (main) parameters this rank's optimizer updates."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Log-probabilities of every micro-batch's labels.
+
+        Returns:
+            [T] float32 for each micro-batch on the last pipeline stage; an empty list on the others.
+        """
+        self.model.eval()
+
+        def step(batches, model):
+            return self._forward(model, next(batches)), lambda logp, non_loss_data: logp[0]
+
+        return self._run(step, micro_batches, self.ddp or self.model, scoring=True)
+
+    def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+        batch = batch.to(self.platform.device)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens_S1,
+            cu_seqlens_kv=batch.cu_seqlens_S1,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        return model(
+            input_ids=batch.tokens_T[None],
+            position_ids=batch.positions_T[None],
+            attention_mask=None,
+            labels=batch.labels_T[None],
+            packed_seq_params=packed,
+        )
+
+    def _run(self, step, micro_batches: Sequence[PackedBatch], model: torch.nn.Module, scoring: bool = False) -> list:
+        schedule = get_forward_backward_func()
+        return schedule(
+            forward_step_func=step,
+            data_iterator=iter(micro_batches),
+            model=[model],
+            num_microbatches=len(micro_batches),
+            seq_length=max(len(batch.tokens_T) for batch in micro_batches),  # packs tell their own lengths stage to stage
+            micro_batch_size=1,
+            forward_only=scoring,
+            collect_non_loss_data=scoring,
+        )
+
+    def _reduce(self, outputs: Sequence[LossOutput], names: Sequence[str]) -> BatchLoss:
+        """Sums of the ranks that hold losses, to every rank, in one collective."""
+        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.platform.device)
+        if self.topology.reports_loss:
+            for out in outputs:
+                pairs = [(out.loss_sum.detach(), out.count), *(out.metrics[name] for name in names)]
+                sums += torch.tensor([float(x) for pair in pairs for x in pair], dtype=torch.float64, device=sums.device)
+        dist.all_reduce(sums)
+        (loss, count), *rest = sums.view(-1, 2).tolist()
+        metrics = {name: total / max(n, 1) for name, (total, n) in zip(names, rest, strict=True)}
+        return BatchLoss(loss / max(count, 1), int(count), metrics)

@@ -1,0 +1,335 @@
+"""Worlds of ranks: joins the one torchrun made, or starts one on this machine.
+
+A rank is this program itself with the same arguments; what torchrun's environment variables (RANK, WORLD_SIZE,
+MASTER_ADDR, ...) say decides which of the two a process is. A world started here rendezvouses over a store on the
+loopback interface that the launcher holds, is never restarted, and dies with its launcher however that dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tulu_mega.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.api import PContext
+
+    from tulu_mega.config import EngineSettings, ParallelSettings
+
+_LAUNCHER_PID = "TULU_MEGA_LAUNCHER_PID"
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun gives one to each of its ranks and shows what is in it; so do we
+_TAIL_LINES = 20
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """rank among the processes of this machine: the index of its GPU"""
+    local_size: int
+    data_parallel: int
+    """DP: size / (TP x PP x CP)"""
+
+
+def run(target: str, settings: EngineSettings, program: Sequence[str]) -> int:
+    """Calls ``target(settings, world)`` on every rank of a world.
+
+    Args:
+        target: ``module:function``.
+        settings: the command's settings.
+        program: the command line of a rank, which is to come here again, as a rank.
+
+    Returns:
+        The exit status: 0, or that of the rank that failed first (128 + n where signal n ended it).
+
+    Raises:
+        UserError: when the layout does not fit the world or the machine, or preflight finds something wrong.
+    """
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        world = joined_world(settings.parallel, os.environ)
+        if world.rank == 0 and not _started_by_launcher():
+            _preflight(settings)
+        return int(resolve(target)(settings, world) or 0)
+    size = settings.parallel.model_parallel * (settings.parallel.data or 1)
+    _preflight(settings)
+    _check_devices(settings.parallel, size)
+    return _start_world(size, getattr(settings, "run_dir", None), list(program))
+
+
+def joined_world(parallel: ParallelSettings, env: Mapping[str, str]) -> World:
+    """The world that torchrun's environment variables describe.
+
+    Raises:
+        UserError: when they are incomplete, or the layout does not divide or match the world.
+    """
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    if missing := [name for name in names if name not in env]:
+        raise UserError(f"RANK and MASTER_ADDR are set, but not {', '.join(missing)}; start the ranks with torchrun")
+    try:
+        rank, size, local_rank, local_size = (int(env[name]) for name in names)
+    except ValueError:
+        got = ", ".join(f"{name}={env[name]!r}" for name in names)
+        raise UserError(f"expected integers in {got}; start the ranks with torchrun") from None
+    replica = parallel.model_parallel
+    layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
+    if size % replica:
+        raise UserError(f"parallel: {layout} = {replica} processes a replica do not divide the world of {size}; change either")
+    if parallel.data is not None and parallel.data * replica != size:
+        raise UserError(
+            f"parallel: {layout} x data {parallel.data} = {parallel.data * replica} processes, but torchrun started {size}; "
+            f"leave parallel.data unset or start {parallel.data * replica}"
+        )
+    return World(rank, size, local_rank, local_size, size // replica)
+
+
+def resolve(target: str) -> Any:
+    """The object that ``module:attribute`` names.
+
+    Raises:
+        UserError: when a package that the module needs is not installed.
+    """
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing == "tulu_mega":
+            raise
+        raise UserError(
+            f"the package {missing!r} is not installed in {sys.executable}; install tulu-mega with its 'cpu' or 'gpu' extra"
+        ) from error
+
+
+def die_with_launcher() -> None:
+    """In a rank that `run` started: has the kernel kill it when the launcher is gone. Elsewhere nothing.
+
+    Linux only; on other systems ranks end with the launcher when it ends in an orderly way.
+    """
+    if _LAUNCHER_PID not in os.environ or not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if not _started_by_launcher():  # it died before the kernel was told
+        os._exit(1)
+
+
+def report(problems: Sequence[str]) -> None:
+    """Tells the user about problems, once for the whole world.
+
+    In a rank they go to its error file, which the launcher (ours, torchrun) shows; under torchrun rank 0 prints them too.
+    """
+    rank = os.environ.get("RANK")
+    if rank is not None:
+        _record(problems[0] if problems else "", {"problems": list(problems)})
+        if _started_by_launcher() and _ERROR_FILE in os.environ:
+            return
+        if rank != "0" and _ERROR_FILE in os.environ:
+            return
+    prefix = "" if rank in (None, "0") else f"[rank {rank}] "
+    for problem in problems:
+        print(f"{prefix}error: {problem}", file=sys.stderr, flush=True)
+
+
+def record_crash(error: BaseException) -> None:
+    """In a rank: notes an exception that nobody expected, so that the launcher can tell which rank failed first."""
+    if "RANK" in os.environ:
+        _record(f"{type(error).__name__}: {error}", {"callstack": "".join(traceback.format_exception(error))})
+
+
+def _record(message: str, details: dict[str, Any]) -> None:
+    """Writes the error file in the form torchrun reads; the first error of a rank stays."""
+    file = os.environ.get(_ERROR_FILE)
+    if file is None or os.path.exists(file):
+        return
+    now = time.time()
+    extra = {"timestamp": str(int(now)), "py_callstack": details.get("callstack", message)}
+    content = {"message": {"message": message, "extraInfo": extra}, "time": now, **details}
+    with contextlib.suppress(OSError):
+        whole = Path(f"{file}.part")  # elastic stumbles over half a file
+        whole.write_text(json.dumps(content), encoding="utf-8")
+        whole.replace(file)
+
+
+def _started_by_launcher() -> bool:
+    return os.environ.get(_LAUNCHER_PID) == str(os.getppid())
+
+
+def _preflight(settings: EngineSettings) -> None:
+    from tulu_mega import preflight
+
+    if problems := preflight.check(settings):
+        raise UserError(problems)
+
+
+def _check_devices(parallel: ParallelSettings, size: int) -> None:
+    import torch
+
+    if torch.cuda.is_available() and size > torch.cuda.device_count():
+        raise UserError(
+            f"parallel: the layout takes {size} processes (tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+            f"{parallel.context} x data {parallel.data or 1}), but this machine has {torch.cuda.device_count()} GPU(s); "
+            "use a smaller layout, or torchrun over several machines"
+        )
+
+
+def _start_world(size: int, run_dir: str | None, program: list[str]) -> int:
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tulu_mega_")))
+        logs = Path(run_dir, "logs") if run_dir else scratch
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir: {logs} cannot be made: {error.strerror}; choose a directory you may write") from None
+        store = _loopback_store()
+        stack.enter_context(_signals_restored())
+        return _wait(_ranks(size, program, store.port, logs, scratch), size, scratch)
+
+
+def _loopback_store():
+    """The ranks' rendezvous. torch's store listens on every interface unless it is handed a socket."""
+    from torch.distributed import TCPStore
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path) -> PContext:
+    from torch.distributed.elastic.multiprocessing import start_processes
+    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+
+    class RankLogs(LogsSpecs):
+        """Rank 0 on the console, the others in files."""
+
+        def reify(self, envs):
+            def files(stream: str) -> dict[int, str]:
+                return {rank: str(logs / f"rank_{rank}.{stream}.log") if rank else "" for rank in envs}
+
+            return LogsDest(
+                stdouts=files("stdout"), stderrs=files("stderr"), error_files={r: str(_error_file(scratch, r)) for r in envs}
+            )
+
+        @property
+        def root_log_dir(self):
+            return str(logs)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the ranks are clients of our store
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // size))),
+        "PYTHONUNBUFFERED": "1",  # a killed rank's log is whole
+        _LAUNCHER_PID: str(os.getpid()),
+    }
+    if sys.platform.startswith("linux"):  # gloo otherwise asks what the host name resolves to, often nothing useful
+        common["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    envs = {
+        rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), _ERROR_FILE: str(_error_file(scratch, rank))}
+        for rank in range(size)
+    }
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say what failed
+    return start_processes("tulu_mega", program[0], {rank: tuple(program[1:]) for rank in range(size)}, envs, RankLogs())
+
+
+def _error_file(scratch: Path, rank: int) -> Path:
+    return scratch / f"rank_{rank}.error.json"
+
+
+def _wait(context: PContext, size: int, scratch: Path) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    try:
+        result = context.wait(period=0.1)
+    except SignalException as asked:
+        try:
+            context.close(death_sig=signal.SIGTERM, timeout=10)
+        except SignalException:  # asked again
+            context.close(death_sig=signal.SIGKILL, timeout=5)
+        return 128 + asked.sigval
+    if not result.is_failed():
+        return 0
+    codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+    records = {rank: _read_record(_error_file(scratch, rank)) for rank in codes}
+    rank = _first_failure(codes, records)
+    if "problems" in records[rank]:
+        report(records[rank]["problems"])
+        return codes[rank]
+    print(
+        _describe_failure(rank, size, codes[rank], context.stderrs[rank], context.stdouts[rank], scratch),
+        file=sys.stderr,
+        flush=True,
+    )
+    return codes[rank] if codes[rank] > 0 else 128 - codes[rank]
+
+
+def _first_failure(codes: Mapping[int, int], records: Mapping[int, dict[str, Any]]) -> int:
+    """The rank whose failure drew the others along: killed by a signal that was not ours, else the earliest recorded."""
+
+    def order(rank: int):
+        killed = codes[rank] < 0 and codes[rank] != -signal.SIGTERM
+        ended_by_us = codes[rank] == -signal.SIGTERM
+        return (not killed, ended_by_us, records[rank].get("time", float("inf")), rank)
+
+    return min(codes, key=order)
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or cut off by the rank's death
+        return {}
+
+
+def _describe_failure(rank: int, size: int, code: int, stderr: str, stdout: str, scratch: Path) -> str:
+    if code < 0:
+        how = f"was killed by {signal.strsignal(-code) or f'signal {-code}'}"
+        how += " (out of memory?)" if code == -signal.SIGKILL else ""
+    else:
+        how = f"failed with exit status {code}"
+    message = f"error: rank {rank} of {size} {how}"
+    if not stderr:
+        return f"{message}; its output is above"
+    tail = _tail(stderr) or _tail(stdout)
+    where = "" if Path(stderr).is_relative_to(scratch) else f" ({stderr})"
+    return "\n".join([f"{message}; the end of its output{where}:", *(f"  {line}" for line in tail or ["(nothing)"])])
+
+
+def _tail(file: str) -> list[str]:
+    try:
+        return Path(file).read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    except OSError:
+        return []
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    """Elastic takes these signals over when it starts processes; afterwards they do again what they did."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,84 @@
+"""Hugging Face config and our settings to megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import PretrainedConfig
+
+from tulu_mega.config import EngineSettings
+from tulu_mega.errors import UserError
+from tulu_mega.model.hf_config import head_dim
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transformer_engine: bool) -> TransformerConfig:
+    """The TransformerConfig of a Llama-like model under the given layout.
+
+    Args:
+        hf: the model's config.
+        settings: layout, precision, recompute and the `[megatron]` table.
+        transformer_engine: whether the layers will be Transformer Engine's, whose fused kernels are then used.
+
+    Raises:
+        UserError: when megatron-core refuses the combination.
+    """
+    dtype = DTYPES[settings.model.dtype]
+    parallel = settings.parallel
+    fields = dict(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=head_dim(hf),
+        ffn_hidden_size=hf.intermediate_size,
+        layernorm_epsilon=hf.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        calculate_per_token_loss=True,  # losses are sums, divided once by the global count
+        variable_seq_lengths=True,  # packs differ in length
+        moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, even in a dense model
+        **_recompute(settings.model.recompute),
+    )
+    if not transformer_engine:
+        fields |= dict(
+            gradient_accumulation_fusion=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            apply_rope_fusion=False,
+            masked_softmax_fusion=False,
+        )
+    try:
+        return TransformerConfig(**(fields | settings.megatron))
+    except (AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"megatron-core refuses this model and layout: {error}") from None
+
+
+def _leave(weight: torch.Tensor) -> None:
+    """Initialises nothing: every weight comes from a checkpoint. (`perform_initialization=False` would also leave out the
+    marks by which megatron-core knows a sharded parameter.)"""
+
+
+def _recompute(kind: str) -> dict:
+    match kind:
+        case "full":
+            return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        case "selective":
+            return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        case _:
+            return {}

@@ -1,0 +1,51 @@
+"""GPTModel whose output step gives log-probabilities of labels instead of logits."""
+
+from __future__ import annotations
+
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from tulu_mega.logprobs import token_logprobs
+
+
+class HiddenThrough(tensor_parallel.ColumnParallelLinear):
+    """Output layer that holds the head's weight but hands hidden states on: the log-prob step multiplies, in chunks."""
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None, **_unused):
+        """Hidden states as they are, in the place where GPTModel expects logits."""
+        return input_, None
+
+
+class PolicyModel(GPTModel):
+    """megatron-core's GPTModel with the log-prob seam.
+
+    ``forward(..., labels=labels)`` with labels [1, T] returns float32 log-probabilities [1, T] on the last pipeline stage,
+    0 where the label is IGNORE; hidden states elsewhere. Without labels the last stage returns its final hidden states.
+
+    Args:
+        real_vocab_size: entries of the tokenizer's vocabulary; `vocab_size` is padded to divide over tensor ranks.
+        The rest is GPTModel's.
+    """
+
+    def __init__(self, *args, real_vocab_size: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+        if self.post_process:
+            self.output_layer.__class__ = HiddenThrough
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Where GPTModel turns logits into a loss; here hidden states into log-probabilities.
+
+        Args:
+            labels: [1, T].
+            logits: hidden states, [T, 1, H] or [T / TP, 1, H] under sequence parallelism.
+        """
+        return token_logprobs(
+            logits,
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight,
+            labels[0],
+            vocab_size=self.real_vocab_size,
+            tensor_group=self.tp_group,
+            sequence_parallel=self.config.sequence_parallel,
+        )[None]

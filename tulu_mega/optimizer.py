@@ -1,0 +1,78 @@
+"""megatron-core's optimizer and learning-rate schedule from our settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from tulu_mega.config import OptimSettings
+
+
+def build_optimizer(
+    optim: OptimSettings,
+    dtype: Literal["bf16", "fp32"],
+    chunks: Sequence[DistributedDataParallel],
+    sharded: bool,
+    gloo_groups: bool,
+) -> MegatronOptimizer:
+    """AdamW (decoupled weight decay, none on norms and biases) or SGD, float32 main parameters when training in bf16.
+
+    Args:
+        dtype: of the model's parameters.
+        sharded: megatron-core's distributed optimizer, state sharded over the data-parallel group.
+        gloo_groups: whether parallel_state was given gloo groups beside NCCL's.
+    """
+    config = OptimizerConfig(
+        optimizer="adam" if optim.name == "adamw" else "sgd",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        sgd_momentum=0.0,
+        clip_grad=optim.clip,
+        bf16=dtype == "bf16",
+        params_dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
+        use_distributed_optimizer=sharded,
+    )
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=gloo_groups)
+
+
+class Schedule:
+    """Learning rate as a function of the step: linear warm-up from 0, then linear, cosine or no decay.
+
+    The rate of step s (from 0) is that of Hugging Face's schedules of the same name. Nothing needs saving.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer, optim: OptimSettings, steps: int):
+        self._scheduler = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=optim.lr,
+            min_lr=optim.min_lr,
+            lr_warmup_steps=warmup_steps(optim.warmup, steps),
+            lr_decay_steps=max(steps, 1),
+            lr_decay_style=optim.schedule,
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=max(steps, 1),
+            wd_incr_style="constant",
+        )
+
+    def set(self, step: int) -> float:
+        """Puts the rate of a step (from 0) into the optimizer and returns it."""
+        self._scheduler.num_steps = step
+        self._scheduler.step(increment=0)
+        return self._scheduler.get_lr({})
+
+
+def warmup_steps(share: float, steps: int) -> int:
+    """Steps of warm-up: the share rounded up as Hugging Face does, and at least one left to train at full rate."""
+    return min(math.ceil(share * steps), max(steps - 1, 0))

@@ -1,0 +1,117 @@
+"""Who this process is in the grid of parallel ranks. The only door to megatron-core's parallel_state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
+
+from tulu_mega.config import ParallelSettings
+from tulu_mega.errors import UserError
+from tulu_mega.platforms import Platform
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes and this process's coordinates along every axis, and the groups that span them."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+
+    def __str__(self) -> str:
+        return f"TP{self.tensor}·PP{self.pipeline}·CP{self.context}·DP{self.data} rank {self.rank}"
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def reports_loss(self) -> bool:
+        """One rank of each data-parallel replica that holds losses: last stage, first of its tensor and context groups."""
+        return self.last_stage and self.tensor_rank == 0 and self.context_rank == 0
+
+    @property
+    def tensor_group(self) -> ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def pipeline_group(self) -> ProcessGroup:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def data_context_group(self) -> ProcessGroup:
+        """The ranks gradients are summed over: DP x CP."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
+    """DP size that fills the world.
+
+    Raises:
+        UserError: when the layout does not divide or does not match the world.
+    """
+    layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
+    if world_size % parallel.model_parallel:
+        raise UserError(f"{layout} = {parallel.model_parallel} does not divide the world of {world_size} processes")
+    data = world_size // parallel.model_parallel
+    if parallel.data not in (None, data):
+        raise UserError(
+            f"parallel.data = {parallel.data}, but {layout} leaves {data} in a world of {world_size} processes; "
+            "leave parallel.data out or start another number of processes"
+        )
+    return data
+
+
+def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: timedelta = timedelta(minutes=30)) -> Topology:
+    """Joins the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe and builds its parallel groups.
+
+    Args:
+        seed: of megatron-core's random states, which differ between tensor ranks where they must.
+        timeout: of every collective.
+
+    Raises:
+        UserError: when the layout does not fit the world.
+    """
+    if not dist.is_initialized():
+        device_id = platform.device if platform.backend == "nccl" else None
+        dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
+    data = data_parallel_size(parallel, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        create_gloo_process_groups=platform.backend != "gloo",  # where gloo carries everything the groups serve as they are
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Topology(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        data=data,
+        rank=dist.get_rank(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def stop() -> None:
+    """Leaves the groups and the world."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
