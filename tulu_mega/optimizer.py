@@ -42,7 +42,11 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
         use_distributed_optimizer=sharded,
     )
-    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=gloo_groups)
+    optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=gloo_groups)
+    for part in optimizer.chained_optimizers:
+        if part.init_state_fn is None:  # SGD without momentum has no state, yet loading a checkpoint calls this
+            part.init_state_fn = lambda *_: None
+    return optimizer
 
 
 class Schedule:

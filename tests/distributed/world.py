@@ -41,7 +41,7 @@ def run(size: int, function, *args, timeout: float = 240) -> list[Any]:
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = _context.Pipe()
-        process = _context.Process(target=_rank_main, args=(rank, size, port, theirs, function, args), daemon=True)
+        process = _context.Process(target=_rank_main, args=(rank, size, port, theirs, function, args))
         process.start()
         theirs.close()
         pipes.append(ours)

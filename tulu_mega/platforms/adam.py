@@ -56,10 +56,11 @@ class GroupStepAdam(torch.optim.Optimizer):
 
 
 def install() -> None:
-    """Hands GroupStepAdam to megatron-core where it has found no fused Adam."""
+    """Hands GroupStepAdam to megatron-core where it has found no fused Adam, in the place of apex's."""
     optimizer = importlib.import_module("megatron.core.optimizer")
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam = GroupStepAdam
-        optimizer.USING_PYTORCH_OPTIMIZER = False  # so that it takes `Adam` and keeps `step` with the group
-        # the distributed optimizer refuses classes it does not know
-        importlib.import_module("megatron.core.optimizer.distrib_optimizer").Adam = GroupStepAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+        distributed.Adam = GroupStepAdam  # the distributed optimizer refuses classes it does not know
+        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True  # and is to look for `step` in the group

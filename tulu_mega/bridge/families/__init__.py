@@ -1,0 +1,22 @@
+"""The model families that can be read and written; a new one is a file here and a line below."""
+
+from __future__ import annotations
+
+from tulu_mega.bridge.families import llama
+from tulu_mega.bridge.rules import Config, Family
+from tulu_mega.errors import UserError
+
+FAMILIES: dict[str, Family] = {family.architecture: family for family in (llama.FAMILY,)}
+
+
+def family_for(config: Config) -> Family:
+    """The family that a config.json names in ``architectures``.
+
+    Raises:
+        UserError: naming what is supported, when the model is of another family.
+    """
+    named = config.get("architectures") or []
+    for architecture in named:
+        if architecture in FAMILIES:
+            return FAMILIES[architecture]
+    raise UserError(f"config.json: architectures = {named!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}")

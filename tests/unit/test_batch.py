@@ -1,0 +1,50 @@
+"""Packing keeps sequences apart: nothing predicts its neighbour, nothing is lost."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tulu_mega.data.batch import pack
+from tulu_mega.data.packing import Alignment
+from tulu_mega.records import IGNORE, Sequence
+
+
+def test_the_example_of_the_record():
+    batch = pack([Sequence(7, [10, 11, 12], [IGNORE, IGNORE, 12]), Sequence(4, [20, 21], [20, 21])], Alignment(1, 8))
+    assert batch.tokens_T.tolist() == [10, 11, 12, 20, 21, 0, 0, 0]
+    assert batch.labels_T.tolist() == [IGNORE, 12, IGNORE, 21, IGNORE, IGNORE, IGNORE, IGNORE]
+    assert batch.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert batch.loss_mask_T.tolist() == [False, True, False, True, False, False, False, False]
+    assert batch.cu_seqlens_S1.tolist() == [0, 3, 5, 8]
+    assert batch.rows_S.tolist() == [7, 4, -1]
+    assert (batch.max_seqlen, batch.num_sequences) == (3, 2)
+    assert [t.dtype for t in (batch.tokens_T, batch.labels_T, batch.positions_T, batch.rows_S)] == [torch.int64] * 4
+    assert (batch.cu_seqlens_S1.dtype, batch.loss_mask_T.dtype) == (torch.int32, torch.bool)
+
+
+def test_no_sequence_is_one_segment_of_padding():
+    batch = pack([], Alignment(2, 6), pad_token=9)
+    assert batch.tokens_T.tolist() == [9] * 6
+    assert batch.cu_seqlens_S1.tolist() == [0, 6]
+    assert (batch.num_sequences, batch.max_seqlen, int(batch.loss_mask_T.sum())) == (0, 6, 0)
+
+
+sequences = st.lists(st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_size=1, max_size=9), max_size=5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=sequences, piece=st.sampled_from([1, 2, 4]), times=st.sampled_from([1, 3]))
+def test_every_sequence_comes_back(rows, piece, times):
+    given_rows = [Sequence(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)]
+    batch = pack(given_rows, Alignment(piece, piece * times))
+    bounds = batch.cu_seqlens_S1.tolist()
+    assert bounds[0] == 0 and bounds[-1] == len(batch.tokens_T) > 0 and bounds[-1] % (piece * times) == 0
+    assert batch.num_sequences == len(rows)
+    for row, begin, end in zip(batch.rows_S.tolist(), bounds, bounds[1:], strict=False):
+        assert (end - begin) % piece == 0
+        assert batch.positions_T[begin:end].tolist() == list(range(end - begin))
+        ids = given_rows[row].input_ids if row >= 0 else []
+        shifted = given_rows[row].labels[1:] if row >= 0 else []
+        assert batch.tokens_T[begin : begin + len(ids)].tolist() == ids
+        assert batch.labels_T[begin:end].tolist() == shifted + [IGNORE] * (end - begin - len(shifted))
+    assert batch.loss_mask_T.equal(batch.labels_T != IGNORE)

@@ -1,0 +1,206 @@
+"""Hugging Face model directories: what is in their safetensors files, and views into them.
+
+Inspection reads headers only and needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tulu_mega.bridge.rules import Region, Shape
+from tulu_mega.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_BYTES = {8: "F64 I64 U64 C64", 4: "F32 I32 U32", 2: "F16 BF16 I16 U16", 1: "I8 U8 BOOL F8_E4M3 F8_E5M2 F8_E8M0"}
+_ITEM_BYTES = {dtype: size for size, dtypes in _BYTES.items() for dtype in dtypes.split()}
+_LOADED = ("F32", "BF16", "F16")
+_MAX_HEADER = 100_000_000  # the format's own limit
+_SHOWN = 20
+_AGAIN = "download or export it again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a header describes it; ``dtype`` in safetensors' spelling (``BF16``, ``F32``...)."""
+
+    dtype: str
+    shape: Shape
+    file: str = field(default="", compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+@dataclass
+class HfCheckpoint:
+    """A model directory whose headers have been read and found sound."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    _open_files: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> HfCheckpoint:
+        """Reads config.json, the index and the headers of all shards.
+
+        Raises:
+            UserError: with everything that is wrong with the directory.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory; expected a Hugging Face model (config.json and *.safetensors)")
+        problems: list[str] = []
+        config = _read_json(directory / "config.json", problems)
+        if (directory / INDEX).exists():
+            tensors = _read_shards(directory, problems)
+        elif (directory / SINGLE).exists():
+            tensors = _read_header(directory / SINGLE, problems)
+        else:
+            problems.append(_no_weights(directory))
+        if problems:
+            raise UserError(problems)
+        return cls(directory, config, tensors)
+
+    def check(self, expected: Mapping[str, Shape], ignore: Collection[str] = ()) -> list[str]:
+        """What stands between these files and the tensors a model expects; empty when nothing does.
+
+        Args:
+            expected: name -> shape.
+            ignore: shell patterns of tensors that may be there without being expected.
+        """
+        held = self.tensors
+        missing = [name for name in expected if name not in held]
+        extra = [name for name in held if name not in expected and not any(fnmatchcase(name, each) for each in ignore)]
+        both = [name for name in expected if name in held]
+        shaped = [name for name in both if held[name].shape != tuple(expected[name])]
+        typed = [name for name in both if held[name].dtype not in _LOADED]
+        at = {name: f"{self.path / info.file}: tensor {name}" for name, info in held.items()}
+        return [
+            *_first(f"{self.path}: tensor {name} is missing; config.json asks for it" for name in missing),
+            *_first(f"{at[name]} is left over; config.json has no place for it" for name in extra),
+            *_first(f"{at[name]} is {list(held[name].shape)}, config.json asks for {list(expected[name])}" for name in shaped),
+            *_first(f"{at[name]} is of type {held[name].dtype}, expected one of {', '.join(_LOADED)}" for name in typed),
+        ]
+
+    def read_region(self, name: str, region: Region) -> Tensor:
+        """A box of a tensor as a torch view of the mapped file: nothing is read before it is used, nothing is copied.
+
+        Args:
+            name: a tensor of this checkpoint.
+            region: (start, stop) per axis.
+        """
+        from safetensors import safe_open
+
+        file = self.tensors[name].file
+        if file not in self._open_files:
+            self._open_files[file] = safe_open(self.path / file, framework="pt", device="cpu")
+        mapped = self._open_files[file].get_slice(name)
+        return mapped[tuple(slice(start, stop) for start, stop in region)]
+
+    def close(self) -> None:
+        """Lets the mapped files go (views keep theirs)."""
+        self._open_files.clear()
+
+
+def _first(messages: Iterable[str]) -> list[str]:
+    """The first messages of a kind, and how many more there are."""
+    told = list(messages)
+    return told if len(told) <= _SHOWN else [*told[:_SHOWN], f"... and {len(told) - _SHOWN} more like the last"]
+
+
+def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{path}: no such file; expected a Hugging Face model directory")
+    except (OSError, ValueError) as error:
+        problems.append(f"{path}: cannot be read as JSON: {error}")
+    else:
+        if isinstance(content, dict):
+            return content
+        problems.append(f"{path}: holds {type(content).__name__}, expected a JSON object")
+    return {}
+
+
+def _no_weights(directory: Path) -> str:
+    pickled = sorted(each.name for each in [*directory.glob("*.bin"), *directory.glob("*.pth"), *directory.glob("*.pt")])
+    if pickled:
+        return (
+            f"{directory}: holds only pickled PyTorch weights ({pickled[0]}), which are not loaded; convert it first: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
+        )
+    return f"{directory}: holds neither {INDEX} nor {SINGLE}; the download or export is not complete"
+
+
+def _read_shards(directory: Path, problems: list[str]) -> dict[str, TensorInfo]:
+    """The tensors that the index names, from the headers of the files it names."""
+    index = _read_json(directory / INDEX, problems)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        if index:
+            problems.append(f"{directory / INDEX}: has no weight_map; expected the file of every tensor; {_AGAIN}")
+        return {}
+    odd = [repr(file) for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]
+    if odd:  # also "../elsewhere": nothing outside the directory is opened
+        problems += _first(f"{directory / INDEX}: {file} is not the name of a file beside it" for file in odd)
+        return {}
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        before = len(problems)
+        held = _read_header(directory / file, problems)
+        tensors.update({name: info for name, info in held.items() if weight_map.get(name) == file})
+        if len(problems) == before:
+            absent = [name for name, where in weight_map.items() if where == file and name not in held]
+            problems += _first(f"{directory / file}: tensor {name} is not in it, though {INDEX} says so" for name in absent)
+            unlisted = [name for name in held if name not in weight_map]
+            problems += _first(f"{directory / file}: tensor {name} is in it, but not in {INDEX}" for name in unlisted)
+    return tensors
+
+
+def _read_header(path: Path, problems: list[str]) -> dict[str, TensorInfo]:
+    """The tensors of one file, if its header is sound and the file as long as the header says."""
+    try:
+        with path.open("rb") as file:
+            actual = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if actual < 8 or length > min(_MAX_HEADER, actual - 8):
+                problems.append(f"{path}: {actual} bytes, too short for its header; the file is truncated or not safetensors")
+                return {}
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"]), path.name) for name, entry in entries.items()}
+        spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
+        end = 0
+        for start, stop, name in spans:
+            if tensors[name].dtype not in _ITEM_BYTES:
+                problems.append(f"{path}: tensor {name} is of type {tensors[name].dtype}, expected one of {', '.join(_LOADED)}")
+                return {}
+            if start != end or stop - start != tensors[name].nbytes:
+                problems.append(f"{path}: corrupt header: {name} does not fill its place in the file; {_AGAIN}")
+                return {}
+            end = stop
+    except FileNotFoundError:
+        problems.append(f"{path}: no such file, though {INDEX} names it; the download or export is not complete")
+    except OSError as error:
+        problems.append(f"{path}: cannot be read: {error}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problems.append(f"{path}: not a safetensors header ({error!r}); {_AGAIN}")
+    else:
+        if actual == 8 + length + end:
+            return tensors
+        wanted = 8 + length + end
+        problems.append(f"{path}: {actual} bytes, its header asks for {wanted}; the file is truncated or damaged; {_AGAIN}")
+    return {}

@@ -1,0 +1,270 @@
+"""Weights between Hugging Face directories and the shards of a running Megatron model.
+
+A chunk is one virtual pipeline stage's unwrapped GPTModel: of it this file uses ``named_parameters()`` and
+``decoder.layers[k].layer_number`` (from 1, in the whole model) and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tulu_mega.bridge.hf_files import HfCheckpoint, TensorInfo
+from tulu_mega.bridge.hf_writer import ShardWriter, plan_files, sync_directory, tensor_info, write_durably, write_index
+from tulu_mega.bridge.rules import Config, Family, Piece, Region, is_weight
+from tulu_mega.errors import UserError
+
+_SLAB_BYTES = 32 * 2**20
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def global_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The chunk's weights under the names they have in the whole model: local layer numbers become global ones."""
+    prefix = "decoder.layers."
+    for name, parameter in chunk.named_parameters():
+        if name.startswith(prefix):
+            local, rest = name[len(prefix) :].split(".", 1)
+            name = f"{prefix}{chunk.decoder.layers[int(local)].layer_number - 1}.{rest}"
+        if is_weight(name):
+            yield name, parameter
+
+
+@torch.no_grad()
+def load_hf(chunk: nn.Module, checkpoint: HfCheckpoint, family: Family, tp_rank: int, tp_size: int) -> int:
+    """Fills every parameter of this rank's chunk from the mapped files, converting to the parameter's type.
+
+    Only this rank's boxes are read, in slabs, so that nothing but the parameters themselves takes memory.
+    Rows of vocabulary padding become zero. Works on any device.
+
+    Returns:
+        Bytes read.
+
+    Raises:
+        UserError: with everything that does not fit, before anything is written.
+    """
+    problems = checkpoint.check(family.hf_shapes(checkpoint.config), family.ignorable(checkpoint.config))
+    plan: list[tuple[Tensor, list[Piece]]] = []
+    for name, parameter in global_parameters(chunk):
+        try:
+            shape = family.local_shape(name, tp_size, checkpoint.config)
+            plan.append((parameter, family.pieces(name, tp_rank, tp_size, checkpoint.config)))
+        except UserError as error:
+            problems += error.problems
+            continue
+        if tuple(parameter.shape) != shape:
+            problems.append(
+                f"{name}: the model's shard is {list(parameter.shape)}, config.json and TP {tp_size} ask for {list(shape)}"
+            )
+    if problems:
+        raise UserError(problems)
+    nbytes = 0
+    for parameter, pieces in plan:
+        for piece in pieces:
+            view = checkpoint.read_region(piece.hf_name, piece.hf_region)
+            _copy_in_slabs(_box(parameter, piece.local_region), view)
+            nbytes += view.nbytes
+        filled = max((piece.local_region[0][1] for piece in pieces), default=0)
+        parameter[filled:].zero_()
+    return nbytes
+
+
+def _box(tensor: Tensor, region: Region) -> Tensor:
+    return tensor[tuple(slice(start, stop) for start, stop in region)]
+
+
+def _copy_in_slabs(target: Tensor, source: Tensor) -> None:
+    """A copy whose temporaries (another device, another type) stay small whatever the size of the tensor."""
+    rows = max(1, _SLAB_BYTES // max(1, source[0].nbytes)) if len(source) else 1
+    for at in range(0, len(source), rows):
+        target[at : at + rows].copy_(source[at : at + rows])
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A Hugging Face tensor on its way out: who holds which boxes of it."""
+
+    hf_name: str
+    parameter: Tensor
+    pieces: tuple[tuple[Piece, ...], ...]
+    """per TP rank; of a replicated tensor only rank 0's"""
+
+
+@torch.no_grad()
+def export_hf(
+    chunks: Sequence[nn.Module],
+    directory: str | os.PathLike,
+    config: Config,
+    family: Family,
+    *,
+    tp_group: dist.ProcessGroup | None,
+    tp_rank: int,
+    tp_size: int,
+    pp_group: dist.ProcessGroup | None,
+    pp_rank: int,
+    pp_size: int,
+    is_writer: bool,
+    barrier: Callable[[], None],
+    dtype: torch.dtype,
+    source_directory: str | os.PathLike,
+    extra_files: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Writes the model as a Hugging Face directory that transformers and vLLM load. Every rank of the world calls it.
+
+    Each pipeline stage's TP rank 0 gathers and writes the stage's layers tensor by tensor (about one full tensor of memory) into
+    a hidden directory beside the final one, which takes its name only when everything is in it and on disk.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        directory: the final directory; a model directory of that name is replaced.
+        config: the model's config.json.
+        family: its family.
+        tp_group, pp_group: may be None for a size of 1.
+        is_writer: data parallel rank 0 and context parallel rank 0; the other ranks only wait.
+        barrier: waits for every rank of the world.
+        dtype: type of the written weights (float32 or bfloat16).
+        source_directory: where the tokenizer, its chat template and the generation config are copied from.
+        extra_files: name -> text of files that are written beside or instead of the copied ones.
+        max_shard_bytes: bytes of weights a file holds at most.
+
+    Raises:
+        UserError: on every rank, before anything is written, when the place cannot be used.
+    """
+    final, source = Path(directory).absolute(), Path(source_directory).absolute()
+    _check_place(final, source)
+    partial = final.with_name(f".{final.name}.partial")
+    is_first = is_writer and tp_rank == 0 and pp_rank == 0
+    if is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    if is_writer:
+        items = _plan_export(chunks, family, config, tp_size)
+        tensors = _announced(items, family, config, dtype)
+        stages: list[dict[str, TensorInfo]] = [tensors]
+        if pp_size > 1:
+            stages = [{} for _ in range(pp_size)]
+            dist.all_gather_object(stages, tensors, group=pp_group)
+        _check_complete(stages, family, config)
+        files = plan_files(stages, max_shard_bytes)
+        if tp_rank == 0:
+            with ShardWriter(partial, files[pp_rank]) as writer:
+                for item in items:
+                    writer.add(item.hf_name, _gather(item, tensors[item.hf_name].shape, dtype, tp_group, tp_rank))
+        else:
+            for item in items:
+                _send(item, dtype, tp_group, tp_rank)
+    barrier()
+    if is_first:
+        write_index(partial, files)
+        _write_small_files(partial, source, config, dtype, extra_files or {})
+        _put_in_place(partial, final)
+    barrier()
+
+
+def _plan_export(chunks: Sequence[nn.Module], family: Family, config: Config, tp_size: int) -> list[_Item]:
+    """This stage's tensors in one order on every TP rank."""
+    items = []
+    for chunk in chunks:
+        for name, parameter in global_parameters(chunk):
+            per_rank = [family.pieces(name, rank, tp_size, config) for rank in range(tp_size)]
+            if any(piece.duplicate for pieces in per_rank for piece in pieces):
+                continue
+            if per_rank == [per_rank[0]] * tp_size:  # replicated
+                per_rank = per_rank[:1]
+            for hf_name in dict.fromkeys(piece.hf_name for pieces in per_rank for piece in pieces):
+                chosen = tuple(tuple(piece for piece in pieces if piece.hf_name == hf_name) for pieces in per_rank)
+                items.append(_Item(hf_name, parameter, chosen))
+    return items
+
+
+def _announced(items: Sequence[_Item], family: Family, config: Config, dtype: torch.dtype) -> dict[str, TensorInfo]:
+    shapes = family.hf_shapes(config)
+    return {item.hf_name: tensor_info(shapes[item.hf_name], dtype) for item in items}
+
+
+def _check_complete(stages: Sequence[Mapping[str, TensorInfo]], family: Family, config: Config) -> None:
+    held = Counter(name for stage in stages for name in stage)
+    missing = sorted(family.hf_shapes(config).keys() - held.keys())
+    twice = sorted(name for name, count in held.items() if count > 1)
+    if missing or twice:
+        raise RuntimeError(f"the pipeline stages do not make up the model: missing {missing}, held twice {twice}")
+
+
+def _gather(item: _Item, shape: tuple[int, ...], dtype: torch.dtype, tp_group: dist.ProcessGroup | None, tp_rank: int) -> Tensor:
+    """On TP rank 0: the whole tensor, on the CPU, from the boxes of all ranks, one rank's at a time."""
+    full = torch.empty(shape, dtype=dtype)
+    for rank, pieces in enumerate(item.pieces):
+        if rank == tp_rank:
+            for piece in pieces:
+                _copy_in_slabs(_box(full, piece.hf_region), _box(item.parameter, piece.local_region))
+        elif pieces:
+            sizes = [_box(full, piece.hf_region).numel() for piece in pieces]
+            received = torch.empty(sum(sizes), dtype=dtype, device=item.parameter.device)
+            dist.recv(received, group=tp_group, group_src=rank)
+            for piece, part in zip(pieces, received.split(sizes), strict=True):
+                box = _box(full, piece.hf_region)
+                box.copy_(part.view(box.shape))
+    return full
+
+
+def _send(item: _Item, dtype: torch.dtype, tp_group: dist.ProcessGroup | None, tp_rank: int) -> None:
+    """On the other TP ranks: this rank's boxes to rank 0, in one message."""
+    if tp_rank < len(item.pieces) and item.pieces[tp_rank]:
+        boxes = [_box(item.parameter, piece.local_region).to(dtype).reshape(-1) for piece in item.pieces[tp_rank]]
+        dist.send(torch.cat(boxes), group=tp_group, group_dst=0)
+
+
+def _check_place(final: Path, source: Path) -> None:
+    problems = []
+    if final == source:
+        problems.append(f"{final}: is the model this run started from; export to another directory")
+    elif final.exists() and not (final.is_dir() and ((final / "config.json").exists() or not any(final.iterdir()))):
+        problems.append(f"{final}: exists and is no model directory; it is not replaced, choose another name")
+    if not source.is_dir():
+        problems.append(f"{source}: no such directory; expected the model whose tokenizer files are to be copied")
+    if problems:
+        raise UserError(problems)
+
+
+def _write_small_files(partial: Path, source: Path, config: Config, dtype: torch.dtype, extra_files: Mapping[str, str]) -> None:
+    name = str(dtype).removeprefix("torch.")
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    written = {**config, **dict.fromkeys(keys, name)}
+    files = {each: (source / each).read_bytes() for each in _COPIED if (source / each).is_file()}
+    files["config.json"] = json.dumps(written, indent=2).encode() + b"\n"
+    files |= {each: text.encode() for each, text in extra_files.items()}
+    for each, content in files.items():
+        write_durably(partial / each, content)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """The complete directory takes its name; the one it replaces goes afterwards."""
+    sync_directory(partial)
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    sync_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)

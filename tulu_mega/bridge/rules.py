@@ -1,0 +1,212 @@
+"""Which box of which Hugging Face tensor is which box of a Megatron parameter's shard, as a table read both ways.
+
+A family is a handful of `Rule`s and the shapes of its Hugging Face tensors. From these everything that moves weights (loading,
+export, sending to a rollout engine) takes plain boxes, `Piece`s, and needs to know nothing about attention groups or gates.
+In patterns `{i}` stands for the layer's number in the whole model, from 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from tulu_mega.errors import UserError
+
+Region = tuple[tuple[int, int], ...]
+"""A box: (start, stop) per axis."""
+Shape = tuple[int, ...]
+Config = Mapping[str, Any]
+"""The content of a Hugging Face config.json."""
+
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+
+
+class Cut(Enum):
+    """How tensor parallelism cuts a parameter."""
+
+    COPY = "copy"
+    """every rank holds all of it"""
+    COLUMN = "column"
+    """along axis 0"""
+    ROW = "row"
+    """along axis 1"""
+    QKV = "qkv"
+    """(q, k, v) interleaved per key-value group: the group's queries, its key, its value; then along axis 0"""
+    GATED = "gated"
+    """(gate, up): each along axis 0, a rank holds its share of the first above its share of the second"""
+    VOCAB = "vocab"
+    """along axis 0 after padding with rows that Hugging Face does not have"""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter and the Hugging Face tensors it is made of.
+
+    ``megatron`` lists its name under every layer specification, ``hf`` the tensors in the order the cut names them.
+    """
+
+    megatron: tuple[str, ...]
+    hf: tuple[str, ...]
+    cut: Cut
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The box ``hf_region`` of the tensor ``hf_name`` is the box ``local_region`` of this rank's shard; both of one shape.
+
+    Worked example: 4 heads of size 2 in 2 groups, hidden 8. Of a ``linear_qkv.weight`` under TP 2, rank 1 holds group 1,
+    that is rows 4..7 of q, 2..3 of k and 2..3 of v::
+
+        Piece("...q_proj.weight", ((4, 8), (0, 8)), ((0, 4), (0, 8)))
+        Piece("...k_proj.weight", ((2, 4), (0, 8)), ((4, 6), (0, 8)))
+        Piece("...v_proj.weight", ((2, 4), (0, 8)), ((6, 8), (0, 8)))
+    """
+
+    hf_name: str
+    hf_region: Region
+    local_region: Region
+    duplicate: bool = False
+    """the same weights belong to another parameter too (tied embeddings): load both, export the other"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its table, read by the methods in both directions."""
+
+    architecture: str
+    """name in config.json's ``architectures``"""
+    rules: tuple[Rule, ...]
+    shapes: Callable[[Config], dict[str, Shape]]
+    """pattern of every Hugging Face tensor (tied heads left out) -> shape; raises UserError for a config it cannot read"""
+    groups: Callable[[Config], int]
+    """key-value groups"""
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    leftovers: tuple[str, ...] = ()
+    """shell patterns of tensors that a checkpoint may hold and nobody needs"""
+
+    def hf_shapes(self, config: Config) -> dict[str, Shape]:
+        """Name -> shape of every tensor that a checkpoint of this config must hold.
+
+        Raises:
+            UserError: for a config that the family cannot read.
+        """
+        return {
+            pattern.format(i=i): shape
+            for pattern, shape in self.shapes(config).items()
+            for i in range(config["num_hidden_layers"] if "{i}" in pattern else 1)
+        }
+
+    def ignorable(self, config: Config) -> tuple[str, ...]:
+        """Shell patterns of tensors that may be in a checkpoint beside `hf_shapes`."""
+        return (*self.leftovers, self.head) if is_tied(config) else self.leftovers
+
+    def pieces(self, megatron_name: str, tp_rank: int, tp_size: int, config: Config) -> list[Piece]:
+        """The boxes that make up one rank's shard of a parameter, in the order of the shard.
+
+        They cover it exactly once, rows of vocabulary padding aside. Empty for a shard that is padding only.
+
+        Args:
+            megatron_name: parameter name with the layer's number in the whole model, of either layer specification.
+            tp_rank: this rank in the tensor parallel group.
+            tp_size: size of the group.
+            config: the model's config.json.
+
+        Raises:
+            UserError: for a parameter the table does not have, or a size that the group does not divide.
+        """
+        return self._plan(megatron_name, tp_rank, tp_size, config)[1]
+
+    def local_shape(self, megatron_name: str, tp_size: int, config: Config) -> Shape:
+        """Shape of every rank's shard of a parameter, padding included. Raises as `pieces`."""
+        return self._plan(megatron_name, 0, tp_size, config)[0]
+
+    def _plan(self, megatron_name: str, tp_rank: int, tp_size: int, config: Config) -> tuple[Shape, list[Piece]]:
+        shapes = self.shapes(config)
+        rule, layer = self._rule(megatron_name, config)
+        patterns, duplicate = rule.hf, False
+        if patterns == (self.head,) and is_tied(config):
+            patterns, duplicate = (self.embedding,), True
+        absent = [pattern for pattern in patterns if pattern not in shapes]
+        if absent:
+            raise UserError(f"{megatron_name}: the model has it, but config.json does not ask for {', '.join(absent)}")
+        full = [shapes[pattern] for pattern in patterns]
+        axis = 1 if rule.cut is Cut.ROW else 0
+        size, runs = _runs(rule.cut, [shape[axis] for shape in full], self.groups(config), tp_rank, tp_size, megatron_name)
+        made, at = [], 0
+        for which, start, stop in runs:
+            across = tuple((0, extent) for extent in full[which])
+            hf_region = across[:axis] + ((start, stop),) + across[axis + 1 :]
+            local_region = across[:axis] + ((at, at + stop - start),) + across[axis + 1 :]
+            made.append(Piece(patterns[which].format(i=layer), hf_region, local_region, duplicate))
+            at += stop - start
+        return full[0][:axis] + (size,) + full[0][axis + 1 :], made
+
+    def _rule(self, megatron_name: str, config: Config) -> tuple[Rule, int]:
+        number = _NUMBER.search(megatron_name)
+        layer = int(number[1]) if number else 0
+        pattern = _NUMBER.sub(".{i}", megatron_name, count=1)
+        for rule in self.rules:
+            if pattern in rule.megatron:
+                if number and layer >= config["num_hidden_layers"]:
+                    raise UserError(f"{megatron_name}: config.json has num_hidden_layers = {config['num_hidden_layers']}")
+                return rule, layer
+        raise UserError(f"{megatron_name}: {self.architecture} has no such parameter; drop the option that adds it")
+
+
+def is_tied(config: Config) -> bool:
+    """Whether the output head is the embedding."""
+    return bool(config.get("tie_word_embeddings", False))
+
+
+def is_weight(megatron_name: str) -> bool:
+    """False for Transformer Engine's `_extra_state`, which holds no weights."""
+    return not megatron_name.endswith("_extra_state")
+
+
+def padded_vocab(vocab: int, tp_size: int) -> int:
+    """Rows of the embedding in Megatron: the next multiple of 8 x TP."""
+    multiple = 8 * tp_size
+    return -(-vocab // multiple) * multiple
+
+
+Run = tuple[int, int, int]  # (which tensor, start, stop) along the cut axis
+
+
+def _runs(cut: Cut, sizes: list[int], groups: int, tp_rank: int, tp_size: int, name: str) -> tuple[int, list[Run]]:
+    """Extent of the shard along the cut axis, and the runs of rows whose concatenation it is."""
+    if cut is Cut.COPY:
+        return sizes[0], [(0, 0, sizes[0])]
+    if cut is Cut.GATED:
+        shares = [_share(size, tp_rank, tp_size, name) for size in sizes]
+        return sum(stop - start for start, stop in shares), [(which, *share) for which, share in enumerate(shares)]
+    total = padded_vocab(sizes[0], tp_size) if cut is Cut.VOCAB else sum(sizes)
+    start, stop = _share(total, tp_rank, tp_size, name)
+    whole = _interleaved(sizes, groups) if cut is Cut.QKV else [(0, 0, sizes[0])]
+    return stop - start, _between(whole, start, stop)
+
+
+def _share(total: int, tp_rank: int, tp_size: int, name: str) -> tuple[int, int]:
+    if total % tp_size:
+        raise UserError(f"{name}: {total} rows or columns do not divide by a tensor parallel size of {tp_size}; choose a divisor")
+    share = total // tp_size
+    return tp_rank * share, (tp_rank + 1) * share
+
+
+def _interleaved(sizes: list[int], groups: int) -> list[Run]:
+    heads = [size // groups for size in sizes]
+    return [(which, g * rows, (g + 1) * rows) for g in range(groups) for which, rows in enumerate(heads)]
+
+
+def _between(runs: list[Run], start: int, stop: int) -> list[Run]:
+    """The part of a concatenation of runs that lies between two of its rows."""
+    part, at = [], 0
+    for which, first, last in runs:
+        low, high = max(first, first + start - at), min(last, first + stop - at)
+        if low < high:
+            part.append((which, low, high))
+        at += last - first
+    return part

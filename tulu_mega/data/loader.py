@@ -1,0 +1,160 @@
+"""The packed micro-batches of every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from tulu_mega.config import DataSettings, TrainSettings
+from tulu_mega.data.batch import pack
+from tulu_mega.data.cost import Cost
+from tulu_mega.data.packing import Alignment, plan_step
+from tulu_mega.data.store import TokenStore
+from tulu_mega.records import PackedBatch
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One rank's share of a global batch, and figures of the whole batch, which every rank agrees on."""
+
+    step: int
+    micro_batches: list[PackedBatch]
+    """this rank's; as many on every rank"""
+    rows: list[int]
+    """the global batch's rows of the store, in drawing order"""
+    tokens: int
+    """real tokens of the global batch"""
+    supervised_tokens: int
+    """tokens of the global batch that are trained"""
+    packed_tokens: int
+    """tokens all ranks together compute, padding included"""
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the global batch."""
+        return len(self.rows)
+
+    @property
+    def padding(self) -> float:
+        """Share of what is computed that is padding."""
+        return 1 - self.tokens / self.packed_tokens
+
+
+class PackedLoader:
+    """What each step trains on, as a function of nothing but the step: to resume, ask for the next one.
+
+    Epochs follow one another without a seam; rows do not depend on the layout. ``train.steps`` draws full batches for as long as
+    it takes; ``train.epochs`` ends with the last row, so that the last batch may be short.
+
+    Args:
+        store: the tokenised rows.
+        train: steps or epochs, global batch, micro-batches.
+        data: shuffle and lengths.
+        seed: decides the order of every epoch.
+        align: what the layout asks of lengths.
+        data_parallel_rank: whose micro-batches :meth:`batches` gives.
+        data_parallel_size: ranks that share a global batch.
+        cost: cost of a sequence by its length, to level packs and ranks.
+        pad_token: fills padding; nobody attends to it.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        train: TrainSettings,
+        data: DataSettings,
+        seed: int,
+        align: Alignment,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        cost: Cost = float,
+        pad_token: int = 0,
+    ):
+        self._store, self._train, self._align, self._cost, self._pad_token = store, train, align, cost, pad_token
+        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+        self._capacity = data.pack_length or data.max_length
+        self._order = lru_cache(maxsize=2)(lambda epoch: _order(len(store), seed, epoch, data.shuffle))
+        # rounded first: 0.1 epochs of 30 rows are 3.0000000000000004
+        self._drawn = train.steps * train.global_batch if train.steps else max(1, math.ceil(round(train.epochs * len(store), 6)))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
+        self._next: tuple[int, Future[StepData]] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self._drawn // self._train.global_batch)
+
+    def rows(self, step: int) -> list[int]:
+        """Rows of the store in the global batch of a step, counted from 0.
+
+        Raises:
+            IndexError: the run has no such step.
+        """
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        size, count = self._train.global_batch, len(self._store)
+        begin, end = step * size, min((step + 1) * size, self._drawn)
+        drawn: list[int] = []
+        while begin < end:
+            epoch, first = divmod(begin, count)
+            part = self._order(epoch)[first : first + end - begin]
+            drawn += part.tolist()
+            begin += len(part)
+        return drawn
+
+    def batches(self, step: int) -> StepData:
+        """The packed micro-batches of a step; the following step is packed in the background meanwhile.
+
+        Raises:
+            IndexError: the run has no such step.
+            UserError: the step's sequences do not fit into ``train.micro_batches``.
+        """
+        waiting, self._next = self._next, None
+        data = waiting[1].result() if waiting and waiting[0] == step else self._pack(step)
+        if step + 1 < self.steps:
+            self._next = (step + 1, self._thread.submit(self._pack, step + 1))
+        return data
+
+    def __iter__(self) -> Iterator[StepData]:
+        return (self.batches(step) for step in range(self.steps))
+
+    def check(self) -> None:
+        """Plans every step (about a millisecond each), so that a step which does not fit is found before the run.
+
+        Raises:
+            UserError: as :meth:`batches`.
+        """
+        for step in range(self.steps):
+            self._plan(self.rows(step))
+
+    def _plan(self, rows: list[int]) -> list[list[list[int]]]:
+        lengths = self._store.lengths[rows].tolist()
+        return plan_step(lengths, self._ranks, self._capacity, self._align, self._train.micro_batches, self._cost)
+
+    def _pack(self, step: int) -> StepData:
+        rows = self.rows(step)
+        plan = self._plan(rows)
+        lengths = self._store.lengths[rows]
+        sizes = [self._align.padded_sequence(length) for length in lengths.tolist()]
+        return StepData(
+            step=step,
+            micro_batches=[pack((self._store[rows[i]] for i in bin_), self._align, self._pad_token) for bin_ in plan[self._rank]],
+            rows=rows,
+            tokens=int(lengths.sum()),
+            supervised_tokens=int(self._store.supervised[rows].sum()),
+            packed_tokens=sum(self._align.padded_total(sum(sizes[index] for index in bin_)) for bins in plan for bin_ in bins),
+        )
+
+
+def _order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """int64, every row once."""
+    if not shuffle:
+        return np.arange(count)
+    # RandomState: NumPy keeps its streams for good, so a run can be resumed under another NumPy; Generator's may change
+    bits = np.random.MT19937(np.random.SeedSequence([seed % 2**64, epoch]))
+    return np.random.RandomState(bits).permutation(count)

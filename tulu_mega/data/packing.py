@@ -1,0 +1,230 @@
+"""Which sequence goes into which packed micro-batch of which data-parallel rank."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from collections.abc import Sequence as Series
+from dataclasses import dataclass
+from typing import Literal
+
+from tulu_mega.errors import UserError
+
+Bins = list[list[int]]
+
+_FP8_MULTIPLE = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
+_EXCHANGES = 32
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What the parallel layout asks of lengths: multiples for each sequence, and for the packed total."""
+
+    sequence: int = 1
+    total: int = 1
+
+    def padded_sequence(self, length: int) -> int:
+        """Tokens a sequence occupies in a pack."""
+        return -(-length // self.sequence) * self.sequence
+
+    def padded_total(self, length: int) -> int:
+        """Tokens of a pack that holds so many."""
+        return max(1, -(-length // self.total)) * self.total
+
+
+def alignment(
+    tensor: int = 1,
+    sequence_parallel: bool = False,
+    context: int = 1,
+    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None,
+) -> Alignment:
+    """The alignment of a layout.
+
+    Context parallelism cuts each sequence into ``2 * context`` equal pieces. What is left of the pack on a rank must divide
+    over the tensor group (sequence parallelism), and each share must be a multiple of what the FP8 recipe asks for.
+    """
+    pieces = 2 * context if context > 1 else 1
+    shards = tensor if sequence_parallel else 1
+    return Alignment(sequence=pieces, total=math.lcm(pieces, context * shards * _FP8_MULTIPLE[fp8]))
+
+
+def plan_step(
+    lengths: Series[int],
+    data_parallel: int,
+    capacity: int,
+    align: Alignment,
+    micro_batches: int | None = None,
+    cost: Callable[[int], float] = float,
+) -> list[Bins]:
+    """Splits one global batch.
+
+    Invariants: every index occurs exactly once; every rank has the same number of micro-batches; no pack exceeds
+    ``capacity`` after alignment, but for a sequence that alone does, which is alone; a pack is empty only where there are fewer
+    sequences than packs; the same input gives the same plan. Within these, costs are level over packs and over ranks.
+
+    Args:
+        lengths: tokens of each sequence, at least 1.
+        data_parallel: ranks.
+        capacity: tokens a pack may hold.
+        align: what the layout asks of lengths.
+        micro_batches: packs on each rank; the fewest that best-fit decreasing finds when None.
+        cost: cost of a sequence by its length, positive (see :func:`tulu_mega.data.cost.sequence_flops`).
+
+    Returns:
+        ``plan[rank][micro_batch]`` is the ascending list of indices into ``lengths``; a rank's costliest pack comes first.
+
+    Raises:
+        UserError: ``micro_batches`` cannot hold the batch, or ``capacity`` is below the alignment.
+    """
+    room = capacity // align.total * align.total
+    if not room:
+        raise UserError(
+            f"a micro-batch may hold {capacity} tokens, but this layout aligns it to multiples of {align.total}; "
+            f"set data.pack_length to {align.total} or more"
+        )
+    lengths = [int(length) for length in lengths]
+    if lengths and min(lengths) < 1:
+        raise ValueError("a sequence of no tokens cannot be packed")
+    sizes = [align.padded_sequence(length) for length in lengths]
+    costs = [float(cost(size)) for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    each = micro_batches or max(1, math.ceil(len(_best_fit(sizes, order, room)) / data_parallel))
+    plan = _by_rank(sizes, costs, order, room, data_parallel, each)
+    if plan is None:
+        bins = _fill(sizes, costs, order, room, data_parallel * each)
+        if bins is None:
+            needed = math.ceil(len(_best_fit(sizes, order, room)) / data_parallel)
+            raise UserError(
+                f"train.micro_batches = {micro_batches} cannot hold a batch of {len(lengths)} sequences, {sum(sizes)} tokens, "
+                f"on {data_parallel} data-parallel ranks at {capacity} tokens a micro-batch: "
+                f"it takes {needed}; raise train.micro_batches or data.pack_length"
+            )
+        plan = _deal(bins, costs, data_parallel, each)
+    return [
+        sorted((sorted(members) for members in rank), key=lambda members: -sum(costs[index] for index in members))
+        for rank in plan
+    ]
+
+
+def _by_rank(sizes: list[int], costs: list[float], order: list[int], room: int, ranks: int, each: int) -> list[Bins] | None:
+    """Sequences to ranks first, which levels ranks best; None where a rank's share does not go into its bins."""
+    shares = _least_cost([min(size, room) for size in sizes], costs, order, room * each, ranks)
+    if shares is None or (len(order) >= ranks * each and min(map(len, shares)) < each):
+        return None
+    plan = []
+    for share in shares:
+        bins = _fill(sizes, costs, share, room, each)
+        if bins is None:
+            return None
+        plan.append(bins)
+    return plan
+
+
+def _fill(sizes: list[int], costs: list[float], order: list[int], room: int, count: int) -> Bins | None:
+    """That many bins: level ones at once, or else full ones made level; None when they do not hold everything."""
+    bins = _least_cost(sizes, costs, order, room, count)
+    if bins is not None:
+        return bins
+    tight = _best_fit(sizes, order, room)
+    if len(tight) > count:
+        return None
+    bins = _spread(tight, costs, count)
+    _level(bins, sizes, costs, room)
+    return bins
+
+
+def _best_fit(sizes: list[int], order: list[int], room: int) -> Bins:
+    """Few bins: longest first, each into the fullest bin that still takes it (11/9 of the fewest at worst)."""
+    bins: Bins = []
+    space: list[tuple[int, int]] = []
+    for index in order:
+        size = sizes[index]
+        at = bisect_left(space, (size, -1))
+        if at < len(space):
+            left, chosen = space.pop(at)
+            bins[chosen].append(index)
+        else:
+            left, chosen = room, len(bins)
+            bins.append([index])
+        insort(space, (left - size, chosen))  # an over-long sequence leaves less than nothing: its bin is closed
+    return bins
+
+
+def _least_cost(sizes: list[int], costs: list[float], order: list[int], room: int, count: int) -> Bins | None:
+    """Level bins: longest first, each into the cheapest bin that still takes it; None when one fits nowhere."""
+    bins: Bins = [[] for _ in range(count)]
+    space = [room] * count
+    heap = [(0.0, number) for number in range(count)]
+    for index in order:
+        size = sizes[index]
+        passed = []
+        while heap:
+            total, number = heapq.heappop(heap)
+            if size <= space[number] or not bins[number]:
+                break
+            passed.append((total, number))
+        else:
+            return None
+        bins[number].append(index)
+        space[number] -= size
+        heapq.heappush(heap, (total + costs[index], number))
+        for entry in passed:
+            heapq.heappush(heap, entry)
+    return bins
+
+
+def _spread(tight: Bins, costs: list[float], count: int) -> Bins:
+    """The same bins and more: the costliest one that can be split gives its costliest sequence to a new bin."""
+    bins = [list(members) for members in tight]
+    while len(bins) < count:
+        several = [members for members in bins if len(members) > 1]
+        if not several:
+            bins += [[] for _ in range(count - len(bins))]
+            break
+        donor = max(several, key=lambda members: sum(costs[index] for index in members))
+        moved = max(donor, key=lambda index: costs[index])
+        donor.remove(moved)
+        bins.append([moved])
+    return bins
+
+
+def _level(bins: Bins, sizes: list[int], costs: list[float], room: int) -> None:
+    """Moves or exchanges sequences between the costliest and the cheapest bin, in place, while that narrows the gap."""
+    totals = [sum(costs[index] for index in members) for members in bins]
+    fill = [sum(sizes[index] for index in members) for members in bins]
+    for _ in range(_EXCHANGES):
+        high = max(range(len(bins)), key=totals.__getitem__)
+        low = min(range(len(bins)), key=totals.__getitem__)
+        gap = totals[high] - totals[low]
+        best, choice = gap * (1 - 1e-9), None
+        for give in bins[high] if len(bins[high]) > 1 else ():
+            for take in (None, *bins[low]):
+                flow = costs[give] - (costs[take] if take is not None else 0.0)
+                tokens = sizes[give] - (sizes[take] if take is not None else 0)
+                if tokens + fill[low] <= room and fill[high] - tokens <= room and abs(gap - 2 * flow) < best:
+                    best, choice = abs(gap - 2 * flow), (give, take, flow, tokens)
+        if choice is None:
+            return
+        give, take, flow, tokens = choice
+        bins[high].remove(give)
+        bins[low].append(give)
+        if take is not None:
+            bins[low].remove(take)
+            bins[high].append(take)
+        totals[high], totals[low] = totals[high] - flow, totals[low] + flow
+        fill[high], fill[low] = fill[high] - tokens, fill[low] + tokens
+
+
+def _deal(bins: Bins, costs: list[float], ranks: int, each: int) -> list[Bins]:
+    """Costliest first, each to the rank with the least so far that has a place left."""
+    totals = [sum(costs[index] for index in members) for members in bins]
+    plan: list[Bins] = [[] for _ in range(ranks)]
+    heap = [(0.0, rank) for rank in range(ranks)]
+    for number in sorted(range(len(bins)), key=lambda number: -totals[number]):
+        load, rank = heapq.heappop(heap)
+        plan[rank].append(bins[number])
+        if len(plan[rank]) < each:
+            heapq.heappush(heap, (load + totals[number], rank))
+    return plan
