@@ -55,7 +55,7 @@ COMMANDS = {
     ),
     "quickstart": Command(
         "the recipe on a tiny model and task made on the spot: train, generate, compare",
-        "tulu_mega.config:QuickstartSettings",
+        "tulu_mega.quickstart.settings:QuickstartSettings",
         "tulu_mega.quickstart.demo:run",
         example="tulu-mega quickstart",
     ),
@@ -109,7 +109,8 @@ def _dispatch(arguments: list[str]) -> int:
     if command.world:
         launcher.die_with_launcher()
         settings = _settings(command, rest)
-        return launcher.run(command.run, settings, [sys.executable, "-m", "tulu_mega", name, *rest])
+        program = [sys.executable, "-m", "tulu_mega", name, *rest]
+        return launcher.run(command.run, settings, program, prepare=lambda it: launcher.resolve("tulu_mega.preflight:ready")(it))
     settings = _settings(command, rest)
     status = launcher.resolve(command.run)(settings)
     return int(status or 0)
@@ -188,6 +189,18 @@ def _command_help(name: str) -> str:
         lines += ["", f"[{section}]" if section else "Settings"]
         for dotted, kind, default, text in sections[section]:
             shown = "required" if default == "required" else "not set" if default == "None" else f"default {default}"
-            lines.append(f"  --{dotted}  {kind}, {shown}")
+            lines.append(f"  --{dotted}  {_readable(kind)}, {shown}")
             lines += textwrap.wrap(text.replace("`", ""), width=110, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
+
+
+def _readable(kind: str) -> str:
+    """A type as users write its values: ``Literal['a', 'b']`` is ``a | b``, whatever may stay unset is just its type."""
+    kind = kind.removesuffix(" | None")
+    if kind.startswith("Optional["):
+        kind = kind.removeprefix("Optional[").removesuffix("]")
+    if kind.startswith("Literal["):
+        return " | ".join(part.strip(" '") for part in kind.removeprefix("Literal[").removesuffix("]").split(","))
+    return {"str": "text", "str | list[str]": "text or list of texts", "dict[str, Any]": "table"}.get(
+        kind, "list" if kind.startswith("tuple[") else kind
+    )

@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,28 +50,32 @@ class World:
     """DP: size / (TP x PP x CP)"""
 
 
-def run(target: str, settings: EngineSettings, program: Sequence[str]) -> int:
+def run(target: str, settings: EngineSettings, program: Sequence[str], prepare: Callable[[Any], None]) -> int:
     """Calls ``target(settings, world)`` on every rank of a world.
 
     Args:
         target: ``module:function``.
         settings: the command's settings.
         program: the command line of a rank, which is to come here again, as a rank.
+        prepare: checks the settings and makes what the ranks will read; called once, before they start.
 
     Returns:
         The exit status: 0, or that of the rank that failed first (128 + n where signal n ended it).
 
     Raises:
-        UserError: when the layout does not fit the world or the machine, or preflight finds something wrong.
+        UserError: when the layout does not fit the world or the machine; whatever `prepare` raises.
     """
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         world = joined_world(settings.parallel, os.environ)
         if world.rank == 0 and not _started_by_launcher():
-            _preflight(settings)
+            prepare(settings)  # the other ranks wait for this one where they meet
+        # On import megatron-core warns of every package it could also use, torch of names it will change.
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
         return int(resolve(target)(settings, world) or 0)
     size = settings.parallel.model_parallel * (settings.parallel.data or 1)
-    _preflight(settings)
     _check_devices(settings.parallel, size)
+    prepare(settings)
     return _start_world(size, getattr(settings, "run_dir", None), list(program))
 
 
@@ -170,13 +175,6 @@ def _record(message: str, details: dict[str, Any]) -> None:
 
 def _started_by_launcher() -> bool:
     return os.environ.get(_LAUNCHER_PID) == str(os.getppid())
-
-
-def _preflight(settings: EngineSettings) -> None:
-    from tulu_mega import preflight
-
-    if problems := preflight.check(settings):
-        raise UserError(problems)
 
 
 def _check_devices(parallel: ParallelSettings, size: int) -> None:

@@ -32,6 +32,11 @@ class Topology:
         return f"TP{self.tensor}·PP{self.pipeline}·CP{self.context}·DP{self.data} rank {self.rank}"
 
     @property
+    def size(self) -> int:
+        """Processes in the world."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
     def first_stage(self) -> bool:
         return self.pipeline_rank == 0
 

@@ -143,6 +143,17 @@ def prompt_ids(messages: Any, tokenizer: PreTrainedTokenizerFast, template: Temp
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def conversation_ids(messages: Any, tokenizer: PreTrainedTokenizerFast, template: Template) -> list[int]:
+    """Tokens of a whole conversation as it stands, whoever speaks last.
+
+    Raises:
+        ValueError: the conversation is malformed, or the tokenizer's template refuses it.
+    """
+    messages = check_messages(messages, training=False)
+    text = render_tulu(messages, tokenizer.eos_token).text if template == "tulu" else _apply_own(messages, tokenizer)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def _render_own(messages: Messages, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     if _GENERATION_MARK.search(tokenizer.get_chat_template()):
         return _render_marked(messages, tokenizer)

@@ -1,0 +1,28 @@
+"""Where a model lies on this machine: a directory as it is, a hub name after download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tulu_mega.errors import UserError
+
+
+def model_directory(path: str) -> Path:
+    """The directory of a model; a hub name is fetched into the hub's cache first (safetensors, config, tokenizer).
+
+    Raises:
+        UserError: when it is neither a directory nor a hub name that can be fetched.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path = {path!r}: no such directory; give the directory of a Hugging Face model or a hub name")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(path, allow_patterns=wanted))
+    except Exception as error:  # the hub client's many kinds: no network, no such name, no access
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"model.path = {path!r}: no such directory, and not to be had from the hub: {reason}") from None

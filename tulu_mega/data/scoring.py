@@ -1,0 +1,73 @@
+"""Rows to score: texts, conversations or tokens from a JSONL file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tulu_mega.data.chat import Template, conversation_ids
+from tulu_mega.data.sources import JsonLines
+from tulu_mega.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def read(file: str) -> list[tuple[str, dict[str, Any]]]:
+    """Every row of a JSONL file with a name for it, ``FILE line N``.
+
+    Raises:
+        UserError: the file is missing, empty, or lines of it are not JSON objects.
+    """
+    try:
+        lines = JsonLines(file)
+    except OSError as error:
+        raise UserError(f"input = {file}: cannot be read: {error.strerror}; give a JSONL file") from None
+    rows, problems = [], []
+    for index in range(len(lines)):
+        try:
+            rows.append((lines.where(index), lines.row(index)))
+        except ValueError as error:
+            problems.append(f"{lines.where(index)}: {error}")
+    if problems:
+        raise UserError(problems[:20])
+    if not rows:
+        raise UserError(f"input = {file}: has no rows; expected one JSON object on each line")
+    return rows
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A row to the tokens that are scored.
+
+    ``messages`` are rendered by the template, assistant turns or not; ``text`` is taken as it is, with no BOS put before it;
+    ``input_ids`` need no tokenizer.
+    """
+
+    tokenizer: PreTrainedTokenizerFast | None
+    template: Template
+    vocab_size: int | None = None
+
+    def __call__(self, row: dict[str, Any]) -> list[int]:
+        """
+        Raises:
+            ValueError: the row has nothing to score, or tokens that the model does not have.
+        """
+        given = [name for name in ("messages", "text", "input_ids") if row.get(name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"has {', '.join(given) or 'none'} of messages, text and input_ids; expected exactly one")
+        if given == ["input_ids"]:
+            ids = row["input_ids"]
+            if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+                raise ValueError(f"input_ids is {ids!r:.60}; expected a list of whole numbers")
+        elif given == ["text"]:
+            if not isinstance(row["text"], str):
+                raise ValueError(f"text is {type(row['text']).__name__}; expected a string")
+            ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        else:
+            ids = conversation_ids(row["messages"], self.tokenizer, self.template)
+        if not ids:
+            raise ValueError("has no tokens; expected at least one")
+        if self.vocab_size is not None and max(ids) >= self.vocab_size:
+            raise ValueError(f"holds token {max(ids)}, but the model's vocabulary has {self.vocab_size} entries")
+        return ids

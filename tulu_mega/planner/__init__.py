@@ -1,0 +1,1 @@
+"""Arithmetic of runs: what a step costs."""

@@ -1,0 +1,40 @@
+"""Floating-point operations of training, from a model's config.json and the lengths of its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def matmul_parameters(config: Mapping[str, Any]) -> int:
+    """Parameters a token is multiplied with: all of a Llama but the input embedding (tied or not) and the norms.
+
+    Args:
+        config: Hugging Face's config.json.
+    """
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
+    attention = hidden * queries * 2 + hidden * keys * 2
+    mlp = 3 * hidden * config["intermediate_size"]
+    return config["num_hidden_layers"] * (attention + mlp) + hidden * config["vocab_size"]
+
+
+def training_flops(config: Mapping[str, Any], lengths: Iterable[int]) -> float:
+    """FLOPs of one forward and backward pass over sequences that attend causally within themselves.
+
+    ``6 (N - embedding) tokens + 6 L h sum(length ** 2)``: every parameter is multiplied and added once forward and twice
+    backward; scores and their application to the values are 4 h n^2 forward, half of that under the causal mask, three times
+    with the backward pass. Recomputed activations are not counted: they are a cost, not work done.
+
+    Args:
+        config: Hugging Face's config.json.
+        lengths: real tokens of each sequence; padding is no work.
+    """
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    width = heads * (config.get("head_dim") or hidden // heads)
+    tokens = squares = 0
+    for length in lengths:
+        tokens += int(length)
+        squares += int(length) ** 2
+    return 6.0 * matmul_parameters(config) * tokens + 6.0 * config["num_hidden_layers"] * width * squares

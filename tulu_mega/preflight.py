@@ -1,0 +1,163 @@
+"""What can be known to be wrong before anything is launched or written."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.hf_files import HfCheckpoint
+from tulu_mega.bridge.hub import model_directory
+from tulu_mega.config import EngineSettings, ParallelSettings, ScoreSettings, Section, SftSettings
+from tulu_mega.data import scoring
+from tulu_mega.data.store import TokenStore, prepare
+from tulu_mega.data.tokenizer import load_tokenizer
+from tulu_mega.errors import UserError
+
+CONFIG = "config.json"
+DATA = "data"
+_MATHEMATICS = ("model.path", "model.dtype", "seed", "data", "optim", "train.global_batch", "train.reduction", "train.steps",
+                "train.epochs")  # fmt: skip
+_INDIFFERENT = ("data.workers", "data.pack_length")
+
+
+def check(settings: Section) -> list[str]:
+    """Everything that is wrong with a command's settings, model and data; nothing is left on disk."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return _problems(settings, Path(scratch) / DATA)
+
+
+def ready(settings: EngineSettings) -> None:
+    """Checks as `check` does and leaves the tokenised data in RUN_DIR/data for the ranks.
+
+    Raises:
+        UserError: with every problem; nothing is written then.
+    """
+    run_dir = getattr(settings, "run_dir", None)
+    if run_dir is None:
+        problems = check(settings)
+    else:
+        problems = _problems(settings, Path(run_dir) / DATA)
+    if problems:
+        raise UserError(problems)
+
+
+def layout_problems(config: Mapping[str, Any], parallel: ParallelSettings) -> list[str]:
+    """What of a model does not divide by the layout.
+
+    Args:
+        config: the model's config.json.
+    """
+    heads = config["num_attention_heads"]
+    sizes = [
+        ("parallel.tensor", parallel.tensor, "num_attention_heads", heads),
+        ("parallel.tensor", parallel.tensor, "num_key_value_heads", config.get("num_key_value_heads") or heads),
+        ("parallel.tensor", parallel.tensor, "intermediate_size", config["intermediate_size"]),
+        ("parallel.pipeline", parallel.pipeline, "num_hidden_layers", config["num_hidden_layers"]),
+    ]
+    return [
+        f"{setting} = {by} does not divide the model's {name} = {size}; choose a divisor"
+        for setting, by, name, size in sizes
+        if size % by
+    ]
+
+
+def _problems(settings: Section, data_directory: Path) -> list[str]:
+    problems: list[str] = []
+
+    def collect(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except UserError as error:
+            problems.extend(error.problems)
+            return None
+
+    if not isinstance(settings, EngineSettings):
+        collect(lambda: model_directory(settings.model.path) if hasattr(settings, "model") else None)
+        return problems
+    config = collect(lambda: _model(settings))
+    if isinstance(settings, SftSettings):
+        collect(lambda: _same_run(settings))
+        if problems:  # data is not tokenised, nor written, for a run that cannot start; its own problems are told all the same
+            with tempfile.TemporaryDirectory() as scratch:
+                collect(lambda: prepare(settings.data, settings.model, Path(scratch) / DATA, progress=False))
+        else:
+            store = collect(lambda: prepare(settings.data, settings.model, data_directory))
+            collect(lambda: store and _fits_vocabulary(store, config))
+    if isinstance(settings, ScoreSettings):
+        collect(lambda: _scorable(settings, config))
+    return list(dict.fromkeys(problems))
+
+
+def _model(settings: EngineSettings) -> dict[str, Any]:
+    """The model's config.json, its weights found whole and of the shapes that it asks for, dividing by the layout."""
+    checkpoint = HfCheckpoint.open(model_directory(settings.model.path))
+    family = family_for(checkpoint.config)
+    problems = checkpoint.check(family.hf_shapes(checkpoint.config), family.ignorable(checkpoint.config))
+    problems += layout_problems(checkpoint.config, settings.parallel)
+    if problems:
+        raise UserError(problems)
+    return checkpoint.config
+
+
+def _same_run(settings: SftSettings) -> None:
+    """A run directory goes on with the settings it began with, as far as they decide what is computed."""
+    file = Path(settings.run_dir) / CONFIG
+    if not file.exists():
+        return
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{file}: cannot be read; choose another run_dir, or remove this one") from None
+    now = json.loads(settings.model_dump_json())
+    changed = [name for name in _flat(now) if _decides(name) and _flat(before).get(name) != _flat(now)[name]]
+    if changed:
+        raise UserError(
+            f"run_dir = {settings.run_dir} holds a run with other settings: "
+            + "; ".join(f"{name} was {_flat(before).get(name)!r}, is {_flat(now)[name]!r}" for name in changed)
+            + ". Choose another run_dir, or the settings of before to go on"
+        )
+
+
+def _decides(name: str) -> bool:
+    return name not in _INDIFFERENT and any(name == each or name.startswith(each + ".") for each in _MATHEMATICS)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _fits_vocabulary(store: TokenStore, config: Mapping[str, Any]) -> None:
+    if store.max_token >= config["vocab_size"]:
+        raise UserError(
+            f"the data holds token {store.max_token}, but the model's vocabulary has {config['vocab_size']} entries; "
+            "data and tokenizer belong to another model"
+        )
+
+
+def _scorable(settings: ScoreSettings, config: Mapping[str, Any] | None) -> None:
+    output = Path(settings.output)
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"output = {settings.output}: {output.absolute().parent} is no directory; make it first")
+    rows = scoring.read(settings.input)
+    needs_tokenizer = any("input_ids" not in row for _where, row in rows)
+    tokenizer = (
+        load_tokenizer(settings.model.path, settings.tokenizer, settings.template, settings.model.trust_remote_code)
+        if needs_tokenizer
+        else None
+    )
+    encode = scoring.Encoder(tokenizer, settings.template, config["vocab_size"] if config else None)
+    problems = []
+    for where, row in rows:
+        try:
+            encode(row)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        raise UserError(problems[:20] + ([f"... {len(problems)} rows cannot be scored"] if len(problems) > 20 else []))

@@ -1,0 +1,14 @@
+"""What `tulu-mega quickstart` takes."""
+
+from __future__ import annotations
+
+from tulu_mega.config.sections import PositiveInt, Section
+
+
+class QuickstartSettings(Section):
+    run_dir: str = "runs/quickstart"
+    """Directory of the model, the data and the runs made of them. What is complete there is used again."""
+    seed: int = 0
+    """Of the task's problems, the model's first weights and the training order."""
+    steps: PositiveInt = 280
+    """Optimizer steps of fine-tuning, 64 demonstrations each."""

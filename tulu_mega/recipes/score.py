@@ -1,0 +1,85 @@
+"""Per-token log-probabilities of given texts, by the same forward pass that trains."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tulu_mega.config import ScoreSettings
+from tulu_mega.data import scoring
+from tulu_mega.data.batch import pack
+from tulu_mega.data.cost import sequence_flops
+from tulu_mega.data.packing import plan_step
+from tulu_mega.data.tokenizer import load_tokenizer
+from tulu_mega.launcher import World
+from tulu_mega.records import PackedBatch, Sequence
+from tulu_mega.recipes.session import Session, opened
+
+_CHUNK = 1024
+"""Rows scored between two writes of the output."""
+
+
+def run(settings: ScoreSettings, world: World) -> None:
+    """Writes a row of log-probabilities for every row of the input, in its order.
+
+    Raises:
+        UserError: on every rank, for whatever the user can mend.
+    """
+    with opened(settings, world, seed=0) as session:
+        session.load_weights()
+        rows = [row for _where, row in scoring.read(settings.input)]
+        encode = _encoder(settings, rows, session.engine.hf.vocab_size)
+        partial = Path(f"{settings.output}.partial")
+        with partial.open("w") if session.lead else contextlib.nullcontext() as file:
+            for start in range(0, len(rows), _CHUNK):
+                chunk = rows[start : start + _CHUNK]
+                sequences = [Sequence(number, ids, ids) for number, ids in enumerate(map(encode, chunk))]
+                logprobs = _score(session, sequences, settings.pack_length)
+                if session.lead:
+                    for sequence in sequences:
+                        line = _line(chunk[sequence.row], sequence.input_ids, logprobs[sequence.row])
+                        file.write(json.dumps(line) + "\n")
+                    print(f"{start + len(chunk):,} of {len(rows):,} rows scored", flush=True)
+        if session.lead:
+            partial.replace(settings.output)
+
+
+def _encoder(settings: ScoreSettings, rows: list[dict[str, Any]], vocab_size: int) -> scoring.Encoder:
+    tokenizer = None
+    if any("input_ids" not in row for row in rows):
+        model = settings.model
+        tokenizer = load_tokenizer(model.path, settings.tokenizer, settings.template, model.trust_remote_code)
+    return scoring.Encoder(tokenizer, settings.template, vocab_size)
+
+
+def _score(session: Session, sequences: list[Sequence], capacity: int) -> dict[int, list[float]]:
+    """Log-probabilities by row on rank 0; nothing elsewhere."""
+    hf, place = session.engine.hf, session.topology
+    cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, hf.vocab_size)
+    plan = plan_step([len(s.input_ids) for s in sequences], place.data, capacity, session.align, cost=cost)
+    micro_batches = [pack((sequences[i] for i in bin_), session.align) for bin_ in plan[place.data_rank]]
+    scored = session.engine.score(micro_batches)
+    mine: dict[int, list[float]] = {}
+    if place.reports_loss:
+        for batch, logp_T in zip(micro_batches, scored, strict=True):
+            mine |= _by_row(batch, logp_T.tolist(), sequences)
+    gathered: list[dict[int, list[float]] | None] | None = [None] * place.size if session.lead else None
+    dist.gather_object(mine, gathered)
+    return {row: values for part in gathered or () for row, values in part.items()}
+
+
+def _by_row(batch: PackedBatch, logp: list[float], sequences: list[Sequence]) -> dict[int, list[float]]:
+    """Position t of a segment holds the log-probability of its token t + 1."""
+    starts = batch.cu_seqlens_S1.tolist()
+    rows = batch.rows_S.tolist()
+    return {row: logp[at : at + len(sequences[row].input_ids) - 1] for row, at in zip(rows, starts, strict=False) if row >= 0}
+
+
+def _line(row: dict[str, Any], input_ids: list[int], logprobs: list[float]) -> dict[str, Any]:
+    kept = {"id": row["id"]} if "id" in row else {}
+    return {**kept, "input_ids": input_ids, "logprobs": logprobs, "sum": math.fsum(logprobs)}

@@ -1,0 +1,125 @@
+"""What every stage on a Megatron model begins with: a place among the ranks, the model with its weights, a directory of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tulu_mega import platforms, topology
+from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.hf_files import HfCheckpoint
+from tulu_mega.bridge.hub import model_directory
+from tulu_mega.bridge.live import export_hf, load_hf
+from tulu_mega.config import EngineSettings
+from tulu_mega.data.packing import Alignment, alignment
+from tulu_mega.engine import Engine
+from tulu_mega.errors import UserError
+from tulu_mega.launcher import World
+from tulu_mega.model.hf_config import load_config
+from tulu_mega.topology import Topology
+
+
+@dataclass(frozen=True)
+class Session:
+    """A world that stands, and an engine in it without weights yet."""
+
+    settings: EngineSettings
+    topology: Topology
+    engine: Engine
+    source: Path
+    """directory the model came from"""
+
+    @property
+    def lead(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
+        return self.topology.rank == 0
+
+    @property
+    def align(self) -> Alignment:
+        """What the layout and the FP8 recipe ask of lengths."""
+        megatron = self.settings.megatron
+        fp8 = (megatron.get("fp8_recipe", "delayed") if megatron.get("fp8") else None) or None
+        parallel = self.settings.parallel
+        return alignment(parallel.tensor, parallel.sequence and parallel.tensor > 1, parallel.context, fp8)
+
+    def load_weights(self) -> None:
+        """The model's weights from its Hugging Face directory, each rank its own slices.
+
+        Raises:
+            UserError: with everything that does not fit.
+        """
+        with contextlib.closing(HfCheckpoint.open(self.source)) as files:
+            family = family_for(files.config)
+            load_hf(self.engine.model, files, family, self.topology.tensor_rank, self.topology.tensor)
+
+    def export(self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str]) -> None:
+        """Writes the model in Hugging Face format; every rank calls it.
+
+        Raises:
+            UserError: the directory cannot be used.
+        """
+        place = self.topology
+        with contextlib.closing(HfCheckpoint.open(self.source)) as files:
+            export_hf(
+                [self.engine.model],
+                directory,
+                files.config,
+                family_for(files.config),
+                tp_group=place.tensor_group,
+                tp_rank=place.tensor_rank,
+                tp_size=place.tensor,
+                pp_group=place.pipeline_group,
+                pp_rank=place.pipeline_rank,
+                pp_size=place.pipeline,
+                is_writer=place.data_rank == 0 and place.context_rank == 0,
+                barrier=torch.distributed.barrier,
+                dtype=dtype,
+                source_directory=self.source,
+                extra_files=extra_files,
+            )
+
+
+@contextlib.contextmanager
+def opened(settings: EngineSettings, world: World, seed: int) -> Iterator[Session]:
+    """Joins the world, builds this rank's part of the model, and leaves the world at the end."""
+    platform = platforms.install(world.local_rank)
+    place = topology.start(settings.parallel, platform, seed)
+    source = model_directory(settings.model.path)
+    hf = load_config(settings.model.model_copy(update={"path": str(source)}))
+    yield Session(settings, place, Engine(hf, settings, place, platform), source)
+    topology.stop()  # after an error the others may be waiting in a collective: the process ends instead
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps a second run out of a directory. Rank 0 only.
+
+    Raises:
+        UserError: another process has it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise UserError(f"run_dir = {run_dir}: another run is writing there; wait for it or choose another run_dir") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_settings(settings: EngineSettings, file: Path) -> None:
+    """The resolved settings as JSON, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(json.loads(settings.model_dump_json()), indent=2) + "\n")
+    partial.replace(file)
+

