@@ -143,7 +143,9 @@ def clean(directory: Path) -> None:
 
 def identity(hf: PretrainedConfig) -> dict[str, Any]:
     """The sizes by which one model is told from another."""
-    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size tie_word_embeddings"
+    names = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size tie_word_embeddings"
+    )
     return {name: getattr(hf, name) for name in names.split()} | {"architectures": hf.architectures, "head_dim": head_dim(hf)}
 
 

@@ -189,18 +189,6 @@ def _command_help(name: str) -> str:
         lines += ["", f"[{section}]" if section else "Settings"]
         for dotted, kind, default, text in sections[section]:
             shown = "required" if default == "required" else "not set" if default == "None" else f"default {default}"
-            lines.append(f"  --{dotted}  {_readable(kind)}, {shown}")
+            lines.append(f"  --{dotted}  {kind}, {shown}")
             lines += textwrap.wrap(text.replace("`", ""), width=110, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
-
-
-def _readable(kind: str) -> str:
-    """A type as users write its values: ``Literal['a', 'b']`` is ``a | b``, whatever may stay unset is just its type."""
-    kind = kind.removesuffix(" | None")
-    if kind.startswith("Optional["):
-        kind = kind.removeprefix("Optional[").removesuffix("]")
-    if kind.startswith("Literal["):
-        return " | ".join(part.strip(" '") for part in kind.removeprefix("Literal[").removesuffix("]").split(","))
-    return {"str": "text", "str | list[str]": "text or list of texts", "dict[str, Any]": "table"}.get(
-        kind, "list" if kind.startswith("tuple[") else kind
-    )

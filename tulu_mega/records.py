@@ -82,4 +82,4 @@ class LossOutput:
     count: int
     """this micro-batch's share of the global denominator: tokens, sequences or pairs"""
     metrics: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
-    """name -> (sum, count) for each name in the objective's ``reported``; the ratio of the sums over the global batch is logged"""
+    """name -> (sum, count) for each of the objective's ``reported``; the ratio of the sums over the global batch is logged"""

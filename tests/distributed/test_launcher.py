@@ -32,7 +32,7 @@ RANK = """
     from tulu_mega.config import ParallelSettings
     settings = types.SimpleNamespace(parallel=ParallelSettings(tensor=2))
     try:
-        sys.exit(launcher.run("the_recipe:run", settings, []))
+        sys.exit(launcher.run("the_recipe:run", settings, [], prepare=None))
     except UserError as error:
         launcher.report(error.problems)
         sys.exit(2)
@@ -43,9 +43,8 @@ RANK = """
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch):
+def start(tmp_path):
     """Runs a recipe's body as a world of two ranks and returns the exit status."""
-    monkeypatch.setattr(launcher, "_preflight", lambda settings: None)
 
     def start(body: str, keep_logs: bool = True) -> int:
         script = write_rank(tmp_path, body)
@@ -56,7 +55,10 @@ def start(tmp_path, monkeypatch):
             )
         else:
             settings = ScoreSettings.model_validate({"model": "unused", "input": "i", "output": "o", "parallel": parallel})
-        return launcher.run("the_recipe:run", settings, [sys.executable, str(script)])
+        prepared = []
+        status = launcher.run("the_recipe:run", settings, [sys.executable, str(script)], prepared.append)
+        assert prepared == [settings]  # once, here
+        return status
 
     return start
 
@@ -129,10 +131,9 @@ LAUNCHER = """
     import sys
     from tulu_mega import launcher
     from tulu_mega.config import ScoreSettings
-    launcher._preflight = lambda settings: None
     settings = ScoreSettings.model_validate({"model": "unused", "input": "i", "output": "o", "parallel": {"tensor": 2}})
     if __name__ == "__main__":
-        sys.exit(launcher.run("the_recipe:run", settings, [sys.executable, sys.argv[1]]))
+        sys.exit(launcher.run("the_recipe:run", settings, [sys.executable, sys.argv[1]], lambda settings: None))
 """
 
 

@@ -18,7 +18,7 @@ tulu_mega.platforms.cpu.install()
 
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
-
-import tulu_mega.checkpoint  # noqa: E402, F401
-import tulu_mega.engine  # noqa: E402, F401
-import tulu_mega.platforms.adam  # noqa: E402, F401
+import tulu_mega.engine  # noqa: E402
+import tulu_mega.platforms.adam  # noqa: E402
+import tulu_mega.recipes.score  # noqa: E402
+import tulu_mega.recipes.sft  # noqa: E402

@@ -84,7 +84,9 @@ def check_megatron_table(table: dict[str, Any]) -> None:
         if name in OWNED:
             problems.append(f"{name} is decided by {OWNED[name]}; set it there")
         elif known and name not in known:
-            problems.append(f"{name} is not a field of megatron-core's TransformerConfig{nearest(name, known.keys() - OWNED.keys())}")
+            problems.append(
+                f"{name} is not a field of megatron-core's TransformerConfig{nearest(name, known.keys() - OWNED.keys())}"
+            )
         elif known and not _accepts(known[name], value):
             problems.append(f"{name} = {value!r}: megatron-core wants {known[name]}")
     if problems:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -48,10 +49,24 @@ def describe(settings: type[BaseModel], prefix: str = "") -> list[tuple[str, str
             rows += describe(section, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else str(field.default)
-        kind = getattr(field.annotation, "__name__", str(field.annotation)) if not get_args(field.annotation) else str(field.annotation)
-        kind = kind.replace("typing.", "").replace("Annotated[", "").split(", FieldInfo")[0]
-        rows.append((f"{prefix}{name}", kind, default, (field.description or "").replace("\n", " ")))
+        rows.append((f"{prefix}{name}", _kind(field.annotation), default, (field.description or "").replace("\n", " ")))
     return rows
+
+
+def _kind(annotation: Any) -> str:
+    """A type as users write its values: constraints and None left out."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(arguments[0])
+    if origin is Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(part) for part in arguments if part is not type(None))
+    if origin in (list, tuple):
+        return f"list of {_kind(arguments[0])}"
+    if origin is dict:
+        return "table"
+    return {str: "text"}.get(annotation, annotation.__name__)
 
 
 def _read_toml(file: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ reduction = "sum"                  # Tulu 3: the sum over tokens, divided by the
 log_every = 20
 
 [optim]
-lr = 3e-3                          # a million parameters take a thousand times the rate that 8B do
+lr = 3e-3                          # 600 times what 8B parameters take: a million bear it
 schedule = "linear"
 warmup = 0.03
 betas = [0.9, 0.999]

@@ -17,8 +17,8 @@ from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.packing import plan_step
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.launcher import World
-from tulu_mega.records import PackedBatch, Sequence
 from tulu_mega.recipes.session import Session, opened
+from tulu_mega.records import PackedBatch, Sequence
 
 _CHUNK = 1024
 """Rows scored between two writes of the output."""

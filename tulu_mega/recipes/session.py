@@ -1,4 +1,4 @@
-"""What every stage on a Megatron model begins with: a place among the ranks, the model with its weights, a directory of its own."""
+"""What every stage on a Megatron model begins with: a place among the ranks, the model and its weights, a run directory."""
 
 from __future__ import annotations
 
@@ -122,4 +122,3 @@ def write_settings(settings: EngineSettings, file: Path) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(json.dumps(json.loads(settings.model_dump_json()), indent=2) + "\n")
     partial.replace(file)
-

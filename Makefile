@@ -1,0 +1,53 @@
+# The .venv is built from the lock on first use; PYTHON is used by gpu-smoke alone, which wants the machine's own torch.
+PYTHON ?= python3
+BIN := .venv/bin
+LOCKED := .venv/.locked
+INSTALLED := .venv/.installed
+LOGS := docs/measurements
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test acceptance lint gpu-smoke venv
+
+help:  ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+
+venv: $(INSTALLED)  ## build .venv from requirements/cpu.txt
+
+# A stamp is written last, so a broken installation is never taken for a whole one; it holds the lock it was made from, so
+# that a changed date alone (a fresh checkout, a switched branch) builds nothing again.
+$(LOCKED): requirements/cpu.txt
+	@if cmp -s $< $@; then touch $@; exit 0; fi; \
+	python=; for candidate in python3.11 python3.12 python3 python3.13; do \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	[ -n "$$python" ] || { echo "error: no Python 3.11 or newer with venv and ensurepip on PATH; install one" >&2; exit 2; }; \
+	echo "building .venv with $$("$$python" --version) (some 3.5 GB; minutes)"; \
+	"$$python" -m venv --clear .venv; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<; \
+	cp $< $@
+
+$(INSTALLED): setup.py $(LOCKED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: $(INSTALLED)  ## the recipe on a tiny model made here: train, generate, compare (a few minutes on 2 cores)
+	@$(BIN)/tulu-mega quickstart
+
+lint: $(INSTALLED)  ## ruff and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+test: lint  ## lint, then every test that needs no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not acceptance and not gpu"
+
+acceptance: $(INSTALLED)  ## long end-to-end checks and measurements; logs under docs/measurements/
+	@mkdir -p $(LOGS)
+	$(BIN)/python -m pytest tests -m acceptance 2>&1 | tee $(LOGS)/acceptance.log
+	@shopt -s nullglob; for bench in tools/bench_*.py; do \
+	  name=$$(basename "$$bench" .py); echo "== $$name"; \
+	  $(BIN)/python "$$bench" 2>&1 | tee "$(LOGS)/$$name.log"; \
+	done
+
+gpu-smoke:  ## train and score on a CUDA device with PYTHON's own packages: make gpu-smoke PYTHON=python3
+	$(PYTHON) tools/gpu_smoke.py

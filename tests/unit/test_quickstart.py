@@ -1,0 +1,128 @@
+"""The quickstart's pieces: a reproducible model, a tokenizer that fits the task, scores and what is reused."""
+
+import json
+import subprocess
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from tulu_mega.config import SftSettings, load
+from tulu_mega.data.chat import encode, prompt_ids
+from tulu_mega.errors import UserError
+from tulu_mega.quickstart import demo, task, tiny_model
+from tulu_mega.quickstart.settings import QuickstartSettings
+
+EXAMPLE = Path(__file__).parents[2] / "examples/sft_tiny.toml"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_model.make_tokenizer()
+
+
+def test_the_example_is_what_the_quickstart_trains_with():
+    defaults = QuickstartSettings()
+    assert EXAMPLE.read_text(encoding="utf-8") == demo.sft_settings(defaults.run_dir, defaults.seed, defaults.steps)
+    settings = load(SftSettings, str(EXAMPLE))
+    assert settings.parallel.tensor == 2 and settings.parallel.sequence
+    assert settings.train.steps * settings.train.global_batch == demo.DEMONSTRATIONS
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_other_weights(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        tiny_model.make(tmp_path / name, seed)
+    files = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert "model.safetensors" in files
+    same = {name: (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files}
+    assert all(same.values()), same
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "c/tokenizer.json").read_bytes()
+    assert (tmp_path / "a/model.safetensors").read_bytes() != (tmp_path / "c/model.safetensors").read_bytes()
+
+
+def test_the_model_can_be_cut_in_two(tmp_path):
+    tiny_model.make(tmp_path / "model", 0)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    widths = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size", "vocab_size")
+    assert all(config[name] % 2 == 0 for name in widths)
+    assert config["vocab_size"] % 8 == 0 and 0 <= config["vocab_size"] - len(tiny_model.make_tokenizer()) < 8
+    assert config["num_key_value_heads"] < config["num_attention_heads"] and not config["tie_word_embeddings"]
+
+
+def test_digits_are_tokens_and_any_text_survives(tokenizer):
+    assert [tokenizer.decode(token) for token in tokenizer.encode("12x305")] == ["1", "2", "x", "3", "0", "5"]
+    for text in ("Ada has 12 pens.", "Übermaß 漢字 🙂\n\t", "<|user|>\n"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_token == "<|end_of_text|>" and tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_prompts_in_training_and_in_generation_are_the_same_tokens(tokenizer):
+    for row in islice(task.demonstrations(5), 200):
+        ids, labels = encode(row["messages"], tokenizer, "tulu", None)
+        prompt = prompt_ids(row["messages"][:1], tokenizer, "tulu")
+        assert ids[: len(prompt)] == prompt
+        assert labels == [-100] * len(prompt) + ids[len(prompt) :]
+        assert len(ids) < 80, "words of the task should be single tokens"
+
+
+def test_the_tokenizers_own_template_is_tulus(tokenizer):
+    messages = [{"role": "user", "content": "Ada has 1 pen."}, {"role": "assistant", "content": "1"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<|user|>\nAda has 1 pen.\n<|assistant|>\n1<|end_of_text|>"
+
+
+def test_scores_and_their_interval():
+    right, wrong = ({"response": f"The answer is {answer}.", "ground_truth": "3"} for answer in (3, 4))
+    rows = [right] * 45 + [wrong] * 55
+    score = demo.score(rows)
+    assert (score.correct, score.total, score.accuracy) == (45, 100, 0.45)
+    assert score.interval == pytest.approx((0.356, 0.548), abs=1e-3)  # Wilson, from tables
+    assert demo.Score(0, 10).interval[0] == 0.0 and demo.Score(10, 10).interval[1] == 1.0
+
+
+@pytest.fixture
+def story(tmp_path, monkeypatch):
+    """A quickstart whose training copies the model and whose vLLM answers by rule; returns (settings, what was done)."""
+    done = []
+
+    def train(command, check):
+        done.append("train")
+        directory = Path(load(SftSettings, command[-1]).run_dir)
+        tiny_model.make(directory / "hf", 1)
+        return subprocess.CompletedProcess(command, 0)
+
+    def generate(settings):
+        done.append(Path(settings.model.path).name)
+        right = Path(settings.model.path).name == "hf"
+        rows = [json.loads(line) for line in Path(settings.input).read_text().splitlines()]
+        answered = ({**row, "response": row["ground_truth"] if right else "\x1b[31mno"} for row in rows)
+        task.write_jsonl(answered, Path(settings.output))
+
+    monkeypatch.setattr("tulu_mega.rollout.generate.check_vllm", lambda: None)
+    monkeypatch.setattr("tulu_mega.rollout.generate.generate", generate)
+    monkeypatch.setattr(demo.subprocess, "run", train)
+    return QuickstartSettings(run_dir=str(tmp_path / "quick")), done
+
+
+def test_the_story_is_told_once_and_what_is_complete_is_reused(story, capsys):
+    settings, done = story
+    demo.run(settings)
+    assert done == ["model", "train", "hf"]
+    shown = capsys.readouterr().out
+    assert "0 of 500" in shown and "500 of 500" in shown and "100.0%" in shown
+    assert "\x1b[31mno" not in shown, "an answer must not command the terminal"
+    demo.run(settings)
+    assert done == ["model", "train", "hf"]
+    with pytest.raises(UserError, match="holds a quickstart with"):
+        demo.run(settings.model_copy(update={"seed": 1}))
+
+
+def test_a_training_that_fails_is_told_and_taken_up_again(story, monkeypatch):
+    settings, done = story
+    whole = demo.subprocess.run
+    monkeypatch.setattr(demo.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 3))
+    with pytest.raises(UserError, match="ended with status 3"):
+        demo.run(settings)
+    monkeypatch.setattr(demo.subprocess, "run", whole)
+    demo.run(settings)
+    assert done == ["model", "train", "hf"]
