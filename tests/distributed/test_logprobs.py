@@ -1,0 +1,99 @@
+"""The log-prob seam against torch autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.distributed import world
+
+TOKENS, HIDDEN, VOCAB = 37, 24, 50
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def case(ranks: int, ignored: str):
+    from tulu_mega.bridge.rules import padded_vocab
+    from tulu_mega.records import IGNORE
+
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(TOKENS + (-TOKENS) % ranks, HIDDEN, dtype=torch.float64, generator=generator)
+    padded = padded_vocab(VOCAB, ranks)
+    weight = torch.randn(padded, HIDDEN, dtype=torch.float64, generator=generator)
+    weight[VOCAB:] = 9.0  # padding that would win the softmax if it took part
+    labels = torch.randint(0, VOCAB, (len(hidden),), generator=generator)
+    labels[{"some": slice(None, None, 3), "all": slice(None), "none": slice(0, 0)}[ignored]] = IGNORE
+    upstream = torch.randn(len(hidden), dtype=torch.float64, generator=generator)
+    return hidden, weight, labels, upstream
+
+
+def ours(sequence_parallel: bool, workspace: int, ignored: str):
+    import os
+
+    from tulu_mega import platforms, topology
+    from tulu_mega.config import ParallelSettings
+    from tulu_mega.logprobs import token_logprobs
+
+    size = int(os.environ["WORLD_SIZE"])
+    place = topology.start(ParallelSettings(tensor=size), platforms.install(), seed=0)
+    hidden, weight, labels, upstream = (x.float() if x.is_floating_point() else x for x in case(size, ignored))
+    rank = place.tensor_rank
+    mine = hidden.chunk(size)[rank] if sequence_parallel else hidden
+    mine = mine.unsqueeze(1).clone().requires_grad_()
+    shard = weight.chunk(size)[rank].clone().requires_grad_()
+    with Largest() as seen:
+        logp = token_logprobs(
+            mine, shard, labels, vocab_size=VOCAB, tensor_group=place.tensor_group, sequence_parallel=sequence_parallel,
+            workspace=workspace,
+        )  # fmt: skip
+        logp.backward(upstream)
+    return logp.detach().numpy(), mine.grad.squeeze(1).numpy(), shard.grad.numpy(), seen.numel
+
+
+def truth(ranks: int, ignored: str):
+    from tulu_mega.records import IGNORE
+
+    hidden, weight, labels, upstream = case(ranks, ignored)
+    hidden.requires_grad_(), weight.requires_grad_()
+    full = (hidden @ weight[:VOCAB].t()).log_softmax(-1)
+    logp = full.gather(1, labels.clamp(min=0)[:, None]).squeeze(1) * (labels != IGNORE)
+    logp.backward(upstream)
+    return logp.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sequence_parallel", "rows_a_chunk", "ignored"),
+    [(1, False, 1000, "some"), (1, False, 5, "none"), (2, True, 5, "some"), (2, False, 1000, "none"), (4, True, 3, "some"), (2, True, 5, "all")],
+)  # fmt: skip
+def test_values_and_gradients(ranks, sequence_parallel, rows_a_chunk, ignored):
+    from tulu_mega.bridge.rules import padded_vocab
+
+    local = padded_vocab(VOCAB, ranks) // ranks
+    answers = world.run(ranks, ours, sequence_parallel, 4 * local * rows_a_chunk, ignored)
+    answers = [[torch.from_numpy(array) for array in answer[:3]] for answer in answers]
+    logp, d_hidden, d_weight = truth(ranks, ignored)
+    for answer in answers:
+        torch.testing.assert_close(answer[0].double(), logp, rtol=0, atol=2e-5)
+    got = torch.cat([a[1] for a in answers]) if sequence_parallel else answers[0][1]
+    torch.testing.assert_close(got.double(), d_hidden, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(torch.cat([a[2] for a in answers]).double(), d_weight, rtol=1e-4, atol=2e-5)
+    assert (torch.cat([a[2] for a in answers])[VOCAB:] == 0).all()
+
+
+def test_full_logits_are_never_made():
+    chunk = 4 * VOCAB * 2  # two rows of logits
+    (_logp, _dh, _dw, largest) = world.run(1, ours, False, chunk, "none")[0]
+    assert largest <= max(TOKENS * HIDDEN, (VOCAB + 8) * HIDDEN) < TOKENS * VOCAB

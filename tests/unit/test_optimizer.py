@@ -1,0 +1,56 @@
+"""Learning-rate schedules against transformers'."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from tulu_mega.config import OptimSettings
+
+
+class Groups:
+    """As much of an optimizer as a schedule sees."""
+
+    def __init__(self):
+        self.param_groups = [{"lr": 0.0, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")])
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 0.03), (37, 0.1), (10, 0.0), (1, 0.5)])
+def test_schedule_is_that_of_transformers(ours, theirs, steps, warmup):
+    from tulu_mega.optimizer import Schedule, warmup_steps
+
+    schedule = Schedule(Groups(), OptimSettings(lr=1e-3, schedule=ours, warmup=warmup), steps)
+    reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = get_scheduler(theirs, reference, num_warmup_steps=warmup_steps(warmup, steps), num_training_steps=steps)
+    for step in range(steps):
+        assert schedule.set(step) == pytest.approx(reference.param_groups[0]["lr"], abs=1e-12)
+        reference.step()
+        scheduler.step()
+
+
+def test_a_step_can_be_asked_for_in_any_order():
+    from tulu_mega.optimizer import Schedule
+
+    groups = Groups()
+    schedule = Schedule(groups, OptimSettings(lr=1.0, schedule="linear", warmup=0.0), 10)
+    assert [schedule.set(step) for step in (7, 0, 7)] == pytest.approx([0.3, 1.0, 0.3])
+    assert groups.param_groups[0]["lr"] == pytest.approx(0.3)
+
+
+def test_adam_keeps_step_in_the_group_and_equals_torch():
+    from tulu_mega.platforms.adam import GroupStepAdam
+
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(50, generator=generator)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    a, b = GroupStepAdam([ours], **settings), torch.optim.AdamW([theirs], **settings)
+    for _ in range(5):
+        gradient = torch.randn(50, generator=generator)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        a.step(), b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert a.param_groups[0]["step"] == 5
+    assert set(a.state[ours]) == {"exp_avg", "exp_avg_sq"}
