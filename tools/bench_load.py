@@ -1,11 +1,12 @@
 """Measures loading of one tensor parallel rank's shard from a large checkpoint: memory beyond the shard, and speed.
 
-    python tools/bench_load.py --directory /tmp/bench_load
+    python tools/bench_load.py [--directory DIR]
 
-A Llama checkpoint of random numbers (4.2 GB unless told otherwise) is written to the directory and left there for the next run.
-A fresh process then loads rank 0's shard into parameters that were never touched, and prints one JSON line:
+A Llama checkpoint of random numbers (4.2 GB unless told otherwise) is written to the directory and left there for the next run;
+to a temporary one that is removed when none is given. A fresh process then loads rank 0's shard into parameters that were never touched, and prints one JSON line:
 
     checkpoint_bytes, shard_bytes
+    ours, peer, ratio  GB/s of load and of read for files out of the page cache, and the first over the second
     overhead_bytes   peak anonymous memory above the state after imports, less the parameters themselves
     cold, warm       for files out of and in the page cache, GB/s of
                      load     shard bytes, into parameters whose memory was never touched (the kernel hands it out meanwhile)
@@ -17,12 +18,14 @@ A fresh process then loads rank 0's shard into parameters that were never touche
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +36,7 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, required=True, help="where the checkpoint is, or is to be written")
+    parser.add_argument("--directory", type=Path, help="where the checkpoint is, or is to be written")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=9)
     parser.add_argument("--vocab", type=int, default=128256)
@@ -46,10 +49,14 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options)))
         return
-    config = model_config(options)
-    if not _holds(options.directory, config):
-        write_checkpoint(options.directory, config, options.dtype)
-    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--measure"], check=True)
+    with contextlib.ExitStack() as stack:
+        if options.directory is None:
+            options.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_load_"))) / "model"
+        config = model_config(options)
+        if not _holds(options.directory, config):
+            write_checkpoint(options.directory, config, options.dtype)
+        again = [sys.executable, __file__, *sys.argv[1:], "--directory", str(options.directory), "--measure"]
+        subprocess.run(again, check=True)
 
 
 def model_config(options: argparse.Namespace) -> dict:
@@ -133,7 +140,9 @@ def measure(options: argparse.Namespace) -> dict:
             _best(rates[state], "reload", shard, load)
             del model, loaded, load
     rounded = {state: {name: round(rate, 3) for name, rate in rate_by_name.items()} for state, rate_by_name in rates.items()}
-    return {"checkpoint_bytes": size, "shard_bytes": shard, "overhead_bytes": overhead, "tp": options.tp, **rounded}
+    ours, peer = rates["cold"]["load"], rates["cold"]["read"]
+    result = {"bench": "load", "ours": round(ours, 3), "peer": round(peer, 3), "ratio": round(ours / peer, 3)}
+    return {**result, "checkpoint_bytes": size, "shard_bytes": shard, "overhead_bytes": overhead, "tp": options.tp, **rounded}
 
 
 def shard_module(family, config: dict, tp_size: int, dtype):

@@ -1,0 +1,31 @@
+"""The quickstart ends between 30% and 60% whatever the seed, so that later stages have room."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tulu_mega.quickstart.demo import score
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_accuracy_after_sft(tmp_path, seed):
+    run_dir = tmp_path / "quickstart"
+    started = time.monotonic()
+    command = [sys.executable, "-m", "tulu_mega", "quickstart", "--run_dir", str(run_dir), "--seed", str(seed)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+    def accuracy(name: str) -> float:
+        return score([json.loads(line) for line in (run_dir / name).read_text().splitlines()]).accuracy
+
+    before, after = accuracy("before.jsonl"), accuracy("after.jsonl")
+    print(json.dumps({"seed": seed, "before": before, "after": after, "seconds": round(time.monotonic() - started)}))
+    assert before < 0.1
+    assert 0.3 <= after <= 0.6
