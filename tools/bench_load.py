@@ -3,9 +3,9 @@
     python tools/bench_load.py [--directory DIR]
 
 A Llama checkpoint of random numbers (4.2 GB unless told otherwise) is written to the directory and left there for the next run;
-to a temporary one that is removed when none is given. A fresh process then loads rank 0's shard into parameters that were never touched, and prints one JSON line:
+to a temporary one that is removed when none is given. A fresh process then loads rank 0's shard into parameters that were never
+touched, and prints one JSON line:
 
-    checkpoint_bytes, shard_bytes
     ours, peer, ratio  GB/s of load and of read for files out of the page cache, and the first over the second
     overhead_bytes   peak anonymous memory above the state after imports, less the parameters themselves
     cold, warm       for files out of and in the page cache, GB/s of
