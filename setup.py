@@ -19,6 +19,7 @@ setup(
     # `kernels` itself must never become a package: transformers probes for one of that name (Hugging Face's).
     packages=[*find_packages(include=["tulu_mega", "tulu_mega.*"]), *find_packages("kernels")],
     package_dir={"tulu_kernels": "kernels/tulu_kernels"},
+    package_data={"tulu_mega": ["**/*.j2"]},
     # Without versions: a cluster's own torch build must not be replaced. The extras say which versions belong together.
     install_requires=[
         "torch",
@@ -28,9 +29,13 @@ setup(
         "safetensors",
         "pydantic>=2.7",
         "numpy",
+        "sentencepiece",  # with tiktoken, for models that ship a tokenizer.model
+        "tiktoken",
         "psutil",  # megatron-core's checkpoint writer needs it and does not ask for it
         "rich",
         "jinja2",
+        "math-verify[antlr4_13_2]",  # the verifiers of rewards/: answers of mathematics,
+        "langdetect",  # and replies' languages
     ],
     extras_require={
         "cpu": [
@@ -47,6 +52,7 @@ setup(
             "transformer-engine[pytorch]",
         ],
         "wandb": ["wandb"],
+        "report": ["matplotlib"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "import-linter", "pre-commit", "py-spy", "setuptools", "wheel"],
     },
     entry_points={"console_scripts": ["tulu-mega = tulu_mega.cli:main"]},

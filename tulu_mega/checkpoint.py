@@ -12,10 +12,10 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,17 +24,24 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from transformers import PretrainedConfig
 
+from tulu_mega.bridge.rules import is_weight
+from tulu_mega.collective import together
 from tulu_mega.engine import Engine
 from tulu_mega.errors import UserError
 from tulu_mega.model.hf_config import head_dim
+from tulu_mega.sharded_save import ShardedSave
 
 _NAME = re.compile(r"step_(\d+)")
 _MANIFEST = "training.json"
-_METADATA = {
-    # the default names no sharding and megatron-core then fails; this form can be read under another layout
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
+Format = Literal["reshardable", "same_layout"]
+_METADATA = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
+_OPTIMIZER = {  # the default names no sharding and megatron-core then fails
+    # gathered on one rank of each data-parallel group in main memory, never on a GPU or on all ranks
+    "reshardable": {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    },
+    "same_layout": {"distrib_optim_sharding_type": "dp_reshardable"},
 }
 
 
@@ -50,7 +57,9 @@ class Checkpoint:
     model: dict[str, Any]
     """sizes of the model it is of"""
     layout: list[int]
-    """TP, PP, CP, DP it was written under"""
+    """TP, PP, VPP, CP, DP it was written under"""
+    format: Format
+    """of the optimizer's state"""
 
 
 def find(directory: Path) -> list[Checkpoint]:
@@ -62,52 +71,131 @@ def find(directory: Path) -> list[Checkpoint]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             manifest = json.loads((path / _MANIFEST).read_text())
             if all((path / name).stat().st_size == size for name, size in manifest["files"].items()):
-                found.append(Checkpoint(path, manifest["step"], manifest["state"], manifest["model"], manifest["layout"]))
+                found.append(Checkpoint(path, *(manifest[name] for name in ("step", "state", "model", "layout", "format"))))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def save(engine: Engine, directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save(engine: Engine, directory: Path, step: int, state: dict[str, Any], keep: int, format: Format = "reshardable") -> Path:
     """Writes a checkpoint, then removes all but the newest `keep`. Called by every rank.
 
     Args:
         directory: RUN_DIR/checkpoints, on a file system all ranks share.
         step: optimizer steps done.
         state: small JSON-able extras.
+        format: `checkpoint.format` of the settings.
 
     Raises:
         UserError: when writing fails, e.g. on a full disk; what was there before is untouched.
     """
-    final = directory / f"step_{step:08d}"
-    partial = directory / _from_rank_0(f"{final.name}.partial-{uuid.uuid4().hex[:8]}")
-    lead = dist.get_rank() == 0
-    with _together(f"checkpoint of step {step} could not be written to {directory}"):
-        if lead:
-            clean(directory)
-            partial.mkdir(parents=True)
-    try:
-        with _together(f"checkpoint of step {step} could not be written to {directory}"):
-            dist_checkpointing.save(_sharded_state(engine, loading=False), str(partial))
-        with _together(f"checkpoint of step {step} could not be written to {directory}"):
-            if lead:
-                files = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
-                layout = _layout(engine)
-                manifest = {"step": step, "state": state, "model": identity(engine.hf), "layout": layout, "files": files}
-                (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-                for path in (*partial.rglob("*"), partial):
-                    _to_disk(path)
-                if final.exists():  # a step saved twice, by a run that was put back
-                    shutil.rmtree(final)
-                partial.rename(final)
-                _to_disk(directory)
-    except UserError:
-        if lead:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if lead:
-        for old in find(directory)[:-keep]:
-            shutil.rmtree(old.path, ignore_errors=True)
+    saver = Saver(engine, directory, keep, format, asynchronous=False)
+    saver.save(step, state)
+    return directory / _name(step)
+
+
+class Saver:
+    """A run's saves, one at a time. Every rank calls every method, in the same order.
+
+    Asynchronously, a save copies what it will write into main memory and leaves the writing to a thread; the checkpoint has its
+    name, and counts, only when every rank has written, which :meth:`poll` finds out. A crash before that leaves the one before.
+
+    Args:
+        engine: whose state.
+        directory, keep, format: as for :func:`save`.
+        asynchronous: whether training goes on while files are written.
+    """
+
+    def __init__(self, engine: Engine, directory: Path, keep: int, format: Format, asynchronous: bool):
+        self._engine, self._directory, self._keep, self._format = engine, directory, keep, format
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
+        self._pending: _Pending | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Saves, or begins to, after the save before has ended.
+
+        Raises:
+            UserError: on every rank, when this save (or, asynchronously, the one before) fails; earlier ones are untouched.
+        """
+        self.finish()
+        engine, directory = self._engine, self._directory
+        partial = directory / _from_rank_0(f"{_name(step)}.partial-{uuid.uuid4().hex[:8]}")
+        what = f"checkpoint of step {step} could not be written to {directory}"
+        with together(what):
+            if dist.get_rank() == 0:
+                clean(directory)
+                partial.mkdir(parents=True)
+        manifest = {"step": step, "state": state, "model": identity(engine.hf), "layout": _layout(engine), "format": self._format}
+        try:
+            content = _sharded_state(engine, self._format, loading=False)
+            sharded = ShardedSave(content, partial, what, copy=self._thread is not None)
+        except UserError:
+            _discard(partial)
+            raise
+        self._pending = _Pending(sharded, partial, what, manifest)
+        if self._thread:
+            self._pending.writing = self._thread.submit(sharded.write)
+        else:
+            self.finish()
+
+    def poll(self) -> None:
+        """Ends the save under way if every rank has written; never waits for a disk. Raises as `save`."""
+        if self._pending and self._pending.writing:
+            done = torch.tensor(int(self._pending.writing.done()), device=self._engine.platform.device)
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+            if done.item():
+                self.finish()
+
+    def finish(self) -> None:
+        """Ends the save under way, if there is one, waiting for every rank. Raises as `save`."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        failure = None
+        try:
+            pending.writing.result() if pending.writing else pending.sharded.write()
+        except Exception as error:
+            failure = error
+        try:
+            pending.sharded.finish(failure)
+            with together(pending.what):
+                if dist.get_rank() == 0:
+                    _put_in_place(pending.partial, self._directory / _name(pending.manifest["step"]), pending.manifest)
+        except UserError:
+            _discard(pending.partial)
+            raise
+        if dist.get_rank() == 0:
+            for old in find(self._directory)[: -self._keep]:
+                shutil.rmtree(old.path, ignore_errors=True)
+        dist.barrier()
+
+
+@dataclass
+class _Pending:
+    """A save that has begun."""
+
+    sharded: ShardedSave
+    partial: Path
+    what: str
+    manifest: dict[str, Any]
+    writing: Future[None] | None = None
+
+
+def _put_in_place(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """The complete directory, all of it on disk, takes its name."""
+    files = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
+    (partial / _MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1))
+    for path in (*partial.rglob("*"), partial):
+        _to_disk(path)
+    if final.exists():  # a step saved twice, by a run that was put back
+        shutil.rmtree(final)
+    partial.rename(final)
+    _to_disk(final.parent)
+
+
+def _discard(partial: Path) -> None:
+    """What a failed save has written goes; nobody looks before it is gone."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
-    return final
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -123,16 +211,43 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is a checkpoint of another model than {engine.settings.model.path} ({'; '.join(different)}); "
             "choose another run_dir or the model it was made from"
         )
-    with _together(f"{checkpoint.path} could not be read; remove it to go on from the checkpoint before"):
-        wanted = _sharded_state(engine, loading=True)
+    if checkpoint.format == "same_layout" and checkpoint.layout[:4] != _layout(engine)[:4]:
+        raise UserError(
+            f"{checkpoint.path} was written with checkpoint.format = 'same_layout' under {_spelt(checkpoint.layout)}, this run "
+            f"is {_spelt(_layout(engine))}; resume under the former, or save once with checkpoint.format = 'reshardable' there"
+        )
+    with together(f"{checkpoint.path} could not be read; remove it to go on from the checkpoint before"), torch.no_grad():
+        wanted = _sharded_state(engine, checkpoint.format, loading=True)
         if checkpoint.layout != _layout(engine):  # random states belong to ranks of the layout they were drawn under
             del wanted["rng"]
         loaded = dist_checkpointing.load(wanted, str(checkpoint.path))
-        engine.model.load_state_dict(loaded["model"])
+        for name, chunk in _chunks(engine).items():
+            chunk.load_state_dict(loaded[name])
         engine.optimizer.load_state_dict(loaded["optimizer"])
         if "rng" in loaded:
             torch.set_rng_state(loaded["rng"]["cpu"])
             get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+
+
+def load_weights(engine: Engine, directory: Path) -> None:
+    """Loads parameters alone from a Megatron distributed checkpoint of any layout and precision. Called by every rank.
+
+    Rows that pad the vocabulary become zero.
+
+    Raises:
+        UserError: on every rank, when a tensor is missing or cannot be read.
+    """
+    with together(f"{directory} could not be read"), torch.no_grad():
+        wanted = {
+            name: {key: held for key, held in chunk.sharded_state_dict(metadata=dict(_METADATA)).items() if is_weight(key)}
+            for name, chunk in _chunks(engine).items()
+        }
+        loaded = dist_checkpointing.load(wanted, str(directory))
+        for name, chunk in _chunks(engine).items():
+            chunk.load_state_dict(loaded[name], strict=False)  # Transformer Engine's extra state is no weight
+            for key, parameter in chunk.named_parameters():
+                if key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                    parameter[max(0, engine.hf.vocab_size - engine.topology.tensor_rank * len(parameter)) :].zero_()
 
 
 def clean(directory: Path) -> None:
@@ -151,48 +266,41 @@ def identity(hf: PretrainedConfig) -> dict[str, Any]:
 
 def _layout(engine: Engine) -> list[int]:
     topology = engine.topology
-    return [topology.tensor, topology.pipeline, topology.context, topology.data]
+    chunks = engine.settings.parallel.virtual_pipeline
+    return [topology.tensor, topology.pipeline, chunks, topology.context, topology.data]
 
 
-def _sharded_state(engine: Engine, loading: bool) -> dict[str, Any]:
-    model = engine.model.sharded_state_dict(metadata=dict(_METADATA))
-    optimizer = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
+def _chunks(engine: Engine) -> dict[str, torch.nn.Module]:
+    """The rank's model chunks under megatron-core's names; inside, tensors have the same names under every layout."""
+    if len(engine.chunks) == 1:
+        return {"model": engine.chunks[0]}
+    return {f"model{at}": chunk for at, chunk in enumerate(engine.chunks)}
+
+
+def _sharded_state(engine: Engine, format: Format, loading: bool) -> dict[str, Any]:
+    engine.settle()
+    model = {name: chunk.sharded_state_dict(metadata=dict(_METADATA)) for name, chunk in _chunks(engine).items()}
+    optimizer = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA | _OPTIMIZER[format])
     topology = engine.topology
     rng = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
     place = (topology.pipeline_rank, topology.tensor_rank)
     shards = (topology.pipeline, topology.tensor)
     copy = topology.data_rank * topology.context + topology.context_rank
-    return {"model": model, "optimizer": optimizer, "rng": ShardedObject("rng", rng, shards, place, replica_id=copy)}
+    return {**model, "optimizer": optimizer, "rng": ShardedObject("rng", rng, shards, place, replica_id=copy)}
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _spelt(layout: list[int]) -> str:
+    return " x ".join(f"{axis}{size}" for axis, size in zip(("TP", "PP", "VPP", "CP", "DP"), layout, strict=True))
 
 
 def _from_rank_0(value: str) -> str:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-@contextlib.contextmanager
-def _together(what: str) -> Iterator[None]:
-    """Makes a failure of any rank a failure of all, told once; nobody waits for a rank that is gone."""
-    problem = None
-    try:
-        yield
-    except Exception as error:
-        problem = f"{what}: {_reason(error)}"
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if found := sorted({p for p in problems if p}):
-        raise UserError(found)
-
-
-def _reason(error: BaseException) -> str:
-    """The first cause behind the wrappers that checkpoint libraries put around an error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f" ({error.filename})" if error.filename else "")
-    text = str(error).strip()
-    return text.splitlines()[-1] if text else type(error).__name__
 
 
 def _to_disk(path: Path) -> None:

@@ -10,6 +10,7 @@ Exit status: 0 done · 2 the user can mend it (each problem on standard error as
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ class Command:
     run: str
     world: bool = False
     """Needs a world of ranks: ``run(settings, world)`` instead of ``run(settings)``."""
+    operands: str = ""
+    """The list setting that arguments without a flag go to; without one, the first such argument is the TOML file."""
     example: str = ""
 
 
@@ -52,6 +55,43 @@ COMMANDS = {
         "tulu_mega.config:GenerateSettings",
         "tulu_mega.rollout.generate:generate",
         example="tulu-mega generate --model DIR --input prompts.jsonl --output answers.jsonl",
+    ),
+    "convert": Command(
+        "a model between Hugging Face's format and Megatron's distributed checkpoint, streaming",
+        "tulu_mega.convert.settings:ConvertSettings",
+        "tulu_mega.convert.run:run",
+        example="tulu-mega convert --source DIR --output NEW_DIR --to megatron",
+    ),
+    "eval": Command(
+        "a checkpoint on benchmarks through vLLM, with intervals: GSM8K, MATH, IFEval, MMLU, BBH or rows of your own",
+        "tulu_mega.evaluation.settings:EvalSettings",
+        "tulu_mega.evaluation.run:run",
+        example="tulu-mega eval --model DIR --output DIR/eval --tasks.gsm8k test.jsonl --tasks.ifeval input_data.jsonl",
+    ),
+    "report": Command(
+        "draws runs: curves as PNG and one self-contained HTML page",
+        "tulu_mega.report.settings:ReportSettings",
+        "tulu_mega.report.report:run",
+        operands="runs",
+        example="tulu-mega report runs/sft runs/sft-higher-lr",
+    ),
+    "data inspect": Command(
+        "what a run would train on: rows with what is trained of them, lengths, rejects, packing",
+        "tulu_mega.config:DataInspectSettings",
+        "tulu_mega.data.inspect:inspect",
+        example="tulu-mega data inspect examples/tulu3/8b/sft.toml --parallel.data 8 --html data.html",
+    ),
+    "data mix": Command(
+        "the rows that data.train draws of its sources, as one JSONL file",
+        "tulu_mega.config:DataMixSettings",
+        "tulu_mega.data.mix:mix",
+        example='tulu-mega data mix --data.train \'{"a.jsonl" = 0.5, "owner/b" = 2000}\' --output mixed.jsonl',
+    ),
+    "data decontaminate": Command(
+        "finds training rows that hold evaluation rows, by 8-grams, and writes the data without them",
+        "tulu_mega.config:DecontaminateSettings",
+        "tulu_mega.data.decontamination:decontaminate",
+        example='tulu-mega data decontaminate --train train.jsonl --evaluations \'{"test.jsonl" = "question"}\' --output DIR',
     ),
     "quickstart": Command(
         "the recipe on a tiny model and task made on the spot: train, generate, compare",
@@ -94,13 +134,17 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in HELP:
         print(_overview())
         return 0
-    name, *rest = arguments
+    name, rest = _name(arguments)
     if name == "--version":
         print(f"tulu-mega {__version__}")
         return 0
     if name == CHECK:
         return _check(rest)
     if name not in COMMANDS:
+        if parts := [command.removeprefix(f"{name} ") for command in COMMANDS if command.startswith(f"{name} ")]:
+            raise UserError(
+                f"tulu-mega {name}: give one of {', '.join(parts)}; tulu-mega {name} {parts[0]} --help lists its settings"
+            )
         raise UserError(f"unknown command {name!r}{nearest(name, [*COMMANDS, CHECK])}; commands: {', '.join([*COMMANDS, CHECK])}")
     if any(flag in HELP for flag in rest):
         print(_command_help(name))
@@ -116,10 +160,20 @@ def _dispatch(arguments: list[str]) -> int:
     return int(status or 0)
 
 
+def _name(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command, of one word or two, and what follows it."""
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    return " ".join(arguments[:words]), arguments[words:]
+
+
 def _settings(command: Command, arguments: list[str]) -> Any:
     from tulu_mega.config import load
 
-    file, flags = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
+    first_flag = next((index for index, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    if command.operands and first_flag:
+        flags = [f"--{command.operands}", json.dumps(arguments[:first_flag]), *arguments[first_flag:]]
+        return load(launcher.resolve(command.settings), None, flags)
+    file, flags = (arguments[0], arguments[1:]) if first_flag else (None, arguments)
     return load(launcher.resolve(command.settings), file, flags)
 
 
@@ -132,8 +186,8 @@ def _check(arguments: list[str]) -> int:
         )
         return 0
     name = "sft"
-    if arguments[0] in COMMANDS:
-        name, *arguments = arguments
+    if _name(arguments)[0] in COMMANDS:
+        name, arguments = _name(arguments)
     settings = _settings(COMMANDS[name], arguments)
     print(as_toml(settings.model_dump()))
     problems = launcher.resolve("tulu_mega.preflight:check")(settings)
@@ -148,15 +202,23 @@ def as_toml(values: dict[str, Any], section: str = "") -> str:
     lines, tables = [], []
     for name, value in values.items():
         if isinstance(value, dict):
-            dotted = f"{section}{name}"
+            dotted = f"{section}{_key(name)}"
             body = as_toml(value, f"{dotted}.")
             tables.append(f"\n[{dotted}]\n{body}".rstrip())
         elif value is None:
             lines.append(f"# {name} is not set")
         else:
-            # JSON's numbers, booleans, strings and lists are TOML's, but for DEL, which TOML wants escaped
-            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
+            lines.append(f"{_key(name)} = {_toml(value)}")
     return "\n".join([*lines, *tables])
+
+
+def _toml(value: Any) -> str:
+    """JSON's numbers, booleans, strings and lists are TOML's, but for DEL, which TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else _toml(name)
 
 
 def _overview() -> str:
@@ -175,12 +237,13 @@ def _command_help(name: str) -> str:
     from tulu_mega.config import describe
 
     command = COMMANDS[name]
+    usage = f"[{command.operands.upper()} ...]" if command.operands else "[config.toml]"
     sections: dict[str, list[tuple[str, str, str, str]]] = {}
     for row in describe(launcher.resolve(command.settings)):
         section = row[0].rpartition(".")[0]
         sections.setdefault(section, []).append(row)
     lines = [
-        f"usage: tulu-mega {name} [config.toml] [--section.key value ...]",
+        f"usage: tulu-mega {name} {usage} [--section.key value ...]",
         "",
         f"{command.summary}.",
         f"Example: {command.example}",

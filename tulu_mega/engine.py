@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from tulu_mega.config import EngineSettings, OptimSettings
+from tulu_mega.data.batch import context_rows, context_share
 from tulu_mega.model.build import build_model, wrap_for_training
 from tulu_mega.model.gpt import PolicyModel
 from tulu_mega.optimizer import Schedule, build_optimizer
@@ -66,34 +67,44 @@ class Engine:
 
     def __init__(self, hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform):
         self.hf, self.settings, self.topology, self.platform = hf, settings, topology, platform
-        self.model: PolicyModel = build_model(hf, settings, topology, platform)
-        self.ddp: DistributedDataParallel | None = None
+        self.chunks: list[PolicyModel] = build_model(hf, settings, topology, platform)
+        """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
+        self.ddp: list[DistributedDataParallel] = []
         self.optimizer: MegatronOptimizer | None = None
 
     def prepare_training(self, optim: OptimSettings, steps: int) -> None:
         """Adds gradient buffers, optimizer and schedule. The weights are to be there already."""
         self.optim = optim
-        self.model.train()
-        sharded = self.settings.parallel.distributed_optimizer and optim.name == "adamw"  # SGD has no state to shard
-        self.ddp = wrap_for_training(self.model, sharded)
+        for chunk in self.chunks:
+            chunk.train()
+        parallel = self.settings.parallel
+        sharded = parallel.distributed_optimizer and optim.name == "adamw"  # SGD has no state to shard
+        self.ddp = wrap_for_training(self.chunks, parallel, sharded)
         self.optimizer = build_optimizer(
-            optim, self.settings.model.dtype, [self.ddp], sharded, gloo_groups=self.platform.backend != "gloo"
+            optim, self.settings.model.dtype, self.ddp, sharded, gloo_groups=self.platform.backend != "gloo"
         )
         self.schedule = Schedule(self.optimizer, optim, steps)
-        self.model.config.finalize_model_grads_func = finalize_model_grads
+        config = self.chunks[0].config  # all chunks share it
+        config.finalize_model_grads_func = finalize_model_grads
+        if parallel.overlap_grad_reduce:
+            several = len(self.ddp) > 1  # the schedules want a list then, and only then
+            config.no_sync_func = [ddp.no_sync for ddp in self.ddp] if several else self.ddp[0].no_sync
+            config.grad_sync_func = [ddp.start_grad_sync for ddp in self.ddp] if several else self.ddp[0].start_grad_sync
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> BatchLoss:
         """Gradients of a global batch, summed over micro-batches and DP x CP and divided once by the global count.
 
         Args:
-            micro_batches: this data-parallel rank's share; every rank of a replica gets the same, all replicas as many.
+            micro_batches: this data-parallel rank's share, whole packs; every rank of a replica gets the same, all replicas as
+                many. An interleaved pipeline takes a multiple of its ranks.
         """
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddp:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs: list[LossOutput] = []
 
         def step(batches, model):
-            batch = next(batches)
+            batch = next(batches).to(self.platform.device)
 
             def loss(logp):
                 out = objective(logp[0], batch)
@@ -133,18 +144,39 @@ class Engine:
     def score(self, micro_batches: Sequence[PackedBatch]) -> list[Tensor]:
         """Log-probabilities of every micro-batch's labels.
 
+        Args:
+            micro_batches: as for :meth:`forward_backward`.
+
         Returns:
-            [T] float32 for each micro-batch on the last pipeline stage; an empty list on the others.
+            [T] float32 for each micro-batch, in the pack's order, on the last pipeline stage; an empty list on the others.
         """
-        self.model.eval()
+        for chunk in self.chunks:
+            chunk.eval()
 
         def step(batches, model):
-            return self._forward(model, next(batches)), lambda logp, non_loss_data: logp[0]
+            return self._forward(model, next(batches).to(self.platform.device)), lambda logp, non_loss_data: logp[0]
 
-        return self._run(step, micro_batches, self.ddp or self.model, scoring=True)
+        shares = self._run(step, micro_batches, self.ddp or self.chunks, scoring=True)
+        if self.topology.context == 1:
+            return shares
+        return [self._whole(share, batch) for share, batch in zip(shares, micro_batches, strict=False)]
+
+    def settle(self) -> None:
+        """Ends what overlap left under way, so that every rank's parameters are the updated ones; before they are read."""
+        for ddp in self.ddp:
+            if ddp.ddp_config.overlap_param_gather:
+                ddp.start_param_sync(force_sync=True)
+
+    def _whole(self, share_T: Tensor, batch: PackedBatch) -> Tensor:
+        """The context-parallel ranks' values of a pack, in its own order."""
+        ranks = self.topology.context
+        whole_T = share_T.new_empty(len(batch.tokens_T))
+        gathered_T = torch.empty_like(whole_T)
+        dist.all_gather_into_tensor(gathered_T, share_T.contiguous(), group=self.topology.context_group)
+        whole_T[torch.cat([context_rows(batch.cu_seqlens_S1, rank, ranks) for rank in range(ranks)])] = gathered_T
+        return whole_T
 
     def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
-        batch = batch.to(self.platform.device)
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens_S1,
@@ -160,12 +192,14 @@ class Engine:
             packed_seq_params=packed,
         )
 
-    def _run(self, step, micro_batches: Sequence[PackedBatch], model: torch.nn.Module, scoring: bool = False) -> list:
+    def _run(self, step, micro_batches: Sequence[PackedBatch], model: list[torch.nn.Module], scoring: bool = False) -> list:
         schedule = get_forward_backward_func()
+        shares = [context_share(batch, self.topology.context_rank, self.topology.context) for batch in micro_batches]
+        iterators = [iter(shares) for _ in model]  # every chunk meets every micro-batch
         return schedule(
             forward_step_func=step,
-            data_iterator=iter(micro_batches),
-            model=[model],
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=model,
             num_microbatches=len(micro_batches),
             seq_length=max(len(batch.tokens_T) for batch in micro_batches),  # packs tell their own lengths stage to stage
             micro_batch_size=1,

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from tulu_mega.config import OptimSettings
@@ -41,11 +42,15 @@ def build_optimizer(
         bf16=dtype == "bf16",
         params_dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
         use_distributed_optimizer=sharded,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=gloo_groups)
     for part in optimizer.chained_optimizers:
+        if not gloo_groups and isinstance(part, DistributedOptimizer):  # gloo carries everything: its groups serve as they are
+            part.data_parallel_group_gloo = part.data_parallel_group
         if part.init_state_fn is None:  # SGD without momentum has no state, yet loading a checkpoint calls this
             part.init_state_fn = lambda *_: None
+        part.init_state_fn(part.optimizer, part.config)  # a checkpoint may be due before any update: the first ones were skipped
     return optimizer
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,22 +12,25 @@ from typing import Any
 
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.hf_files import HfCheckpoint
-from tulu_mega.bridge.hub import model_directory
+from tulu_mega.bridge.hub import is_megatron, model_directory
+from tulu_mega.bridge.megatron_keys import stored_parameters
 from tulu_mega.config import EngineSettings, ParallelSettings, ScoreSettings, Section, SftSettings
 from tulu_mega.data import scoring
 from tulu_mega.data.store import TokenStore, prepare
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
+from tulu_mega.planner.schedule import Pipeline
+from tulu_mega.planner.stages import stage_layers
 
 CONFIG = "config.json"
 DATA = "data"
 _MATHEMATICS = ("model.path", "model.dtype", "seed", "data", "optim", "train.global_batch", "train.reduction", "train.steps",
                 "train.epochs")  # fmt: skip
-_INDIFFERENT = ("data.workers", "data.pack_length")
+_INDIFFERENT = ("data.workers", "data.pack_length", "data.cache")
 
 
 def check(settings: Section) -> list[str]:
-    """Everything that is wrong with a command's settings, model and data; nothing is left on disk."""
+    """Everything that is wrong with a command's settings, model and data; nothing is left on disk but in `data.cache`."""
     with tempfile.TemporaryDirectory() as scratch:
         return _problems(settings, Path(scratch) / DATA)
 
@@ -46,7 +51,7 @@ def ready(settings: EngineSettings) -> None:
 
 
 def layout_problems(config: Mapping[str, Any], parallel: ParallelSettings) -> list[str]:
-    """What of a model does not divide by the layout.
+    """What of a model does not divide by the layout, or is not enough for it.
 
     Args:
         config: the model's config.json.
@@ -56,13 +61,17 @@ def layout_problems(config: Mapping[str, Any], parallel: ParallelSettings) -> li
         ("parallel.tensor", parallel.tensor, "num_attention_heads", heads),
         ("parallel.tensor", parallel.tensor, "num_key_value_heads", config.get("num_key_value_heads") or heads),
         ("parallel.tensor", parallel.tensor, "intermediate_size", config["intermediate_size"]),
-        ("parallel.pipeline", parallel.pipeline, "num_hidden_layers", config["num_hidden_layers"]),
     ]
-    return [
+    problems = [
         f"{setting} = {by} does not divide the model's {name} = {size}; choose a divisor"
         for setting, by, name, size in sizes
         if size % by
     ]
+    try:
+        stage_layers(config, parallel)
+    except UserError as error:
+        problems += error.problems
+    return problems
 
 
 def _problems(settings: Section, data_directory: Path) -> list[str]:
@@ -81,6 +90,7 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
     config = collect(lambda: _model(settings))
     if isinstance(settings, SftSettings):
         collect(lambda: _same_run(settings))
+        collect(lambda: _schedulable(settings))
         if problems:  # data is not tokenised, nor written, for a run that cannot start; its own problems are told all the same
             with tempfile.TemporaryDirectory() as scratch:
                 collect(lambda: prepare(settings.data, settings.model, Path(scratch) / DATA, progress=False))
@@ -94,13 +104,32 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
 
 def _model(settings: EngineSettings) -> dict[str, Any]:
     """The model's config.json, its weights found whole and of the shapes that it asks for, dividing by the layout."""
-    checkpoint = HfCheckpoint.open(model_directory(settings.model.path))
-    family = family_for(checkpoint.config)
-    problems = checkpoint.check(family.hf_shapes(checkpoint.config), family.ignorable(checkpoint.config))
-    problems += layout_problems(checkpoint.config, settings.parallel)
+    directory = model_directory(settings.model.path)
+    if is_megatron(directory):
+        config, problems = _converted(directory)
+    else:
+        checkpoint = HfCheckpoint.open(directory)
+        config = checkpoint.config
+        family = family_for(config)
+        problems = checkpoint.check(family.hf_shapes(config), family.ignorable(config))
+    problems += layout_problems(config, settings.parallel)
     if problems:
         raise UserError(problems)
-    return checkpoint.config
+    return config
+
+
+def _converted(directory: Path) -> tuple[dict[str, Any], list[str]]:
+    """config.json of a Megatron distributed checkpoint, and what of its tensors does not go with it."""
+    from tulu_mega.bridge.megatron_files import MegatronCheckpoint
+
+    checkpoint = MegatronCheckpoint.open(directory)
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{directory / CONFIG}: cannot be read ({error}); train from a directory that tulu-mega convert made, which has it"
+        ) from None
+    return config, checkpoint.check(stored_parameters(family_for(config), config))
 
 
 def _same_run(settings: SftSettings) -> None:
@@ -112,13 +141,25 @@ def _same_run(settings: SftSettings) -> None:
         before = json.loads(file.read_text())
     except (OSError, ValueError):
         raise UserError(f"{file}: cannot be read; choose another run_dir, or remove this one") from None
-    now = json.loads(settings.model_dump_json())
-    changed = [name for name in _flat(now) if _decides(name) and _flat(before).get(name) != _flat(now)[name]]
+    before, now = _flat(before), _flat(json.loads(settings.model_dump_json()))
+    # compared as text: of data.train's amounts, 1 is a row and 1.0 all of them
+    changed = [name for name in now | before if _decides(name) and repr(before.get(name)) != repr(now.get(name))]
     if changed:
         raise UserError(
             f"run_dir = {settings.run_dir} holds a run with other settings: "
-            + "; ".join(f"{name} was {_flat(before).get(name)!r}, is {_flat(now)[name]!r}" for name in changed)
+            + "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
             + ". Choose another run_dir, or the settings of before to go on"
+        )
+
+
+def _schedulable(settings: SftSettings) -> None:
+    """What packing would find out in every rank."""
+    parallel, count = settings.parallel, settings.train.micro_batches
+    multiple = Pipeline(parallel.pipeline, parallel.virtual_pipeline).multiple
+    if count and count % multiple:
+        raise UserError(
+            f"train.micro_batches = {count}: parallel.virtual_pipeline = {parallel.virtual_pipeline} asks for a multiple of "
+            f"parallel.pipeline = {parallel.pipeline}; set it to {-(-count // multiple) * multiple} or leave it out"
         )
 
 
@@ -134,7 +175,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _fits_vocabulary(store: TokenStore, config: Mapping[str, Any]) -> None:
+    """Data of another model is not left in the run directory."""
     if store.max_token >= config["vocab_size"]:
+        if store.directory.is_symlink():  # into data.cache, where it may serve another model
+            store.directory.unlink()
+        else:
+            shutil.rmtree(store.directory)
+        with contextlib.suppress(OSError):  # other things of a run are there
+            store.directory.parent.rmdir()
         raise UserError(
             f"the data holds token {store.max_token}, but the model's vocabulary has {config['vocab_size']} entries; "
             "data and tokenizer belong to another model"

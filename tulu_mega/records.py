@@ -57,11 +57,14 @@ class PackedBatch:
     """int64, the data set's row of each segment, -1 for padding"""
     max_seqlen: int
     """length of the longest segment"""
+    context_rank: int = 0
+    """Whose share of a pack this is under context parallelism: tensors of shape [T] have the share's tokens only,
+    ``cu_seqlens_S1``, ``rows_S`` and ``max_seqlen`` are still the whole pack's."""
 
     @property
     def num_sequences(self) -> int:
-        """Real sequences, padding not counted."""
-        return int((self.rows_S >= 0).sum())
+        """Real sequences, padding not counted; 0 on all shares but the first, so that a sum over ranks counts each once."""
+        return int((self.rows_S >= 0).sum()) if self.context_rank == 0 else 0
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""

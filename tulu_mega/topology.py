@@ -27,9 +27,12 @@ class Topology:
     pipeline_rank: int
     context_rank: int
     data_rank: int
+    virtual: int = 1
+    """model chunks on each pipeline rank"""
 
     def __str__(self) -> str:
-        return f"TP{self.tensor}·PP{self.pipeline}·CP{self.context}·DP{self.data} rank {self.rank}"
+        chunks = f"·VPP{self.virtual}" if self.virtual > 1 else ""
+        return f"TP{self.tensor}·PP{self.pipeline}{chunks}·CP{self.context}·DP{self.data} rank {self.rank}"
 
     @property
     def size(self) -> int:
@@ -46,8 +49,8 @@ class Topology:
 
     @property
     def reports_loss(self) -> bool:
-        """One rank of each data-parallel replica that holds losses: last stage, first of its tensor and context groups."""
-        return self.last_stage and self.tensor_rank == 0 and self.context_rank == 0
+        """Ranks whose losses add up to the whole: last stage, first of each tensor group; each context rank has its share."""
+        return self.last_stage and self.tensor_rank == 0
 
     @property
     def tensor_group(self) -> ProcessGroup:
@@ -56,6 +59,10 @@ class Topology:
     @property
     def pipeline_group(self) -> ProcessGroup:
         return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def context_group(self) -> ProcessGroup:
+        return parallel_state.get_context_parallel_group()
 
     @property
     def data_context_group(self) -> ProcessGroup:
@@ -98,6 +105,7 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         create_gloo_process_groups=platform.backend != "gloo",  # where gloo carries everything the groups serve as they are
     )
@@ -112,6 +120,7 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         context_rank=parallel_state.get_context_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        virtual=parallel.virtual_pipeline,
     )
 
 

@@ -49,7 +49,9 @@ def session(model: str, layout: dict[str, Any], dtype: str = "fp32", recompute: 
 def share(made: Session, batch: list[Sequence], micro_batches: int | None, capacity: int = 512) -> list[PackedBatch]:
     """This rank's packed micro-batches of a global batch."""
     place = made.topology
-    plan = plan_step([len(s.input_ids) for s in batch], place.data, capacity, made.align, micro_batches)
+    plan = plan_step(
+        [len(s.input_ids) for s in batch], place.data, capacity, made.align, micro_batches, multiple=made.pipeline.multiple
+    )
     return [pack([batch[i] for i in bin_], made.align) for bin_ in plan[place.data_rank]]
 
 

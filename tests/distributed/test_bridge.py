@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from tests.distributed.world import run
+from tulu_mega.bridge import live
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.hf_files import HfCheckpoint
 from tulu_mega.bridge.live import export_hf, global_parameters, load_hf
@@ -67,7 +67,7 @@ class Rank:
         from tulu_mega.model.build import build_model
 
         settings = EngineSettings(model={"path": str(source), "dtype": dtype}, parallel=self.parallel)
-        model = build_model(AutoConfig.from_pretrained(source), settings, self.topology, self.platform)
+        [model] = build_model(AutoConfig.from_pretrained(source), settings, self.topology, self.platform)
         for parameter in model.parameters():  # whatever is not loaded shows
             torch.nn.init.constant_(parameter, float("nan"))
         checkpoint = HfCheckpoint.open(source)
@@ -76,7 +76,7 @@ class Rank:
 
     def export(self, model, directory: Path, source: Path, dtype: str, **more) -> None:
         topology, config = self.topology, HfCheckpoint.open(source).config
-        arguments = {"barrier": dist.barrier, "dtype": TORCH[dtype], "source_directory": source, "max_shard_bytes": 20_000} | more
+        arguments = {"dtype": TORCH[dtype], "source_directory": source, "max_shard_bytes": 20_000} | more
         export_hf(
             [model],
             directory,
@@ -150,17 +150,15 @@ def interrupted_export(source: Path, out: Path) -> None:
     model = rank.load(source, "fp32")
     rank.export(model, out, source, "fp32")
     before = (out / "config.json").stat().st_mtime_ns
-    calls = []
 
-    def dies_late():
-        calls.append(1)
-        if len(calls) == 2:  # everything is written, nothing is in place
-            raise KeyboardInterrupt
+    def dies_late(*_):  # everything is written, nothing is in place
+        raise KeyboardInterrupt
 
     for parameter in model.parameters():
         parameter.data.zero_()
-    with pytest.raises(KeyboardInterrupt):
-        rank.export(model, out, source, "fp32", barrier=dies_late)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(live, "put_in_place", dies_late)
+        rank.export(model, out, source, "fp32")
     assert (out / "config.json").stat().st_mtime_ns == before
     assert weights(out)["model.norm.weight"].ne(0).all()
     (out / "stale.txt").write_text("of the older export")

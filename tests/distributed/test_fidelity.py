@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,16 @@ LAYOUTS = {
     "TP2xPP2": {"tensor": 2, "pipeline": 2},
     "DP2xTP2": {"data": 2, "tensor": 2},
     "DP2xPP2": {"data": 2, "pipeline": 2},
+    "CP2": {"context": 2},
+    "TP2xCP2": {"tensor": 2, "context": 2},
+    "PP2xCP2": {"pipeline": 2, "context": 2},
+    "DP2xCP2": {"data": 2, "context": 2},
+    "TP2xPP2xCP2": {"tensor": 2, "pipeline": 2, "context": 2},
+    "PP2xVPP2": {"pipeline": 2, "virtual_pipeline": 2},
+    "TP2xPP2xVPP2": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "PP2xVPP2xCP2": {"pipeline": 2, "virtual_pipeline": 2, "context": 2},
+    "PP3": {"pipeline": 3},  # 4 layers
+    "PP2 uneven": {"pipeline": 2, "first_stage_layers": 1},
 }
 PAIRWISE = [  # layout, tied, micro-batches, reduction, recompute
     ("TP1", True, 3, "token_mean", "none"),
@@ -36,11 +47,16 @@ PAIRWISE = [  # layout, tied, micro-batches, reduction, recompute
     ("DP2xTP2", False, 1, "token_mean", "none"),
 ]
 RECOMPUTE = itertools.cycle(("none", "selective", "full"))
-GRID = [(*case, next(RECOMPUTE)) for case in itertools.product(LAYOUTS, (False, True), (None, 1, 3, 4), ("sum", "token_mean"))]
+GRID = [
+    (name, tied, micro_batches, reduction, next(RECOMPUTE))
+    for name, layout in LAYOUTS.items()  # the interleaved schedule takes multiples of the pipeline's ranks only
+    for micro_batches in ((None, 2, 4) if "virtual_pipeline" in layout else (None, 1, 3, 4))
+    for tied, reduction in itertools.product((False, True), ("sum", "token_mean"))
+]
 
 
 def size(layout: dict) -> int:
-    return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("data", 1)
+    return math.prod(layout.get(axis, 1) for axis in ("tensor", "pipeline", "context", "data"))
 
 
 def weights(directory: str) -> dict[str, np.ndarray]:
@@ -63,11 +79,11 @@ def truth(tmp_path_factory):
     return get
 
 
-def check(truth, tmp_path, name, tied, micro_batches, reduction, recompute):
+def check(truth, tmp_path, name, tied, micro_batches, reduction, recompute, lr=LR):
     layout = LAYOUTS[name]
     model, trained, want = truth(tied, reduction)
     out = str(tmp_path / "trained")
-    ranks = world.run(size(layout), jobs.engine, model, layout, micro_batches, reduction, STEPS, LR, out, recompute)
+    ranks = world.run(size(layout), jobs.engine, model, layout, micro_batches, reduction, STEPS, lr, out, recompute)
 
     logp = {row: values for rank in ranks for row, values in rank["logp"].items()}
     assert logp.keys() == want["logp"].keys()

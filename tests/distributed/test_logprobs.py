@@ -76,8 +76,15 @@ def truth(ranks: int, ignored: str):
 
 @pytest.mark.parametrize(
     ("ranks", "sequence_parallel", "rows_a_chunk", "ignored"),
-    [(1, False, 1000, "some"), (1, False, 5, "none"), (2, True, 5, "some"), (2, False, 1000, "none"), (4, True, 3, "some"), (2, True, 5, "all")],
-)  # fmt: skip
+    [
+        (1, False, 1000, "some"),
+        (1, False, 5, "none"),
+        (2, True, 5, "some"),
+        (2, False, 1000, "none"),
+        (4, True, 3, "some"),
+        (2, True, 5, "all"),
+    ],
+)
 def test_values_and_gradients(ranks, sequence_parallel, rows_a_chunk, ignored):
     from tulu_mega.bridge.rules import padded_vocab
 

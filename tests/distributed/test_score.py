@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.distributed import world
+from tests.distributed import jobs, world
 from tulu_mega.config import ScoreSettings, load
 from tulu_mega.quickstart import tiny_model
 
@@ -53,7 +53,7 @@ def reference(model, scored):
         yield logp.gather(1, ids[1:, None]).squeeze(1).tolist()
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 3}, {"data": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 3}, {"data": 2}, {"context": 2}], ids=str)
 def test_scores_are_those_of_transformers(model, tmp_path, layout):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows()))
@@ -70,3 +70,19 @@ def test_scores_are_those_of_transformers(model, tmp_path, layout):
         assert len(row["logprobs"]) == len(row["input_ids"]) - 1
         assert row["logprobs"] == pytest.approx(want, abs=2e-5)
         assert row["sum"] == pytest.approx(sum(want), abs=2e-4)
+
+
+def test_an_interleaved_pipeline_scores_any_number_of_texts(tmp_path):
+    """Its schedule takes micro-batches in multiples of the pipeline's ranks only: empty ones fill up."""
+    model, source, output = tmp_path / "model", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    world.run(1, jobs.make_model, str(model), False)
+    lengths = [30, 2, 41]
+    texts = [{"id": i, "input_ids": [(7 * i + j) % 400 for j in range(length)]} for i, length in enumerate(lengths)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    flags = ["--model", str(model), "--model.dtype", "fp32", "--input", str(source), "--output", str(output)]
+    flags += ["--pack_length", "44", "--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2", "--parallel.context", "2"]
+    world.run(4, job, flags)
+    scored = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["input_ids"] for row in scored] == [row["input_ids"] for row in texts]
+    for row, want in zip(scored, reference(model, scored), strict=True):
+        assert row["logprobs"] == pytest.approx(want, abs=2e-5)

@@ -94,7 +94,7 @@ def test_adamw_equals_torch(model, truth, tmp_path, layout):
         assert np.linalg.norm(got[name] - value) / np.linalg.norm(value) < 1e-5, name
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"data": 2}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"data": 2}, {"pipeline": 2}, {"context": 2}], ids=str)
 def test_bf16_follows_float32(model, truth, layout):
     """bf16 has 8 bits of mantissa: about 0.4% a rounding; float32 main parameters keep the errors from piling up."""
     losses, norms = world.run(2, ours, model, layout, "bf16", None)[0]

@@ -9,8 +9,6 @@ import time
 
 import pytest
 
-from tulu_mega.quickstart.demo import score
-
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(900)
@@ -22,10 +20,11 @@ def test_accuracy_after_sft(tmp_path, seed):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
 
-    def accuracy(name: str) -> float:
-        return score([json.loads(line) for line in (run_dir / name).read_text().splitlines()]).accuracy
+    def accuracy(output: str) -> float:
+        results = json.loads((run_dir / output / "results.json").read_text())
+        return results["tasks"]["rlvr"]["metrics"]["score"]["value"]
 
-    before, after = accuracy("before.jsonl"), accuracy("after.jsonl")
+    before, after = accuracy("before"), accuracy("sft/eval")
     print(json.dumps({"seed": seed, "before": before, "after": after, "seconds": round(time.monotonic() - started)}))
     assert before < 0.1
     assert 0.3 <= after <= 0.6

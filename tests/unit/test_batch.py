@@ -1,11 +1,12 @@
 """Packing keeps sequences apart: nothing predicts its neighbour, nothing is lost."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tulu_mega.data.batch import pack
-from tulu_mega.data.packing import Alignment
+from tulu_mega.data.batch import context_rows, context_share, pack
+from tulu_mega.data.packing import Alignment, alignment
 from tulu_mega.records import IGNORE, Sequence
 
 
@@ -48,3 +49,30 @@ def test_every_sequence_comes_back(rows, piece, times):
         assert batch.tokens_T[begin : begin + len(ids)].tolist() == ids
         assert batch.labels_T[begin:end].tolist() == shifted + [IGNORE] * (end - begin - len(shifted))
     assert batch.loss_mask_T.equal(batch.labels_T != IGNORE)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=sequences, size=st.sampled_from([2, 3]), tensor=st.sampled_from([1, 2]))
+def test_context_shares_are_the_pack_in_other_words(rows, size, tensor):
+    align = alignment(tensor, tensor > 1, size)
+    whole = pack([Sequence(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)], align)
+    shares = [context_share(whole, rank, size) for rank in range(size)]
+    places = [context_rows(whole.cu_seqlens_S1, rank, size) for rank in range(size)]
+    assert torch.cat(places).sort().values.tolist() == list(range(len(whole.tokens_T)))  # each token once
+    for rank, (share, rows_T) in enumerate(zip(shares, places, strict=True)):
+        assert len(share.tokens_T) * size == len(whole.tokens_T) and len(share.tokens_T) % tensor == 0
+        for name in ("tokens_T", "labels_T", "positions_T", "loss_mask_T"):
+            assert getattr(share, name).equal(getattr(whole, name)[rows_T])
+        assert share.cu_seqlens_S1 is whole.cu_seqlens_S1 and share.max_seqlen == whole.max_seqlen
+        # as many pairs of query and key on every rank: what the zigzag is for
+        assert int((share.positions_T + 1).sum()) == int((whole.positions_T + 1).sum()) // size
+        assert share.num_sequences == (len(rows) if rank == 0 else 0)
+    assert sum(int(share.loss_mask_T.sum()) for share in shares) == int(whole.loss_mask_T.sum())
+    assert context_share(whole, 0, 1) is whole
+
+
+def test_the_zigzag():
+    assert context_rows(torch.tensor([0, 8, 12]), 0, 2).tolist() == [0, 1, 6, 7, 8, 11]
+    assert context_rows(torch.tensor([0, 8, 12]), 1, 2).tolist() == [2, 3, 4, 5, 9, 10]
+    with pytest.raises(ValueError, match="6 tokens does not divide into 4 pieces"):
+        context_rows(torch.tensor([0, 8, 14]), 0, 2)

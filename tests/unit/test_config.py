@@ -87,7 +87,8 @@ def test_settings_are_frozen(file):
         (["stray"], "stray: expected --section.key value"),
         (["--seed.x", "1", "--seed", "2", "--seed.x", "1"], "--seed.x: 'seed' is not a section"),
         (["--megatron.tensor_model_parallel_size", "2"], "megatron: tensor_model_parallel_size is decided by parallel.tensor"),
-        (["--parallel.context", "2"], "parallel: context = 2 is not available yet: use 1"),
+        (["--parallel.virtual_pipeline", "2"], "parallel: virtual_pipeline = 2 needs pipeline of at least 2"),
+        (["--parallel.overlap_param_gather", "true"], "parallel: overlap_param_gather needs distributed_optimizer and overlap"),
     ],
 )
 def test_what_is_said_of_a_mistake(file, flags, start):

@@ -9,6 +9,7 @@ from tulu_mega.planner.flops import matmul_parameters, training_flops
 
 def llama(hidden, ffn, layers, heads, groups=8, vocab=128256):
     return {
+        "architectures": ["LlamaForCausalLM"],
         "hidden_size": hidden,
         "intermediate_size": ffn,
         "num_hidden_layers": layers,
@@ -32,6 +33,17 @@ def test_attention_counts_each_sequence_by_itself():
     linear = 6 * matmul_parameters(config)
     assert training_flops(config, [10, 30]) == linear * 40 + 6 * 2 * 64 * (10**2 + 30**2)
     assert training_flops(config, []) == 0
+
+
+def test_a_window_bounds_what_a_token_attends_to():
+    """Against counting the pairs; the closed form leaves out half a token on the diagonal, as for full attention."""
+    config = llama(64, 128, 3, 4, groups=2, vocab=100)
+    windowed = config | {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "sliding_window": 10, "head_dim": 16}
+    layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    less = training_flops(config, [40, 9]) - training_flops(windowed | {"layer_types": layer_types}, [40, 9])
+    hidden_pairs = sum(max(0, token - 9) for token in range(40))  # of one layer: further back than the window
+    assert less == pytest.approx(2 * 12 * 64 * hidden_pairs, rel=0.05)
+    assert training_flops(windowed | {"layer_types": layer_types}, [9, 10]) == training_flops(config, [9, 10])
 
 
 @pytest.mark.parametrize("tied", [False, True])

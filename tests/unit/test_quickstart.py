@@ -12,6 +12,7 @@ from tulu_mega.data.chat import encode, prompt_ids
 from tulu_mega.errors import UserError
 from tulu_mega.quickstart import demo, task, tiny_model
 from tulu_mega.quickstart.settings import QuickstartSettings
+from tulu_mega.rollout.generate import Completion
 
 EXAMPLE = Path(__file__).parents[2] / "examples/sft_tiny.toml"
 
@@ -71,17 +72,8 @@ def test_the_tokenizers_own_template_is_tulus(tokenizer):
     assert text == "<|user|>\nAda has 1 pen.\n<|assistant|>\n1<|end_of_text|>"
 
 
-def test_scores_and_their_interval():
-    right, wrong = ({"response": f"The answer is {answer}.", "ground_truth": "3"} for answer in (3, 4))
-    rows = [right] * 45 + [wrong] * 55
-    score = demo.score(rows)
-    assert (score.correct, score.total, score.accuracy) == (45, 100, 0.45)
-    assert score.interval == pytest.approx((0.356, 0.548), abs=1e-3)  # Wilson, from tables
-    assert demo.Score(0, 10).interval[0] == 0.0 and demo.Score(10, 10).interval[1] == 1.0
-
-
 @pytest.fixture
-def story(tmp_path, monkeypatch):
+def story(tmp_path, monkeypatch, tokenizer):
     """A quickstart whose training copies the model and whose vLLM answers by rule; returns (settings, what was done)."""
     done = []
 
@@ -91,17 +83,28 @@ def story(tmp_path, monkeypatch):
         tiny_model.make(directory / "hf", 1)
         return subprocess.CompletedProcess(command, 0)
 
-    def generate(settings):
-        done.append(Path(settings.model.path).name)
-        right = Path(settings.model.path).name == "hf"
-        rows = [json.loads(line) for line in Path(settings.input).read_text().splitlines()]
-        answered = ({**row, "response": row["ground_truth"] if right else "\x1b[31mno"} for row in rows)
-        task.write_jsonl(answered, Path(settings.output))
+    class Answers:
+        def __init__(self, model, *_, **__):
+            done.append(Path(model).name)
+            self.right = done[-1] == "hf"
 
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def __call__(self, prompts, sampling, numbers):
+            heldout = Path(settings.run_dir) / "data/heldout.jsonl"
+            answers = [json.loads(line)["ground_truth"] for line in heldout.read_text().splitlines()]
+            said = [answers[number] if self.right else "\x1b[31mno" for number in numbers]
+            return [[Completion(tokenizer.encode(text), "stop")] for text in said]
+
+    settings = QuickstartSettings(run_dir=str(tmp_path / "quick"))
     monkeypatch.setattr("tulu_mega.rollout.generate.check_vllm", lambda: None)
-    monkeypatch.setattr("tulu_mega.rollout.generate.generate", generate)
+    monkeypatch.setattr("tulu_mega.rollout.generate.Generator", Answers)
     monkeypatch.setattr(demo.subprocess, "run", train)
-    return QuickstartSettings(run_dir=str(tmp_path / "quick")), done
+    return settings, done
 
 
 def test_the_story_is_told_once_and_what_is_complete_is_reused(story, capsys):

@@ -1,27 +1,31 @@
 """The rule table: pieces of all ranks cover every tensor once, tile every shard, and bring back the same bits."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tulu_mega.bridge.families import FAMILIES, family_for
-from tulu_mega.bridge.rules import Cut, is_weight, padded_vocab
+from tulu_mega.bridge.families import FAMILIES, decoder, family_for
+from tulu_mega.bridge.rules import Cut, LayerNeeds, is_weight, padded_vocab
 from tulu_mega.errors import UserError
 
 LLAMA = FAMILIES["LlamaForCausalLM"]
+EVERY = tuple(FAMILIES.values())
 
 
 @st.composite
-def layouts(draw):
-    """(config, tp) that Megatron accepts: TP divides heads and ffn, and divides the groups or is a multiple of them."""
+def layouts(draw, families=EVERY):
+    """(family, config, tp) that Megatron accepts: TP divides heads and ffn, and divides the groups or is a multiple of them."""
     tp = draw(st.sampled_from([1, 2, 3, 4, 8]))
     groups = draw(st.sampled_from([1, 2, 3, 4, 8]))
     heads = groups * draw(st.integers(1, 4))
     assume(heads % tp == 0 and (groups % tp == 0 or tp % groups == 0))
     head_dim = draw(st.sampled_from([2, 4, 6]))
+    family = draw(st.sampled_from(families))
     config = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [family.architecture],
         "vocab_size": draw(st.integers(1, 70)),
         "hidden_size": draw(st.integers(1, 9)),
         "intermediate_size": tp * draw(st.integers(1, 5)),
@@ -32,26 +36,19 @@ def layouts(draw):
         "tie_word_embeddings": draw(st.booleans()),
     }
     assume((heads + 2 * groups) * head_dim % tp == 0)
-    return config, tp
+    assume(groups % tp == 0 or decoder.PROJECTION_NORMS[0] not in family.rules)  # a norm over the projection needs whole heads
+    return family, config, tp
 
 
-def megatron_names(config, spec):
-    ends = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"]
-    norms = {
-        "local": ["input_layernorm.weight", "pre_mlp_layernorm.weight"],
-        "te": ["self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"],
-    }[spec]
-    matrices = [
-        "self_attention.linear_qkv.weight",
-        "self_attention.linear_proj.weight",
-        "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight",
-    ]
-    return ends + [f"decoder.layers.{i}.{name}" for i in range(config["num_hidden_layers"]) for name in norms + matrices]
+def megatron_names(family, config, spec):
+    """Every parameter's name with megatron-core's layers or Transformer Engine's."""
+    patterns = [rule.megatron[{"local": 0, "te": -1}[spec]] for rule in family.rules]
+    layers = range(config["num_hidden_layers"])
+    return [name.format(i=i) for name in patterns for i in (layers if "{i}" in name else (0,))]
 
 
-def cut_of(name):
-    return LLAMA._rule(name, {"num_hidden_layers": 10})[0].cut
+def cut_of(family, name):
+    return family._rule(name, {"num_hidden_layers": 10})[0].cut
 
 
 def box(region):
@@ -61,17 +58,17 @@ def box(region):
 @settings(max_examples=60, deadline=None)
 @given(layouts(), st.sampled_from(["local", "te"]))
 def test_pieces_cover_tile_and_return_the_same_bits(layout, spec):
-    config, tp = layout
-    shapes = LLAMA.hf_shapes(config)
+    family, config, tp = layout
+    shapes = family.hf_shapes(config)
     rng = np.random.default_rng(0)
     tensors = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     back = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
     times = {name: np.zeros(shape, int) for name, shape in shapes.items()}
-    for name in megatron_names(config, spec):
+    for name in megatron_names(family, config, spec):
         for rank in range(tp):
-            shard = np.full(LLAMA.local_shape(name, tp, config), np.nan)
+            shard = np.full(family.local_shape(name, tp, config), np.nan)
             filled = np.zeros(shard.shape, int)
-            for piece in LLAMA.pieces(name, rank, tp, config):
+            for piece in family.pieces(name, rank, tp, config):
                 shard[box(piece.local_region)] = tensors[piece.hf_name][box(piece.hf_region)]
                 filled[box(piece.local_region)] += 1
                 assert piece.duplicate == (name == "output_layer.weight" and config["tie_word_embeddings"])
@@ -79,33 +76,31 @@ def test_pieces_cover_tile_and_return_the_same_bits(layout, spec):
                     back[piece.hf_name][box(piece.hf_region)] = shard[box(piece.local_region)]
                     times[piece.hf_name][box(piece.hf_region)] += 1
             assert filled.max(initial=0) <= 1
-            if cut_of(name) is Cut.VOCAB:  # what is not filled is padding, at the end of the vocabulary
+            if cut_of(family, name) is Cut.VOCAB:  # what is not filled is padding, at the end of the vocabulary
                 real = max(0, min(len(shard), config["vocab_size"] - rank * len(shard)))
                 assert filled[:real].all() and not filled[real:].any()
             else:
                 assert filled.all()
-    copied = {f"model.layers.{i}.{n}_layernorm.weight" for i in range(3) for n in ("input", "post_attention")} | {
-        "model.norm.weight"
-    }
+    copied = [name.format(i=i) for rule in family.rules if rule.cut is Cut.COPY for name in rule.hf for i in range(3)]
     for name in shapes:
         assert (times[name] == (tp if name in copied else 1)).all(), name
         np.testing.assert_array_equal(back[name], tensors[name])
 
 
 @settings(max_examples=40, deadline=None)
-@given(layouts())
-def test_qkv_shards_concatenate_to_the_interleaved_matrix(layout):
+@given(layouts((FAMILIES["Qwen2ForCausalLM"],)), st.sampled_from(["weight", "bias"]))
+def test_qkv_shards_concatenate_to_the_interleaved_whole(layout, kind):
     """Against the definition: per group its queries, its key, its value, and TP takes equal runs of rows of that."""
-    config, tp = layout
+    family, config, tp = layout
     groups = config["num_key_value_heads"]
     prefix = "model.layers.0.self_attn."
-    tensors = {name: np.arange(np.prod(shape)).reshape(shape) for name, shape in LLAMA.hf_shapes(config).items()}
-    q, k, v = (tensors[f"{prefix}{which}_proj.weight"] for which in "qkv")
-    by_group = [matrix.reshape(groups, len(matrix) // groups, -1) for matrix in (q, k, v)]
-    expected = np.split(np.concatenate(by_group, axis=1).reshape(-1, config["hidden_size"]), tp)
-    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    tensors = {name: np.arange(np.prod(shape)).reshape(shape) for name, shape in family.hf_shapes(config).items()}
+    q, k, v = (tensors[f"{prefix}{which}_proj.{kind}"] for which in "qkv")
+    by_group = [rows.reshape(groups, len(rows) // groups, *rows.shape[1:]) for rows in (q, k, v)]
+    expected = np.split(np.concatenate(by_group, axis=1).reshape(-1, *q.shape[1:]), tp)
+    name = f"decoder.layers.0.self_attention.linear_qkv.{kind}"
     for rank in range(tp):
-        got = np.concatenate([tensors[p.hf_name][box(p.hf_region)] for p in LLAMA.pieces(name, rank, tp, config)])
+        got = np.concatenate([tensors[p.hf_name][box(p.hf_region)] for p in family.pieces(name, rank, tp, config)])
         np.testing.assert_array_equal(got, expected[rank])
 
 
@@ -166,11 +161,87 @@ def test_what_the_table_cannot_place_is_refused(name, tp, says):
 
 
 def test_an_unknown_family_names_the_known():
-    with pytest.raises(UserError, match=r"MistralForCausalLM.*not supported; expected one of LlamaForCausalLM"):
-        family_for({"architectures": ["MistralForCausalLM"]})
+    with pytest.raises(UserError, match=r"GemmaForCausalLM.*not supported; expected one of LlamaForCausalLM, MistralForCausalLM"):
+        family_for({"architectures": ["GemmaForCausalLM"]})
     with pytest.raises(UserError, match="expected one of LlamaForCausalLM"):
         family_for({})
     assert family_for(CONFIG) is LLAMA
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_tensors_are_those_of_transformers(architecture, tied):
+    import torch
+    import transformers
+
+    model = getattr(transformers, architecture)
+    sizes = {name: size for name, size in CONFIG.items() if name != "architectures"}
+    config = model.config_class(**sizes, head_dim=6, tie_word_embeddings=tied, pad_token_id=None)
+    with torch.device("meta"):
+        theirs = {name: tuple(tensor.shape) for name, tensor in model(config).state_dict().items()}
+    if tied:
+        del theirs["lm_head.weight"]
+    assert FAMILIES[architecture].hf_shapes(config.to_dict()) == theirs
+
+
+def needs(architecture, **config):
+    return FAMILIES[architecture].needs(CONFIG | {"num_hidden_layers": 4} | config)
+
+
+def test_needs_follow_from_what_config_json_says():
+    sliding = dict(use_sliding_window=True, sliding_window=9)
+    assert needs("LlamaForCausalLM") == LayerNeeds()
+    assert needs("MistralForCausalLM", sliding_window=None) == LayerNeeds()
+    assert needs("MistralForCausalLM", sliding_window=9) == LayerNeeds(window=9, windowed=(True,) * 4)
+    assert needs("Qwen2ForCausalLM", sliding_window=9) == LayerNeeds(qkv_bias=True)  # there, but not used
+    late = LayerNeeds(qkv_bias=True, window=9, windowed=(False, False, False, True))
+    assert needs("Qwen2ForCausalLM", **sliding, max_window_layers=3) == late
+    assert needs("Qwen2ForCausalLM", **sliding, max_window_layers=4) == LayerNeeds(qkv_bias=True)
+    chosen = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    by_layer = LayerNeeds(qk_norm="head", window=9, windowed=(True, False, False, True))
+    assert needs("Qwen3ForCausalLM", **sliding, layer_types=chosen) == by_layer
+    assert needs("Olmo2ForCausalLM") == LayerNeeds(qk_norm="projection", norms="after")
+    olmo3 = needs("Olmo3ForCausalLM")  # neither window nor layer types in config.json: as transformers has it
+    assert (olmo3.window, olmo3.windowed) == (4096, (True, True, True, False))
+    assert olmo3.ropes == ("sliding_attention",) * 3 + ("full_attention",)
+
+
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Olmo3ForCausalLM"])
+def test_needs_are_those_of_transformers_defaults(architecture):
+    """What config.json does not say is the same here as in the config that transformers makes of it."""
+    import transformers
+
+    plain = {name: size for name, size in CONFIG.items() if name != "architectures"} | {"num_hidden_layers": 30, "head_dim": 6}
+    made = getattr(transformers, architecture).config_class(**plain, pad_token_id=None).to_dict()
+    assert FAMILIES[architecture].needs(plain) == FAMILIES[architecture].needs(made)
+    assert FAMILIES[architecture].sizes(plain) == FAMILIES[architecture].sizes(made)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "says"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window = 0, expected a whole number of tokens from 1"),
+        ("Olmo3ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types names 1 layers, expected num_hidden_layers = 2"),
+        ("Olmo3ForCausalLM", {"layer_types": ["full_attention", "linear"]}, "layer_types has linear, expected full_attention or"),
+        ("Qwen3ForCausalLM", {}, "head_dim = None, expected a whole number"),
+        ("Qwen2ForCausalLM", {"num_key_value_heads": None}, "num_key_value_heads = None, expected a whole number"),
+        (
+            "Qwen2ForCausalLM",
+            {"rope_scaling": {"type": "mrope", "mrope_section": [1]}},
+            "rope_scaling asks for rope_type 'mrope'",
+        ),
+        (
+            "Olmo3ForCausalLM",
+            {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}},
+            "rope_type 'dynamic', which is not",
+        ),
+        ("LlamaForCausalLM", {"rope_scaling": "yarn"}, "rope_scaling = 'yarn', expected an object"),
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; expected 'silu'"),
+    ],
+)
+def test_layers_that_cannot_be_built_are_refused_with_the_files(architecture, config, says):
+    with pytest.raises(UserError, match=says):
+        FAMILIES[architecture].hf_shapes(CONFIG | config)
 
 
 def test_a_config_that_cannot_be_read_tells_everything_at_once():
@@ -182,3 +253,17 @@ def test_a_config_that_cannot_be_read_tells_everything_at_once():
     assert all(word in told for word in ("hidden_size = '8'", "vocab_size = None", "mlp_bias = true", "num_key_value_heads = 0"))
     with pytest.raises(UserError, match="num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"):
         LLAMA.hf_shapes({**CONFIG, "num_key_value_heads": 3})
+
+
+def test_the_family_of_the_documentation_is_one():
+    page = (Path(__file__).parents[2] / "docs/families.md").read_text()
+    made = {}
+    exec(page.split("```python\n")[1].split("```")[0], made)
+    config = CONFIG | {"head_dim": 6}
+    shapes = made["FAMILY"].hf_shapes(config)
+    beside = {"q_proj.bias": (24,), "k_proj.bias": (12,), "v_proj.bias": (12,)}
+    expected = FAMILIES["Qwen3ForCausalLM"].hf_shapes(config)
+    expected |= {f"model.layers.{i}.self_attn.{name}": shape for i in range(2) for name, shape in beside.items()}
+    assert shapes == expected
+    listed = [line.split("`")[1] for line in page.splitlines() if "ForCausalLM` |" in line]
+    assert sorted(listed) == sorted(FAMILIES)

@@ -109,11 +109,11 @@ class ShardWriter:
         self._file.write(len(header).to_bytes(8, "little") + header)
 
     def _finish_file(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def write_index(directory: Path, plan: Sequence[Files]) -> None:

@@ -6,6 +6,14 @@ from pathlib import Path
 
 from tulu_mega.errors import UserError
 
+MARK = "metadata.json"
+"""The file by which a Megatron distributed checkpoint is known."""
+
+
+def is_megatron(directory: Path) -> bool:
+    """Whether a directory is a Megatron distributed checkpoint."""
+    return (directory / MARK).is_file() and not any(directory.glob("*.safetensors"))
+
 
 def model_directory(path: str) -> Path:
     """The directory of a model; a hub name is fetched into the hub's cache first (safetensors, config, tokenizer).

@@ -6,11 +6,10 @@ A chunk is one virtual pipeline stage's unwrapped GPTModel: of it this file uses
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,24 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tulu_mega.bridge.companions import put_in_place, write_companions
 from tulu_mega.bridge.hf_files import HfCheckpoint, TensorInfo
-from tulu_mega.bridge.hf_writer import ShardWriter, plan_files, sync_directory, tensor_info, write_durably, write_index
+from tulu_mega.bridge.hf_writer import ShardWriter, plan_files, tensor_info, write_index
 from tulu_mega.bridge.rules import Config, Family, Piece, Region, is_weight
+from tulu_mega.collective import together
 from tulu_mega.errors import UserError
 
 _SLAB_BYTES = 32 * 2**20
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def global_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -123,7 +112,6 @@ def export_hf(
     pp_rank: int,
     pp_size: int,
     is_writer: bool,
-    barrier: Callable[[], None],
     dtype: torch.dtype,
     source_directory: str | os.PathLike,
     extra_files: Mapping[str, str] | None = None,
@@ -141,45 +129,71 @@ def export_hf(
         family: its family.
         tp_group, pp_group: may be None for a size of 1.
         is_writer: data parallel rank 0 and context parallel rank 0; the other ranks only wait.
-        barrier: waits for every rank of the world.
         dtype: type of the written weights (float32 or bfloat16).
         source_directory: where the tokenizer, its chat template and the generation config are copied from.
         extra_files: name -> text of files that are written beside or instead of the copied ones.
         max_shard_bytes: bytes of weights a file holds at most.
 
     Raises:
-        UserError: on every rank, before anything is written, when the place cannot be used.
+        UserError: on every rank: before anything is written, when the place cannot be used; or when a rank cannot write, e.g.
+            on a full disk. What was in the directory before is untouched then.
     """
     final, source = Path(directory).absolute(), Path(source_directory).absolute()
     _check_place(final, source)
     partial = final.with_name(f".{final.name}.partial")
+    what = f"the model could not be written to {final}"
     is_first = is_writer and tp_rank == 0 and pp_rank == 0
-    if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    if is_writer:
-        items = _plan_export(chunks, family, config, tp_size)
-        tensors = _announced(items, family, config, dtype)
-        stages: list[dict[str, TensorInfo]] = [tensors]
-        if pp_size > 1:
-            stages = [{} for _ in range(pp_size)]
-            dist.all_gather_object(stages, tensors, group=pp_group)
-        _check_complete(stages, family, config)
-        files = plan_files(stages, max_shard_bytes)
-        if tp_rank == 0:
-            with ShardWriter(partial, files[pp_rank]) as writer:
-                for item in items:
-                    writer.add(item.hf_name, _gather(item, tensors[item.hf_name].shape, dtype, tp_group, tp_rank))
-        else:
-            for item in items:
-                _send(item, dtype, tp_group, tp_rank)
-    barrier()
-    if is_first:
-        write_index(partial, files)
-        _write_small_files(partial, source, config, dtype, extra_files or {})
-        _put_in_place(partial, final)
-    barrier()
+    with together(what):
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    try:
+        with together(what):
+            if is_writer:
+                items = _plan_export(chunks, family, config, tp_size)
+                tensors = _announced(items, family, config, dtype)
+                stages: list[dict[str, TensorInfo]] = [tensors]
+                if pp_size > 1:
+                    stages = [{} for _ in range(pp_size)]
+                    dist.all_gather_object(stages, tensors, group=pp_group)
+                _check_complete(stages, family, config)
+                files = plan_files(stages, max_shard_bytes)
+                if tp_rank == 0:
+                    _write_stage(ShardWriter(partial, files[pp_rank]), items, tensors, dtype, tp_group)
+                else:
+                    for item in items:
+                        _send(item, dtype, tp_group, tp_rank)
+        with together(what):
+            if is_first:
+                write_index(partial, files)
+                write_companions(partial, source, config, str(dtype).removeprefix("torch."), extra_files)
+                put_in_place(partial, final)
+    except UserError:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        raise
+
+
+def _write_stage(
+    writer: ShardWriter,
+    items: Sequence[_Item],
+    tensors: Mapping[str, TensorInfo],
+    dtype: torch.dtype,
+    tp_group: dist.ProcessGroup | None,
+) -> None:
+    """On TP rank 0: gathers and writes the stage. After a failure the other ranks' tensors are still received: they send them."""
+    failure: OSError | None = None
+    with writer:
+        for item in items:
+            full = _gather(item, tensors[item.hf_name].shape, dtype, tp_group, 0)
+            if failure is None:
+                try:
+                    writer.add(item.hf_name, full)
+                except OSError as error:
+                    failure = error
+        if failure:
+            raise failure
 
 
 def _plan_export(chunks: Sequence[nn.Module], family: Family, config: Config, tp_size: int) -> list[_Item]:
@@ -245,26 +259,3 @@ def _check_place(final: Path, source: Path) -> None:
         problems.append(f"{source}: no such directory; expected the model whose tokenizer files are to be copied")
     if problems:
         raise UserError(problems)
-
-
-def _write_small_files(partial: Path, source: Path, config: Config, dtype: torch.dtype, extra_files: Mapping[str, str]) -> None:
-    name = str(dtype).removeprefix("torch.")
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    written = {**config, **dict.fromkeys(keys, name)}
-    files = {each: (source / each).read_bytes() for each in _COPIED if (source / each).is_file()}
-    files["config.json"] = json.dumps(written, indent=2).encode() + b"\n"
-    files |= {each: text.encode() for each, text in extra_files.items()}
-    for each, content in files.items():
-        write_durably(partial / each, content)
-
-
-def _put_in_place(partial: Path, final: Path) -> None:
-    """The complete directory takes its name; the one it replaces goes afterwards."""
-    sync_directory(partial)
-    old = final.with_name(f".{final.name}.old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    partial.rename(final)
-    sync_directory(final.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,7 +1,8 @@
 """Which box of which Hugging Face tensor is which box of a Megatron parameter's shard, as a table read both ways.
 
-A family is a handful of `Rule`s and the shapes of its Hugging Face tensors. From these everything that moves weights (loading,
-export, sending to a rollout engine) takes plain boxes, `Piece`s, and needs to know nothing about attention groups or gates.
+A family is a handful of `Rule`s, the sizes that their shapes are made of, and what its layers need beside a Llama's. From the
+rules everything that moves weights (loading, export, sending to a rollout engine) takes plain boxes, `Piece`s, and needs to know
+nothing about attention groups or gates; from the needs the model is built.
 In patterns `{i}` stands for the layer's number in the whole model, from 0.
 """
 
@@ -11,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from tulu_mega.errors import UserError
 
@@ -20,6 +21,8 @@ Region = tuple[tuple[int, int], ...]
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]
 """The content of a Hugging Face config.json."""
+Sizes = Mapping[str, int]
+"""Extents by the names that rules use; ``groups``, the number of key-value groups, is always among them."""
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
@@ -45,12 +48,31 @@ class Cut(Enum):
 class Rule:
     """One Megatron parameter and the Hugging Face tensors it is made of.
 
-    ``megatron`` lists its name under every layer specification, ``hf`` the tensors in the order the cut names them.
+    ``megatron`` lists its name under every layer specification, ``hf`` the tensors in the order the cut names them, each with the
+    names of its sizes: ``{"lm_head.weight": ("vocab", "hidden")}``.
     """
 
     megatron: tuple[str, ...]
-    hf: tuple[str, ...]
+    hf: Mapping[str, tuple[str, ...]]
     cut: Cut
+
+
+@dataclass(frozen=True)
+class LayerNeeds:
+    """What a family's layers have that a Llama's do not."""
+
+    qkv_bias: bool = False
+    """the query, key and value projections add a bias"""
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """RMS norm of queries and keys before they are rotated: each head by itself, or all heads of the projection together"""
+    norms: Literal["before", "after"] = "before"
+    """whether attention and MLP have their norm on the way in or, on the residual branch, on the way out"""
+    window: int | None = None
+    """tokens that a layer with a sliding window attends to, the token itself among them"""
+    windowed: tuple[bool, ...] = ()
+    """by layer: has the window; empty without windows"""
+    ropes: tuple[str, ...] = ()
+    """by layer: its entry in config.json's ``rope_parameters``; empty where all layers share one"""
 
 
 @dataclass(frozen=True)
@@ -79,10 +101,10 @@ class Family:
     architecture: str
     """name in config.json's ``architectures``"""
     rules: tuple[Rule, ...]
-    shapes: Callable[[Config], dict[str, Shape]]
-    """pattern of every Hugging Face tensor (tied heads left out) -> shape; raises UserError for a config it cannot read"""
-    groups: Callable[[Config], int]
-    """key-value groups"""
+    sizes: Callable[[Config], Sizes]
+    """the sizes that the rules name; raises UserError for a config it cannot read"""
+    needs: Callable[[Config], LayerNeeds] = lambda config: LayerNeeds()
+    """what the layers need; raises UserError for a config it cannot read"""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     leftovers: tuple[str, ...] = ()
@@ -94,10 +116,14 @@ class Family:
         Raises:
             UserError: for a config that the family cannot read.
         """
+        sizes = self.sizes(config)
+        self.needs(config)  # a model whose layers cannot be built is refused here, before anything is launched
         return {
-            pattern.format(i=i): shape
-            for pattern, shape in self.shapes(config).items()
-            for i in range(config["num_hidden_layers"] if "{i}" in pattern else 1)
+            pattern.format(i=i): tuple(sizes[each] for each in dims)
+            for rule in self.rules
+            for i in range(config["num_hidden_layers"] if "{i}" in rule.megatron[0] else 1)
+            for pattern, dims in rule.hf.items()
+            if not (pattern == self.head and is_tied(config))
         }
 
     def ignorable(self, config: Config) -> tuple[str, ...]:
@@ -125,17 +151,13 @@ class Family:
         return self._plan(megatron_name, 0, tp_size, config)[0]
 
     def _plan(self, megatron_name: str, tp_rank: int, tp_size: int, config: Config) -> tuple[Shape, list[Piece]]:
-        shapes = self.shapes(config)
+        sizes = self.sizes(config)
         rule, layer = self._rule(megatron_name, config)
-        patterns, duplicate = rule.hf, False
-        if patterns == (self.head,) and is_tied(config):
-            patterns, duplicate = (self.embedding,), True
-        absent = [pattern for pattern in patterns if pattern not in shapes]
-        if absent:
-            raise UserError(f"{megatron_name}: the model has it, but config.json does not ask for {', '.join(absent)}")
-        full = [shapes[pattern] for pattern in patterns]
+        duplicate = self.head in rule.hf and is_tied(config)
+        patterns = [self.embedding] if duplicate else list(rule.hf)
+        full = [tuple(sizes[each] for each in dims) for dims in rule.hf.values()]
         axis = 1 if rule.cut is Cut.ROW else 0
-        size, runs = _runs(rule.cut, [shape[axis] for shape in full], self.groups(config), tp_rank, tp_size, megatron_name)
+        size, runs = _runs(rule.cut, [shape[axis] for shape in full], sizes["groups"], tp_rank, tp_size, megatron_name)
         made, at = [], 0
         for which, start, stop in runs:
             across = tuple((0, extent) for extent in full[which])

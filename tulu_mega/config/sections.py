@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -14,9 +14,17 @@ class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are not coerced, nothing changes later."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    alone: ClassVar[str] = ""
+    """The setting meant when the section is given as a text (or list) alone: ``model = "dir"`` is ``model.path = "dir"``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _setting_alone(cls, value: Any) -> Any:
+        return {cls.alone: value} if cls.alone and isinstance(value, str | list) else value
 
 
 class ModelSettings(Section):
+    alone: ClassVar[str] = "path"
     path: str
     """Directory of a Hugging Face model (config.json, *.safetensors, tokenizer), or a hub name."""
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -28,29 +36,49 @@ class ModelSettings(Section):
     trust_remote_code: bool = False
     """Let transformers run code from the model directory (tokenizer, config)."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
 
 class DataSettings(Section):
-    train: str | list[str]
-    """JSONL or Parquet file(s), or a hub data set name; rows of `messages`, or of `input_ids` and `labels`."""
-    split: str = "train"
-    """Split of a hub data set."""
+    train: str | list[str] | dict[str, int | float]
+    """JSONL or Parquet file(s), or hub data set names; rows of `messages`, or of `input_ids` and `labels`. As a table, each with
+    its amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
+    split: str | dict[str, str] = "train"
+    """Split of hub data sets; a table names the split of some, the others' is `train`."""
+    seed: int = 42
+    """Decides which rows are drawn where `train` gives amounts."""
     template: Literal["tulu", "tokenizer"] = "tulu"
     """Chat template: Tulu's, or the one the tokenizer ships (must mark the assistant's tokens)."""
     tokenizer: str | None = None
     """Directory or hub name of the tokenizer; the model's own when unset."""
     max_length: PositiveInt = 4096
-    """Longest sequence in tokens; longer rows are truncated on the right."""
+    """Longest sequence in tokens."""
+    overlong: Literal["truncate", "reject"] = "truncate"
+    """Rows longer than `max_length`: cut on the right, or left out."""
+    malformed: Literal["error", "reject"] = "error"
+    """Rows that cannot be read or rendered: stop and name them, or leave them out."""
+    cache: str | None = None
+    """Directory where tokenised data is kept by content, for all runs that name it; unset, each run keeps its own."""
     pack_length: PositiveInt | None = None
     """Tokens a packed micro-batch may hold on one data-parallel rank; `max_length` when unset."""
     shuffle: bool = True
     """Draw a new seeded order each epoch; otherwise rows come in file order."""
     workers: PositiveInt | None = None
     """Processes that tokenise; the machine's cores when unset."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _sensible_amounts(cls, train: Any) -> Any:
+        if isinstance(train, dict):
+            wrong = [f"{name!r} = {amount!r}" for name, amount in train.items() if not _is_amount(amount)]
+            if wrong or not train:
+                raise ValueError(
+                    f"{', '.join(wrong) or 'an empty table'}: expected for each source a count of rows (500) "
+                    "or a share with a point (0.5, 3.0), above 0"
+                )
+        return train
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 class ParallelSettings(Section):
@@ -59,7 +87,11 @@ class ParallelSettings(Section):
     pipeline: PositiveInt = 1
     """Pipeline parallel size (PP)."""
     virtual_pipeline: PositiveInt = 1
-    """Model chunks per pipeline rank (interleaved schedule)."""
+    """Model chunks per pipeline rank (VPP, the interleaved schedule); micro-batches are then a multiple of `pipeline`."""
+    first_stage_layers: PositiveInt | None = None
+    """Layers on the first pipeline rank, all its chunks together; unset, what balances the stages."""
+    last_stage_layers: PositiveInt | None = None
+    """Layers on the last pipeline rank, all its chunks together; unset, what balances the stages."""
     context: PositiveInt = 1
     """Context parallel size (CP)."""
     data: PositiveInt | None = None
@@ -68,6 +100,12 @@ class ParallelSettings(Section):
     """Sequence parallelism inside the tensor group (no effect when tensor is 1)."""
     distributed_optimizer: bool = True
     """Shard optimizer state over the data-parallel group."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over DP x CP bucket by bucket while the last backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass goes on (distributed optimizer only)."""
+    bucket_size: PositiveInt | None = None
+    """Parameters in a bucket of `overlap_grad_reduce`; megatron-core's choice when unset."""
 
     @property
     def model_parallel(self) -> int:
@@ -75,12 +113,20 @@ class ParallelSettings(Section):
         return self.tensor * self.pipeline * self.context
 
     @model_validator(mode="after")
-    def _available(self) -> ParallelSettings:
-        problems = [
-            f"{name} = {getattr(self, name)} is not available yet: use 1"
-            for name in ("virtual_pipeline", "context")
-            if getattr(self, name) != 1
-        ]
+    def _consistent(self) -> ParallelSettings:
+        problems = []
+        if self.pipeline == 1:
+            if self.virtual_pipeline > 1:
+                problems.append(f"virtual_pipeline = {self.virtual_pipeline} needs pipeline of at least 2")
+            for name in ("first_stage_layers", "last_stage_layers"):
+                if getattr(self, name) is not None:
+                    problems.append(f"{name} needs pipeline of at least 2; leave it out")
+        for name in ("first_stage_layers", "last_stage_layers"):
+            count = getattr(self, name)
+            if count is not None and count % self.virtual_pipeline:
+                problems.append(f"{name} = {count} does not divide into virtual_pipeline = {self.virtual_pipeline} chunks")
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            problems.append("overlap_param_gather needs distributed_optimizer and overlap_grad_reduce; turn them on")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -131,6 +177,11 @@ class CheckpointSettings(Section):
     """Steps between checkpoints; the last step is always saved. Unset: the last step only."""
     keep: PositiveInt = 2
     """Newest complete checkpoints kept on disk."""
+    format: Literal["reshardable", "same_layout"] = "reshardable"
+    """What the optimizer's state is written as: `reshardable` resumes under any layout; `same_layout` is faster to write, since
+    no rank gathers another's part, and resumes under the same tensor, pipeline and context sizes only."""
+    asynchronous: bool = False
+    """Write while training goes on, from copies in main memory; one save at a time, the next waits for it."""
     export: bool = True
     """Write the trained model in Hugging Face format to RUN_DIR/hf at the end."""
     export_dtype: Literal["model", "bf16", "fp32"] = "model"

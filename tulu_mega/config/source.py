@@ -30,7 +30,7 @@ def load(settings: type[S], file: str | None, flags: Sequence[str] = ()) -> S:
     values = _read_toml(file) if file is not None else {}
     problems: list[str] = []
     for dotted, text in _pairs(flags, problems):
-        _put(values, dotted, _parse(settings, dotted, text), problems)
+        _put(settings, values, dotted, _parse(settings, dotted, text), problems)
     try:
         result = settings.model_validate(values)
     except ValidationError as error:
@@ -48,6 +48,8 @@ def describe(settings: type[BaseModel], prefix: str = "") -> list[tuple[str, str
         if section:
             rows += describe(section, f"{prefix}{name}.")
             continue
+        if get_origin(field.annotation) is dict and (section := _section(get_args(field.annotation)[1])):
+            rows += describe(section, f"{prefix}{name}.NAME.")
         default = "required" if field.is_required() else str(field.default)
         rows.append((f"{prefix}{name}", _kind(field.annotation), default, (field.description or "").replace("\n", " ")))
     return rows
@@ -111,6 +113,17 @@ def _field(settings: type[BaseModel], dotted: str):
     return field
 
 
+def _section_at(settings: type[BaseModel], parts: Sequence[str]) -> type[BaseModel] | None:
+    """The section at a dotted place; the values of a table of sections are such places too."""
+    place: Any = settings
+    for part in parts:
+        if section := _section(place):
+            place = field.annotation if (field := section.model_fields.get(part)) else None
+        else:
+            place = get_args(place)[1] if get_origin(place) is dict else None
+    return _section(place)
+
+
 def _parse(settings: type[BaseModel], dotted: str, text: str) -> Any:
     """A flag's text as the value TOML would give it, or as plain text where the setting takes text."""
     try:
@@ -118,7 +131,7 @@ def _parse(settings: type[BaseModel], dotted: str, text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     field = _field(settings, dotted)
-    if field is None or isinstance(value, str):
+    if field is None or isinstance(value, str | list | dict):
         return value
     # "--run_dir 123": a number to TOML, yet a fine directory name
     adapter = TypeAdapter(field.annotation)
@@ -131,28 +144,32 @@ def _parse(settings: type[BaseModel], dotted: str, text: str) -> Any:
     return value
 
 
-def _put(values: dict[str, Any], dotted: str, value: Any, problems: list[str]) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
+def _put(settings: type[BaseModel], values: dict[str, Any], dotted: str, value: Any, problems: list[str]) -> None:
+    *parents, last = parts = dotted.split(".")
+    for depth, parent in enumerate(parents, 1):
         inner = values.setdefault(parent, {})
-        if isinstance(inner, str) and parent == "model":  # `model = "dir"` in the file, --model.dtype beside it
-            inner = values[parent] = {"path": inner}
+        if not isinstance(inner, dict) and (alone := _alone(settings, parts[:depth])):
+            inner = values[parent] = {alone: inner}  # `model = "dir"` in the file, --model.dtype beside it
         if not isinstance(inner, dict):
             problems.append(f"--{dotted}: {parent!r} is not a section")
             return
         values = inner
-    if isinstance(values.get(last), dict) and isinstance(value, str) and last == "model":
-        values[last]["path"] = value
+    if isinstance(values.get(last), dict) and not isinstance(value, dict) and (alone := _alone(settings, parts)):
+        values[last][alone] = value
     else:
         values[last] = value
+
+
+def _alone(settings: type[BaseModel], parts: Sequence[str]) -> str:
+    """The setting that a section is meant by when it is given as a value, empty when there is none."""
+    return getattr(_section_at(settings, parts), "alone", "")
 
 
 def _explain(settings: type[BaseModel], error: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":
-            parent = _field(settings, ".".join(str(part) for part in error["loc"][:-1])) if len(error["loc"]) > 1 else None
-            section = _section(parent.annotation) if parent else settings
+            section = _section_at(settings, [str(part) for part in error["loc"][:-1]])
             names = list((section or settings).model_fields)
             hint = nearest(str(error["loc"][-1]), names)
             if not hint:

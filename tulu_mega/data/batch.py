@@ -1,11 +1,13 @@
-"""Sequences to one packed micro-batch."""
+"""Sequences to one packed micro-batch, and a context-parallel rank's share of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tulu_mega.data.packing import Alignment
 from tulu_mega.records import IGNORE, PackedBatch, Sequence
@@ -43,3 +45,37 @@ def pack(sequences: Iterable[Sequence], align: Alignment, pad_token: int = 0) ->
         rows_S=torch.tensor(rows, dtype=torch.int64),
         max_seqlen=int(np.diff(bounds).max()),
     )
+
+
+def context_rows(cu_seqlens_S1: Tensor, rank: int, size: int) -> Tensor:
+    """Which rows of a pack a context-parallel rank holds, int64 [T / size] on the CPU, in its order.
+
+    Each segment is cut into ``2 * size`` pieces of equal length, of which the rank has number ``rank`` and number
+    ``2 * size - 1 - rank``: under a causal mask every rank then has as much to attend to as any other. It is the order that
+    megatron-core's rotary embedding and Transformer Engine's attention expect.
+
+    Args:
+        cu_seqlens_S1: boundaries of the whole pack's segments, lengths multiples of ``2 * size``.
+    """
+    bounds = cu_seqlens_S1.tolist()
+    rows = []
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        piece, rest = divmod(end - begin, 2 * size)
+        if rest:
+            raise ValueError(f"a segment of {end - begin} tokens does not divide into {2 * size} pieces")
+        for number in (rank, 2 * size - 1 - rank):
+            rows.append(torch.arange(begin + number * piece, begin + (number + 1) * piece))
+    return torch.cat(rows)
+
+
+def context_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
+    """A context-parallel rank's share of a pack whose sequences are aligned to ``2 * size``; labels are shifted already.
+
+    Args:
+        batch: the whole pack, on the CPU.
+    """
+    if size == 1:
+        return batch
+    rows = context_rows(batch.cu_seqlens_S1, rank, size)
+    per_token = ("tokens_T", "labels_T", "positions_T", "loss_mask_T")
+    return dataclasses.replace(batch, context_rank=rank, **{name: getattr(batch, name)[rows] for name in per_token})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,21 +17,32 @@ if TYPE_CHECKING:
 _LARGEST = 2**31 - 1
 
 
+class Encoded(NamedTuple):
+    """Tokens and labels of a row, int32, labels not shifted."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    cut: int
+    """tokens beyond the longest sequence, which are not among ``ids``"""
+
+
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become tokens."""
+    """How rows become tokens, and which rows are left out."""
 
     tokenizer: PreTrainedTokenizerFast
     template: Template
     max_length: int
+    overlong: Literal["truncate", "reject"] = "truncate"
+    malformed: Literal["error", "reject"] = "error"
 
-    def __call__(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, row: dict[str, Any]) -> Encoded:
         """
         Args:
             row: ``messages``, or ``input_ids`` and ``labels``, which are taken as they are and win where both are given.
 
         Returns:
-            int32 tokens and labels, not shifted, cut to ``max_length``.
+            At most ``max_length`` tokens, whatever ``overlong`` says.
 
         Raises:
             ValueError: the row is neither, or malformed.
@@ -41,12 +52,15 @@ class Encoding:
             ids, labels = _tokens(row, "input_ids", 0), _tokens(row, "labels", IGNORE)
             if len(ids) != len(labels):
                 raise ValueError(f"{len(ids)} input_ids but {len(labels)} labels; expected as many")
-            return ids[: self.max_length], labels[: self.max_length]
+            return self._cut(ids, labels)
         if row.get("messages") is None:
             keys = ", ".join(islice((str(key) for key, value in row.items() if value is not None), 8)) or "nothing"
             raise ValueError(f"has {keys}; expected messages, or input_ids and labels")
-        ids, labels = encode(row["messages"], self.tokenizer, self.template, self.max_length)
-        return np.array(ids, np.int32), np.array(labels, np.int32)
+        ids, labels = encode(row["messages"], self.tokenizer, self.template, None)
+        return self._cut(np.array(ids, np.int32), np.array(labels, np.int32))
+
+    def _cut(self, ids: np.ndarray, labels: np.ndarray) -> Encoded:
+        return Encoded(ids[: self.max_length], labels[: self.max_length], max(0, len(ids) - self.max_length))
 
 
 def supervised(labels: np.ndarray) -> int:

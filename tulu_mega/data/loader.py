@@ -15,7 +15,10 @@ from tulu_mega.data.batch import pack
 from tulu_mega.data.cost import Cost
 from tulu_mega.data.packing import Alignment, plan_step
 from tulu_mega.data.store import TokenStore
+from tulu_mega.planner.schedule import Pipeline, simulate
 from tulu_mega.records import PackedBatch
+
+_NO_PIPELINE = Pipeline()
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class StepData:
     """tokens of the global batch that are trained"""
     packed_tokens: int
     """tokens all ranks together compute, padding included"""
+    schedule_efficiency: float
+    """share of the ranks' time that is work while the slowest pipeline runs, by simulation, 0..1"""
 
     @property
     def sequences(self) -> int:
@@ -60,6 +65,7 @@ class PackedLoader:
         data_parallel_rank: whose micro-batches :meth:`batches` gives.
         data_parallel_size: ranks that share a global batch.
         cost: cost of a sequence by its length, to level packs and ranks.
+        pipeline: decides the number of micro-batches and their order.
         pad_token: fills padding; nobody attends to it.
     """
 
@@ -73,10 +79,11 @@ class PackedLoader:
         data_parallel_rank: int,
         data_parallel_size: int,
         cost: Cost = float,
+        pipeline: Pipeline = _NO_PIPELINE,
         pad_token: int = 0,
     ):
         self._store, self._train, self._align, self._cost, self._pad_token = store, train, align, cost, pad_token
-        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+        self._rank, self._ranks, self._pipeline = data_parallel_rank, data_parallel_size, pipeline
         self._capacity = data.pack_length or data.max_length
         self._order = lru_cache(maxsize=2)(lambda epoch: _order(len(store), seed, epoch, data.shuffle))
         # rounded first: 0.1 epochs of 30 rows are 3.0000000000000004
@@ -134,13 +141,24 @@ class PackedLoader:
 
     def _plan(self, rows: list[int]) -> list[list[list[int]]]:
         lengths = self._store.lengths[rows].tolist()
-        return plan_step(lengths, self._ranks, self._capacity, self._align, self._train.micro_batches, self._cost)
+        return plan_step(
+            lengths,
+            self._ranks,
+            self._capacity,
+            self._align,
+            self._train.micro_batches,
+            self._cost,
+            multiple=self._pipeline.multiple,
+            pipeline=self._pipeline,
+        )
 
     def _pack(self, step: int) -> StepData:
         rows = self.rows(step)
         plan = self._plan(rows)
         lengths = self._store.lengths[rows]
         sizes = [self._align.padded_sequence(length) for length in lengths.tolist()]
+        costs = [float(self._cost(size)) for size in sizes]
+        simulation = simulate([[sum(costs[index] for index in bin_) for bin_ in bins] for bins in plan], self._pipeline)
         return StepData(
             step=step,
             micro_batches=[pack((self._store[rows[i]] for i in bin_), self._align, self._pad_token) for bin_ in plan[self._rank]],
@@ -148,6 +166,7 @@ class PackedLoader:
             tokens=int(lengths.sum()),
             supervised_tokens=int(self._store.supervised[rows].sum()),
             packed_tokens=sum(self._align.padded_total(sum(sizes[index] for index in bin_)) for bins in plan for bin_ in bins),
+            schedule_efficiency=simulation.busy,
         )
 
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tulu_mega.errors import UserError
+from tulu_mega.planner.schedule import Pipeline, shortest_order
 
 Bins = list[list[int]]
 
 _FP8_MULTIPLE = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
 _EXCHANGES = 32
+_NO_PIPELINE = Pipeline()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def plan_step(
     align: Alignment,
     micro_batches: int | None = None,
     cost: Callable[[int], float] = float,
+    multiple: int = 1,
+    pipeline: Pipeline = _NO_PIPELINE,
 ) -> list[Bins]:
     """Splits one global batch.
 
@@ -71,13 +75,21 @@ def plan_step(
         align: what the layout asks of lengths.
         micro_batches: packs on each rank; the fewest that best-fit decreasing finds when None.
         cost: cost of a sequence by its length, positive (see :func:`tulu_mega.data.cost.sequence_flops`).
+        multiple: what the number of micro-batches on a rank is to be a multiple of (interleaved pipelines ask for it).
+        pipeline: decides the order of a rank's packs: that in which the schedule ends first.
 
     Returns:
-        ``plan[rank][micro_batch]`` is the ascending list of indices into ``lengths``; a rank's costliest pack comes first.
+        ``plan[rank][micro_batch]`` is the ascending list of indices into ``lengths``; without a pipeline a rank's costliest
+        pack comes first.
 
     Raises:
-        UserError: ``micro_batches`` cannot hold the batch, or ``capacity`` is below the alignment.
+        UserError: ``micro_batches`` cannot hold the batch or is no such multiple, or ``capacity`` is below the alignment.
     """
+    if micro_batches and micro_batches % multiple:
+        raise UserError(
+            f"train.micro_batches = {micro_batches} is not a multiple of {multiple}, which this pipeline's schedule asks for; "
+            f"set train.micro_batches to {-(-micro_batches // multiple) * multiple} or leave it out"
+        )
     room = capacity // align.total * align.total
     if not room:
         raise UserError(
@@ -90,22 +102,29 @@ def plan_step(
     sizes = [align.padded_sequence(length) for length in lengths]
     costs = [float(cost(size)) for size in sizes]
     order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
-    each = micro_batches or max(1, math.ceil(len(_best_fit(sizes, order, room)) / data_parallel))
+    each = micro_batches or _up(math.ceil(len(_best_fit(sizes, order, room)) / data_parallel), multiple)
     plan = _by_rank(sizes, costs, order, room, data_parallel, each)
     if plan is None:
         bins = _fill(sizes, costs, order, room, data_parallel * each)
         if bins is None:
-            needed = math.ceil(len(_best_fit(sizes, order, room)) / data_parallel)
+            needed = _up(math.ceil(len(_best_fit(sizes, order, room)) / data_parallel), multiple)
             raise UserError(
                 f"train.micro_batches = {micro_batches} cannot hold a batch of {len(lengths)} sequences, {sum(sizes)} tokens, "
                 f"on {data_parallel} data-parallel ranks at {capacity} tokens a micro-batch: "
                 f"it takes {needed}; raise train.micro_batches or data.pack_length"
             )
         plan = _deal(bins, costs, data_parallel, each)
-    return [
-        sorted((sorted(members) for members in rank), key=lambda members: -sum(costs[index] for index in members))
-        for rank in plan
-    ]
+    return [_ordered(rank, costs, pipeline) for rank in plan]
+
+
+def _up(count: int, multiple: int) -> int:
+    return max(1, -(-count // multiple)) * multiple
+
+
+def _ordered(packs: Bins, costs: list[float], pipeline: Pipeline) -> Bins:
+    packs = [sorted(members) for members in packs]
+    order = shortest_order([sum(costs[index] for index in members) for members in packs], pipeline)
+    return [packs[number] for number in order]
 
 
 def _by_rank(sizes: list[int], costs: list[float], order: list[int], room: int, ranks: int, each: int) -> list[Bins] | None:

@@ -25,10 +25,11 @@ def read(file: str) -> list[tuple[str, dict[str, Any]]]:
         raise UserError(f"input = {file}: cannot be read: {error.strerror}; give a JSONL file") from None
     rows, problems = [], []
     for index in range(len(lines)):
+        where = f"{lines.name} {lines.unit} {lines.number(index)}"
         try:
-            rows.append((lines.where(index), lines.row(index)))
+            rows.append((where, lines.row(index)))
         except ValueError as error:
-            problems.append(f"{lines.where(index)}: {error}")
+            problems.append(f"{where}: {error}")
     if problems:
         raise UserError(problems[:20])
     if not rows:

@@ -1,10 +1,11 @@
-"""Training rows from files and the hub. The only file that imports `datasets`."""
+"""Rows from files and the hub. The only file that imports `datasets`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from bisect import bisect_right
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tulu_mega.errors import UserError
+from tulu_mega.data.mixing import Amount, draw
+from tulu_mega.errors import UserError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -21,6 +23,10 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 class Part(Protocol):
     """Rows of one file or hub data set."""
 
+    name: str
+    """the file or data set, as messages call it"""
+    unit: str
+    """what a row is called: line, item or row"""
     fingerprint: str
     """changes with the content"""
 
@@ -33,8 +39,12 @@ class Part(Protocol):
         """
         ...
 
-    def where(self, index: int) -> str:
-        """A name for the row that lets a person find it."""
+    def raw(self, index: int) -> bytes:
+        """The row as a line of JSON without its end; of a JSONL file, as it lies there."""
+        ...
+
+    def number(self, index: int) -> int:
+        """Line, item or row, counted from 1."""
         ...
 
 
@@ -44,8 +54,10 @@ class JsonLines:
     No schema is inferred over the file, so rows may differ in their keys, and a broken line spoils nothing but itself.
     """
 
+    unit = "line"
+
     def __init__(self, path: Path):
-        self.path = str(path)
+        self.name = str(path)
         digest, lines, starts, at = hashlib.sha256(), [], [], 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -62,16 +74,18 @@ class JsonLines:
 
     @cached_property
     def _file(self):
-        return open(self.path, "rb")
+        return open(self.name, "rb")
 
     def __getstate__(self) -> dict[str, Any]:  # an open file does not cross to a worker process
         return {name: value for name, value in vars(self).items() if name != "_file"}
 
-    def row(self, index: int) -> dict[str, Any]:
+    def raw(self, index: int) -> bytes:
         self._file.seek(self._starts[index])
-        line = self._file.readline()
+        return self._file.readline().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+
+    def row(self, index: int) -> dict[str, Any]:
         try:
-            row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            row = json.loads(self.raw(index))
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1} of the line") from None
         except json.JSONDecodeError as error:
@@ -82,17 +96,18 @@ class JsonLines:
             raise ValueError(f"expected a JSON object on each line, got {type(row).__name__}")
         return row
 
-    def where(self, index: int) -> str:
-        return f"{self.path} line {self._lines[index]}"
+    def number(self, index: int) -> int:
+        return int(self._lines[index])
 
 
 @dataclass(frozen=True)
 class JsonArray:
     """A file that is one JSON list of objects."""
 
-    path: str
+    name: str
     items: list[Any]
     fingerprint: str
+    unit = "item"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -103,8 +118,11 @@ class JsonArray:
             raise ValueError(f"expected a JSON object, got {type(row).__name__}")
         return row
 
-    def where(self, index: int) -> str:
-        return f"{self.path} item {index + 1}"
+    def raw(self, index: int) -> bytes:
+        return json.dumps(self.items[index], ensure_ascii=False).encode()
+
+    def number(self, index: int) -> int:
+        return index + 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +132,7 @@ class Table:
     name: str
     data: Any
     fingerprint: str
+    unit = "row"
 
     def __len__(self) -> int:
         return len(self.data)
@@ -121,8 +140,39 @@ class Table:
     def row(self, index: int) -> dict[str, Any]:
         return self.data[index]
 
-    def where(self, index: int) -> str:
-        return f"{self.name} row {index + 1}"
+    def raw(self, index: int) -> bytes:
+        return json.dumps(self.data[index], ensure_ascii=False, default=str).encode()  # dates are no JSON
+
+    def number(self, index: int) -> int:
+        return index + 1
+
+
+class Drawn:
+    """Some rows of a part, some of them perhaps repeatedly.
+
+    Args:
+        part: the whole source.
+        indices: rows of it, counted from 0.
+        amount: what was asked for.
+    """
+
+    def __init__(self, part: Part, indices: np.ndarray, amount: Amount):
+        self.whole, self.amount = part, amount
+        self.name, self.unit = part.name, part.unit
+        self.fingerprint = f"{part.fingerprint}:{hashlib.sha256(indices.tobytes()).hexdigest()}"
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def row(self, index: int) -> dict[str, Any]:
+        return self.whole.row(int(self._indices[index]))
+
+    def raw(self, index: int) -> bytes:
+        return self.whole.raw(int(self._indices[index]))
+
+    def number(self, index: int) -> int:
+        return self.whole.number(int(self._indices[index]))
 
 
 class Rows:
@@ -146,38 +196,83 @@ class Rows:
             ValueError: the row is not a JSON object.
         """
         part, inner = self._find(index)
-        return part.row(inner)
+        return self.parts[part].row(inner)
+
+    def raw(self, index: int) -> bytes:
+        """The row as a line of JSON without its end; of a JSONL file, as it lies there."""
+        part, inner = self._find(index)
+        return self.parts[part].raw(inner)
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """Part and line (item, row) in its file, counted from 0 and from 1."""
+        part, inner = self._find(index)
+        return part, self.parts[part].number(inner)
 
     def where(self, index: int) -> str:
         """For messages: ``train.jsonl line 17``, ``train.parquet row 17`` (counted from 1)."""
-        part, inner = self._find(index)
-        return part.where(inner)
+        part, number = self.origin(index)
+        return f"{self.parts[part].name} {self.parts[part].unit} {number}"
 
-    def _find(self, index: int) -> tuple[Part, int]:
+    def sources(self) -> list[dict[str, Any]]:
+        """What was drawn from where: name, unit, fingerprint, rows there, amount asked for (None: all), rows drawn."""
+        return [
+            {
+                "source": part.name,
+                "unit": part.unit,
+                "fingerprint": whole.fingerprint,
+                "rows": len(whole),
+                "amount": getattr(part, "amount", None),
+                "drawn": len(part),
+            }
+            for part in self.parts
+            for whole in [part.whole if isinstance(part, Drawn) else part]
+        ]
+
+    def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = bisect_right(self._ends, index)
-        return self.parts[part], index - (self._ends[part - 1] if part else 0)
+        return part, index - (self._ends[part - 1] if part else 0)
 
 
-def load_rows(train: str | list[str], split: str = "train") -> Rows:
-    """Opens the rows that ``data.train`` names: ``.jsonl``, ``.json`` and ``.parquet`` files, or data sets of the hub.
+def load_rows(
+    train: str | list[str] | Mapping[str, Amount],
+    split: str | Mapping[str, str] = "train",
+    seed: int = 42,
+    setting: str = "data.train",
+    any_columns: bool = False,
+) -> Rows:
+    """Opens rows: of ``.jsonl``, ``.json`` and ``.parquet`` files, or of data sets of the hub
+    (``owner/name``, or ``owner/name:configuration``).
 
     Rows of JSONL are parsed when they are asked for; :meth:`Rows.row` raises for a broken line.
 
+    Args:
+        train: one source, several, or the amount of each (see :mod:`tulu_mega.data.mixing`).
+        split: split of hub data sets; or that of some of them, ``train`` for the others.
+        seed: decides which rows an amount draws.
+        setting: where the sources are named, for messages.
+        any_columns: take tables of any columns, instead of asking for ``messages``, or ``input_ids`` and ``labels``.
+
     Raises:
-        UserError: with every file or data set that is missing, unreadable or empty, or a table without the columns.
+        UserError: with every file or data set that is missing, unreadable or empty, a table without the columns, an amount that
+            cannot be drawn, or a split of a source that is not there.
     """
     names = [train] if isinstance(train, str) else list(train)
     if not names:
-        raise UserError("data.train names no file; give at least one")
+        raise UserError(f"{setting} names no file; give at least one")
     parts: list[Part] = []
     problems: list[str] = []
+    splits = {} if isinstance(split, str) else split
+    for name in splits.keys() - set(names):
+        problems.append(f"data.split: {name!r} is not in {setting}{nearest(name, names)}")
     for name in names:
         try:
-            part = _open(name, split)
+            part = _open(name, split if isinstance(split, str) else splits.get(name, "train"), setting, any_columns)
             if not len(part):
                 raise UserError(f"{name}: no rows; expected at least one")
+            if isinstance(train, Mapping):
+                part = Drawn(part, draw(len(part), train[name], seed, name), train[name])
             parts.append(part)
         except UserError as error:
             problems += error.problems
@@ -188,7 +283,7 @@ def load_rows(train: str | list[str], split: str = "train") -> Rows:
     return Rows(parts)
 
 
-def _open(name: str, split: str) -> Part:
+def _open(name: str, split: str, setting: str, any_columns: bool) -> Part:
     path = Path(name).expanduser()
     if path.is_file():
         match path.suffix.lower():
@@ -197,13 +292,13 @@ def _open(name: str, split: str) -> Part:
             case ".json":
                 return _json(path)
             case ".parquet":
-                return _table(name, "parquet", data_files=str(path), fingerprint=_sha256(path))
+                return _table(name, "parquet", data_files=str(path), fingerprint=_sha256(path), any_columns=any_columns)
         raise UserError(f"{name}: file type {path.suffix or 'without suffix'!r} is not known; expected {', '.join(SUFFIXES)}")
     if path.is_dir():
-        return _table(name, str(path), split=split)
+        return _table(name, str(path), split=split, any_columns=any_columns)
     if path.suffix.lower() in SUFFIXES or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such file; correct data.train")
-    return _table(name, name, split=split)
+        raise UserError(f"{name}: no such file; correct {setting}")
+    return _table(name, *name.split(":", 1), split=split, any_columns=any_columns)
 
 
 def _json(path: Path) -> Part:
@@ -221,13 +316,23 @@ def _json(path: Path) -> Part:
     return JsonArray(str(path), items, _sha256(path))
 
 
-def _table(name: str, source: str, split: str = "train", data_files: str | None = None, fingerprint: str | None = None) -> Table:
+def _table(
+    name: str,
+    source: str,
+    configuration: str | None = None,
+    *,
+    split: str = "train",
+    data_files: str | None = None,
+    fingerprint: str | None = None,
+    any_columns: bool = False,
+) -> Table:
     import datasets
 
     with _quiet(datasets):
         try:
             # a file's digest is the configuration's name: the library's cache knows a file by its time alone
-            data = datasets.load_dataset(source, fingerprint and fingerprint[:16], data_files=data_files, split=split)
+            configuration = fingerprint[:16] if fingerprint else configuration
+            data = datasets.load_dataset(source, configuration, data_files=data_files, split=split)
         except Exception as error:  # builders raise their own, pyarrow's, the hub's and OSErrors
             root = error.__cause__ or error
             lines = str(root).strip().splitlines() or [type(root).__name__]
@@ -235,7 +340,7 @@ def _table(name: str, source: str, split: str = "train", data_files: str | None 
             hint = "" if data_files else "; give a JSONL or Parquet file, a data set of the hub, and its split in data.split"
             raise UserError(f"{name}: {what}: {lines[0]}{hint}") from None
     columns = set(data.column_names)
-    if "messages" not in columns and not {"input_ids", "labels"} <= columns:
+    if not any_columns and "messages" not in columns and not {"input_ids", "labels"} <= columns:
         raise UserError(f"{name}: has the columns {', '.join(sorted(columns))}; expected messages, or input_ids and labels")
     return Table(name, data, fingerprint or f"{name}:{split}:{data._fingerprint}")
 

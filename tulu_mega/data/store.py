@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -25,11 +24,14 @@ from tulu_mega.config import DataSettings, ModelSettings
 from tulu_mega.data.encoding import Encoding, supervised
 from tulu_mega.data.sources import Rows, load_rows
 from tulu_mega.data.tokenizer import load_tokenizer
+from tulu_mega.data.workers import cores, in_order
 from tulu_mega.errors import UserError
 from tulu_mega.records import Sequence
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same rows would give other tokens or another layout of the files."""
+
+REJECTS = "rejects.jsonl"
 
 _CHUNK = 256
 _SHOWN = 5
@@ -37,14 +39,27 @@ _ROWS_FOR_A_POOL = 4096
 """Below, starting worker processes takes longer than the work."""
 
 
+class Reject(NamedTuple):
+    """A row that is not used."""
+
+    source: str
+    """file or data set"""
+    line: int
+    """line of a JSONL file, item or row of others, counted from 1"""
+    kind: Literal["malformed", "too_long", "nothing_to_train"]
+    reason: str
+
+
 @dataclass
-class _Encoded:
+class _Chunk:
     """What becomes of a chunk of rows."""
 
     tokens: list[np.ndarray] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
-    dropped: int = 0
-    rejected: int = 0
+    cuts: list[int] = field(default_factory=list)
+    origins: list[tuple[int, int]] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    wrong: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -52,25 +67,56 @@ class TokenStore:
     """Sequences in a directory.
 
     ``tokens.npy`` and ``labels.npy`` are int32, all sequences behind one another; ``offsets.npy`` is int64, where each begins and
-    the last ends; ``supervised.npy`` is int32, one for each sequence; ``meta.json`` comes last.
+    the last ends; ``supervised.npy`` and ``cuts.npy`` are int32, ``origins.npy`` is int64 [sequences, 2], one for each sequence;
+    ``rejects.jsonl`` has the rows that are not used; ``meta.json`` comes last.
 
-    A sequence's number here is its row from now on: rows whose trained tokens were all cut off are left out and counted in
-    ``dropped``.
+    A sequence's number here is its row from now on: rows that are not used have none.
     """
 
     def __init__(
-        self, directory: Path, meta: dict, tokens: np.ndarray, labels: np.ndarray, offsets: np.ndarray, supervised: np.ndarray
+        self,
+        directory: Path,
+        meta: dict,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        offsets: np.ndarray,
+        supervised: np.ndarray,
+        cuts: np.ndarray,
+        origins: np.ndarray,
     ):
         self.directory = directory
         self.key: str = meta["key"]
-        self.dropped: int = meta["dropped"]
+        self.rejected: dict[str, int] = meta["rejected"]
+        """rows that are not used, by the reason's kind; ``rejects.jsonl`` lists them"""
+        self.sources: list[dict] = meta["sources"]
+        """as :meth:`tulu_mega.data.sources.Rows.sources`"""
         self.max_token: int = meta["max_token"]
         """largest token or label, to compare with the model's vocabulary"""
         self.lengths = np.diff(offsets)
         """int64, tokens of each sequence"""
         self.supervised = supervised
         """int32, tokens of each sequence that are predicted and trained"""
+        self.cuts = cuts
+        """int32, tokens of each row that were cut off"""
+        self.origins = origins
+        """int64 [sequences, 2], each one's source, counted from 0, and line there, counted from 1"""
         self._tokens, self._labels, self._offsets = tokens, labels, offsets
+
+    @property
+    def dropped(self) -> int:
+        """Rows that are not used."""
+        return sum(self.rejected.values())
+
+    def where(self, row: int) -> str:
+        """File and line of a sequence, as :meth:`tulu_mega.data.sources.Rows.where`."""
+        source, number = self.origins[row].tolist()
+        return f"{self.sources[source]['source']} {self.sources[source]['unit']} {number}"
+
+    def rejects(self) -> Iterator[Reject]:
+        """The rows that are not used, in order."""
+        with open(self.directory / REJECTS, encoding="utf-8") as file:
+            for line in file:
+                yield Reject(**json.loads(line))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -93,9 +139,10 @@ class TokenStore:
             if meta["version"] != VERSION:
                 raise ValueError(f"version {meta['version']}, expected {VERSION}")
             arrays = [np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("tokens", "labels")]
-            arrays += [np.load(path / f"{name}.npy", allow_pickle=False) for name in ("offsets", "supervised")]
-            tokens, labels, offsets, counts = arrays
-            if not len(tokens) == len(labels) == offsets[-1] == meta["tokens"] or len(counts) != len(offsets) - 1:
+            arrays += [np.load(path / f"{name}.npy", allow_pickle=False) for name in ("offsets", "supervised", "cuts", "origins")]
+            tokens, labels, offsets, *each = arrays
+            whole = len(tokens) == len(labels) == offsets[-1] == meta["tokens"]
+            if not whole or any(len(array) != len(offsets) - 1 for array in each):
                 raise ValueError("files of different lengths")
             return cls(path, meta, *arrays)
         except FileNotFoundError as error:
@@ -125,17 +172,21 @@ class TokenStore:
             progress: draw a bar on stderr.
 
         Raises:
-            UserError: with the first malformed rows and their number, or when no row has anything to train.
+            UserError: with the first malformed rows and their number where they are not to be left out, or when no row can be
+                used.
         """
         target = Path(directory)
         with _new_directory(target) as path:
-            meta = _write(path, rows, encoding, workers or _cores(), progress)
+            meta = _write(path, rows, encoding, workers or cores(), progress)
             (path / "meta.json").write_text(json.dumps({"version": VERSION, "key": key, **meta}, indent=1), encoding="utf-8")
         return cls.open(target)
 
 
 def prepare(data: DataSettings, model: ModelSettings, directory: str | Path, progress: bool = True) -> TokenStore:
     """The tokenised rows of ``data.train``: what lies in the directory when it is up to date, else tokenised anew.
+
+    With ``data.cache`` they are kept there, under a name made of their content, and the directory is a link to them. Runs that
+    want the same rows at the same time wait for the first of them.
 
     Call it on one process, then :meth:`TokenStore.open` on the others.
 
@@ -145,7 +196,7 @@ def prepare(data: DataSettings, model: ModelSettings, directory: str | Path, pro
     problems: list[str] = []
     rows = tokenizer = None
     try:
-        rows = load_rows(data.train, data.split)
+        rows = load_rows(data.train, data.split, data.seed)
     except UserError as error:
         problems += error.problems
     try:
@@ -154,37 +205,89 @@ def prepare(data: DataSettings, model: ModelSettings, directory: str | Path, pro
         problems += error.problems
     if rows is None or tokenizer is None:
         raise UserError(problems)
-    encoding = Encoding(tokenizer, data.template, data.max_length)
+    encoding = Encoding(tokenizer, data.template, data.max_length, data.overlong, data.malformed)
     key = content_key(rows, encoding)
+    directory = Path(directory)
+    store = _up_to_date(directory, key)
+    if store is not None:
+        return store
+    if data.cache is None:
+        return TokenStore.build(directory, rows, encoding, key, data.workers, progress)
+    cached = Path(data.cache).expanduser() / key[:32]
+    with _alone(cached):
+        if _up_to_date(cached, key) is None:
+            TokenStore.build(cached, rows, encoding, key, data.workers, progress)
+    _link(directory, cached)
+    return TokenStore.open(directory)
+
+
+def _up_to_date(directory: Path, key: str) -> TokenStore | None:
     try:
         store = TokenStore.open(directory)
     except UserError:
-        store = None
-    if store is not None and store.key == key:
-        return store
-    return TokenStore.build(directory, rows, encoding, key, data.workers, progress)
+        return None
+    return store if store.key == key else None
+
+
+@contextmanager
+def _alone(cached: Path) -> Iterator[None]:
+    """Lets one process at a time tokenise what belongs there.
+
+    A file system without locks costs no more than double work: the directories appear whole or not at all.
+    """
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(cached.with_name(f".{cached.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(f"data.cache = {cached.parent}: cannot be written: {error.strerror or error}") from None
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("another run is tokenising the same data; waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _link(directory: Path, cached: Path) -> None:
+    """Makes the directory a link to the cached one, in place of an older link or store."""
+    _refuse_strangers(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = directory.with_name(f".{directory.name}.{os.getpid()}.link")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(cached.absolute(), target_is_directory=True)
+        if not directory.is_symlink() and directory.exists():
+            shutil.rmtree(directory)
+        temporary.replace(directory)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written: {error.strerror or error}") from None
 
 
 def content_key(rows: Rows, encoding: Encoding) -> str:
-    """Digest of all that decides the tokens: rows, tokenizer, template, length, and this code's version."""
+    """Digest of all that decides the store: rows, tokenizer, template, length, what is left out, and this code's version."""
     tokenizer = encoding.tokenizer
     own = [tokenizer.get_chat_template(), tokenizer.special_tokens_map] if encoding.template == "tokenizer" else None
     parts = [VERSION, rows.fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, own, encoding.max_length]
+    parts += [encoding.overlong, encoding.malformed]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
-def _cores() -> int:
-    """Cores this process may use, which in a container or job are fewer than the machine's (Linux tells)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: bool) -> dict[str, int]:
-    lengths, counts, problems = [], [], []
-    dropped = rejected = 0
-    max_token = 0
+def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: bool) -> dict:
+    lengths, counts, cuts, origins, problems = [], [], [], [], []
+    rejected: Counter[str] = Counter()
+    wrong = max_token = 0
+    # a tokenizer class that came with the model cannot be unpickled in a fresh process
+    portable = type(encoding.tokenizer).__module__.startswith("transformers.")
+    if len(rows) < _ROWS_FOR_A_POOL or not portable:
+        workers = 1
     with (
         _growing(path / "tokens.npy") as tokens,
         _growing(path / "labels.npy") as labels,
+        open(path / REJECTS, "w", encoding="utf-8") as rejects,
         tqdm(
             total=len(rows),
             desc="tokenising",
@@ -195,88 +298,76 @@ def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: b
             leave=False,
         ) as bar,
     ):
-        for done, chunk in _chunks(rows, encoding, workers):
-            dropped += chunk.dropped
-            rejected += chunk.rejected
+        for done, chunk in in_order(partial(_encode_rows, rows, encoding), len(rows), _CHUNK, workers):
+            wrong += chunk.wrong
             problems += chunk.problems[: _SHOWN - len(problems)]
+            for reject in chunk.rejects:
+                rejected[reject.kind] += 1
+                rejects.write(json.dumps(reject._asdict(), ensure_ascii=False) + "\n")
             for ids, targets in zip(chunk.tokens, chunk.labels, strict=True):
                 tokens.write(ids.tobytes())
                 labels.write(targets.tobytes())
                 lengths.append(len(ids))
                 counts.append(supervised(targets))
                 max_token = max(max_token, int(ids.max()), int(targets.max()))
+            cuts += chunk.cuts
+            origins += chunk.origins
             bar.update(done)
-    if rejected:
-        more = [f"... {rejected} of {len(rows)} rows cannot be used; correct or remove them"] if rejected > len(problems) else []
-        raise UserError(problems + more)
+    if wrong:
+        if wrong > len(problems):
+            problems.append(
+                f"... {wrong} of {len(rows)} rows cannot be used; correct or remove them, "
+                'or leave them out with data.malformed = "reject"'
+            )
+        raise UserError(problems)
     if not lengths:
+        why = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in rejected.items())
         raise UserError(
-            f"none of the {len(rows)} rows has a trained token among its first {encoding.max_length}; "
+            f"none of the {len(rows)} rows can be used ({why}; at most {encoding.max_length} tokens each); "
             "raise data.max_length or give other rows"
         )
     np.save(path / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
     np.save(path / "supervised.npy", np.array(counts, np.int32))
-    return {"sequences": len(lengths), "tokens": sum(lengths), "dropped": dropped, "max_token": max_token}
+    np.save(path / "cuts.npy", np.array(cuts, np.int32))
+    np.save(path / "origins.npy", np.array(origins, np.int64))
+    return {
+        "sequences": len(lengths),
+        "tokens": sum(lengths),
+        "rejected": dict(rejected),
+        "truncated": int(np.count_nonzero(cuts)),
+        "max_token": max_token,
+        "sources": rows.sources(),
+    }
 
 
-def _encode_rows(rows: Rows, encoding: Encoding, start: int, stop: int) -> _Encoded:
-    result = _Encoded()
+def _encode_rows(rows: Rows, encoding: Encoding, start: int, stop: int) -> _Chunk:
+    chunk = _Chunk()
     for index in range(start, stop):
+        source, number = rows.origin(index)
+        reject = partial(Reject, rows.parts[source].name, number)
         try:
-            ids, labels = encoding(rows.row(index))
+            ids, labels, cut = encoding(rows.row(index))
         except ValueError as error:
-            result.rejected += 1
-            if len(result.problems) < _SHOWN:
-                result.problems.append(f"{rows.where(index)}: {error}")
+            if encoding.malformed == "reject":
+                chunk.rejects.append(reject("malformed", str(error)))
+                continue
+            chunk.wrong += 1
+            if len(chunk.problems) < _SHOWN:
+                chunk.problems.append(f"{rows.where(index)}: {error}")
             continue
         except UserError as error:
             raise UserError([f"{rows.where(index)}: {problem}" for problem in error.problems]) from None
-        if supervised(labels):
-            result.tokens.append(ids)
-            result.labels.append(labels)
+        if cut and encoding.overlong == "reject":
+            chunk.rejects.append(reject("too_long", f"{len(ids) + cut} tokens, data.max_length is {encoding.max_length}"))
+        elif not supervised(labels):
+            kept = f" among the first {len(ids)} of its {len(ids) + cut}" if cut else ""
+            chunk.rejects.append(reject("nothing_to_train", f"no trained token{kept}"))
         else:
-            result.dropped += 1
-    return result
-
-
-def _chunks(rows: Rows, encoding: Encoding, workers: int) -> Iterator[tuple[int, _Encoded]]:
-    """Chunks of rows in order, each with its number of rows."""
-    ranges = [(start, min(start + _CHUNK, len(rows))) for start in range(0, len(rows), _CHUNK)]
-    # a tokenizer class that came with the model cannot be unpickled in a fresh process
-    portable = type(encoding.tokenizer).__module__.startswith("transformers.")
-    if workers == 1 or len(rows) < _ROWS_FOR_A_POOL or not portable:
-        for start, stop in ranges:
-            yield stop - start, _encode_rows(rows, encoding, start, stop)
-        return
-    # spawn: this process may hold threads and process groups by now, which a fork would not survive
-    pool = ProcessPoolExecutor(min(workers, len(ranges)), multiprocessing.get_context("spawn"), _set_worker, (rows, encoding))
-    waiting: deque[tuple[int, Future[_Encoded]]] = deque()
-    try:
-        for start, stop in ranges:
-            waiting.append((stop - start, pool.submit(_work, start, stop)))
-            if len(waiting) > 4 * workers:
-                size, future = waiting.popleft()
-                yield size, future.result()
-        while waiting:
-            size, future = waiting.popleft()
-            yield size, future.result()
-    except BrokenProcessPool:
-        raise UserError("a tokenising process died, perhaps for want of memory; lower data.workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker: tuple[Rows, Encoding] | None = None
-
-
-def _set_worker(rows: Rows, encoding: Encoding) -> None:
-    global _worker
-    _worker = rows, encoding
-
-
-def _work(start: int, stop: int) -> _Encoded:
-    assert _worker is not None
-    return _encode_rows(*_worker, start, stop)
+            chunk.tokens.append(ids)
+            chunk.labels.append(labels)
+            chunk.cuts.append(cut)
+            chunk.origins.append((source, number))
+    return chunk
 
 
 @contextmanager
@@ -300,8 +391,7 @@ def _growing(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def _new_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling that takes the target's place when the block ends well, and vanishes when not."""
-    if target.exists() and not (target / "meta.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: something else than tokenised data is there; move it away or give another directory")
+    _refuse_strangers(target)
     missing = [parent for parent in target.absolute().parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -311,7 +401,9 @@ def _new_directory(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        if target.exists():
+        if target.is_symlink():  # to a cache that is no longer wanted
+            target.unlink()
+        elif target.exists():
             target.rename(temporary / "replaced")
         temporary.rename(target)
         shutil.rmtree(target / "replaced", ignore_errors=True)
@@ -323,3 +415,8 @@ def _new_directory(target: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
         raise
+
+
+def _refuse_strangers(target: Path) -> None:
+    if target.exists() and not (target / "meta.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: something else than tokenised data is there; move it away or give another directory")

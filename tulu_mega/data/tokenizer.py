@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from tulu_mega.data.chat import Template
 from tulu_mega.errors import UserError
+
+_VOCABULARY = "tokenizer.model"
+_PROBE = "<|user|>\nThe  quick, 1234 Größen!\n\n    def f(x): # 😀\n"
+"""Text of which conversions that go wrong make other tokens: blanks in a row, lines, digits, characters of several bytes."""
 
 
 def load_tokenizer(
     model: str, tokenizer: str | None = None, template: Template = "tulu", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of a directory or hub name.
+
+    Where there is no tokenizer.json, transformers makes one of tokenizer.model, be it a sentencepiece model or tiktoken's list of
+    ranks; what it makes of the former is held against sentencepiece itself.
 
     Args:
         model: where the model is; its own tokenizer is taken unless another is named.
@@ -22,7 +34,8 @@ def load_tokenizer(
         trust_remote_code: let transformers run Python code that comes with it.
 
     Raises:
-        UserError: none there, not a fast one, no eos token, or no chat template where one is asked for.
+        UserError: none there, not a fast one, no eos token, no chat template where one is asked for, a package that reads its
+            vocabulary is missing, or other tokens come out than sentencepiece gives.
     """
     source = tokenizer or model
     setting = "data.tokenizer" if tokenizer else "model.path"
@@ -30,12 +43,16 @@ def load_tokenizer(
     path = Path(source).expanduser()
     if looks_local and not path.is_dir():
         raise UserError(f"{setting} = {source!r}: no such directory; give a directory with tokenizer.json or a hub name")
+    kind = _vocabulary_kind(path)
+    if kind and not find_spec(kind):
+        raise UserError(f"{setting} = {source!r}: {_VOCABULARY} needs the package {kind!r}; install it, or give tokenizer.json")
     try:
-        loaded = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else source, trust_remote_code=trust_remote_code)
+        with _quiet():  # a list of ranks is first taken for a sentencepiece model, with a warning
+            loaded = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else source, trust_remote_code=trust_remote_code)
     except Exception as error:  # OSError, ValueError, ImportError, KeyError or tokenizers' own, whatever is wrong with the files
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         if path.is_dir() and not (path / "tokenizer.json").is_file():
-            reason = "no tokenizer.json there"
+            reason = f"{_VOCABULARY} is not to be used ({reason})" if kind else "no tokenizer.json there"
         hint = "data.tokenizer names another directory or hub name"
         if "trust_remote_code" in str(error):
             hint = "set model.trust_remote_code = true if you trust the code that comes with it"
@@ -47,8 +64,39 @@ def load_tokenizer(
         problems.append(
             f"{setting} = {source!r}: the tokenizer has no eos token to end an answer; set it in tokenizer_config.json"
         )
+    if kind == "sentencepiece" and not _as_sentencepiece(loaded, path / _VOCABULARY):
+        problems.append(
+            f"{setting} = {source!r}: transformers' {type(loaded).__name__} makes other tokens than {_VOCABULARY} itself; "
+            'name the model\'s class in tokenizer_config.json (as "tokenizer_class": "LlamaTokenizer"), or give tokenizer.json'
+        )
     if template == "tokenizer" and not loaded.chat_template:
         problems.append(f'{setting} = {source!r}: the tokenizer ships no chat template; use data.template = "tulu"')
     if problems:
         raise UserError(problems)
     return loaded
+
+
+def _vocabulary_kind(path: Path) -> Literal["sentencepiece", "tiktoken"] | None:
+    """What a directory's tokenizer.model is, where it decides."""
+    file = path / _VOCABULARY
+    if (path / "tokenizer.json").is_file() or not file.is_file():
+        return None
+    with open(file, "rb") as content:
+        ranks = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content.read(4096))  # base64 and a number
+    return "tiktoken" if ranks else "sentencepiece"
+
+
+def _as_sentencepiece(tokenizer: PreTrainedTokenizerFast, file: Path) -> bool:
+    from sentencepiece import SentencePieceProcessor
+
+    return tokenizer(_PROBE, add_special_tokens=False)["input_ids"] == SentencePieceProcessor(model_file=str(file)).encode(_PROBE)
+
+
+@contextmanager
+def _quiet():
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

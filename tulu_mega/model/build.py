@@ -2,53 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from tulu_mega.bridge.rules import padded_vocab
-from tulu_mega.config import EngineSettings
+from tulu_mega.config import EngineSettings, ParallelSettings
 from tulu_mega.model.config import transformer_config
 from tulu_mega.model.gpt import PolicyModel
-from tulu_mega.model.hf_config import rope_frequencies
+from tulu_mega.model.rope import ropes
 from tulu_mega.model.spec import block_spec, use_transformer_engine
 from tulu_mega.platforms import Platform
 from tulu_mega.topology import Topology
 
 
-def build_model(hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform) -> PolicyModel:
-    """The layers, embedding and head this rank holds. Parameters are allocated, not initialised: load a checkpoint next.
+def build_model(hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform) -> list[PolicyModel]:
+    """The layers, embedding and head this rank holds, a model for each of its virtual pipeline stages (VPP; else one).
+
+    Parameters are allocated, not initialised: load a checkpoint next.
 
     Raises:
         UserError: when the model cannot be built under this layout.
     """
     transformer_engine = use_transformer_engine(settings.model.spec, platform)
     config = transformer_config(hf, settings, transformer_engine)
+    if topology.virtual == 1:
+        return [_chunk(hf, config, transformer_engine, topology, platform, None)]
+    return [_chunk(hf, config, transformer_engine, topology, platform, vp_stage) for vp_stage in range(topology.virtual)]
+
+
+def _chunk(
+    hf: PretrainedConfig,
+    config: TransformerConfig,
+    transformer_engine: bool,
+    topology: Topology,
+    platform: Platform,
+    vp_stage: int | None,
+) -> PolicyModel:
     model = PolicyModel(
         config,
-        block_spec(config, transformer_engine),
+        block_spec(config, hf, transformer_engine, vp_stage),
         vocab_size=padded_vocab(hf.vocab_size, topology.tensor),
         real_vocab_size=hf.vocab_size,
         max_sequence_length=hf.max_position_embeddings,
-        pre_process=topology.first_stage,
-        post_process=topology.last_stage,
+        pre_process=topology.first_stage and not vp_stage,
+        post_process=topology.last_stage and vp_stage in (None, topology.virtual - 1),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
+        vp_stage=vp_stage,
     )
-    # megatron-core knows Llama 3's scaling with its published constants only; the config may have others
-    model.rotary_pos_emb.inv_freq = rope_frequencies(hf).to(platform.device)
+    # megatron-core knows Llama 3's scaling with its published constants only, and one embedding for all layers
+    model.rotary_pos_emb.inv_freq = ropes(hf).frequencies.to(platform.device)
     return model.to(platform.device)
 
 
-def wrap_for_training(model: PolicyModel, sharded_optimizer: bool) -> DistributedDataParallel:
-    """megatron-core's DDP: gradients accumulate in float32 buffers and are summed over DP x CP."""
+def wrap_for_training(
+    chunks: Sequence[PolicyModel], parallel: ParallelSettings, sharded_optimizer: bool
+) -> list[DistributedDataParallel]:
+    """megatron-core's DDP, one a chunk: gradients accumulate in float32 buffers and are summed over DP x CP."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=sharded_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather and sharded_optimizer,
+        bucket_size=parallel.bucket_size,
         check_for_nan_in_grad=False,  # the engine looks at loss and norm and skips such steps
     )
-    return DistributedDataParallel(model.config, ddp, model)
+    # only the first chunk's communication is not hidden behind the others' work: only there smaller buckets are worth it
+    return [DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=at > 0) for at, chunk in enumerate(chunks)]
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -7,15 +7,17 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
-from tulu_mega.config import EngineSettings
+from tulu_mega.config import EngineSettings, ParallelSettings
 from tulu_mega.errors import UserError
-from tulu_mega.model.hf_config import head_dim
+from tulu_mega.model.hf_config import head_dim, layer_needs
+from tulu_mega.model.rope import ropes
+from tulu_mega.planner.stages import stage_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transformer_engine: bool) -> TransformerConfig:
-    """The TransformerConfig of a Llama-like model under the given layout.
+    """The TransformerConfig of a decoder under the given layout.
 
     Args:
         hf: the model's config.
@@ -27,6 +29,7 @@ def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transform
     """
     dtype = DTYPES[settings.model.dtype]
     parallel = settings.parallel
+    needs, kinds = layer_needs(hf), ropes(hf).kinds
     fields = dict(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -39,6 +42,11 @@ def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transform
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=needs.qkv_bias,
+        qk_layernorm=needs.qk_norm == "head",
+        window_size=None if needs.window is None else (needs.window - 1, 0),  # tokens to the left and to the right
+        window_attn_skip_freq=[int(windowed) for windowed in needs.windowed] or None,
+        softmax_scale=kinds[0].softmax_scale() if len(kinds) == 1 else None,  # else each layer sets its own
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -54,6 +62,7 @@ def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transform
         variable_seq_lengths=True,  # packs differ in length
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, even in a dense model
         **_recompute(settings.model.recompute),
+        **_pipeline(hf, parallel),
     )
     if not transformer_engine:
         fields |= dict(
@@ -72,6 +81,24 @@ def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transform
 def _leave(weight: torch.Tensor) -> None:
     """Initialises nothing: every weight comes from a checkpoint. (`perform_initialization=False` would also leave out the
     marks by which megatron-core knows a sharded parameter.)"""
+
+
+def _pipeline(hf: PretrainedConfig, parallel: ParallelSettings) -> dict:
+    """Which stage holds what, and how an interleaved schedule communicates."""
+    if parallel.pipeline == 1:
+        return {}
+    stages = [["decoder"] * count for count in stage_layers(hf.to_dict(), parallel)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    fields = dict(pipeline_model_parallel_layout=stages)
+    if parallel.virtual_pipeline > 1:
+        fields |= dict(
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            # two ranks are both neighbours of one another: batched sends and receives would be taken for each other
+            overlap_p2p_comm=True,
+            batch_p2p_comm=False,
+        )
+    return fields
 
 
 def _recompute(kind: str) -> dict:

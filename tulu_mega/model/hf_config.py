@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.rules import LayerNeeds
 from tulu_mega.config import ModelSettings
 from tulu_mega.errors import UserError
 
@@ -32,24 +31,14 @@ def load_config(model: ModelSettings) -> PretrainedConfig:
         raise UserError(f"model.path = {model.path}: cannot be loaded as a Hugging Face model: {reason}") from None
 
 
-def rope_frequencies(config: PretrainedConfig) -> Tensor:
-    """Inverse frequencies of rotary embeddings (Su et al., arXiv 2104.09864) under the config's scaling, float32.
-
-    Returns:
-        shape [head_dim / 2].
+def layer_needs(config: PretrainedConfig) -> LayerNeeds:
+    """What the family of this model asks of its layers, transformers' defaults filled in.
 
     Raises:
-        UserError: for a scaling that also scales attention, which only some families have.
+        UserError: for a family that is not known.
     """
-    rope = config.rope_parameters
-    kind = rope["rope_type"]
-    if kind == "default":
-        exponents = torch.arange(0, head_dim(config), 2, dtype=torch.int64).float() / head_dim(config)
-        return 1.0 / (rope["rope_theta"] ** exponents)
-    if kind not in ("linear", "llama3"):
-        raise UserError(f"rope_type {kind!r} of the model's config is not supported; supported: default, linear, llama3")
-    frequencies, _attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return frequencies
+    content = config.to_dict()
+    return family_for(content).needs(content)
 
 
 def head_dim(config: PretrainedConfig) -> int:

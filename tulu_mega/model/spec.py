@@ -6,11 +6,18 @@ import importlib.util
 from typing import Literal
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import PretrainedConfig
 
 from tulu_mega.errors import UserError
-from tulu_mega.model.layers import PackedAttention, RMSNorm
+from tulu_mega.model.attention import PackedAttention
+from tulu_mega.model.hf_config import layer_needs
+from tulu_mega.model.norms import AddNormed, ProjectionNorm, RMSNorm
+from tulu_mega.model.rope import OwnRopeAttention, ropes
 from tulu_mega.platforms import Platform
 
 
@@ -29,15 +36,42 @@ def use_transformer_engine(spec: Literal["auto", "local", "te"], platform: Platf
     return importable and spec != "local"
 
 
-def block_spec(config: TransformerConfig, transformer_engine: bool) -> TransformerBlockSubmodules:
-    """Layers and final norm of this pipeline stage."""
-    if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm
+def block_spec(
+    config: TransformerConfig, hf: PretrainedConfig, transformer_engine: bool, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Layers and final norm of this pipeline stage, or of the chunk `vp_stage` of it."""
+    layer, norm = layer_spec(config, hf, transformer_engine)
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+
+def layer_spec(config: TransformerConfig, hf: PretrainedConfig, transformer_engine: bool) -> tuple[ModuleSpec, type]:
+    """A layer as the model's family needs it, and the class of its norms."""
+    needs = layer_needs(hf)
+    per_head = needs.qk_norm == "head"
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+        layer, norm, plain_linear = (
+            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=per_head),
+            TENorm,
+            TEColumnParallelLinear,
+        )
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer, norm, plain_linear = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm, ColumnParallelLinear
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=None), layer_norm=norm)
+    parts, attention = layer.submodules, layer.submodules.self_attention
+    if per_head:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
+    if needs.qk_norm == "projection":
+        attention.submodules.q_layernorm = ModuleSpec(ProjectionNorm, {"heads": config.num_attention_heads})
+        attention.submodules.k_layernorm = ModuleSpec(ProjectionNorm, {"heads": config.num_query_groups})
+    if needs.norms == "after":
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+        attention.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = plain_linear  # Transformer Engine's have the norm in
+        parts.self_attn_bda = parts.mlp_bda = ModuleSpec(AddNormed, {"config": config, "norm": norm})
+    if needs.ropes:
+        attention.module = OwnRopeAttention
+        attention.params = attention.params | {"ropes": ropes(hf)}
+    return layer, norm

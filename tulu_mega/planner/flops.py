@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tulu_mega.bridge.families import family_for
+
 
 def matmul_parameters(config: Mapping[str, Any]) -> int:
-    """Parameters a token is multiplied with: all of a Llama but the input embedding (tied or not) and the norms.
+    """Parameters a token is multiplied with: all of a decoder but the input embedding (tied or not), norms and biases.
 
     Args:
         config: Hugging Face's config.json.
@@ -25,16 +27,24 @@ def training_flops(config: Mapping[str, Any], lengths: Iterable[int]) -> float:
 
     ``6 (N - embedding) tokens + 6 L h sum(length ** 2)``: every parameter is multiplied and added once forward and twice
     backward; scores and their application to the values are 4 h n^2 forward, half of that under the causal mask, three times
-    with the backward pass. Recomputed activations are not counted: they are a cost, not work done.
+    with the backward pass. In layers with a window w, n^2 is n^2 - (n - w)^2 of a longer sequence. Recomputed activations are not
+    counted: they are a cost, not work done.
 
     Args:
         config: Hugging Face's config.json.
         lengths: real tokens of each sequence; padding is no work.
+
+    Raises:
+        UserError: for a family that is not known.
     """
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
     width = heads * (config.get("head_dim") or hidden // heads)
+    needs = family_for(config).needs(config)
+    windowed = sum(needs.windowed)
     tokens = squares = 0
-    for length in lengths:
-        tokens += int(length)
-        squares += int(length) ** 2
-    return 6.0 * matmul_parameters(config) * tokens + 6.0 * config["num_hidden_layers"] * width * squares
+    for length in map(int, lengths):
+        tokens += length
+        squares += layers * length**2
+        if windowed and length > needs.window:
+            squares -= windowed * (length - needs.window) ** 2
+    return 6.0 * matmul_parameters(config) * tokens + 6.0 * width * squares

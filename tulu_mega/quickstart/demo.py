@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega.config import GenerateSettings, ModelSettings
+from tulu_mega.config import ModelSettings
 from tulu_mega.errors import UserError
+from tulu_mega.evaluation.settings import EvalSettings, TaskSettings
 from tulu_mega.quickstart import task, tiny_model
 
 if TYPE_CHECKING:
@@ -68,26 +67,6 @@ clip = 1.0
 """What the quickstart trains with; `examples/sft_tiny.toml` is the same for the default directory, seed and steps."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """How many of the held-out problems were answered correctly."""
-
-    correct: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval of the accuracy."""
-        z, n, p = 1.96, self.total, self.accuracy
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def run(settings: QuickstartSettings) -> None:
     """Makes, asks, trains, asks again and prints what came of it. What is complete in `run_dir` is not done again.
 
@@ -114,16 +93,16 @@ def run(settings: QuickstartSettings) -> None:
     console.print(f"{DEMONSTRATIONS:,} demonstrations and {HELDOUT_PROBLEMS} held-out problems: {directory}/data; model: {model}")
 
     console.rule("2. vLLM answers the held-out problems, before")
-    before = answers(model, heldout, directory / "before.jsonl")
+    before = evaluated(model, heldout, directory / "before")
 
     console.rule("3. tulu-mega sft: 2 processes, Megatron tensor and sequence parallel")
     _once(trained, lambda: _train(directory, settings.seed, settings.steps))
 
     console.rule("4. vLLM answers the held-out problems, after")
-    after = answers(trained, heldout, directory / "after.jsonl")
+    after = evaluated(trained, heldout, directory / "sft/eval")
 
     console.rule("what came of it")
-    _show(console, before, after)
+    _show(console, directory, before, after)
     console.print(_next_steps(directory, time.monotonic() - started), highlight=False, soft_wrap=True)
 
 
@@ -135,23 +114,18 @@ def make_data(directory: Path, seed: int) -> None:
     _once(heldout, lambda: task.write_jsonl(map(task.prompt_row, problems), heldout))
 
 
-def answers(model: Path, questions: Path, output: Path) -> list[dict[str, Any]]:
-    """The rows of `questions` with the model's greedy responses, as `tulu-mega generate` writes them to `output`."""
-    from tulu_mega.rollout.generate import generate
+def evaluated(model: Path, questions: Path, output: Path) -> dict[str, Any]:
+    """What `tulu-mega eval` finds: the score with its interval. What is answered in `output` is not asked again."""
+    from tulu_mega.evaluation.run import evaluate
 
-    settings = GenerateSettings(
-        model=ModelSettings(path=str(model), dtype="fp32"),
-        input=str(questions),
-        output=str(output),
-        max_tokens=MAX_TOKENS,
+    results = evaluate(
+        EvalSettings(
+            model=ModelSettings(path=str(model), dtype="fp32"),
+            output=str(output),
+            tasks={"rlvr": TaskSettings(data=str(questions), max_tokens=MAX_TOKENS)},
+        )
     )
-    _once(output, lambda: generate(settings))
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-
-
-def score(rows: list[dict[str, Any]]) -> Score:
-    """Judges rows with `response` and `ground_truth`."""
-    return Score(sum(task.is_correct(row["response"], row["ground_truth"]) for row in rows), len(rows))
+    return results["tasks"]["rlvr"]
 
 
 def sft_settings(run_dir: str, seed: int, steps: int) -> str:
@@ -193,21 +167,25 @@ def _train(directory: Path, seed: int, steps: int) -> None:
         raise UserError(f"the training ended with status {status}; see above and {logs}, then run the same again")
 
 
-def _show(console: Console, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+def _show(console: Console, directory: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table("model", "correct", "accuracy", "95% interval", title="Held-out problems, greedy")
-    for name, rows in (("before", before), ("after SFT", after)):
-        result = score(rows)
-        low, high = result.interval
-        table.add_row(name, f"{result.correct} of {result.total}", f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}")
+    for name, result in (("before", before), ("after SFT", after)):
+        score, total = result["metrics"]["score"], result["problems"]
+        interval = f"{score['low']:.1%} to {score['high']:.1%}"
+        table.add_row(name, f"{round(score['value'] * total)} of {total}", f"{score['value']:.1%}", interval)
     console.print(table)
     samples = Table("question", "expected", "before", "after SFT", title="Answers", show_lines=True)
-    for old, new in islice(zip(before, after, strict=True), SAMPLES):
-        texts = (old["messages"][-1]["content"], old["ground_truth"], _visible(old["response"]), _visible(new["response"]))
-        samples.add_row(*map(escape, texts))
+    for old, new in islice(zip(_samples(directory / "before"), _samples(directory / "sft/eval"), strict=True), SAMPLES):
+        said = (_visible(record["responses"][0]["response"]) for record in (old, new))
+        samples.add_row(*map(escape, (old["messages"][-1]["content"], old["answer"], *said)))
     console.print(samples)
+
+
+def _samples(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "samples/rlvr.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _visible(text: str) -> str:
@@ -218,10 +196,12 @@ def _visible(text: str) -> str:
 
 def _next_steps(directory: Path, seconds: float) -> str:
     return f"""\
-{seconds:.0f} s. In {directory}: data/ model/ before.jsonl sft.toml sft/ (metrics.jsonl checkpoints/ hf/ logs/) after.jsonl
+{seconds:.0f} s. In {directory}: data/ model/ before/ sft.toml sft/ (metrics.jsonl checkpoints/ hf/ eval/ logs/)
 Try next
   to ask it yourself:
     tulu-mega generate --model.path {directory}/sft/hf --model.dtype fp32
+  to see how the training went, in {directory}/sft/report.html:
+    tulu-mega report {directory}/sft
   to train the same on one process, to the same losses:
     tulu-mega sft {directory}/sft.toml --run_dir {directory}/sft-tp1 --parallel.tensor 1
   to see every setting:

@@ -74,6 +74,9 @@ class Fit:
         Raises:
             UserError: a checkpoint cannot be written, or too many steps in a row are not finite.
         """
+        saver = checkpoint.Saver(
+            self.engine, self.directory, self.settings.keep, self.settings.format, self.settings.asynchronous
+        )
         for step in range(start, self.loader.steps):
             began = time.perf_counter()
             data = self.loader.batches(step)
@@ -97,15 +100,22 @@ class Fit:
                         padding=data.padding,
                         flops=self.flops(data),
                         seconds=seconds,
-                        extra={**loss.metrics, "sequences": data.sequences, "skipped_steps": self.skips.total},
+                        extra={
+                            **loss.metrics,
+                            "sequences": data.sequences,
+                            "schedule_efficiency": data.schedule_efficiency,
+                            "skipped_steps": self.skips.total,
+                        },
                     )
                 )
-            self._save_if_due(step + 1)
+            self._save_if_due(saver, step + 1)
+        saver.finish()
 
-    def _save_if_due(self, done: int) -> None:
+    def _save_if_due(self, saver: checkpoint.Saver, done: int) -> None:
+        saver.poll()
         every = self.settings.every
         if done == self.loader.steps or (every and done % every == 0):
             began = time.perf_counter()
             state = {"skipped": self.skips.total, "skipped_in_a_row": self.skips.in_a_row}
-            checkpoint.save(self.engine, self.directory, done, state, self.settings.keep)
+            saver.save(done, state)
             self._saving = time.perf_counter() - began

@@ -61,11 +61,12 @@ def _score(session: Session, sequences: list[Sequence], capacity: int) -> dict[i
     """Log-probabilities by row on rank 0; nothing elsewhere."""
     hf, place = session.engine.hf, session.topology
     cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, hf.vocab_size)
-    plan = plan_step([len(s.input_ids) for s in sequences], place.data, capacity, session.align, cost=cost)
+    lengths = [len(s.input_ids) for s in sequences]
+    plan = plan_step(lengths, place.data, capacity, session.align, cost=cost, multiple=session.pipeline.multiple)
     micro_batches = [pack((sequences[i] for i in bin_), session.align) for bin_ in plan[place.data_rank]]
     scored = session.engine.score(micro_batches)
     mine: dict[int, list[float]] = {}
-    if place.reports_loss:
+    if place.reports_loss and place.context_rank == 0:
         for batch, logp_T in zip(micro_batches, scored, strict=True):
             mine |= _by_row(batch, logp_T.tolist(), sequences)
     gathered: list[dict[int, list[float]] | None] | None = [None] * place.size if session.lead else None

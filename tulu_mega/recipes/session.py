@@ -12,17 +12,19 @@ from pathlib import Path
 
 import torch
 
-from tulu_mega import platforms, topology
+from tulu_mega import checkpoint, platforms, topology
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.hf_files import HfCheckpoint
-from tulu_mega.bridge.hub import model_directory
+from tulu_mega.bridge.hub import is_megatron, model_directory
 from tulu_mega.bridge.live import export_hf, load_hf
 from tulu_mega.config import EngineSettings
-from tulu_mega.data.packing import Alignment, alignment
+from tulu_mega.data.packing import Alignment
 from tulu_mega.engine import Engine
 from tulu_mega.errors import UserError
 from tulu_mega.launcher import World
 from tulu_mega.model.hf_config import load_config
+from tulu_mega.planner.layout import pack_alignment, pipeline_of
+from tulu_mega.planner.schedule import Pipeline
 from tulu_mega.topology import Topology
 
 
@@ -44,20 +46,26 @@ class Session:
     @property
     def align(self) -> Alignment:
         """What the layout and the FP8 recipe ask of lengths."""
-        megatron = self.settings.megatron
-        fp8 = (megatron.get("fp8_recipe", "delayed") if megatron.get("fp8") else None) or None
-        parallel = self.settings.parallel
-        return alignment(parallel.tensor, parallel.sequence and parallel.tensor > 1, parallel.context, fp8)
+        return pack_alignment(self.settings)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What the simulation of the schedule knows of this layout."""
+        return pipeline_of(self.engine.hf.to_dict(), self.settings)
 
     def load_weights(self) -> None:
-        """The model's weights from its Hugging Face directory, each rank its own slices.
+        """The model's weights from its directory of either format, each rank its own slices.
 
         Raises:
             UserError: with everything that does not fit.
         """
-        with contextlib.closing(HfCheckpoint.open(self.source)) as files:
-            family = family_for(files.config)
-            load_hf(self.engine.model, files, family, self.topology.tensor_rank, self.topology.tensor)
+        if is_megatron(self.source):
+            checkpoint.load_weights(self.engine, self.source)
+        else:
+            with contextlib.closing(HfCheckpoint.open(self.source)) as files:
+                family = family_for(files.config)
+                for chunk in self.engine.chunks:
+                    load_hf(chunk, files, family, self.topology.tensor_rank, self.topology.tensor)
 
     def export(self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str]) -> None:
         """Writes the model in Hugging Face format; every rank calls it.
@@ -66,24 +74,24 @@ class Session:
             UserError: the directory cannot be used.
         """
         place = self.topology
-        with contextlib.closing(HfCheckpoint.open(self.source)) as files:
-            export_hf(
-                [self.engine.model],
-                directory,
-                files.config,
-                family_for(files.config),
-                tp_group=place.tensor_group,
-                tp_rank=place.tensor_rank,
-                tp_size=place.tensor,
-                pp_group=place.pipeline_group,
-                pp_rank=place.pipeline_rank,
-                pp_size=place.pipeline,
-                is_writer=place.data_rank == 0 and place.context_rank == 0,
-                barrier=torch.distributed.barrier,
-                dtype=dtype,
-                source_directory=self.source,
-                extra_files=extra_files,
-            )
+        self.engine.settle()
+        config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        export_hf(
+            self.engine.chunks,
+            directory,
+            config,
+            family_for(config),
+            tp_group=place.tensor_group,
+            tp_rank=place.tensor_rank,
+            tp_size=place.tensor,
+            pp_group=place.pipeline_group,
+            pp_rank=place.pipeline_rank,
+            pp_size=place.pipeline,
+            is_writer=place.data_rank == 0 and place.context_rank == 0,
+            dtype=dtype,
+            source_directory=self.source,
+            extra_files=extra_files,
+        )
 
 
 @contextlib.contextmanager

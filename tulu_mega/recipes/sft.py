@@ -10,7 +10,7 @@ from tulu_mega.config import SftSettings
 from tulu_mega.data.chat import TULU_CHAT_TEMPLATE
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.loader import PackedLoader, StepData
-from tulu_mega.data.store import TokenStore
+from tulu_mega.data.store import REJECTS, TokenStore
 from tulu_mega.launcher import World
 from tulu_mega.metrics import MetricsLog, peak_flops
 from tulu_mega.model.config import DTYPES
@@ -57,7 +57,17 @@ def run(settings: SftSettings, world: World) -> None:
 def _loader(session: Session, settings: SftSettings, store: TokenStore) -> PackedLoader:
     hf, place = session.engine.hf, session.topology
     cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, hf.vocab_size)
-    return PackedLoader(store, settings.train, settings.data, settings.seed, session.align, place.data_rank, place.data, cost)
+    return PackedLoader(
+        store,
+        settings.train,
+        settings.data,
+        settings.seed,
+        session.align,
+        place.data_rank,
+        place.data,
+        cost=cost,
+        pipeline=session.pipeline,
+    )
 
 
 def _weights(session: Session, settings: SftSettings, steps: int, run_dir: Path) -> tuple[int, Skips]:
@@ -90,7 +100,7 @@ def _metrics(session: Session, settings: SftSettings, steps: int, start: int) ->
 
 def _banner(session: Session, store: TokenStore, loader: PackedLoader, start: int) -> str:
     kept = f"{len(store):,} sequences of {int(store.lengths.sum()):,} tokens"
-    dropped = f" ({store.dropped:,} rows had nothing to train)" if store.dropped else ""
+    dropped = f" ({store.dropped:,} rows not used: {store.directory / REJECTS})" if store.dropped else ""
     at = f", going on after step {start}" if start else ""
     return f"{session.topology} · {session.settings.model.path} · {kept}{dropped} · {loader.steps:,} steps{at}"
 

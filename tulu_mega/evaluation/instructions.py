@@ -1,0 +1,193 @@
+"""The 25 instructions of IFEval as functions of a response, by the names that the data set uses.
+
+They follow IFEval's published checker (arXiv 2311.07911 and its code of 2023), not the constraints that Tulu 3 trains on
+(``rewards/constraints.py``), which have other names, arguments and limits. One departure: sentences end at ``.``, ``?`` or
+``!`` before white space, where the published checker asks NLTK's Punkt model, so that abbreviations count here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kind of instruction."""
+
+    holds: Callable[..., bool]
+    """response and the instruction's arguments by name to whether it is followed"""
+    needs: tuple[str, ...] = ()
+    """arguments that must be given"""
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def _instruction(name: str, *needs: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
+    def register(function: Callable[..., bool]) -> Callable[..., bool]:
+        CHECKS[name] = Check(function, needs)
+        return function
+
+    return register
+
+
+def _related(count: int, relation: str, limit: int) -> bool:
+    """``less than`` or ``at least``, the only two relations there are."""
+    return count < limit if relation == "less than" else count >= limit
+
+
+@_instruction("keywords:existence", "keywords")
+def _existence(text: str, *, keywords: list[str], **_: Any) -> bool:
+    lower = text.lower()
+    return all(keyword.lower() in lower for keyword in keywords)
+
+
+@_instruction("keywords:frequency", "keyword", "frequency", "relation")
+def _frequency(text: str, *, keyword: str, frequency: int, relation: str, **_: Any) -> bool:
+    return _related(text.lower().count(keyword.lower().strip()), relation, frequency)
+
+
+@_instruction("keywords:forbidden_words", "forbidden_words")
+def _forbidden(text: str, *, forbidden_words: list[str], **_: Any) -> bool:
+    return not any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in forbidden_words)
+
+
+@_instruction("keywords:letter_frequency", "letter", "let_frequency", "let_relation")
+def _letters(text: str, *, letter: str, let_frequency: int, let_relation: str, **_: Any) -> bool:
+    return _related(text.lower().count(letter.lower()), let_relation, let_frequency)
+
+
+@_instruction("language:response_language", "language")
+def _language(text: str, *, language: str, **_: Any) -> bool:
+    from tulu_mega.rewards.constraints import validate_response_language
+
+    return not any(char.isalpha() for char in text) or validate_response_language(text, language)
+
+
+@_instruction("length_constraints:number_sentences", "num_sentences", "relation")
+def _sentences(text: str, *, num_sentences: int, relation: str, **_: Any) -> bool:
+    return _related(len([part for part in re.split(r"(?<=[.?!])\s+", text.strip()) if part]), relation, num_sentences)
+
+
+@_instruction("length_constraints:number_paragraphs", "num_paragraphs")
+def _paragraphs(text: str, *, num_paragraphs: int, **_: Any) -> bool:
+    first, *middle, last = parts if len(parts := re.split(r"\s?\*\*\*\s?", text)) > 1 else (parts[0], "")
+    if not all(part.strip() for part in middle):
+        return False
+    return len(middle) + bool(first.strip()) + bool(last.strip()) == num_paragraphs
+
+
+@_instruction("length_constraints:number_words", "num_words", "relation")
+def _words(text: str, *, num_words: int, relation: str, **_: Any) -> bool:
+    return _related(len(re.findall(r"\w+", text)), relation, num_words)
+
+
+@_instruction("length_constraints:nth_paragraph_first_word", "num_paragraphs", "nth_paragraph", "first_word")
+def _nth_paragraph(text: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str, **_: Any) -> bool:
+    paragraphs = re.split(r"\n\n", text)
+    filled = sum(bool(paragraph.strip()) for paragraph in paragraphs)
+    if nth_paragraph > filled or not (words := paragraphs[nth_paragraph - 1].split()):
+        return False
+    word = re.match(r"[^.,?!'\"]*", words[0].lstrip("'").lstrip('"'))[0]
+    return filled == num_paragraphs and word.lower() == first_word.lower()
+
+
+@_instruction("detectable_content:number_placeholders", "num_placeholders")
+def _placeholders(text: str, *, num_placeholders: int, **_: Any) -> bool:
+    return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+
+
+@_instruction("detectable_content:postscript", "postscript_marker")
+def _postscript(text: str, *, postscript_marker: str, **_: Any) -> bool:
+    known = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+    pattern = known.get(postscript_marker.strip(), re.escape(postscript_marker.lower()))
+    return re.search(pattern, text.lower()) is not None
+
+
+@_instruction("detectable_format:number_bullet_lists", "num_bullets")
+def _bullets(text: str, *, num_bullets: int, **_: Any) -> bool:
+    stars = re.findall(r"^\s*\*[^\*].*$", text, re.MULTILINE)
+    dashes = re.findall(r"^\s*-.*$", text, re.MULTILINE)
+    return len(stars) + len(dashes) == num_bullets
+
+
+@_instruction("detectable_format:constrained_response")
+def _constrained(text: str, **_: Any) -> bool:
+    return any(f"My answer is {word}." in text for word in ("yes", "no", "maybe"))
+
+
+@_instruction("detectable_format:number_highlighted_sections", "num_highlights")
+def _highlights(text: str, *, num_highlights: int, **_: Any) -> bool:
+    single = [part for part in re.findall(r"\*[^\n\*]*\*", text) if part.strip("*").strip()]
+    double = [part for part in re.findall(r"\*\*[^\n\*]*\*\*", text) if part.strip("*").strip()]
+    return len(single) + len(double) >= num_highlights
+
+
+@_instruction("detectable_format:multiple_sections", "section_spliter", "num_sections")
+def _sections(text: str, *, section_spliter: str, num_sections: int, **_: Any) -> bool:
+    return len(re.findall(rf"\s?{re.escape(section_spliter.strip())}\s?\d+\s?", text)) >= num_sections
+
+
+@_instruction("detectable_format:json_format")
+def _json(text: str, **_: Any) -> bool:
+    body = re.sub(r"^```(?:json)?", "", text.strip(), flags=re.IGNORECASE).removesuffix("```").strip()
+    try:
+        json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+@_instruction("detectable_format:title")
+def _title(text: str, **_: Any) -> bool:
+    return any(title.strip("<>").strip() for title in re.findall(r"<<[^\n]+>>", text))
+
+
+@_instruction("combination:two_responses")
+def _two_responses(text: str, **_: Any) -> bool:
+    parts = text.split("******")
+    if any(not part.strip() for part in parts[1:-1]):
+        return False
+    filled = [part.strip() for part in parts if part.strip()]
+    return len(filled) == 2 and filled[0] != filled[1]
+
+
+@_instruction("combination:repeat_prompt", "prompt_to_repeat")
+def _repeat(text: str, *, prompt_to_repeat: str, **_: Any) -> bool:
+    return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+
+
+@_instruction("startend:end_checker", "end_phrase")
+def _end(text: str, *, end_phrase: str, **_: Any) -> bool:
+    return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+
+
+@_instruction("startend:quotation")
+def _quotation(text: str, **_: Any) -> bool:
+    text = text.strip()
+    return len(text) > 1 and text[0] == text[-1] == '"'
+
+
+@_instruction("change_case:capital_word_frequency", "capital_frequency", "capital_relation")
+def _capital_words(text: str, *, capital_frequency: int, capital_relation: str, **_: Any) -> bool:
+    words = re.findall(r"\w+(?:['-]\w+)*", text)
+    return _related(sum(word.isupper() for word in words), capital_relation, capital_frequency)
+
+
+@_instruction("change_case:english_capital")
+def _upper(text: str, **_: Any) -> bool:
+    return text.isupper() and _language(text, language="en")
+
+
+@_instruction("change_case:english_lowercase")
+def _lower(text: str, **_: Any) -> bool:
+    return text.islower() and _language(text, language="en")
+
+
+@_instruction("punctuation:no_comma")
+def _no_comma(text: str, **_: Any) -> bool:
+    return "," not in text

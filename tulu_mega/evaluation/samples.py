@@ -1,0 +1,93 @@
+"""The responses of an evaluation on disk: one JSON object a problem, written as they come, so that none is asked twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tulu_mega.errors import UserError
+
+Record = dict[str, Any]
+_WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
+
+def model_identity(model: str) -> str:
+    """Changes when the files of a model directory do, by their names, sizes and times; a hub name stands for itself."""
+    directory = Path(model)
+    if not directory.is_dir():
+        return model
+    files = sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern))
+    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def key(*parts: Any) -> str:
+    """What decides a problem's responses, in short."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+class SampleFile:
+    """``samples/TASK.jsonl``: objects with ``key``, the problem and its ``responses``.
+
+    Raises:
+        UserError: the directory cannot be written to.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._answered = {record["key"]: record for record in self._read()}
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output") from None
+
+    def __getitem__(self, name: str) -> Record:
+        return self._answered[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._answered
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Adds answered problems; they are on disk when this returns."""
+        self._trim()
+        with self.path.open("a", encoding="utf-8") as file:
+            for record in records:
+                self._answered[record["key"]] = record
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def replace(self, records: Iterable[Record]) -> None:
+        """Writes the file anew: the given records and nothing else, whole or not at all."""
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _read(self) -> list[Record]:
+        """The whole lines; what an interruption tore, or is no record, is asked again."""
+        if not self.path.exists():
+            return []
+        records = []
+        for line in self.path.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("key"), str) and isinstance(record.get("responses"), list):
+                records.append(record)
+        return records
+
+    def _trim(self) -> None:
+        """Ends a torn last line, so that the next one begins a line of its own."""
+        if self.path.exists() and self.path.stat().st_size:
+            with self.path.open("rb+") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")

@@ -1,0 +1,35 @@
+"""Rows with verifiable answers, as RLVR trains on them: judged by the verifier that each row names."""
+
+from __future__ import annotations
+
+from tulu_mega.evaluation.task import Problem, Row, Task
+
+
+def read(row: Row) -> Problem:
+    """
+    Raises:
+        ValueError: a row of another form.
+    """
+    from tulu_mega.data.chat import check_messages  # brings torch along
+
+    messages = check_messages(row.get("messages"), training=False)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("its last message is the assistant's, so there is nothing to answer; leave that message out")
+    names = row.get("dataset")
+    if not (isinstance(names, str) or (isinstance(names, list) and names)):
+        raise ValueError("dataset is missing; expected the name of the verifier, or a list of names")
+    if "ground_truth" not in row:
+        raise ValueError("ground_truth is missing")
+    return Problem(messages, row["ground_truth"], names if isinstance(names, str) else "+".join(names), verifier=names)
+
+
+TASK = Task(
+    name="rlvr",
+    title="verifiable rows",
+    fields="messages, ground_truth, dataset (the verifier's name)",
+    hub=(),
+    split="test",
+    read=read,
+    max_tokens=2048,
+    metrics=("score",),
+)

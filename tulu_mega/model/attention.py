@@ -1,0 +1,125 @@
+"""Attention of the local spec, where Transformer Engine is not: packed sequences, sliding windows, context parallelism."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+from tulu_mega.data.batch import context_rows
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal grouped-query attention within each segment of a packed row, by torch's SDPA.
+
+    Layers that megatron-core's config gives a window (``window_size``, ``window_attn_skip_freq``) see that many tokens to the
+    left. Under context parallelism keys and values are gathered from all ranks and this rank's queries attend to them.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_unused,
+    ):
+        super().__init__()
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        left = config.window_size[0] if windowed else -1
+        self.reach = left if left >= 0 else None
+        self.scale = softmax_scale
+        self.context_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type=None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            query: [T, heads, head_dim].
+            key, value: [T, key-value heads, head_dim].
+            packed_seq_params: boundaries of the whole pack's segments (``cu_seqlens_q``).
+
+        Returns:
+            [T, 1, heads * head_dim].
+        """
+        bounds = tuple(packed_seq_params.cu_seqlens_q.tolist())
+        rank, size = self.context_group.rank(), self.context_group.size()
+        if size > 1:
+            key, value = self._whole_pack(key, value, bounds, size)
+        pieces = _pieces(bounds, rank, size, self.reach)
+        outputs = []
+        for rows, piece in zip(query.split([piece.rows for piece in pieces]), pieces, strict=True):
+            parts = (rows, key[piece.begin : piece.end], value[piece.begin : piece.end])
+            heads_first = [part.transpose(0, 1).unsqueeze(0) for part in parts]
+            mask = None if piece.plain else _mask(piece, self.reach, query.device)
+            attended = F.scaled_dot_product_attention(
+                *heads_first, attn_mask=mask, is_causal=piece.plain, scale=self.scale, enable_gqa=True
+            )
+            outputs.append(attended[0].transpose(0, 1))
+        return torch.cat(outputs).reshape(query.shape[0], 1, -1)
+
+    def _whole_pack(self, key: Tensor, value: Tensor, bounds: tuple[int, ...], size: int) -> list[Tensor]:
+        """Keys and values of all ranks in the pack's own order; backward sums what the ranks' queries send back."""
+        held = torch.cat((key, value), dim=1)
+        gathered = gather_from_sequence_parallel_region(held, tensor_parallel_output_grad=True, group=self.context_group)
+        places = _places(bounds, size).to(key.device)
+        return gathered.index_select(0, places).split((key.shape[1], value.shape[1]), dim=1)
+
+
+class _Piece(NamedTuple):
+    """Neighbouring queries and the keys they may attend to."""
+
+    rows: int
+    """queries"""
+    begin: int
+    """first key, in the pack"""
+    end: int
+    """after the last key, which is the last query's own"""
+    plain: bool
+    """queries and keys are the same tokens and no window cuts in: SDPA's own causal mask serves"""
+
+
+@lru_cache(maxsize=64)
+def _pieces(bounds: tuple[int, ...], rank: int, size: int, reach: int | None) -> list[_Piece]:
+    """In the order in which the rank holds its queries."""
+    pieces = []
+    for segment, after in zip(bounds, bounds[1:], strict=False):
+        count = (after - segment) // (2 * size) if size > 1 else after - segment
+        for number in (rank, 2 * size - 1 - rank) if size > 1 else (0,):
+            first = segment + number * count
+            begin = segment if reach is None else max(segment, first - reach)
+            plain = begin == first and (reach is None or count <= reach + 1)
+            pieces.append(_Piece(count, begin, first + count, plain))
+    return pieces
+
+
+@lru_cache(maxsize=64)
+def _places(bounds: tuple[int, ...], size: int) -> Tensor:
+    """Where each row of the pack is among the shares of all ranks end to end."""
+    cu_seqlens = torch.tensor(bounds)
+    return torch.cat([context_rows(cu_seqlens, rank, size) for rank in range(size)]).argsort()
+
+
+def _mask(piece: _Piece, reach: int | None, device: torch.device) -> Tensor:
+    """[queries, keys], True where a query may look: at itself, backwards, no further than `reach`."""
+    keys = piece.end - piece.begin
+    seen = torch.ones(piece.rows, keys, dtype=torch.bool, device=device).tril(keys - piece.rows)
+    return seen if reach is None else seen.triu(keys - piece.rows - reach)

@@ -1,0 +1,197 @@
+"""The curves of runs, drawn. The only file that imports matplotlib."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from tulu_mega.errors import UserError
+from tulu_mega.report.read import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_POINTS = 1500
+"""Points drawn of a curve: more than there are pixels help nobody."""
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito: told apart by all
+_DASHES = ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a chart shows."""
+
+    name: str
+    """file name"""
+    title: str
+    unit: str
+    columns: tuple[tuple[str, str], ...]
+    """metric and label; several are stacked as areas when there is one run"""
+    scale: float = 1.0
+    """factor from the metric to the unit"""
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawn chart: PNG, and in words for who cannot see it."""
+
+    chart: Chart
+    png: bytes
+    text: str
+
+
+CHARTS = (
+    Chart("loss", "Loss", "as the recipe reduces it", (("loss", "loss"),)),
+    Chart("nll", "Negative log-likelihood", "nats per supervised token", (("nll", "nll"),)),
+    Chart("grad_norm", "Gradient norm", "before clipping", (("grad_norm", "gradient norm"),), log=True),
+    Chart("lr", "Learning rate", "", (("lr", "learning rate"),)),
+    Chart("throughput", "Throughput", "1,000 tokens/s, all processes", (("tokens_per_second", "tokens"),), scale=1e-3),
+    Chart("mfu", "Share of the peak (MFU)", "%", (("mfu", "MFU"),), scale=100),
+    Chart("padding", "Padding", "% of the packed positions", (("padding", "padding"),), scale=100),
+    Chart(
+        "time",
+        "Where the time went",
+        "ms a step",
+        (
+            ("seconds_forward_backward", "forward and backward"),
+            ("seconds_optimizer", "optimizer"),
+            ("seconds_data", "data"),
+            ("seconds_checkpoint", "checkpoint"),
+        ),
+        scale=1000,
+    ),
+    Chart("memory", "Memory", "GiB, peak so far of process 0", (("memory_gib", "memory"),)),
+    Chart("skipped", "Skipped steps", "steps so far", (("skipped_steps", "skipped"),)),
+)
+"""In the order of the page. A chart no run has values for is left out; so are skipped steps when there were none."""
+_UNDRAWN = {"step", "tokens", "supervised_tokens", "supervised_tokens_per_second", "tflops", "sequences"}
+
+
+def draw(runs: Sequence[Run]) -> list[Drawing]:
+    """Every chart that some run has values for.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("matplotlib is not installed, needed to draw; install tulu_mega[report], or pip install matplotlib")
+    return [drawing for chart in [*CHARTS, *_others(runs)] if (drawing := _draw(chart, runs)) is not None]
+
+
+def _others(runs: Sequence[Run]) -> list[Chart]:
+    """A chart for each further metric that a recipe reports, in the order of their names."""
+    known = _UNDRAWN | {name for chart in CHARTS for name, _ in chart.columns}
+    names = {name for run in runs for row in run.steps for name, value in row.items() if isinstance(value, int | float)} - known
+    file_names = {name: re.sub(r"[^\w.-]+", "_", name) for name in sorted(names)}
+    return [Chart(file, name.replace("_", " ").capitalize(), "", ((name, name),)) for name, file in file_names.items()]
+
+
+def _draw(chart: Chart, runs: Sequence[Run]) -> Drawing | None:
+    first = chart.columns[0][0]
+    seen = [(number, run) for number, run in enumerate(runs) if run.column(first)[0]]
+    if not seen or (chart.name == "skipped" and not any(any(run.column(first)[1]) for _, run in seen)):
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8, 3.0), dpi=200, layout="constrained")
+    axes = figure.subplots()
+    if len(chart.columns) > 1 and len(runs) == 1:
+        _stack(axes, chart, runs[0])
+    else:
+        for number, run in seen:
+            _curve(axes, chart, run, _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)])
+    _dress(axes, chart, legend=len(runs) > 1 or len(chart.columns) > 1)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return Drawing(chart, buffer.getvalue(), _words(chart, [run for _, run in seen]))
+
+
+def _curve(axes: Axes, chart: Chart, run: Run, colour: str, dash: str) -> None:
+    """One run: the values thinly, their running median over them where they are many."""
+    steps, values = _total(chart, run)
+    values = [value * chart.scale for value in values]
+    thick = _thinned(steps, values)
+    if len(steps) > 50 and chart.name not in ("lr", "memory", "skipped"):
+        axes.plot(*thick, color=colour, alpha=0.3, linewidth=0.7)
+        thick = _smoothed(steps, values)
+    axes.plot(*thick, dash, color=colour, linewidth=1.5, label=run.name, marker="o" if len(steps) == 1 else None)
+
+
+def _stack(axes: Axes, chart: Chart, run: Run) -> None:
+    """The parts of one run's steps, smoothed, upon one another. A part that never takes time is left out."""
+    steps = run.column(chart.columns[0][0])[0]
+    thin = _smoothed if len(steps) > 50 else _thinned
+    labels, colours, heights = [], [], []
+    for colour, (name, label) in zip(_COLOURS, chart.columns, strict=False):
+        known = dict(zip(*run.column(name), strict=True))
+        values = [known.get(step, 0.0) * chart.scale for step in steps]
+        if any(values):
+            positions, height = thin(steps, values)
+            labels.append(label)
+            colours.append(colour)
+            heights.append(height)
+    if heights:
+        axes.stackplot(positions, *heights, labels=labels, colors=colours, alpha=0.8)
+
+
+def _total(chart: Chart, run: Run) -> tuple[list[int], list[float]]:
+    """Steps and the sum of a chart's columns."""
+    steps, values = run.column(chart.columns[0][0])
+    for name, _ in chart.columns[1:]:
+        known = dict(zip(*run.column(name), strict=True))
+        values = [value + known.get(step, 0.0) for step, value in zip(steps, values, strict=True)]
+    return steps, values
+
+
+def _dress(axes: Axes, chart: Chart, legend: bool) -> None:
+    from matplotlib.ticker import LogFormatter, MaxNLocator
+
+    axes.set_title(chart.title, fontsize=10, loc="left", fontweight="bold")
+    axes.set_xlabel("step", fontsize=8.5)
+    axes.set_ylabel(chart.unit, fontsize=8.5)
+    axes.tick_params(labelsize=8.5, which="both")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    low, high = axes.get_ylim()
+    if chart.log and low > 0 and high / low > 20:
+        axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(2, 0.5)))  # 6, 20: not 6 x 10^0
+    elif chart.unit.startswith("%"):
+        axes.set_ylim(0, max(high, 1.0))  # a thousandth of a percent is not worth a mountain range
+    elif low > 0 and chart.name != "memory":
+        axes.set_ylim(bottom=0)
+    if legend:
+        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
+
+
+def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    stride = -(-len(steps) // MAX_POINTS)
+    return steps[::stride], values[::stride]
+
+
+def _smoothed(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    """Running median over about a thirtieth of the run, which a spike does not move; as many points as are drawn."""
+    half = max(2, len(values) // 60)
+    places = range(0, len(steps), -(-len(steps) // MAX_POINTS))
+    return [steps[at] for at in places], [median(values[max(0, at - half) : at + half + 1]) for at in places]
+
+
+def _words(chart: Chart, runs: Sequence[Run]) -> str:
+    """A sentence for each run: from, to, lowest and highest."""
+    sentences = []
+    for run in runs:
+        steps, values = _total(chart, run)
+        values = [value * chart.scale for value in values]
+        start, end, low, high = (f"{value:.4g}" for value in (values[0], values[-1], min(values), max(values)))
+        sentences.append(f"{run.name}: {start} at step {steps[0]}, {end} at step {steps[-1]}, lowest {low}, highest {high}.")
+    unit = f" ({chart.unit})" if chart.unit else ""
+    return f"{chart.title}{unit}. {' '.join(sentences)}"

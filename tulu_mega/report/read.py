@@ -1,0 +1,153 @@
+"""What a run directory holds, as a report needs it. Files that are missing or torn leave gaps, not tracebacks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tulu_mega.errors import UserError
+
+METRICS, CONFIG, RESULTS = "metrics.jsonl", "config.json", "results.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One ``results.json`` of `tulu-mega eval` and some of its samples."""
+
+    name: str
+    """the directory it lies in"""
+    tasks: dict[str, dict[str, Any]]
+    """what results.json says of each task"""
+    samples: dict[str, list[dict[str, Any]]]
+    """the first problems of each task, with responses"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its steps, settings and evaluations."""
+
+    name: str
+    directory: Path
+    steps: list[dict[str, Any]]
+    """the objects of metrics.jsonl, by step"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """what could not be read"""
+
+    def column(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was reported as a finite number."""
+        known = ((row["step"], row.get(name)) for row in self.steps)
+        pairs = [(step, float(value)) for step, value in known if isinstance(value, int | float) and math.isfinite(value)]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def read_runs(directories: Sequence[str], samples: int) -> list[Run]:
+    """
+    Args:
+        directories: of runs; named in the report by what tells them apart.
+        samples: problems to read of each evaluated task.
+
+    Raises:
+        UserError: with every directory that is none, or has no metrics.
+    """
+    paths, problems, runs = [Path(name).expanduser() for name in directories], [], []
+    names = _names(paths)
+    for path, name in zip(paths, names, strict=True):
+        try:
+            runs.append(read_run(path, name, samples))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return runs
+
+
+def read_run(directory: Path, name: str, samples: int) -> Run:
+    """
+    Raises:
+        UserError: not a directory, or no metrics in it.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give the run directory of a training command")
+    file = directory / METRICS
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        inside = sorted(found.parent for found in directory.glob(f"*/{METRICS}"))
+        hint = f"; did you mean {inside[0]}?" if inside else "; give the run directory of a training command"
+        raise UserError(f"{directory}: no {METRICS} in it{hint}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    steps, torn = _steps(content)
+    if not steps:
+        raise UserError(f"{file}: no step in it{' but torn lines' if torn else ''}; let the run finish its first step")
+    notes = [f"{METRICS}: {torn} torn or foreign line{'s' if torn > 1 else ''} left out"] if torn else []
+    settings = _json(directory / CONFIG, notes)
+    evaluations = []
+    for results in sorted([*directory.glob(RESULTS), *directory.glob(f"*/{RESULTS}")]):
+        content = _json(results, notes)
+        if isinstance(content.get("tasks"), dict):
+            evaluations.append(_evaluation(results.parent, content["tasks"], samples))
+    return Run(name, directory, steps, settings, evaluations, notes)
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The shortest tails of the paths that are all different; numbered where even whole paths are the same."""
+    resolved = [path.resolve().parts for path in paths]
+    for length in range(1, max((len(parts) for parts in resolved), default=0) + 1):
+        names = ["/".join(parts[-length:]) for parts in resolved]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name} ({number})" for number, path in enumerate(paths, 1)]
+
+
+def _steps(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The steps in order, the later line where one was written twice, and how many lines were none."""
+    found: dict[int, dict[str, Any]] = {}
+    torn = 0
+    for line in content.splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            found[row["step"]] = row
+        else:
+            torn += 1
+    return [found[step] for step in sorted(found)], torn
+
+
+def _json(file: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        notes.append(f"{file.name}: not readable, left out")
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _evaluation(directory: Path, tasks: dict[str, Any], samples: int) -> Evaluation:
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for task in tasks:
+        file = directory / f"samples/{task}.jsonl"
+        if not file.is_file():
+            continue
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for line in islice(lines, samples):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict) and record.get("messages") and record.get("responses"):
+                    shown.setdefault(task, []).append(record)
+    return Evaluation(directory.name, tasks, shown)

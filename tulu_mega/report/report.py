@@ -1,0 +1,158 @@
+"""`tulu-mega report`: reads runs, draws their curves and writes one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tulu_mega import __version__
+from tulu_mega.errors import UserError
+from tulu_mega.report.curves import Drawing, draw
+from tulu_mega.report.read import Run, read_runs
+from tulu_mega.report.settings import ReportSettings
+
+PAGE, PICTURES = "report.html", "report"
+
+
+def run(settings: ReportSettings) -> None:
+    """Writes report.html and report/*.png into the first run's directory, or where `settings.output` says.
+
+    Raises:
+        UserError: a run without metrics, matplotlib is missing, or the page cannot be written.
+    """
+    runs = read_runs(settings.runs, settings.samples)
+    drawings = draw(runs)
+    directory = Path(settings.output).expanduser() if settings.output else runs[0].directory
+    try:
+        pictures = directory / PICTURES
+        pictures.mkdir(parents=True, exist_ok=True)
+        for drawing in drawings:
+            (pictures / f"{drawing.chart.name}.png").write_bytes(drawing.png)
+        temporary = directory / f".{PAGE}"
+        temporary.write_text(page(runs, drawings), encoding="utf-8")
+        temporary.replace(directory / PAGE)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); name another directory with --output") from None
+    for run in runs:
+        for note in run.notes:
+            print(f"warning: {run.directory}: {note}", file=sys.stderr)
+    print(f"{directory / PAGE}; {len(drawings)} pictures in {pictures}")
+
+
+def page(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:
+    """The page as HTML, pictures inside."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = resources.files("tulu_mega.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    flat = [_flat(run.settings) for run in runs]
+    names = list(dict.fromkeys(name for one in flat for name in one))
+    return environment.from_string(template).render(
+        title=f"Training report: {', '.join(run.name for run in runs)}",
+        made=f"tulu_mega {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        notes=[f"{run.name}: {note}" for run in runs for note in run.notes],
+        several=len(runs) > 1,
+        summary=[{"name": run.name, "figures": summary(run)} for run in runs],
+        drawings=[{"data": base64.b64encode(one.png).decode(), "text": one.text} for one in drawings],
+        scores=[score for run in runs for score in _scores(run)],
+        samples=[sample for run in runs for sample in _samples(run, len(runs) > 1)],
+        differences=[(name, [one.get(name, "") for one in flat]) for name in names if len({one.get(name) for one in flat}) > 1],
+        settings=[{"name": run.name, "rows": list(one.items())} for run, one in zip(runs, flat, strict=True)],
+    )
+
+
+def summary(run: Run) -> dict[str, str]:
+    """A run in figures, as text. Rates are medians over its second half, when everything is warm."""
+
+    def last(name: str, form: str) -> str:
+        values = run.column(name)[1]
+        return format(values[-1], form) if values else "–"
+
+    def typical(name: str, form: str, scale: float = 1.0) -> str:
+        values = run.column(name)[1]
+        return format(median(values[len(values) // 2 :]) * scale, form) if values else "–"
+
+    seconds = sum(sum(run.column(name)[1]) for name in ("seconds_data", "seconds_forward_backward", "seconds_optimizer"))
+    minutes, rest = divmod(round(seconds + sum(run.column("seconds_checkpoint")[1])), 60)
+    hours, minutes = divmod(minutes, 60)
+    tokens = sum(run.column("tokens")[1])
+    return {
+        "steps": f"{run.steps[-1]['step']:,}",
+        "tokens": f"{tokens:,.0f}",
+        "time": f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s",
+        "last loss": last("loss", ".4g"),
+        "tokens a second": typical("tokens_per_second", ",.0f"),
+        "MFU": typical("mfu", ".1f", 100) + (" %" if run.column("mfu")[1] else ""),
+        "padding": typical("padding", ".1f", 100) + " %",
+        "memory": last("memory_gib", ".2f") + " GiB",
+        "skipped steps": last("skipped_steps", ".0f"),
+    }
+
+
+def _flat(values: dict[str, Any], section: str = "") -> dict[str, str]:
+    """Settings by dotted name, values as text."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{section}{name}.")
+        else:
+            flat[f"{section}{name}"] = "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def _scores(run: Run) -> list[dict[str, str]]:
+    rows = []
+    for evaluation in run.evaluations:
+        for name, task in evaluation.tasks.items():
+            for metric, value in task.get("metrics", {}).items():
+                rows.append(
+                    {
+                        "run": run.name,
+                        "evaluation": evaluation.name,
+                        "task": task.get("title", name),
+                        "metric": metric.replace("_", " "),
+                        "value": f"{value['value']:.1%}",
+                        "interval": f"{value['low']:.1%} to {value['high']:.1%}",
+                        "problems": f"{task.get('problems', '–')}",
+                        "cut_off": f"{task.get('cut_off', '–')}",
+                    }
+                )
+    return rows
+
+
+def _samples(run: Run, several: bool) -> list[dict[str, str]]:
+    found = []
+    for evaluation in run.evaluations:
+        for task, records in evaluation.samples.items():
+            for record in records:
+                first = record["responses"][0]
+                scores = first.get("scores") or {}
+                value = next(iter(scores.values()), None)
+                title = evaluation.tasks.get(task, {}).get("title", task)
+                where = f"{run.name}, " if several else ""
+                found.append(
+                    {
+                        "title": f"{where}{evaluation.name}, {title}, problem {record.get('problem', 0) + 1}",
+                        "verdict": "not judged"
+                        if value is None
+                        else "right"
+                        if value in (1, 1.0)
+                        else "wrong"
+                        if value == 0
+                        else f"{value}",
+                        "question": record["messages"][-1]["content"],
+                        "response": first["response"] + (" […]" if first.get("finish_reason") == "length" else ""),
+                        "answer": record.get("answer")
+                        if isinstance(record.get("answer"), str)
+                        else json.dumps(record.get("answer")),
+                        "detail": first.get("detail") or first.get("error") or "",
+                    }
+                )
+    return found

@@ -1,0 +1,8 @@
+"""Verifiers: rules that score a response against a ground truth. Importable without torch."""
+
+from tulu_mega.rewards.pool import VerifierPool
+from tulu_mega.rewards.registry import Judge, RewardSpec, check_rows
+from tulu_mega.rewards.sandbox import CodeLimits
+from tulu_mega.rewards.verdict import Sample, Verdict, Verifier
+
+__all__ = ["CodeLimits", "Judge", "RewardSpec", "Sample", "Verdict", "Verifier", "VerifierPool", "check_rows"]

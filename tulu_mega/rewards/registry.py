@@ -1,0 +1,230 @@
+"""Which verifier judges a row: the names of the ``dataset`` column."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tulu_mega.errors import UserError, nearest
+from tulu_mega.rewards.custom import load_custom
+from tulu_mega.rewards.sandbox import CodeLimits
+from tulu_mega.rewards.verdict import Sample, Verdict, Verifier
+
+# Name -> module and class, imported when the name is first used: sympy and langdetect cost a second each.
+BUILT_IN = {
+    "gsm8k": ("gsm8k", "Gsm8k"),
+    "last_number": ("gsm8k", "LastNumber"),
+    "math": ("math_answer", "MathAnswer"),
+    "ifeval": ("ifeval", "IfEval"),
+    "ifeval_2024": ("ifeval", "IfEval2024"),
+    "exact_match": ("matching", "ExactMatch"),
+    "format": ("matching", "Format"),
+    "python_code": ("python_code", "PythonCode"),
+}
+ALIASES = {
+    "gsm": "gsm8k",
+    "rlvr-gsm": "gsm8k",
+    "rlvr-math": "math",
+    "hendrycks_math": "math",
+    "rlvr-ifeval": "ifeval",
+    "ifeval_old": "ifeval",
+    "code": "python_code",
+}
+_MOST_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """How rows are judged, beyond what their columns say. Plain values: a worker process gets them as JSON."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    """Verifier -> factor of its score; 1 where not named."""
+    custom: dict[str, str] = field(default_factory=dict)
+    """Name in the ``dataset`` column -> ``module:function``; may replace a built-in one."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Name in the ``dataset`` column -> verifier, such as ``{"ifeval": "ifeval_2024"}``."""
+    code: CodeLimits = field(default_factory=CodeLimits)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> RewardSpec:
+        """The inverse of :meth:`as_dict`."""
+        return cls(**{**values, "code": CodeLimits(**values["code"])})
+
+
+DEFAULT_SPEC = RewardSpec()
+
+
+class Judge:
+    """Verifiers by name, loaded when they are first needed.
+
+    Names are matched without regard to case: Tulu's data says ``gsm8k``, ``MATH``, ``ifeval``.
+
+    Raises:
+        UserError: an alias or weight names no verifier, a weight is no finite number, or a path of ``custom`` leads nowhere.
+    """
+
+    def __init__(self, spec: RewardSpec = DEFAULT_SPEC):
+        self.spec = spec
+        self._custom = {name.lower(): path for name, path in spec.custom.items()}
+        self._names, problems = _names(self._custom, spec.aliases)
+        self._loaded: dict[str, Verifier] = {}
+        for name, path in self._custom.items():
+            try:
+                self._loaded[name] = load_custom(name, path)
+            except UserError as error:
+                problems += error.problems
+        self._weights: dict[str, float] = {}
+        for name, weight in spec.weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                problems.append(f"weight of verifier {name!r}: expected a finite number, got {weight!r}")
+                continue
+            try:
+                self._weights[self.resolve(name)] = float(weight)
+            except UserError as error:
+                problems += [f"weights: {problem}" for problem in error.problems]
+        if problems:
+            raise UserError(problems)
+
+    def resolve(self, name: str) -> str:
+        """The verifier's own name.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if name.lower() not in self._names:
+            raise UserError(_unknown(name, self._names))
+        return self._names[name.lower()]
+
+    def verifier(self, name: str) -> Verifier:
+        """The verifier of a name of the ``dataset`` column.
+
+        Raises:
+            UserError: there is none, or what it needs is missing on this machine.
+        """
+        key = self.resolve(name)
+        if key not in self._loaded:
+            module, attribute = BUILT_IN[key]
+            kind: Callable[..., Verifier] = getattr(importlib.import_module(f"tulu_mega.rewards.{module}"), attribute)
+            self._loaded[key] = kind(self.spec.code) if key == "python_code" else kind()
+        return self._loaded[key]
+
+    def check(self, row: Mapping[str, Any]) -> list[str]:
+        """The problems of a row's ``dataset`` and ``ground_truth``; none when it can be judged."""
+        if row.get("dataset") is None:
+            return [f"no 'dataset'; expected {_DATASET}"]
+        try:
+            pairs = _pairs(row["dataset"], row.get("ground_truth"))
+        except ValueError as error:
+            return [str(error)]
+        problems = []
+        for name, ground_truth in pairs:
+            try:
+                if ground_truth is None and self.resolve(name) not in self._custom:  # a verifier of one's own may need none
+                    raise ValueError("not given; expected what the verifier compares with")
+                self.verifier(name).check(ground_truth)
+            except UserError as error:
+                problems += error.problems
+            except ValueError as error:
+                problems.append(f"ground_truth for {name!r}: {error}")
+        return problems
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """Judges a sample; what a verifier raises becomes the verdict's error.
+
+        With several verifiers the score is the sum of weight times score, and one that fails makes the whole sample an error.
+        """
+        details, parts, total = [], {}, 0.0
+        try:
+            pairs = _pairs(sample.dataset, sample.ground_truth)
+        except ValueError as error:
+            return Verdict.failed(str(error))
+        for name, ground_truth in pairs:
+            verdict = self._one(name, sample, ground_truth)
+            if verdict.score is None:
+                return verdict
+            key = self.resolve(name)
+            total += self._weights.get(key, 1.0) * verdict.score
+            parts[key] = parts.get(key, 0.0) + verdict.score
+            details.append(verdict.detail if len(pairs) == 1 else f"{name}: {verdict.detail}")
+        return Verdict(total, "; ".join(details), parts=parts)
+
+    def _one(self, name: str, sample: Sample, ground_truth: Any) -> Verdict:
+        try:
+            verdict = self.verifier(name)(sample.response, ground_truth, messages=sample.messages)
+        except Exception as error:  # whatever it is, it is about the verifier and not about the response
+            return Verdict.failed(f"{name}: {type(error).__name__}: {error}")
+        return verdict if verdict.error is None else Verdict.failed(f"{name}: {verdict.error}")
+
+
+def check_rows(
+    rows: Iterable[Mapping[str, Any]],
+    spec: RewardSpec = DEFAULT_SPEC,
+    where: Callable[[int], str] = lambda index: f"row {index + 1}",
+) -> list[str]:
+    """Checks every row's ``dataset`` and ``ground_truth`` before a run.
+
+    Args:
+        where: names a row (counted from 0) in messages, as ``tulu_mega.data.sources.Rows.where`` does.
+
+    Returns:
+        the verifiers that the rows need, to be loaded ahead (:class:`tulu_mega.rewards.pool.VerifierPool`).
+
+    Raises:
+        UserError: with the first 20 problems and the number of the rest.
+    """
+    judge, problems, count, names = Judge(spec), [], 0, set()
+    for index, row in enumerate(rows):
+        found = judge.check(row)
+        count += len(found)
+        problems += [f"{where(index)}: {problem}" for problem in found[: _MOST_PROBLEMS - len(problems)]]
+        if not found:
+            names.update(judge.resolve(name) for name, _ in _pairs(row["dataset"], row.get("ground_truth")))
+    if count > len(problems):
+        problems.append(f"and {count - len(problems)} more problems of this kind")
+    if problems:
+        raise UserError(problems)
+    return sorted(names)
+
+
+_DATASET = "the name of a verifier, such as 'gsm8k', or a list of them"
+
+
+def _pairs(dataset: Any, ground_truth: Any) -> list[tuple[str, Any]]:
+    """Verifier names with their ground truths.
+
+    Raises:
+        ValueError: names that are no text, or lists of different lengths.
+    """
+    if isinstance(dataset, str):
+        return [(dataset, ground_truth)]
+    if not isinstance(dataset, Sequence) or not dataset or not all(isinstance(name, str) for name in dataset):
+        raise ValueError(f"'dataset': expected {_DATASET}, got {dataset!r}")
+    if len(dataset) == 1 and not (isinstance(ground_truth, list) and len(ground_truth) == 1):
+        return [(dataset[0], ground_truth)]
+    if isinstance(ground_truth, str) or not isinstance(ground_truth, Sequence) or len(ground_truth) != len(dataset):
+        size = len(ground_truth) if isinstance(ground_truth, list) else f"a {type(ground_truth).__name__}"
+        raise ValueError(f"'ground_truth': expected a list of {len(dataset)}, one for each verifier of 'dataset', got {size}")
+    return list(zip(dataset, ground_truth, strict=True))
+
+
+def _names(custom: Mapping[str, str], aliases: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Every name, in lower case, and the verifier it stands for; and the aliases that stand for none, as problems."""
+    names = {name: name for name in (*BUILT_IN, *custom)}
+    problems = []
+    for alias, target in aliases.items():
+        key = ALIASES.get(target.lower(), target.lower())
+        if key in BUILT_IN or key in custom:
+            names[alias.lower()] = key
+        else:
+            problems.append(f"alias {alias!r}: {_unknown(target, names)}")
+    return {**{alias: names[target] for alias, target in ALIASES.items()}, **names}, problems
+
+
+def _unknown(name: str, names: Mapping[str, str]) -> str:
+    return f"unknown verifier {name!r}{nearest(name.lower(), names)}; known: {', '.join(sorted(set(names.values())))}"

@@ -1,0 +1,77 @@
+"""What a verifier is given and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one response.
+
+    A failure of the verifier itself (it crashed, hung, ran out of memory) says nothing about the response: then ``score``
+    is None and ``error`` says what happened. Training must leave such a sample out, never count it as 0.
+    """
+
+    score: float | None
+    """None exactly when there is an ``error``."""
+    detail: str = ""
+    """What was found and what was expected, for people."""
+    error: str | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+    """Where several verifiers judged: each one's own score, before its weight."""
+
+    def __post_init__(self) -> None:
+        if (self.score is None) == (self.error is None):
+            raise ValueError(f"a verdict has either a score or an error, got score={self.score!r}, error={self.error!r}")
+
+    @classmethod
+    def failed(cls, error: str) -> Verdict:
+        """The verdict of a verifier that could not judge."""
+        return cls(None, error=error)
+
+    @classmethod
+    def of(cls, passed: bool, detail: str) -> Verdict:
+        """1 or 0."""
+        return cls(1.0 if passed else 0.0, detail)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response to be judged; all fields are plain JSON values, for they cross to a worker process.
+
+    >>> Sample("The answer is 1,200.", "gsm8k", "1200")
+    Sample(response='The answer is 1,200.', dataset='gsm8k', ground_truth='1200', messages=None)
+    """
+
+    response: str
+    """The assistant's reply alone: no prompt, no template tags, no eos."""
+    dataset: str | Sequence[str]
+    """Names the verifier; a list names several, whose weighted scores are summed."""
+    ground_truth: Any
+    """What the verifier compares with; for a list of verifiers a list of the same length."""
+    messages: Messages | None = None
+    """The prompt."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Verifier(Protocol):
+    """Judges responses. Pure: the same arguments give the same verdict."""
+
+    def check(self, ground_truth: Any) -> None:
+        """Called for every row before a run.
+
+        Raises:
+            ValueError: the ground truth has another form than the verifier reads; the message says which was expected.
+        """
+        ...
+
+    def __call__(self, response: str, ground_truth: Any, *, messages: Messages | None = None) -> Verdict:
+        """Judges one response against a ground truth that :meth:`check` accepts."""
+        ...

@@ -1,0 +1,57 @@
+"""A process that judges samples: ``python -m tulu_mega.rewards.worker``, spoken to by :mod:`tulu_mega.rewards.pool`.
+
+One JSON object a line on standard input and output. What verifiers print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+from tulu_mega.errors import UserError
+from tulu_mega.rewards.registry import Judge, RewardSpec
+from tulu_mega.rewards.verdict import Sample
+
+_MEGABYTE = 1 << 20
+_GRACE_S = 5.0
+
+
+def main() -> None:
+    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; it closes our input
+
+    def answer(value: dict[str, Any]) -> None:
+        answers.write(json.dumps(value).encode() + b"\n")
+        answers.flush()
+
+    setup = json.loads(questions.readline())
+    limit = setup["memory_mb"] * _MEGABYTE
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        judge = Judge(RewardSpec.of(setup["spec"]))
+        for name in setup["names"]:
+            judge.verifier(name)
+    except UserError as error:
+        answer({"problems": error.problems})
+        return
+    answer({"ready": True})
+
+    for line in questions:
+        # Without a parent there is nobody to end a verifier that hangs: the alarm does.
+        signal.setitimer(signal.ITIMER_REAL, setup["timeout_s"] + _GRACE_S)
+        verdict = judge(Sample(**json.loads(line)))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        bloated = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > limit / 2
+        answer({"verdict": vars(verdict), "leaving": bloated})
+        if bloated:
+            sys.exit()
+
+
+if __name__ == "__main__":
+    main()
