@@ -283,7 +283,7 @@ def skip(source: str, file: Path, infinite: bool) -> dict[str, Any]:
                 made.engine.optimizer_parameters()[0].view(-1)[0] = math.inf
                 next(made.engine.chunks[0].parameters()).view(-1)[0] = math.inf
         before = digest(made)
-        skips = Skips(3, file)
+        skips = Skips(3, file, where=lambda row: f"train.jsonl line {row + 1}")
         applied, problems = [], []
         for step in range(1, 5):
             batch = jobs.share(made, jobs.sequences(made.engine.hf.vocab_size, seed=step), None)
@@ -310,4 +310,5 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(model, tmp_pat
         assert problem.startswith("stopped at step 4: loss or gradient was not finite in 3 steps in a row")
         assert str(file) in problem
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(row["step"], row["rows"]) for row in rows] == [(2, [1, 2]), (3, [2, 3]), (4, [3, 4])]
+    assert [(row["step"], [each["row"] for each in row["rows"]]) for row in rows] == [(2, [1, 2]), (3, [2, 3]), (4, [3, 4])]
+    assert rows[0]["rows"][0]["where"] == "train.jsonl line 2"

@@ -24,6 +24,8 @@ class Skips:
     """in a row"""
     file: Path
     """where their rows are written"""
+    where: Callable[[int], str]
+    """file and line of a row"""
     total: int = 0
     in_a_row: int = 0
 
@@ -41,8 +43,9 @@ class Skips:
         if write:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as file:
-                row = {"step": data.step + 1, "loss": str(loss), "grad_norm": str(grad_norm), "rows": data.rows}
-                file.write(json.dumps(row) + "\n")
+                rows = [{"row": row, "where": self.where(row)} for row in data.rows]
+                skipped = {"step": data.step + 1, "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
+                file.write(json.dumps(skipped) + "\n")
         if self.in_a_row >= self.allowed:
             raise UserError(
                 f"stopped at step {data.step + 1}: loss or gradient was not finite in {self.in_a_row} steps in a row "

@@ -38,7 +38,7 @@ def run(settings: SftSettings, world: World) -> None:
         loader = _loader(session, settings, store)
         loader.check()
 
-        start, skips = _weights(session, settings, loader.steps, run_dir)
+        start, skips = _weights(session, settings, store, loader.steps, run_dir)
         log = None
         if session.lead:
             write_settings(settings, run_dir / CONFIG)
@@ -70,13 +70,13 @@ def _loader(session: Session, settings: SftSettings, store: TokenStore) -> Packe
     )
 
 
-def _weights(session: Session, settings: SftSettings, steps: int, run_dir: Path) -> tuple[int, Skips]:
+def _weights(session: Session, settings: SftSettings, store: TokenStore, steps: int, run_dir: Path) -> tuple[int, Skips]:
     """Weights and optimizer: those of the newest checkpoint, or the model's own. Returns the steps done."""
     found = checkpoint.find(run_dir / "checkpoints")
     if not found:
         session.load_weights()
     session.engine.prepare_training(settings.optim, steps)
-    skips = Skips(settings.train.max_skipped, run_dir / "logs" / "skipped.jsonl")
+    skips = Skips(settings.train.max_skipped, run_dir / "logs" / "skipped.jsonl", store.where)
     if not found:
         return 0, skips
     newest = found[-1]
