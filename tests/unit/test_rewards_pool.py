@@ -250,7 +250,10 @@ def test_a_verifier_in_trouble_spoils_its_own_sample_alone(pool):
 
 
 def test_workers_stay_warm(pool):
-    pool.judge([Sample("x", "trouble", None)] * 4)  # both workers up again after whatever came before
+    held = bytearray(1200 * 2**20)  # a parent larger than what a worker may hold makes no worker look bloated
+    held[:: 2**12] = b"x" * len(held[:: 2**12])
+    pool.judge([Sample("crash", "trouble", None)] * 2)  # new workers, children of that parent
+    pool.judge([Sample("x", "trouble", None)] * 4)  # both up again
     pids = {verdict.score for _ in range(5) for verdict in pool.judge([Sample("pid", "trouble", None)] * 4)}
     assert len(pids) <= 2
     assert os.getpid() not in pids
