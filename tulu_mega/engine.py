@@ -150,13 +150,17 @@ class Engine:
         Returns:
             [T] float32 for each micro-batch, in the pack's order, on the last pipeline stage; an empty list on the others.
         """
-        for chunk in self.chunks:
-            chunk.eval()
+        models = self.ddp or self.chunks
+        training = [model.training for model in models]
 
         def step(batches, model):
             return self._forward(model, next(batches).to(self.platform.device)), lambda logp, non_loss_data: logp[0]
 
-        shares = self._run(step, micro_batches, self.ddp or self.chunks, scoring=True)
+        for model in models:
+            model.eval()
+        shares = self._run(step, micro_batches, models, scoring=True)
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
         if self.topology.context == 1:
             return shares
         return [self._whole(share, batch) for share, batch in zip(shares, micro_batches, strict=False)]

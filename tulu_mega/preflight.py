@@ -17,14 +17,13 @@ from tulu_mega.bridge.megatron_keys import stored_parameters
 from tulu_mega.config import EngineSettings, ParallelSettings, ScoreSettings, Section, SftSettings
 from tulu_mega.data import scoring
 from tulu_mega.data.store import TokenStore, prepare
-from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
 from tulu_mega.planner.schedule import Pipeline
 from tulu_mega.planner.stages import stage_layers
 
 CONFIG = "config.json"
 DATA = "data"
-_MATHEMATICS = ("model.path", "model.dtype", "seed", "data", "optim", "train.global_batch", "train.reduction", "train.steps",
+_MATHEMATICS = ("model.path", "model.dtype", "megatron", "seed", "data", "optim", "train.global_batch", "train.reduction", "train.steps",
                 "train.epochs")  # fmt: skip
 _INDIFFERENT = ("data.workers", "data.pack_length", "data.cache")
 
@@ -194,13 +193,7 @@ def _scorable(settings: ScoreSettings, config: Mapping[str, Any] | None) -> None
     if not output.absolute().parent.is_dir():
         raise UserError(f"output = {settings.output}: {output.absolute().parent} is no directory; make it first")
     rows = scoring.read(settings.input)
-    needs_tokenizer = any("input_ids" not in row for _where, row in rows)
-    tokenizer = (
-        load_tokenizer(settings.model.path, settings.tokenizer, settings.template, settings.model.trust_remote_code)
-        if needs_tokenizer
-        else None
-    )
-    encode = scoring.Encoder(tokenizer, settings.template, config["vocab_size"] if config else None)
+    encode = scoring.encoder(settings, [row for _where, row in rows], config["vocab_size"] if config else None)
     problems = []
     for where, row in rows:
         try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tulu_mega.config import ScoreSettings
 from tulu_mega.data.chat import Template, conversation_ids
 from tulu_mega.data.sources import JsonLines
+from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,3 +74,16 @@ class Encoder:
         if self.vocab_size is not None and max(ids) >= self.vocab_size:
             raise ValueError(f"holds token {max(ids)}, but the model's vocabulary has {self.vocab_size} entries")
         return ids
+
+
+def encoder(settings: ScoreSettings, rows: list[dict[str, Any]], vocab_size: int | None) -> Encoder:
+    """The encoder for these rows, with a tokenizer if any of them needs one.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded.
+    """
+    tokenizer = None
+    if any("input_ids" not in row for row in rows):
+        model = settings.model
+        tokenizer = load_tokenizer(model.path, settings.tokenizer, settings.template, model.trust_remote_code)
+    return Encoder(tokenizer, settings.template, vocab_size)

@@ -15,6 +15,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from tulu_mega.data.batch import context_rows
+from tulu_mega.errors import UserError
 
 
 class PackedAttention(torch.nn.Module):
@@ -35,6 +36,10 @@ class PackedAttention(torch.nn.Module):
         **_unused,
     ):
         super().__init__()
+        if config.attention_dropout:
+            raise UserError(
+                f"[megatron] attention_dropout = {config.attention_dropout}: the local layers attend without dropout; set it to 0"
+            )
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         left = config.window_size[0] if windowed else -1
         self.reach = left if left >= 0 else None

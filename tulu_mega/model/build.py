@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
@@ -73,8 +72,3 @@ def wrap_for_training(
     )
     # only the first chunk's communication is not hidden behind the others' work: only there smaller buckets are worth it
     return [DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=at > 0) for at, chunk in enumerate(chunks)]
-
-
-def parameter_count(model: torch.nn.Module) -> int:
-    """Parameters held by this rank."""
-    return sum(p.numel() for p in model.parameters())

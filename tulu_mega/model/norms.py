@@ -94,9 +94,10 @@ class AddNormed(torch.nn.Module):
         self.norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool):
-        """megatron-core asks for the function first; it is one and the same here."""
-        return self._add
+        """megatron-core asks for the function first."""
 
-    def _add(self, branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-        branch, _no_bias = branch_and_bias
-        return residual + self.norm(branch)
+        def add(branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            branch, _no_bias = branch_and_bias
+            return residual + F.dropout(self.norm(branch), dropout, training)
+
+        return add

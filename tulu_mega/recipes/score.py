@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -15,7 +14,6 @@ from tulu_mega.data import scoring
 from tulu_mega.data.batch import pack
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.packing import plan_step
-from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.launcher import World
 from tulu_mega.recipes.session import Session, opened
 from tulu_mega.records import PackedBatch, Sequence
@@ -32,29 +30,36 @@ def run(settings: ScoreSettings, world: World) -> None:
     """
     with opened(settings, world, seed=0) as session:
         session.load_weights()
-        rows = [row for _where, row in scoring.read(settings.input)]
-        encode = _encoder(settings, rows, session.engine.hf.vocab_size)
-        partial = Path(f"{settings.output}.partial")
-        with partial.open("w") if session.lead else contextlib.nullcontext() as file:
-            for start in range(0, len(rows), _CHUNK):
-                chunk = rows[start : start + _CHUNK]
-                sequences = [Sequence(number, ids, ids) for number, ids in enumerate(map(encode, chunk))]
-                logprobs = _score(session, sequences, settings.pack_length)
-                if session.lead:
-                    for sequence in sequences:
-                        line = _line(chunk[sequence.row], sequence.input_ids, logprobs[sequence.row])
-                        file.write(json.dumps(line) + "\n")
-                    print(f"{start + len(chunk):,} of {len(rows):,} rows scored", flush=True)
         if session.lead:
-            partial.replace(settings.output)
+            _lead(session, settings)
+        else:
+            while sequences := _shared(None):
+                _score(session, sequences, settings.pack_length)
 
 
-def _encoder(settings: ScoreSettings, rows: list[dict[str, Any]], vocab_size: int) -> scoring.Encoder:
-    tokenizer = None
-    if any("input_ids" not in row for row in rows):
-        model = settings.model
-        tokenizer = load_tokenizer(model.path, settings.tokenizer, settings.template, model.trust_remote_code)
-    return scoring.Encoder(tokenizer, settings.template, vocab_size)
+def _lead(session: Session, settings: ScoreSettings) -> None:
+    """Rank 0 reads, tokenises and writes; the others get the tokens, and nothing at the end."""
+    rows = [row for _where, row in scoring.read(settings.input)]
+    encode = scoring.encoder(settings, rows, session.engine.hf.vocab_size)
+    partial = Path(f"{settings.output}.partial")
+    with partial.open("w") as file:
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            sequences = [Sequence(number, ids, ids) for number, ids in enumerate(map(encode, chunk))]
+            logprobs = _score(session, _shared(sequences), settings.pack_length)
+            for sequence in sequences:
+                line = _line(chunk[sequence.row], sequence.input_ids, logprobs[sequence.row])
+                file.write(json.dumps(line) + "\n")
+            print(f"{start + len(chunk):,} of {len(rows):,} rows scored", flush=True)
+    _shared([])
+    partial.replace(settings.output)
+
+
+def _shared(sequences: list[Sequence] | None) -> list[Sequence]:
+    """Rank 0's sequences on every rank."""
+    box = [sequences]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _score(session: Session, sequences: list[Sequence], capacity: int) -> dict[int, list[float]]:

@@ -45,8 +45,10 @@ def run(settings: SftSettings, world: World) -> None:
             print(_banner(session, store, loader, start), flush=True)
             log = stack.enter_context(_metrics(session, settings, loader.steps, start))
 
+        config = session.engine.hf.to_dict()
+
         def flops(data: StepData) -> float:
-            return training_flops(session.engine.hf.to_dict(), store.lengths[data.rows])
+            return training_flops(config, store.lengths[data.rows])
 
         objective = SftObjective(settings.train.reduction)
         Fit(session.engine, loader, objective, settings.checkpoint, run_dir / "checkpoints", skips, flops, log).run(start)
