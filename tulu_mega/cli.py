@@ -43,8 +43,22 @@ COMMANDS = {
         world=True,
         example="tulu-mega sft examples/tulu3/8b/sft.toml --parallel.tensor 2",
     ),
+    "rm": Command(
+        "a reward model from pairs: a model and chosen and rejected conversations in, a run directory out",
+        "tulu_mega.config:RmSettings",
+        "tulu_mega.recipes.rm:run",
+        world=True,
+        example="tulu-mega rm examples/tulu3/8b/rm.toml --heldout.data pairs.jsonl",
+    ),
+    "dpo": Command(
+        "preference tuning (dpo_norm, dpo, ipo, simpo): a model and pairs in, a run directory out",
+        "tulu_mega.config:DpoSettings",
+        "tulu_mega.recipes.dpo:run",
+        world=True,
+        example="tulu-mega dpo examples/tulu3/8b/dpo.toml --preference.beta 5",
+    ),
     "score": Command(
-        "per-token log-probabilities of given texts under any layout",
+        "per-token log-probabilities of given texts, or a reward model's scores, under any layout",
         "tulu_mega.config:ScoreSettings",
         "tulu_mega.recipes.score:run",
         world=True,

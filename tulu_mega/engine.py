@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -21,6 +23,7 @@ from tulu_mega.config import EngineSettings, OptimSettings
 from tulu_mega.data.batch import context_rows, context_share
 from tulu_mega.model.build import build_model, wrap_for_training
 from tulu_mega.model.gpt import PolicyModel
+from tulu_mega.model.reward import RewardModel
 from tulu_mega.optimizer import Schedule, build_optimizer
 from tulu_mega.platforms import Platform
 from tulu_mega.records import LossOutput, PackedBatch
@@ -30,9 +33,12 @@ from tulu_mega.topology import Topology
 class Objective(Protocol):
     """What the engine minimises; see `objectives/`."""
 
+    needs: Literal["token_logp", "sequence_logp", "sequence_score"]
+    """What it is called with: each token's log-probability, float32 [T] of this rank's share; the sum of them over each
+    segment, or the score at each segment's end, float64 [S], the same on all context-parallel ranks."""
     reported: tuple[str, ...]
 
-    def __call__(self, logp_T: Tensor, batch: PackedBatch) -> LossOutput: ...
+    def __call__(self, output: Tensor, batch: PackedBatch) -> LossOutput: ...
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,14 @@ class Engine:
         hf: the model's Hugging Face config.
         settings: model, layout and `[megatron]` table.
         topology, platform: this process's place.
+        reward: whether the model is a reward model, which gives scores instead of log-probabilities.
     """
 
-    def __init__(self, hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform):
-        self.hf, self.settings, self.topology, self.platform = hf, settings, topology, platform
-        self.chunks: list[PolicyModel] = build_model(hf, settings, topology, platform)
+    def __init__(
+        self, hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform, reward: bool = False
+    ):
+        self.hf, self.settings, self.topology, self.platform, self.reward = hf, settings, topology, platform, reward
+        self.chunks: list[PolicyModel] | list[RewardModel] = build_model(hf, settings, topology, platform, reward)
         """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
         self.ddp: list[DistributedDataParallel] = []
         self.optimizer: MegatronOptimizer | None = None
@@ -101,21 +110,17 @@ class Engine:
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs: list[LossOutput] = []
+        return self._losses(micro_batches, objective, forward_only=False)
 
-        def step(batches, model):
-            batch = next(batches).to(self.platform.device)
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> BatchLoss:
+        """The loss of a batch by the weights as they are, in evaluation mode, and no gradients.
 
-            def loss(logp):
-                out = objective(logp[0], batch)
-                outputs.append(out)
-                count = torch.tensor(out.count, dtype=torch.int32, device=self.platform.device)
-                return out.loss_sum, count, {}
-
-            return self._forward(model, batch), loss
-
-        self._run(step, micro_batches, self.ddp)
-        return self._reduce(outputs, objective.reported)
+        Args:
+            micro_batches: as for :meth:`forward_backward`.
+        """
+        with self._evaluating():
+            return self._losses(micro_batches, objective, forward_only=True)
 
     def optimizer_step(self, step: int, loss: float) -> Update:
         """Clips by the global norm and updates, unless loss or norm is not finite.
@@ -150,17 +155,12 @@ class Engine:
         Returns:
             [T] float32 for each micro-batch, in the pack's order, on the last pipeline stage; an empty list on the others.
         """
-        models = self.ddp or self.chunks
-        training = [model.training for model in models]
 
         def step(batches, model):
             return self._forward(model, next(batches).to(self.platform.device)), lambda logp, non_loss_data: logp[0]
 
-        for model in models:
-            model.eval()
-        shares = self._run(step, micro_batches, models, scoring=True)
-        for model, was in zip(models, training, strict=True):
-            model.train(was)
+        with self._evaluating() as models:
+            shares = self._run(step, micro_batches, models, forward_only=True, collect_non_loss_data=True)
         if self.topology.context == 1:
             return shares
         return [self._whole(share, batch) for share, batch in zip(shares, micro_batches, strict=False)]
@@ -170,6 +170,48 @@ class Engine:
         for ddp in self.ddp:
             if ddp.ddp_config.overlap_param_gather:
                 ddp.start_param_sync(force_sync=True)
+
+    def _losses(self, micro_batches: Sequence[PackedBatch], objective: Objective, forward_only: bool) -> BatchLoss:
+        outputs: list[LossOutput] = []
+
+        def step(batches, model):
+            batch = next(batches).to(self.platform.device)
+
+            def loss(output):
+                out = objective(self._read(output[0], batch, objective.needs), batch)
+                if objective.needs != "token_logp" and batch.context_rank:
+                    out = LossOutput(out.loss_sum, 0)  # of whole sequences: every context rank has all of it, the first counts it
+                else:
+                    outputs.append(out)
+                count = torch.tensor(out.count, dtype=torch.int32, device=self.platform.device)
+                return out.loss_sum.float(), count, {}
+
+            return self._forward(model, batch), loss
+
+        self._run(step, micro_batches, self.ddp or self.chunks, forward_only)
+        return self._reduce(outputs, objective.reported)
+
+    def _read(self, output_T: Tensor, batch: PackedBatch, needs: str) -> Tensor:
+        if needs == "token_logp":
+            return output_T
+        chosen_T = output_T * batch.ends_T if needs == "sequence_score" else output_T  # log-probabilities are 0 where not trained
+        sums_S = output_T.new_zeros(len(batch.rows_S), dtype=torch.float64)
+        sums_S = sums_S.index_add(0, batch.segments_T, chosen_T.double())
+        if self.topology.context == 1:
+            return sums_S
+        # all-reduce forward, identity backward: each rank's tokens then get their own part of the gradient, once
+        return reduce_from_tensor_model_parallel_region(sums_S, self.topology.context_group)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[list[torch.nn.Module]]:
+        """The model in evaluation mode, and back in the mode it was in."""
+        models = self.ddp or self.chunks
+        training = [model.training for model in models]
+        for model in models:
+            model.eval()
+        yield models
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
 
     def _whole(self, share_T: Tensor, batch: PackedBatch) -> Tensor:
         """The context-parallel ranks' values of a pack, in its own order."""
@@ -196,19 +238,26 @@ class Engine:
             packed_seq_params=packed,
         )
 
-    def _run(self, step, micro_batches: Sequence[PackedBatch], model: list[torch.nn.Module], scoring: bool = False) -> list:
+    def _run(
+        self,
+        step,
+        micro_batches: Sequence[PackedBatch],
+        model: Sequence[torch.nn.Module],
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+    ) -> list:
         schedule = get_forward_backward_func()
         shares = [context_share(batch, self.topology.context_rank, self.topology.context) for batch in micro_batches]
         iterators = [iter(shares) for _ in model]  # every chunk meets every micro-batch
         return schedule(
             forward_step_func=step,
             data_iterator=iterators if len(model) > 1 else iterators[0],
-            model=model,
+            model=list(model),
             num_microbatches=len(micro_batches),
             seq_length=max(len(batch.tokens_T) for batch in micro_batches),  # packs tell their own lengths stage to stage
             micro_batch_size=1,
-            forward_only=scoring,
-            collect_non_loss_data=scoring,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
         )
 
     def _reduce(self, outputs: Sequence[LossOutput], names: Sequence[str]) -> BatchLoss:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tulu_mega.config import SftSettings, WandbSettings
+from tulu_mega.config import StageSettings, WandbSettings
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class MetricsLog:
     def __init__(
         self,
         run_dir: str | Path,
-        settings: SftSettings,
+        settings: StageSettings,
         total_steps: int,
         *,
         resumed_step: int = 0,
@@ -118,6 +118,10 @@ class MetricsLog:
         self._file.flush()
         self._console.step(values)
         self._wandb.log(values)
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """A line on the console about rows that are not trained on; the step's record is to carry the values."""
+        self._console.say(f"step {step}  " + "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()))
 
     def close(self, failed: bool = False) -> None:
         """Ends the report; `failed` marks the wandb run."""
@@ -208,6 +212,10 @@ class _Console:
             f"step {step:>{len(str(self._total))}}/{self._total}  loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  "
             f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left"
         )
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
         if self._bar:
             self._bar.console.print(line, highlight=False)
         else:

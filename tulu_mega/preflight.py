@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.bridge.hf_files import HfCheckpoint
 from tulu_mega.bridge.hub import is_megatron, model_directory
 from tulu_mega.bridge.megatron_keys import stored_parameters
-from tulu_mega.config import EngineSettings, ParallelSettings, ScoreSettings, Section, SftSettings
+from tulu_mega.config import (
+    DataSettings,
+    EngineSettings,
+    ParallelSettings,
+    PreferenceStageSettings,
+    RmSettings,
+    ScoreSettings,
+    Section,
+    StageSettings,
+)
 from tulu_mega.data import scoring
 from tulu_mega.data.store import TokenStore, prepare
 from tulu_mega.errors import UserError
@@ -23,8 +33,13 @@ from tulu_mega.planner.stages import stage_layers
 
 CONFIG = "config.json"
 DATA = "data"
-_MATHEMATICS = ("model.path", "model.dtype", "megatron", "seed", "data", "optim", "train.global_batch", "train.reduction", "train.steps",
-                "train.epochs")  # fmt: skip
+HELDOUT = "heldout"
+_MATHEMATICS = (
+    "model.path", "model.dtype", "megatron", "seed", "data", "optim", "preference",
+    "train.global_batch", "train.reduction", "train.steps", "train.epochs",
+)  # fmt: skip
+_FOR_REWARD_MODELS = (RmSettings, ScoreSettings)
+"""Commands that a reward model's directory can be given to."""
 _INDIFFERENT = ("data.workers", "data.pack_length", "data.cache")
 
 
@@ -84,21 +99,43 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
             return None
 
     if not isinstance(settings, EngineSettings):
-        collect(lambda: model_directory(settings.model.path) if hasattr(settings, "model") else None)
+        collect(lambda: _generating(settings.model.path) if hasattr(settings, "model") else None)
         return problems
     config = collect(lambda: _model(settings))
-    if isinstance(settings, SftSettings):
+    if config and not isinstance(settings, _FOR_REWARD_MODELS):
+        collect(lambda: check_language_model(settings.model.path, config["architectures"]))
+    if isinstance(settings, StageSettings):
         collect(lambda: _same_run(settings))
         collect(lambda: _schedulable(settings))
+        wanted = _data(settings, data_directory)
         if problems:  # data is not tokenised, nor written, for a run that cannot start; its own problems are told all the same
             with tempfile.TemporaryDirectory() as scratch:
-                collect(lambda: prepare(settings.data, settings.model, Path(scratch) / DATA, progress=False))
+                for data, directory in wanted:
+                    scratched = Path(scratch) / directory.name
+                    collect(lambda data=data, to=scratched: prepare(data, settings.model, to, progress=False))
         else:
-            store = collect(lambda: prepare(settings.data, settings.model, data_directory))
-            collect(lambda: store and _fits_vocabulary(store, config))
+            for data, directory in wanted:
+                store = collect(lambda data=data, to=directory: prepare(data, settings.model, to))
+                collect(lambda store=store: store and _fits_vocabulary(store, config))
     if isinstance(settings, ScoreSettings):
         collect(lambda: _scorable(settings, config))
     return list(dict.fromkeys(problems))
+
+
+def _data(settings: StageSettings, directory: Path) -> list[tuple[DataSettings, Path]]:
+    """What is to be tokenised, and where."""
+    wanted = [(settings.data, directory)]
+    if isinstance(settings, PreferenceStageSettings) and settings.heldout:
+        own = {"train": settings.heldout.data, "split": settings.heldout.split}
+        wanted.append((settings.data.model_copy(update=own), directory.with_name(HELDOUT)))
+    return wanted
+
+
+def _generating(path: str) -> None:
+    """A model for vLLM: what its config.json says; the rest is seen by the command itself before vLLM starts."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        config = json.loads((model_directory(path) / CONFIG).read_text())
+        check_language_model(path, config.get("architectures"))
 
 
 def _model(settings: EngineSettings) -> dict[str, Any]:
@@ -131,7 +168,7 @@ def _converted(directory: Path) -> tuple[dict[str, Any], list[str]]:
     return config, checkpoint.check(stored_parameters(family_for(config), config))
 
 
-def _same_run(settings: SftSettings) -> None:
+def _same_run(settings: StageSettings) -> None:
     """A run directory goes on with the settings it began with, as far as they decide what is computed."""
     file = Path(settings.run_dir) / CONFIG
     if not file.exists():
@@ -151,7 +188,7 @@ def _same_run(settings: SftSettings) -> None:
         )
 
 
-def _schedulable(settings: SftSettings) -> None:
+def _schedulable(settings: StageSettings) -> None:
     """What packing would find out in every rank."""
     parallel, count = settings.parallel, settings.train.micro_batches
     multiple = Pipeline(parallel.pipeline, parallel.virtual_pipeline).multiple

@@ -37,10 +37,14 @@ class PackedBatch:
         labels_T      -1 a2 -1 b1 -1 -1 -1 -1      (IGNORE written as -1) next token, shifted inside each sequence
         positions_T    0  1  2  0  1  0  1  2
         loss_mask_T    0  1  0  1  0  0  0  0
+        segments_T     0  0  0  1  1  2  2  2
+        ends_T         0  0  1  0  1  0  0  0      the last trained token of each sequence
         cu_seqlens_S1  0  3  5  8                  the padding is a segment of its own, nobody attends to it
         rows_S         7  4 -1                     the data set's rows, -1 for padding
 
     ``labels_T[t]`` is the token that position ``t`` predicts. The last position of a sequence predicts nothing.
+
+    Of pairs, the chosen sequence lies right before the rejected one: segments 2p and 2p + 1 are the pack's pair p.
     """
 
     tokens_T: Tensor
@@ -51,12 +55,22 @@ class PackedBatch:
     """int64, restarting at 0 in every sequence"""
     loss_mask_T: Tensor
     """bool, ``labels_T != IGNORE``"""
+    segments_T: Tensor
+    """int64, index into ``rows_S``"""
+    ends_T: Tensor
+    """bool, where a sequence's score is read: its last trained token itself, not the position that predicts it"""
     cu_seqlens_S1: Tensor
     """int32, boundaries of the segments"""
     rows_S: Tensor
     """int64, the data set's row of each segment, -1 for padding"""
     max_seqlen: int
     """length of the longest segment"""
+    trained_S: Tensor
+    """int64, trained tokens of each segment"""
+    ref_logp_S: Tensor | None = None
+    """float64, sum of the reference model's log-probabilities over each segment's trained tokens; None where not read"""
+    margin_S: Tensor | None = None
+    """float64, by how much a chosen sequence is to be better than the one behind it; None where not read"""
     context_rank: int = 0
     """Whose share of a pack this is under context parallelism: tensors of shape [T] have the share's tokens only,
     ``cu_seqlens_S1``, ``rows_S`` and ``max_seqlen`` are still the whole pack's."""

@@ -142,7 +142,7 @@ def test_worker_processes_give_the_same_in_the_same_order(ready, tmp_path, monke
     talks = [talk(str(number), "x" * (number % 7)) for number in range(600)]
     alone = ready(talks)
     monkeypatch.setattr(store_module, "_ROWS_FOR_A_POOL", 1)
-    encoding = store_module.Encoding(store_module.load_tokenizer(str(tmp_path / "tokenizer")), "tulu", 4096)
+    encoding = store_module.ConversationEncoding(store_module.load_tokenizer(str(tmp_path / "tokenizer")), "tulu", 4096)
     rows = load_rows(str(tmp_path / "train.jsonl"))
     pooled = TokenStore.build(tmp_path / "pooled", rows, encoding, workers=2, progress=False)
     assert len(pooled) == 600

@@ -10,8 +10,9 @@ from pathlib import Path
 from tulu_mega.bridge.hf_writer import sync_directory, write_durably
 from tulu_mega.bridge.rules import Config
 
+_GENERATION = "generation_config.json"
 _COPIED = (
-    "generation_config.json",
+    _GENERATION,
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -27,7 +28,7 @@ _COPIED = (
 def write_companions(
     directory: Path, source: Path, config: Config, dtype_name: str, extra_files: Mapping[str, str] | None = None
 ) -> None:
-    """Writes config.json and copies what there is of tokenizer, chat template and generation config.
+    """Writes config.json and copies what there is of tokenizer, chat template and, for a model that generates, generation config.
 
     Args:
         source: directory they are copied from.
@@ -38,6 +39,8 @@ def write_companions(
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     written = {**config, **dict.fromkeys(keys, dtype_name)}
     files = {each: (source / each).read_bytes() for each in _COPIED if (source / each).is_file()}
+    if not any(each.endswith("ForCausalLM") for each in config.get("architectures") or ()):
+        files.pop(_GENERATION, None)
     files["config.json"] = json.dumps(written, indent=2).encode() + b"\n"
     files |= {each: text.encode() for each, text in (extra_files or {}).items()}
     for each, content in files.items():

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from tulu_mega.bridge.disk import begin_writing_out, tensor_bytes
 from tulu_mega.bridge.hf_files import INDEX, SINGLE, TensorInfo
 
 if TYPE_CHECKING:
@@ -83,8 +84,6 @@ class ShardWriter:
         Raises:
             ValueError: when it is not the one announced, or has another shape or type.
         """
-        import torch
-
         file, expected = next(self._order, (None, None))
         if file is None or name != expected:
             raise ValueError(f"{name} was written where {expected} was announced")
@@ -93,7 +92,10 @@ class ShardWriter:
             raise ValueError(f"{name}: {given} was written, {announced} was announced")
         if file != self._name:
             self._start_file(file)
-        self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        start = self._file.tell()
+        held = tensor.detach().cpu().contiguous()
+        self._file.write(tensor_bytes(held))
+        begin_writing_out(self._file, start)
 
     def _start_file(self, file: str) -> None:
         self._finish_file()

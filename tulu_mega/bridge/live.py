@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,16 @@ def global_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def load_hf(chunk: nn.Module, checkpoint: HfCheckpoint, family: Family, tp_rank: int, tp_size: int) -> int:
+def load_hf(
+    chunk: nn.Module, checkpoint: HfCheckpoint, family: Family, tp_rank: int, tp_size: int, leave: Collection[str] = ()
+) -> int:
     """Fills every parameter of this rank's chunk from the mapped files, converting to the parameter's type.
 
     Only this rank's boxes are read, in slabs, so that nothing but the parameters themselves takes memory.
     Rows of vocabulary padding become zero. Works on any device.
+
+    Args:
+        leave: parameters that stay as they are.
 
     Returns:
         Bytes read.
@@ -54,6 +59,8 @@ def load_hf(chunk: nn.Module, checkpoint: HfCheckpoint, family: Family, tp_rank:
     problems = checkpoint.check(family.hf_shapes(checkpoint.config), family.ignorable(checkpoint.config))
     plan: list[tuple[Tensor, list[Piece]]] = []
     for name, parameter in global_parameters(chunk):
+        if name in leave:
+            continue
         try:
             shape = family.local_shape(name, tp_size, checkpoint.config)
             plan.append((parameter, family.pieces(name, tp_rank, tp_size, checkpoint.config)))

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +23,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
 
+from tulu_mega.bridge.disk import begin_writing_out, read_into
 from tulu_mega.bridge.hub import MARK
 from tulu_mega.bridge.megatron_keys import Slab, StoredParameter
 from tulu_mega.bridge.rules import Region, Shape
@@ -144,7 +136,8 @@ class MegatronCheckpoint:
         return problems
 
     def read(self, key: str, region: Region, target: Tensor) -> None:
-        """Fills ``target`` with a box of a tensor, converting to its type. Takes a stored chunk's memory at a time.
+        """Fills ``target`` with a box of a tensor, converting to its type. Takes a stored chunk's memory at a time, or none where
+        a chunk fills its part of the target as it lies in the file.
 
         What the checkpoint does not hold of the box (rows that pad the vocabulary) becomes zero.
 
@@ -158,10 +151,26 @@ class MegatronCheckpoint:
             view.zero_()
         for item in items:
             try:
-                self._reader.read_data(LoadPlan([item]), _Into(view))
+                if not self._straight(item, view):
+                    self._reader.read_data(LoadPlan([item]), _Into(view))
             except Exception as error:
                 file = self.path / self.metadata.storage_data[item.storage_index].relative_path
                 raise UserError(f"{file}: tensor {key} cannot be read ({_short(error)}); the file is damaged; {_AGAIN}") from None
+
+    def _straight(self, item: ReadItem, view: Tensor) -> bool:
+        """Reads a whole chunk from the file into its place; False, and nothing is read, where it cannot go there unchanged."""
+        box = view[_box(item)]
+        place = self.metadata.storage_data[item.storage_index]
+        if place.transform_descriptors or any(item.storage_offsets) or not box.is_contiguous() or not box.is_cpu:
+            return False
+        with open(self.path / place.relative_path, "rb") as file:
+            # to the device "meta" torch loads shape, type and the place of the values, and leaves them in the file
+            there = torch.load(_create_file_view(file, place.offset, place.length), map_location="meta", weights_only=True)
+            at = there.untyped_storage()._checkpoint_offset
+            if at is None or (there.shape, there.dtype) != (box.shape, box.dtype) or not there.is_contiguous():
+                return False
+            read_into(file, place.offset + at + there.storage_offset() * there.itemsize, box)
+        return True
 
     def _items(self, key: str, region: Region) -> list[ReadItem]:
         """The stored parts that a box is made of."""
@@ -173,6 +182,11 @@ def _short(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def _box(item: ReadItem) -> tuple[slice, ...]:
+    """Where in the target a stored part goes."""
+    return tuple(slice(at, at + n) for at, n in zip(item.dest_offsets, item.lengths, strict=True))
+
+
 class _Into(LoadPlanner):
     """Puts what is read into one tensor."""
 
@@ -180,8 +194,7 @@ class _Into(LoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        box = tuple(slice(at, at + n) for at, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))
-        return self._target[box]
+        return self._target[_box(read_item)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """It is there already."""
@@ -196,29 +209,32 @@ Place = tuple[int, int]
 """Offset and length in a file, bytes."""
 
 
-def write_file(
-    directory: Path, number: int, parts: Sequence[Slab], dtype: torch.dtype, read: Callable[[Slab], Tensor]
-) -> list[Place]:
+def write_file(directory: Path, number: int, parts: Sequence[Slab], read: Callable[[Slab], Tensor]) -> list[Place]:
     """Writes one file of a new checkpoint and waits until the disk has it; one slab is in memory at a time.
 
     Args:
         number: of the file, from 0: its name is :func:`file_name`'s.
         parts: what goes into it.
-        read: gives a slab's values, in memory that may be used again for the next one. (The writer holds on to what it is given
-            until the file is complete.)
+        read: gives a slab's values, in memory that may be used again for the next one.
 
     Returns:
         Where each part lies.
+
+    Raises:
+        OSError: the disk refuses.
     """
-    items = [_write_item(part, dtype) for part in parts]
-    # copying ahead, for tensors on a GPU, is turned off
-    writer = FileSystemWriter(directory, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
-    writer.set_up_storage_writer(is_coordinator=True)
-    plan = writer.prepare_global_plan([SavePlan([])] * number + [SavePlan(items)])[number]
-    by_index = {item.index: part for item, part in zip(items, parts, strict=True)}
-    results = writer.write_data(plan, _OneByOne(by_index, read)).wait()
-    places = {result.index: (result.storage_data.offset, result.storage_data.length) for result in results}
-    return [places[item.index] for item in items]
+    places = []
+    with (directory / file_name(number)).open("wb") as file:
+        for part in parts:
+            start = file.tell()
+            try:
+                torch.save(read(part).view(_sizes(part)), file)
+            except RuntimeError as error:  # torch hides what the file said behind what it makes of it
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            begin_writing_out(file, start)
+            places.append((start, file.tell() - start))
+        os.fsync(file.fileno())
+    return places
 
 
 def file_name(number: int) -> str:
@@ -252,32 +268,17 @@ def finish(directory: Path, files: Mapping[int, Mapping[Slab, Place]], dtype: to
 def _index(files: Mapping[int, Mapping[Slab, Place]], dtype: torch.dtype) -> tuple[Metadata, list[WriteResult]]:
     tensors: dict[str, TensorStorageMetadata] = {}
     results = []
+    properties = TensorProperties(dtype=dtype)
     for number, places in files.items():
         for slab, (offset, length) in places.items():
-            item = _write_item(slab, dtype)
-            data = item.tensor_data
-            tensors.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, [])).chunks.append(data.chunk)
-            results.append(WriteResult(item.index, length, _StorageInfo(file_name(number), offset, length)))
+            parameter, start = slab.parameter, torch.Size(start for start, _ in slab.region)
+            held = TensorStorageMetadata(properties, torch.Size(parameter.global_shape), [])
+            tensors.setdefault(parameter.key, held).chunks.append(ChunkStorageMetadata(start, _sizes(slab)))
+            place = _StorageInfo(file_name(number), offset, length)
+            results.append(WriteResult(MetadataIndex(parameter.key, start), length, place))
     return Metadata(dict(sorted(tensors.items()))), results
 
 
-def _write_item(slab: Slab, dtype: torch.dtype) -> WriteItem:
-    offsets = torch.Size(start for start, _ in slab.region)
-    chunk = ChunkStorageMetadata(offsets, torch.Size(stop - start for start, stop in slab.region))
-    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(slab.parameter.global_shape))
-    return WriteItem(MetadataIndex(slab.parameter.key, offsets), WriteItemType.SHARD, tensor_data=data)
-
-
-class _OneByOne(SavePlanner):
-    """Reads each slab when the writer asks for it."""
-
-    def __init__(self, parts: Mapping[MetadataIndex, Slab], read: Callable[[Slab], Tensor]):
-        self._parts, self._read = parts, read
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._read(self._parts[write_item.index]).view(write_item.tensor_data.chunk.sizes)
-
-    def set_up_planner(self, state_dict: Any, storage_meta=None, is_coordinator=False) -> None:
-        raise NotImplementedError("files are written one by one, without a plan over ranks")
-
-    create_local_plan = create_global_plan = finish_plan = set_up_planner
+def _sizes(slab: Slab) -> torch.Size:
+    """Of its box of the checkpoint's tensor."""
+    return torch.Size(stop - start for start, stop in slab.region)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from tulu_mega.bridge.rules import Config, Family, Region, Shape, is_tied
+from tulu_mega.bridge.rules import Config, Family, Region, Shape
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def stored_parameters(family: Family, config: Config) -> list[StoredParameter]:
     layers = config["num_hidden_layers"]
     made = []
     for rule in family.rules:
-        if tuple(rule.hf) == (family.head,) and is_tied(config):
+        if tuple(rule.hf) == (family.head,) and family.is_tied(config):
             continue
         pattern = rule.megatron[-1]  # norms are called as Transformer Engine's layers have them, whatever the layers are
         for layer in range(layers) if "{i}" in pattern else (None,):

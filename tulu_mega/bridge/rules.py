@@ -109,6 +109,12 @@ class Family:
     head: str = "lm_head.weight"
     leftovers: tuple[str, ...] = ()
     """shell patterns of tensors that a checkpoint may hold and nobody needs"""
+    reward: bool = False
+    """its head gives a score instead of logits, and so is never the embedding"""
+
+    def is_tied(self, config: Config) -> bool:
+        """Whether the head is the embedding."""
+        return bool(config.get("tie_word_embeddings", False)) and not self.reward
 
     def hf_shapes(self, config: Config) -> dict[str, Shape]:
         """Name -> shape of every tensor that a checkpoint of this config must hold.
@@ -123,12 +129,12 @@ class Family:
             for rule in self.rules
             for i in range(config["num_hidden_layers"] if "{i}" in rule.megatron[0] else 1)
             for pattern, dims in rule.hf.items()
-            if not (pattern == self.head and is_tied(config))
+            if not (pattern == self.head and self.is_tied(config))
         }
 
     def ignorable(self, config: Config) -> tuple[str, ...]:
         """Shell patterns of tensors that may be in a checkpoint beside `hf_shapes`."""
-        return (*self.leftovers, self.head) if is_tied(config) else self.leftovers
+        return (*self.leftovers, self.head) if self.is_tied(config) else self.leftovers
 
     def pieces(self, megatron_name: str, tp_rank: int, tp_size: int, config: Config) -> list[Piece]:
         """The boxes that make up one rank's shard of a parameter, in the order of the shard.
@@ -153,7 +159,7 @@ class Family:
     def _plan(self, megatron_name: str, tp_rank: int, tp_size: int, config: Config) -> tuple[Shape, list[Piece]]:
         sizes = self.sizes(config)
         rule, layer = self._rule(megatron_name, config)
-        duplicate = self.head in rule.hf and is_tied(config)
+        duplicate = self.head in rule.hf and self.is_tied(config)
         patterns = [self.embedding] if duplicate else list(rule.hf)
         full = [tuple(sizes[each] for each in dims) for dims in rule.hf.values()]
         axis = 1 if rule.cut is Cut.ROW else 0
@@ -177,11 +183,6 @@ class Family:
                     raise UserError(f"{megatron_name}: config.json has num_hidden_layers = {config['num_hidden_layers']}")
                 return rule, layer
         raise UserError(f"{megatron_name}: {self.architecture} has no such parameter; drop the option that adds it")
-
-
-def is_tied(config: Config) -> bool:
-    """Whether the output head is the embedding."""
-    return bool(config.get("tie_word_embeddings", False))
 
 
 def is_weight(megatron_name: str) -> bool:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tulu_mega.config.megatron_fields import check_megatron_table
 from tulu_mega.config.sections import (
     CheckpointSettings,
     DataSettings,
+    Fraction,
+    HeldOutSettings,
     ModelSettings,
     OptimSettings,
     ParallelSettings,
     PositiveInt,
+    PreferenceDataSettings,
+    PreferenceSettings,
+    ReferenceSettings,
     Section,
+    SftTrainSettings,
     TrainSettings,
     WandbSettings,
 )
@@ -35,8 +41,8 @@ class EngineSettings(Section):
         return table
 
 
-class SftSettings(EngineSettings):
-    """`tulu-mega sft`: supervised fine-tuning."""
+class StageSettings(EngineSettings):
+    """What every stage shares that learns from a fixed data set."""
 
     run_dir: str
     """Directory of this run: config.json, metrics.jsonl, checkpoints/, hf/, logs/. A run found there goes on."""
@@ -48,13 +54,78 @@ class SftSettings(EngineSettings):
     wandb: WandbSettings = WandbSettings()
 
 
+class SftSettings(StageSettings):
+    """`tulu-mega sft`: supervised fine-tuning."""
+
+    train: SftTrainSettings = SftTrainSettings()
+
+
+class _OnePass(TrainSettings):
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data; ignored when `steps` is given."""
+
+
+class _DpoOptim(OptimSettings):
+    lr: Annotated[float, Field(ge=0)] = 5e-7
+    """Peak learning rate."""
+    warmup: Fraction = 0.1
+    """Share of the steps in which the rate rises linearly from 0."""
+
+
+class PreferenceStageSettings(StageSettings):
+    """What the stages share that learn from pairs."""
+
+    data: PreferenceDataSettings
+    train: _OnePass = _OnePass()
+    heldout: HeldOutSettings | None = None
+    """Pairs to evaluate on while training."""
+
+
+class DpoSettings(PreferenceStageSettings):
+    """`tulu-mega dpo`: preference tuning of a policy (dpo_norm, dpo, ipo, simpo)."""
+
+    optim: _DpoOptim = _DpoOptim()
+    preference: PreferenceSettings = PreferenceSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+
+    @model_validator(mode="after")
+    def _no_margin(self) -> DpoSettings:
+        if self.data.margin is not None:
+            raise ValueError(f"data.margin = {self.data.margin!r}: only reward models (tulu-mega rm) learn margins; leave it out")
+        return self
+
+
+class _RmData(PreferenceDataSettings):
+    overlong: Literal["truncate", "reject"] = "reject"
+    """Pairs with a side longer than `max_length`: cut on the right, or left out (Tulu 3)."""
+
+
+class _RmTrain(_OnePass):
+    global_batch: PositiveInt = 256
+    """Pairs in an optimizer step, over all ranks."""
+
+
+class _RmOptim(OptimSettings):
+    lr: Annotated[float, Field(ge=0)] = 3e-6
+    """Peak learning rate."""
+
+
+class RmSettings(PreferenceStageSettings):
+    """`tulu-mega rm`: a reward model from pairs (Bradley-Terry)."""
+
+    data: _RmData
+    train: _RmTrain = _RmTrain()
+    optim: _RmOptim = _RmOptim()
+
+
 class ScoreSettings(EngineSettings):
-    """`tulu-mega score`: per-token log-probabilities of given texts."""
+    """`tulu-mega score`: per-token log-probabilities of given texts, or a reward model's scores."""
 
     input: str
     """JSONL; rows of `messages`, `text` or `input_ids`, with an optional `id`."""
     output: str
-    """JSONL to write: `id`, `input_ids`, `logprobs` (natural log, tokens 2..n), `sum`, in input order."""
+    """JSONL to write, in input order: `id`, `input_ids`, `logprobs` (natural log, tokens 2..n), `sum`; of a reward model `id`,
+    `input_ids`, `score` (at the last token)."""
     template: Annotated[str, Field(pattern="^(tulu|tokenizer)$")] = "tulu"
     tokenizer: str | None = None
     pack_length: PositiveInt = 8192

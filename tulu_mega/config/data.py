@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tulu_mega.config.commands import EngineSettings, SftSettings
-from tulu_mega.config.sections import DataSettings, Fraction, PositiveInt, Section, TrainSettings
+from tulu_mega.config.sections import DataSettings, Fraction, PositiveInt, Section, SftTrainSettings, TrainSettings
 
 
 class _OfARun(Section):
@@ -26,7 +26,7 @@ class DataInspectSettings(EngineSettings, _OfARun):
     seed: int = SftSettings.model_fields["seed"].default
     """That of the run, which decides the order of its rows."""
     data: DataSettings
-    train: TrainSettings = TrainSettings()
+    train: TrainSettings = SftTrainSettings()
     html: str | None = None
     """One self-contained page to write."""
     rows: PositiveInt = 5

@@ -77,6 +77,22 @@ class DataSettings(Section):
         return train
 
 
+class PreferenceDataSettings(DataSettings):
+    train: str | list[str] | dict[str, int | float]
+    """JSONL or Parquet file(s), or hub data set names; rows of `chosen` and `rejected`, each a list of messages that part at
+    the last one, or of `chosen_input_ids`, `chosen_labels`, `rejected_input_ids`, `rejected_labels`. As a table, each with its
+    amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
+    max_length: PositiveInt = 2048
+    """Longest sequence in tokens, prompt and response."""
+    pack_length: PositiveInt | None = None
+    """Tokens a packed micro-batch may hold on one data-parallel rank; twice `max_length` when unset, so that any pair fits."""
+    turns: Literal["all", "last"] = "all"
+    """Assistant turns whose log-probabilities count: all of them, as Tulu 3 was trained, or the last alone, where the two sides
+    part. (A reward model's score is read at the end, whatever this says.)"""
+    margin: str | None = None
+    """Column with the number by which the chosen response is to be better (reward models only); unset, no margin."""
+
+
 def _is_amount(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < float("inf")
 
@@ -138,15 +154,18 @@ class TrainSettings(Section):
     epochs: Annotated[float, Field(gt=0)] = 2.0
     """Passes over the data; ignored when `steps` is given."""
     global_batch: PositiveInt = 128
-    """Sequences in an optimizer step, over all ranks."""
+    """Rows (conversations, or pairs) in an optimizer step, over all ranks."""
     micro_batches: PositiveInt | None = None
     """Packed micro-batches a step on each data-parallel rank; the fewest that hold the batch when unset."""
-    reduction: Literal["sum", "token_mean"] = "sum"
-    """Denominator of the summed loss: sequences of the global batch (Tulu 3) or its supervised tokens."""
     max_skipped: PositiveInt = 5
     """Stop after this many steps in a row whose loss or gradient is not finite."""
     log_every: PositiveInt = 1
     """Steps between console lines (metrics.jsonl has every step)."""
+
+
+class SftTrainSettings(TrainSettings):
+    reduction: Literal["sum", "token_mean"] = "sum"
+    """Denominator of the summed loss: sequences of the global batch (Tulu 3) or its supervised tokens."""
 
 
 class OptimSettings(Section):
@@ -172,6 +191,59 @@ class OptimSettings(Section):
         return value
 
 
+class PreferenceSettings(Section):
+    loss: Literal["dpo_norm", "dpo", "ipo", "simpo"] = "dpo_norm"
+    """`dpo_norm`: DPO on mean log-probabilities per response token (Tulu 3); `dpo`: on their sums; `ipo`: squared distance of
+    the means' difference from 1/(2 beta); `simpo`: means, without a reference model."""
+    beta: Annotated[float, Field(gt=0)] = 5.0
+    """Scale of the log-probabilities' difference; unset, 5 for `dpo_norm`, 0.1 for `dpo` and `ipo`, 2 for `simpo`."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the labels taken to be the wrong way round (not with `ipo`)."""
+    gamma_beta_ratio: Annotated[float, Field(ge=0)] = 0.3
+    """`simpo`: by how much the mean log-probabilities are to differ."""
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a further term: the chosen response's mean negative log-probability per token."""
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the loss compares with a reference model."""
+        return self.loss != "simpo"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beta_of_the_loss(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("beta") is None:
+            usual = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}.get(value.get("loss"), 5.0)
+            return {**value, "beta": usual}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PreferenceSettings:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(f"label_smoothing = {self.label_smoothing}: ipo has none; leave it out or choose another loss")
+        return self
+
+
+class ReferenceSettings(Section):
+    cache: str | None = None
+    """Directory where reference log-probabilities are kept by content (weights, data, tokenizer), for all runs that name it;
+    unset, each run keeps its own in RUN_DIR/reference."""
+    only: bool = False
+    """Fill the cache and stop: the scoring as a job of its own, under whatever layout suits it."""
+
+
+class HeldOutSettings(Section):
+    alone: ClassVar[str] = "data"
+    data: str | list[str]
+    """JSONL or Parquet file(s), or hub data set names, of rows like `data.train`'s that are not trained on."""
+    split: str = "test"
+    """Split of hub data sets."""
+    every: PositiveInt = 100
+    """Steps between evaluations; after the last step there is always one."""
+    batch: PositiveInt = 256
+    """Rows evaluated at once."""
+
+
 class CheckpointSettings(Section):
     every: PositiveInt | None = None
     """Steps between checkpoints; the last step is always saved. Unset: the last step only."""
@@ -179,7 +251,7 @@ class CheckpointSettings(Section):
     """Newest complete checkpoints kept on disk."""
     format: Literal["reshardable", "same_layout"] = "reshardable"
     """What the optimizer's state is written as: `reshardable` resumes under any layout; `same_layout` is faster to write, since
-    no rank gathers another's part, and resumes under the same tensor, pipeline and context sizes only."""
+    no rank gathers another's part, and resumes under the same tensor, pipeline and context sizes, stages and buckets only."""
     asynchronous: bool = False
     """Write while training goes on, from copies in main memory; one save at a time, the next waits for it."""
     export: bool = True

@@ -101,6 +101,9 @@ def _pairs(flags: Sequence[str], problems: list[str]) -> list[tuple[str, str]]:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) in (Union, UnionType):  # a section that may be left out
+        given = [part for part in get_args(annotation) if part is not type(None)]
+        annotation = given[0] if len(given) == 1 else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 

@@ -19,7 +19,7 @@ def pack(sequences: Iterable[Sequence], align: Alignment, pad_token: int = 0) ->
     A sequence is padded to ``align.sequence`` inside its own segment; what the total lacks to ``align.total`` is a segment of
     row -1. No sequence at all gives one padding segment of the least total, so that a rank without work keeps step.
     """
-    tokens, labels, positions, rows, bounds = [], [], [], [], [0]
+    tokens, labels, positions, ends, rows, bounds = [], [], [], [], [], [0]
 
     def add(row: int, ids: list[int], targets: list[int], size: int) -> None:
         fill = size - len(ids)
@@ -27,6 +27,8 @@ def pack(sequences: Iterable[Sequence], align: Alignment, pad_token: int = 0) ->
         # shifted here, inside the sequence: rolling the packed row would make each one predict its neighbour's beginning
         labels.append(np.pad(np.asarray(targets[1:], np.int64), (0, size - max(len(targets) - 1, 0)), constant_values=IGNORE))
         positions.append(np.arange(size))
+        trained = np.flatnonzero(np.asarray(targets) != IGNORE)
+        ends.append(np.arange(size) == (trained[-1] if len(trained) else -1))
         rows.append(row)
         bounds.append(bounds[-1] + size)
 
@@ -36,14 +38,19 @@ def pack(sequences: Iterable[Sequence], align: Alignment, pad_token: int = 0) ->
     if rest:
         add(-1, [], [], rest)
     labels_T = torch.from_numpy(np.concatenate(labels))
+    loss_mask_T = labels_T != IGNORE
+    segments_T = torch.repeat_interleave(torch.arange(len(rows)), torch.from_numpy(np.diff(bounds)))
     return PackedBatch(
         tokens_T=torch.from_numpy(np.concatenate(tokens)),
         labels_T=labels_T,
         positions_T=torch.from_numpy(np.concatenate(positions)),
-        loss_mask_T=labels_T != IGNORE,
+        loss_mask_T=loss_mask_T,
+        segments_T=segments_T,
+        ends_T=torch.from_numpy(np.concatenate(ends)),
         cu_seqlens_S1=torch.tensor(bounds, dtype=torch.int32),
         rows_S=torch.tensor(rows, dtype=torch.int64),
         max_seqlen=int(np.diff(bounds).max()),
+        trained_S=torch.bincount(segments_T[loss_mask_T], minlength=len(rows)),
     )
 
 
@@ -77,5 +84,5 @@ def context_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     if size == 1:
         return batch
     rows = context_rows(batch.cu_seqlens_S1, rank, size)
-    per_token = ("tokens_T", "labels_T", "positions_T", "loss_mask_T")
+    per_token = ("tokens_T", "labels_T", "positions_T", "loss_mask_T", "segments_T", "ends_T")
     return dataclasses.replace(batch, context_rank=rank, **{name: getattr(batch, name)[rows] for name in per_token})

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 Template = Literal["tulu", "tokenizer"]
+Turns = Literal["all", "last"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -92,7 +93,7 @@ def tulu_prompt(messages: Messages, eos: str) -> str:
 
 
 def encode(
-    messages: Any, tokenizer: PreTrainedTokenizerFast, template: Template, max_length: int | None
+    messages: Any, tokenizer: PreTrainedTokenizerFast, template: Template, max_length: int | None, turns: Turns = "all"
 ) -> tuple[list[int], list[int]]:
     """Tokenises a conversation for training.
 
@@ -104,6 +105,7 @@ def encode(
         tokenizer: a fast tokenizer; its eos token ends an assistant's turn.
         template: Tulu's, or the one the tokenizer ships.
         max_length: tokens to keep, the rest is cut off on the right; None keeps all.
+        turns: of the assistant that are trained: all of them, or the last alone.
 
     Returns:
         ``input_ids`` and ``labels`` of equal length; labels are not shifted, IGNORE where not trained.
@@ -119,7 +121,7 @@ def encode(
     encoding = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoding["input_ids"][:max_length]
     labels = [IGNORE] * len(ids)
-    spans = iter(rendered.spans)
+    spans = iter(rendered.spans if turns == "all" else rendered.spans[-1:])
     begin, end = next(spans)
     for position, (start, _) in enumerate(encoding["offset_mapping"][: len(ids)]):
         while start >= end:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from tulu_mega.data.chat import Template, encode
+from tulu_mega.data.chat import Template, Turns, check_messages, encode
 from tulu_mega.records import IGNORE
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _LARGEST = 2**31 - 1
 
 
 class Encoded(NamedTuple):
-    """Tokens and labels of a row, int32, labels not shifted."""
+    """Tokens and labels of a sequence, int32, labels not shifted."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -26,8 +27,12 @@ class Encoded(NamedTuple):
     """tokens beyond the longest sequence, which are not among ``ids``"""
 
 
+class Useless(Exception):
+    """A row in order that nothing can be learned from; its text is the reason."""
+
+
 @dataclass(frozen=True)
-class Encoding:
+class Encoding(ABC):
     """How rows become tokens, and which rows are left out."""
 
     tokenizer: PreTrainedTokenizerFast
@@ -35,37 +40,129 @@ class Encoding:
     max_length: int
     overlong: Literal["truncate", "reject"] = "truncate"
     malformed: Literal["error", "reject"] = "error"
+    width: ClassVar[int]
+    """sequences that a row gives"""
 
-    def __call__(self, row: dict[str, Any]) -> Encoded:
+    @abstractmethod
+    def __call__(self, row: dict[str, Any]) -> list[Encoded]:
         """
-        Args:
-            row: ``messages``, or ``input_ids`` and ``labels``, which are taken as they are and win where both are given.
-
         Returns:
-            At most ``max_length`` tokens, whatever ``overlong`` says.
+            ``width`` sequences of at most ``max_length`` tokens, whatever ``overlong`` says.
 
         Raises:
-            ValueError: the row is neither, or malformed.
+            ValueError: the row is of another form, or malformed.
+            Useless: nothing can be learned from it.
             UserError: the tokenizer does not do.
         """
-        if row.get("input_ids") is not None and row.get("labels") is not None:
-            ids, labels = _tokens(row, "input_ids", 0), _tokens(row, "labels", IGNORE)
-            if len(ids) != len(labels):
-                raise ValueError(f"{len(ids)} input_ids but {len(labels)} labels; expected as many")
-            return self._cut(ids, labels)
-        if row.get("messages") is None:
-            keys = ", ".join(islice((str(key) for key, value in row.items() if value is not None), 8)) or "nothing"
-            raise ValueError(f"has {keys}; expected messages, or input_ids and labels")
-        ids, labels = encode(row["messages"], self.tokenizer, self.template, None)
+
+    def key(self) -> list[Any]:
+        """What the tokens depend on beside rows and tokenizer, for JSON."""
+        return [self.max_length, self.overlong, self.malformed]
+
+    def margin(self, row: dict[str, Any]) -> float:
+        """By how much the row's first sequence is to be better than its second."""
+        return 0.0
+
+    def _tokenised(self, row: dict[str, Any], ids_name: str, labels_name: str) -> Encoded:
+        ids, labels = _tokens(row, ids_name, 0), _tokens(row, labels_name, IGNORE)
+        if len(ids) != len(labels):
+            raise ValueError(f"{len(ids)} {ids_name} but {len(labels)} {labels_name}; expected as many")
+        return self._cut(ids, labels)
+
+    def _rendered(self, messages: Any, turns: Turns) -> Encoded:
+        ids, labels = encode(messages, self.tokenizer, self.template, None, turns)
         return self._cut(np.array(ids, np.int32), np.array(labels, np.int32))
 
     def _cut(self, ids: np.ndarray, labels: np.ndarray) -> Encoded:
         return Encoded(ids[: self.max_length], labels[: self.max_length], max(0, len(ids) - self.max_length))
 
 
+@dataclass(frozen=True)
+class ConversationEncoding(Encoding):
+    """Rows of ``messages``, or of ``input_ids`` and ``labels``, which are taken as they are and win where both are given."""
+
+    width: ClassVar[int] = 1
+
+    def __call__(self, row: dict[str, Any]) -> list[Encoded]:
+        if row.get("input_ids") is not None and row.get("labels") is not None:
+            return [self._tokenised(row, "input_ids", "labels")]
+        if row.get("messages") is None:
+            raise ValueError(f"has {_keys(row)}; expected messages, or input_ids and labels")
+        return [self._rendered(row["messages"], "all")]
+
+
+_TOKENISED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+
+
+@dataclass(frozen=True)
+class PairEncoding(Encoding):
+    """Rows of ``chosen`` and ``rejected``: conversations that part at the last message, the assistant's.
+
+    Or of ``chosen_input_ids``, ``chosen_labels``, ``rejected_input_ids``, ``rejected_labels``, which are taken as they are and
+    win where both are given.
+    """
+
+    turns: Turns = "all"
+    """of the assistant whose log-probabilities count"""
+    margin_column: str | None = None
+    width: ClassVar[int] = 2
+
+    def __call__(self, row: dict[str, Any]) -> list[Encoded]:
+        """The chosen sequence, then the rejected one."""
+        if all(row.get(name) is not None for name in _TOKENISED):
+            pair = [self._tokenised(row, f"{side}_input_ids", f"{side}_labels") for side in ("chosen", "rejected")]
+        else:
+            pair = [self._rendered(messages, self.turns) for messages in _sides(row)]
+        chosen, rejected = pair
+        same = np.array_equal(chosen.ids, rejected.ids) and np.array_equal(chosen.labels, rejected.labels)
+        if same and supervised(chosen.labels):
+            kept = f" among the first {self.max_length} tokens" if chosen.cut or rejected.cut else ""
+            raise Useless(f"chosen and rejected are the same{kept}")
+        return pair
+
+    def key(self) -> list[Any]:
+        return [*super().key(), self.turns, self.margin_column]
+
+    def margin(self, row: dict[str, Any]) -> float:
+        """
+        Raises:
+            ValueError: the column is missing or no number.
+        """
+        if self.margin_column is None:
+            return 0.0
+        value = row.get(self.margin_column)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+            raise ValueError(f"{self.margin_column} is {value!r:.60}; expected a number, by how much chosen is the better")
+        return float(value)
+
+
+def _sides(row: dict[str, Any]) -> list[list[dict[str, str]]]:
+    sides = []
+    for side in ("chosen", "rejected"):
+        if row.get(side) is None:
+            raise ValueError(f"has {_keys(row)}; expected chosen and rejected, each a list of messages")
+        try:
+            messages = check_messages(row[side], training=True)
+        except ValueError as error:
+            raise ValueError(f"{side}: {error}") from None
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(f"{side}: the last message is the {messages[-1]['role']}'s; expected the assistant's response")
+        sides.append(messages)
+    chosen, rejected = sides
+    if chosen[:-1] != rejected[:-1]:
+        at = next((n for n, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False), 1) if a != b), None)
+        where = f"at message {at}" if at else f"in length ({len(chosen) - 1} and {len(rejected) - 1} messages)"
+        raise ValueError(f"the prompts of chosen and rejected differ {where}; expected the same messages but for the last")
+    return sides
+
+
 def supervised(labels: np.ndarray) -> int:
     """Tokens that are predicted and trained; the first token of a sequence is never predicted."""
     return int(np.count_nonzero(labels[1:] != IGNORE))
+
+
+def _keys(row: dict[str, Any]) -> str:
+    return ", ".join(islice((str(key) for key, value in row.items() if value is not None), 8)) or "nothing"
 
 
 def _tokens(row: dict[str, Any], name: str, least: int) -> np.ndarray:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tulu_mega.config import DataSettings, TrainSettings
 from tulu_mega.data.batch import pack
@@ -29,7 +31,7 @@ class StepData:
     micro_batches: list[PackedBatch]
     """this rank's; as many on every rank"""
     rows: list[int]
-    """the global batch's rows of the store, in drawing order"""
+    """the global batch's sequences of the store, in drawing order"""
     tokens: int
     """real tokens of the global batch"""
     supervised_tokens: int
@@ -67,6 +69,7 @@ class PackedLoader:
         cost: cost of a sequence by its length, to level packs and ranks.
         pipeline: decides the number of micro-batches and their order.
         pad_token: fills padding; nobody attends to it.
+        columns: further fields of :class:`PackedBatch` by segment: name -> value of each sequence of the store, float64.
     """
 
     def __init__(
@@ -81,13 +84,16 @@ class PackedLoader:
         cost: Cost = float,
         pipeline: Pipeline = _NO_PIPELINE,
         pad_token: int = 0,
+        columns: Mapping[str, np.ndarray] | None = None,
     ):
         self._store, self._train, self._align, self._cost, self._pad_token = store, train, align, cost, pad_token
         self._rank, self._ranks, self._pipeline = data_parallel_rank, data_parallel_size, pipeline
-        self._capacity = data.pack_length or data.max_length
-        self._order = lru_cache(maxsize=2)(lambda epoch: _order(len(store), seed, epoch, data.shuffle))
+        self._columns = columns or {}
+        self._capacity = data.pack_length or data.max_length * store.width
+        self._count = len(store) // store.width
+        self._order = lru_cache(maxsize=2)(lambda epoch: _order(self._count, seed, epoch, data.shuffle))
         # rounded first: 0.1 epochs of 30 rows are 3.0000000000000004
-        self._drawn = train.steps * train.global_batch if train.steps else max(1, math.ceil(round(train.epochs * len(store), 6)))
+        self._drawn = train.steps * train.global_batch if train.steps else max(1, math.ceil(round(train.epochs * self._count, 6)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
         self._next: tuple[int, Future[StepData]] | None = None
 
@@ -97,14 +103,14 @@ class PackedLoader:
         return -(-self._drawn // self._train.global_batch)
 
     def rows(self, step: int) -> list[int]:
-        """Rows of the store in the global batch of a step, counted from 0.
+        """Sequences of the store in the global batch of a step, counted from 0; those of a pair follow one another.
 
         Raises:
             IndexError: the run has no such step.
         """
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
-        size, count = self._train.global_batch, len(self._store)
+        size, count, width = self._train.global_batch, self._count, self._store.width
         begin, end = step * size, min((step + 1) * size, self._drawn)
         drawn: list[int] = []
         while begin < end:
@@ -112,7 +118,7 @@ class PackedLoader:
             part = self._order(epoch)[first : first + end - begin]
             drawn += part.tolist()
             begin += len(part)
-        return drawn
+        return drawn if width == 1 else [row * width + side for row in drawn for side in range(width)]
 
     def batches(self, step: int) -> StepData:
         """The packed micro-batches of a step; the following step is packed in the background meanwhile.
@@ -150,6 +156,7 @@ class PackedLoader:
             self._cost,
             multiple=self._pipeline.multiple,
             pipeline=self._pipeline,
+            together=self._store.width,
         )
 
     def _pack(self, step: int) -> StepData:
@@ -161,13 +168,23 @@ class PackedLoader:
         simulation = simulate([[sum(costs[index] for index in bin_) for bin_ in bins] for bins in plan], self._pipeline)
         return StepData(
             step=step,
-            micro_batches=[pack((self._store[rows[i]] for i in bin_), self._align, self._pad_token) for bin_ in plan[self._rank]],
+            micro_batches=[self._batch([rows[index] for index in bin_]) for bin_ in plan[self._rank]],
             rows=rows,
             tokens=int(lengths.sum()),
             supervised_tokens=int(self._store.supervised[rows].sum()),
             packed_tokens=sum(self._align.padded_total(sum(sizes[index] for index in bin_)) for bins in plan for bin_ in bins),
             schedule_efficiency=simulation.busy,
         )
+
+    def _batch(self, rows: list[int]) -> PackedBatch:
+        batch = pack((self._store[row] for row in rows), self._align, self._pad_token)
+        return replace(batch, **{name: by_segment(batch, values) for name, values in self._columns.items()})
+
+
+def by_segment(batch: PackedBatch, values: np.ndarray) -> Tensor:
+    """float64 [S], each sequence's value; 0 for padding."""
+    rows = batch.rows_S.numpy()
+    return torch.from_numpy(np.where(rows >= 0, values[rows], 0.0).astype(np.float64))
 
 
 def _order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:

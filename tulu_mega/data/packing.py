@@ -61,12 +61,13 @@ def plan_step(
     cost: Callable[[int], float] = float,
     multiple: int = 1,
     pipeline: Pipeline = _NO_PIPELINE,
+    together: int = 1,
 ) -> list[Bins]:
     """Splits one global batch.
 
     Invariants: every index occurs exactly once; every rank has the same number of micro-batches; no pack exceeds
-    ``capacity`` after alignment, but for a sequence that alone does, which is alone; a pack is empty only where there are fewer
-    sequences than packs; the same input gives the same plan. Within these, costs are level over packs and over ranks.
+    ``capacity`` after alignment, but for a group that alone does, which is alone; a pack is empty only where there are fewer
+    groups than packs; the same input gives the same plan. Within these, costs are level over packs and over ranks.
 
     Args:
         lengths: tokens of each sequence, at least 1.
@@ -77,6 +78,7 @@ def plan_step(
         cost: cost of a sequence by its length, positive (see :func:`tulu_mega.data.cost.sequence_flops`).
         multiple: what the number of micro-batches on a rank is to be a multiple of (interleaved pipelines ask for it).
         pipeline: decides the order of a rank's packs: that in which the schedule ends first.
+        together: sequences in a group: so many that follow one another are never parted (2 for pairs).
 
     Returns:
         ``plan[rank][micro_batch]`` is the ascending list of indices into ``lengths``; without a pipeline a rank's costliest
@@ -99,8 +101,10 @@ def plan_step(
     lengths = [int(length) for length in lengths]
     if lengths and min(lengths) < 1:
         raise ValueError("a sequence of no tokens cannot be packed")
-    sizes = [align.padded_sequence(length) for length in lengths]
-    costs = [float(cost(size)) for size in sizes]
+    padded = [align.padded_sequence(length) for length in lengths]
+    groups = [padded[start : start + together] for start in range(0, len(padded), together)]
+    sizes = [sum(group) for group in groups]
+    costs = [sum(float(cost(size)) for size in group) for group in groups]
     order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     each = micro_batches or _up(math.ceil(len(_best_fit(sizes, order, room)) / data_parallel), multiple)
     plan = _by_rank(sizes, costs, order, room, data_parallel, each)
@@ -114,7 +118,12 @@ def plan_step(
                 f"it takes {needed}; raise train.micro_batches or data.pack_length"
             )
         plan = _deal(bins, costs, data_parallel, each)
-    return [_ordered(rank, costs, pipeline) for rank in plan]
+    plan = [_ordered(rank, costs, pipeline) for rank in plan]
+    return plan if together == 1 else [[_members(pack, together) for pack in rank] for rank in plan]
+
+
+def _members(pack: list[int], together: int) -> list[int]:
+    return [group * together + place for group in pack for place in range(together)]
 
 
 def _up(count: int, multiple: int) -> int:

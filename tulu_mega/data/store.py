@@ -20,15 +20,15 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from tulu_mega.config import DataSettings, ModelSettings
-from tulu_mega.data.encoding import Encoding, supervised
+from tulu_mega.config import DataSettings, ModelSettings, PreferenceDataSettings
+from tulu_mega.data.encoding import ConversationEncoding, Encoding, PairEncoding, Useless, supervised
 from tulu_mega.data.sources import Rows, load_rows
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.data.workers import cores, in_order
 from tulu_mega.errors import UserError
 from tulu_mega.records import Sequence
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the same rows would give other tokens or another layout of the files."""
 
 REJECTS = "rejects.jsonl"
@@ -46,7 +46,7 @@ class Reject(NamedTuple):
     """file or data set"""
     line: int
     """line of a JSONL file, item or row of others, counted from 1"""
-    kind: Literal["malformed", "too_long", "nothing_to_train"]
+    kind: Literal["malformed", "too_long", "nothing_to_train", "nothing_to_learn"]
     reason: str
 
 
@@ -58,6 +58,7 @@ class _Chunk:
     labels: list[np.ndarray] = field(default_factory=list)
     cuts: list[int] = field(default_factory=list)
     origins: list[tuple[int, int]] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     wrong: int = 0
     problems: list[str] = field(default_factory=list)
@@ -66,11 +67,12 @@ class _Chunk:
 class TokenStore:
     """Sequences in a directory.
 
-    ``tokens.npy`` and ``labels.npy`` are int32, all sequences behind one another; ``offsets.npy`` is int64, where each begins and
-    the last ends; ``supervised.npy`` and ``cuts.npy`` are int32, ``origins.npy`` is int64 [sequences, 2], one for each sequence;
-    ``rejects.jsonl`` has the rows that are not used; ``meta.json`` comes last.
+    ``tokens.npy`` and ``labels.npy`` are int32, all sequences behind one another; ``offsets.npy`` is int64, where each begins
+    and the last ends; ``supervised.npy`` and ``cuts.npy`` are int32, ``origins.npy`` is int64 [sequences, 2], ``margins.npy``
+    float64, one for each sequence; ``rejects.jsonl`` has the rows that are not used; ``meta.json`` comes last.
 
-    A sequence's number here is its row from now on: rows that are not used have none.
+    A sequence's number here is its row from now on: rows that are not used have none. Of preference data, a pair's chosen
+    sequence has an even number and the rejected one the next.
     """
 
     def __init__(
@@ -83,9 +85,12 @@ class TokenStore:
         supervised: np.ndarray,
         cuts: np.ndarray,
         origins: np.ndarray,
+        margins: np.ndarray,
     ):
         self.directory = directory
         self.key: str = meta["key"]
+        self.width: int = meta["width"]
+        """sequences that belong together: 1, or 2 of preference data"""
         self.rejected: dict[str, int] = meta["rejected"]
         """rows that are not used, by the reason's kind; ``rejects.jsonl`` lists them"""
         self.sources: list[dict] = meta["sources"]
@@ -100,6 +105,8 @@ class TokenStore:
         """int32, tokens of each row that were cut off"""
         self.origins = origins
         """int64 [sequences, 2], each one's source, counted from 0, and line there, counted from 1"""
+        self.margins = margins
+        """float64, by how much each sequence is to be better than the next; 0 where nothing is said"""
         self._tokens, self._labels, self._offsets = tokens, labels, offsets
 
     @property
@@ -139,7 +146,8 @@ class TokenStore:
             if meta["version"] != VERSION:
                 raise ValueError(f"version {meta['version']}, expected {VERSION}")
             arrays = [np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("tokens", "labels")]
-            arrays += [np.load(path / f"{name}.npy", allow_pickle=False) for name in ("offsets", "supervised", "cuts", "origins")]
+            per_sequence = ("supervised", "cuts", "origins", "margins")
+            arrays += [np.load(path / f"{name}.npy", allow_pickle=False) for name in ("offsets", *per_sequence)]
             tokens, labels, offsets, *each = arrays
             whole = len(tokens) == len(labels) == offsets[-1] == meta["tokens"]
             if not whole or any(len(array) != len(offsets) - 1 for array in each):
@@ -185,6 +193,8 @@ class TokenStore:
 def prepare(data: DataSettings, model: ModelSettings, directory: str | Path, progress: bool = True) -> TokenStore:
     """The tokenised rows of ``data.train``: what lies in the directory when it is up to date, else tokenised anew.
 
+    Conversations, or pairs where the settings are of preference data.
+
     With ``data.cache`` they are kept there, under a name made of their content, and the directory is a link to them. Runs that
     want the same rows at the same time wait for the first of them.
 
@@ -205,7 +215,9 @@ def prepare(data: DataSettings, model: ModelSettings, directory: str | Path, pro
         problems += error.problems
     if rows is None or tokenizer is None:
         raise UserError(problems)
-    encoding = Encoding(tokenizer, data.template, data.max_length, data.overlong, data.malformed)
+    how = (tokenizer, data.template, data.max_length, data.overlong, data.malformed)
+    preferences = isinstance(data, PreferenceDataSettings)
+    encoding = PairEncoding(*how, data.turns, data.margin) if preferences else ConversationEncoding(*how)
     key = content_key(rows, encoding)
     directory = Path(directory)
     store = _up_to_date(directory, key)
@@ -271,13 +283,13 @@ def content_key(rows: Rows, encoding: Encoding) -> str:
     """Digest of all that decides the store: rows, tokenizer, template, length, what is left out, and this code's version."""
     tokenizer = encoding.tokenizer
     own = [tokenizer.get_chat_template(), tokenizer.special_tokens_map] if encoding.template == "tokenizer" else None
-    parts = [VERSION, rows.fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, own, encoding.max_length]
-    parts += [encoding.overlong, encoding.malformed]
+    parts = [VERSION, rows.fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, own, encoding.width]
+    parts += encoding.key()
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: bool) -> dict:
-    lengths, counts, cuts, origins, problems = [], [], [], [], []
+    lengths, counts, cuts, origins, margins, problems = [], [], [], [], [], []
     rejected: Counter[str] = Counter()
     wrong = max_token = 0
     # a tokenizer class that came with the model cannot be unpickled in a fresh process
@@ -312,6 +324,7 @@ def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: b
                 max_token = max(max_token, int(ids.max()), int(targets.max()))
             cuts += chunk.cuts
             origins += chunk.origins
+            margins += chunk.margins
             bar.update(done)
     if wrong:
         if wrong > len(problems):
@@ -330,8 +343,10 @@ def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: b
     np.save(path / "supervised.npy", np.array(counts, np.int32))
     np.save(path / "cuts.npy", np.array(cuts, np.int32))
     np.save(path / "origins.npy", np.array(origins, np.int64))
+    np.save(path / "margins.npy", np.array(margins, np.float64))
     return {
         "sequences": len(lengths),
+        "width": encoding.width,
         "tokens": sum(lengths),
         "rejected": dict(rejected),
         "truncated": int(np.count_nonzero(cuts)),
@@ -346,7 +361,11 @@ def _encode_rows(rows: Rows, encoding: Encoding, start: int, stop: int) -> _Chun
         source, number = rows.origin(index)
         reject = partial(Reject, rows.parts[source].name, number)
         try:
-            ids, labels, cut = encoding(rows.row(index))
+            row = rows.row(index)
+            sequences, margin = encoding(row), encoding.margin(row)
+        except Useless as error:
+            chunk.rejects.append(reject("nothing_to_learn", str(error)))
+            continue
         except ValueError as error:
             if encoding.malformed == "reject":
                 chunk.rejects.append(reject("malformed", str(error)))
@@ -357,16 +376,21 @@ def _encode_rows(rows: Rows, encoding: Encoding, start: int, stop: int) -> _Chun
             continue
         except UserError as error:
             raise UserError([f"{rows.where(index)}: {problem}" for problem in error.problems]) from None
-        if cut and encoding.overlong == "reject":
-            chunk.rejects.append(reject("too_long", f"{len(ids) + cut} tokens, data.max_length is {encoding.max_length}"))
-        elif not supervised(labels):
+        longest = max(len(ids) + cut for ids, _labels, cut in sequences)
+        untrained = next((one for one in sequences if not supervised(one.labels)), None)
+        if encoding.overlong == "reject" and longest > encoding.max_length:
+            chunk.rejects.append(reject("too_long", f"{longest} tokens, data.max_length is {encoding.max_length}"))
+        elif untrained:
+            ids, _labels, cut = untrained
             kept = f" among the first {len(ids)} of its {len(ids) + cut}" if cut else ""
             chunk.rejects.append(reject("nothing_to_train", f"no trained token{kept}"))
         else:
-            chunk.tokens.append(ids)
-            chunk.labels.append(labels)
-            chunk.cuts.append(cut)
-            chunk.origins.append((source, number))
+            for ids, labels, cut in sequences:
+                chunk.tokens.append(ids)
+                chunk.labels.append(labels)
+                chunk.cuts.append(cut)
+                chunk.origins.append((source, number))
+                chunk.margins.append(margin)
     return chunk
 
 

@@ -12,16 +12,22 @@ from tulu_mega.bridge.rules import padded_vocab
 from tulu_mega.config import EngineSettings, ParallelSettings
 from tulu_mega.model.config import transformer_config
 from tulu_mega.model.gpt import PolicyModel
+from tulu_mega.model.reward import RewardModel
 from tulu_mega.model.rope import ropes
 from tulu_mega.model.spec import block_spec, use_transformer_engine
 from tulu_mega.platforms import Platform
 from tulu_mega.topology import Topology
 
 
-def build_model(hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform) -> list[PolicyModel]:
+def build_model(
+    hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform, reward: bool = False
+) -> list[PolicyModel] | list[RewardModel]:
     """The layers, embedding and head this rank holds, a model for each of its virtual pipeline stages (VPP; else one).
 
     Parameters are allocated, not initialised: load a checkpoint next.
+
+    Args:
+        reward: whether the head gives a score for each token instead of log-probabilities.
 
     Raises:
         UserError: when the model cannot be built under this layout.
@@ -29,8 +35,8 @@ def build_model(hf: PretrainedConfig, settings: EngineSettings, topology: Topolo
     transformer_engine = use_transformer_engine(settings.model.spec, platform)
     config = transformer_config(hf, settings, transformer_engine)
     if topology.virtual == 1:
-        return [_chunk(hf, config, transformer_engine, topology, platform, None)]
-    return [_chunk(hf, config, transformer_engine, topology, platform, vp_stage) for vp_stage in range(topology.virtual)]
+        return [_chunk(hf, config, transformer_engine, topology, platform, reward, None)]
+    return [_chunk(hf, config, transformer_engine, topology, platform, reward, vp_stage) for vp_stage in range(topology.virtual)]
 
 
 def _chunk(
@@ -39,27 +45,32 @@ def _chunk(
     transformer_engine: bool,
     topology: Topology,
     platform: Platform,
+    reward: bool,
     vp_stage: int | None,
-) -> PolicyModel:
-    model = PolicyModel(
-        config,
-        block_spec(config, hf, transformer_engine, vp_stage),
+) -> PolicyModel | RewardModel:
+    arguments = dict(
+        config=config,
+        transformer_layer_spec=block_spec(config, hf, transformer_engine, vp_stage),
         vocab_size=padded_vocab(hf.vocab_size, topology.tensor),
-        real_vocab_size=hf.vocab_size,
         max_sequence_length=hf.max_position_embeddings,
         pre_process=topology.first_stage and not vp_stage,
         post_process=topology.last_stage and vp_stage in (None, topology.virtual - 1),
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
         vp_stage=vp_stage,
     )
+    if reward:
+        model = RewardModel(**arguments)
+    else:
+        model = PolicyModel(
+            **arguments, real_vocab_size=hf.vocab_size, share_embeddings_and_output_weights=hf.tie_word_embeddings
+        )
     # megatron-core knows Llama 3's scaling with its published constants only, and one embedding for all layers
     model.rotary_pos_emb.inv_freq = ropes(hf).frequencies.to(platform.device)
     return model.to(platform.device)
 
 
 def wrap_for_training(
-    chunks: Sequence[PolicyModel], parallel: ParallelSettings, sharded_optimizer: bool
+    chunks: Sequence[PolicyModel] | Sequence[RewardModel], parallel: ParallelSettings, sharded_optimizer: bool
 ) -> list[DistributedDataParallel]:
     """megatron-core's DDP, one a chunk: gradients accumulate in float32 buffers and are summed over DP x CP."""
     ddp = DistributedDataParallelConfig(

@@ -90,12 +90,12 @@ def split_of(objects: str, start: int, steps: Iterable[tuple[Operator, int]]) ->
     return "heldout" if zlib.crc32(matter.encode()) % _HELDOUT_SHARE == 0 else "train"
 
 
-def problems(split: Split, seed: int, two_step: float = Mixture.two_step) -> Iterator[Problem]:
+def problems(split: Split, seed: int | str, two_step: float = Mixture.two_step) -> Iterator[Problem]:
     """An endless stream of problems of one side of the split; the same for the same arguments.
 
     Args:
         split: the side that every problem is on.
-        seed: any integer.
+        seed: any integer, or text.
         two_step: share of two-step problems.
     """
     draw = random.Random(f"{split} problems {seed}")
@@ -118,6 +118,23 @@ def demonstrations(seed: int, mixture: Mixture = Mixture()) -> Iterator[dict[str
             response = _worked(problem, slip=draw if careless else None)
         row = prompt_row(problem)
         yield {**row, "messages": [*row["messages"], {"role": "assistant", "content": response}]}
+
+
+def pairs(split: Split, seed: int, careless: float = 0.4) -> Iterator[dict[str, Any]]:
+    """An endless stream of preference rows: `chosen` and `rejected` (user, assistant), a right answer and a wrong one.
+
+    What is chosen is worked out; what is rejected is a terse guess beside the answer or, for that share, careless work.
+    """
+    draw = random.Random(f"{split} pairs {seed}")
+    for problem in problems(split, f"{seed} pairs", two_step=0.8):
+        prompt = prompt_row(problem)["messages"]
+        if draw.random() < careless:
+            wrong = _worked(problem, slip=draw)
+        else:
+            beside = draw.choice([by for by in range(-9, 10) if by and problem.answer + by > 0])
+            wrong = f"The answer is {problem.answer + beside}."
+        sides = {"chosen": _worked(problem, slip=None), "rejected": wrong}
+        yield {side: [*prompt, {"role": "assistant", "content": text}] for side, text in sides.items()}
 
 
 def prompt_row(problem: Problem) -> dict[str, Any]:

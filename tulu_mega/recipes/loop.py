@@ -11,7 +11,7 @@ from pathlib import Path
 from tulu_mega import checkpoint
 from tulu_mega.config import CheckpointSettings
 from tulu_mega.data.loader import PackedLoader, StepData
-from tulu_mega.engine import Engine, Objective
+from tulu_mega.engine import BatchLoss, Engine, Objective
 from tulu_mega.errors import UserError
 from tulu_mega.metrics import MetricsLog, StepRecord, StepSeconds
 
@@ -54,9 +54,33 @@ class Skips:
             )
 
 
+FirstLoss = Callable[[BatchLoss], None]
+"""Looks at the loss of the first step before its update; raises UserError, on every rank, when it cannot be right."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows that are evaluated and not trained on."""
+
+    loader: PackedLoader
+    """draws each row once"""
+    every: int
+    """steps"""
+
+    def evaluate(self, engine: Engine, objective: Objective) -> dict[str, float]:
+        """Loss and metrics over all rows, named ``heldout_...``; the same on every rank."""
+        losses = [engine.evaluate(data.micro_batches, objective) for data in self.loader]
+        total = sum(loss.count for loss in losses)
+        names = ("loss", *objective.reported)
+        return {
+            f"heldout_{name}": sum((loss.loss if name == "loss" else loss.metrics[name]) * loss.count for loss in losses) / total
+            for name in names
+        }
+
+
 @dataclass
 class Fit:
-    """One pass through the steps that are left: forward and backward, update, report, save."""
+    """One pass through the steps that are left: forward and backward, update, evaluation, report, save."""
 
     engine: Engine
     loader: PackedLoader
@@ -69,6 +93,8 @@ class Fit:
     """of a whole step"""
     log: MetricsLog | None
     """rank 0's"""
+    heldout: HeldOut | None = None
+    first: FirstLoss | None = None
     _saving: float = field(default=0.0, init=False)
 
     def run(self, start: int) -> None:
@@ -86,11 +112,14 @@ class Fit:
             packed = time.perf_counter()
             loss = self.engine.forward_backward(data.micro_batches, self.objective)
             computed = time.perf_counter()
+            if self.first and step == 0:
+                self.first(loss)
             update = self.engine.optimizer_step(step, loss.loss)
             ended = time.perf_counter()
             seconds = StepSeconds(packed - began, computed - packed, ended - computed, self._saving)
             self._saving = 0.0
             self.skips.note(update.applied, data, loss.loss, update.grad_norm, write=self.log is not None)
+            heldout = self._evaluated(step + 1)
             if self.log:
                 self.log.step(
                     StepRecord(
@@ -105,6 +134,7 @@ class Fit:
                         seconds=seconds,
                         extra={
                             **loss.metrics,
+                            **heldout,
                             "sequences": data.sequences,
                             "schedule_efficiency": data.schedule_efficiency,
                             "skipped_steps": self.skips.total,
@@ -113,6 +143,14 @@ class Fit:
                 )
             self._save_if_due(saver, step + 1)
         saver.finish()
+
+    def _evaluated(self, done: int) -> dict[str, float]:
+        if self.heldout is None or (done % self.heldout.every and done != self.loader.steps):
+            return {}
+        found = self.heldout.evaluate(self.engine, self.objective)
+        if self.log:
+            self.log.evaluated(done, found)
+        return found
 
     def _save_if_due(self, saver: checkpoint.Saver, done: int) -> None:
         saver.poll()

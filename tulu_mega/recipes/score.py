@@ -1,4 +1,4 @@
-"""Per-token log-probabilities of given texts, by the same forward pass that trains."""
+"""Per-token log-probabilities of given texts, or a reward model's scores, by the same forward pass that trains."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import torch.distributed as dist
 
 from tulu_mega.config import ScoreSettings
 from tulu_mega.data import scoring
-from tulu_mega.data.batch import pack
-from tulu_mega.data.cost import sequence_flops
-from tulu_mega.data.packing import plan_step
 from tulu_mega.launcher import World
 from tulu_mega.recipes.session import Session, opened
 from tulu_mega.records import PackedBatch, Sequence
+from tulu_mega.scoring import score_rows
 
 _CHUNK = 1024
 """Rows scored between two writes of the output."""
 
 
 def run(settings: ScoreSettings, world: World) -> None:
-    """Writes a row of log-probabilities for every row of the input, in its order.
+    """Writes a row of log-probabilities for every row of the input, in its order; a reward model's score at the last token.
 
     Raises:
         UserError: on every rank, for whatever the user can mend.
@@ -46,9 +44,9 @@ def _lead(session: Session, settings: ScoreSettings) -> None:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
             sequences = [Sequence(number, ids, ids) for number, ids in enumerate(map(encode, chunk))]
-            logprobs = _score(session, _shared(sequences), settings.pack_length)
+            values = _score(session, _shared(sequences), settings.pack_length)
             for sequence in sequences:
-                line = _line(chunk[sequence.row], sequence.input_ids, logprobs[sequence.row])
+                line = _line(chunk[sequence.row], sequence.input_ids, values[sequence.row], session.engine.reward)
                 file.write(json.dumps(line) + "\n")
             print(f"{start + len(chunk):,} of {len(rows):,} rows scored", flush=True)
     _shared([])
@@ -63,29 +61,24 @@ def _shared(sequences: list[Sequence] | None) -> list[Sequence]:
 
 
 def _score(session: Session, sequences: list[Sequence], capacity: int) -> dict[int, list[float]]:
-    """Log-probabilities by row on rank 0; nothing elsewhere."""
-    hf, place = session.engine.hf, session.topology
-    cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, hf.vocab_size)
-    lengths = [len(s.input_ids) for s in sequences]
-    plan = plan_step(lengths, place.data, capacity, session.align, cost=cost, multiple=session.pipeline.multiple)
-    micro_batches = [pack((sequences[i] for i in bin_), session.align) for bin_ in plan[place.data_rank]]
-    scored = session.engine.score(micro_batches)
-    mine: dict[int, list[float]] = {}
-    if place.reports_loss and place.context_rank == 0:
-        for batch, logp_T in zip(micro_batches, scored, strict=True):
-            mine |= _by_row(batch, logp_T.tolist(), sequences)
-    gathered: list[dict[int, list[float]] | None] | None = [None] * place.size if session.lead else None
-    dist.gather_object(mine, gathered)
-    return {row: values for part in gathered or () for row, values in part.items()}
+    """Log-probabilities by row on rank 0, of a reward model the score alone; nothing elsewhere."""
+    reward = session.engine.reward
+    return score_rows(
+        session.engine, sequences, capacity, lambda batch, values_T: _by_row(batch, values_T.tolist(), sequences, reward)
+    )
 
 
-def _by_row(batch: PackedBatch, logp: list[float], sequences: list[Sequence]) -> dict[int, list[float]]:
-    """Position t of a segment holds the log-probability of its token t + 1."""
-    starts = batch.cu_seqlens_S1.tolist()
-    rows = batch.rows_S.tolist()
-    return {row: logp[at : at + len(sequences[row].input_ids) - 1] for row, at in zip(rows, starts, strict=False) if row >= 0}
+def _by_row(batch: PackedBatch, values: list[float], sequences: list[Sequence], reward: bool) -> dict[int, list[float]]:
+    """Position t of a segment holds the log-probability of its token t + 1, or the score of the text up to its token t."""
+    found = {}
+    for row, at in zip(batch.rows_S.tolist(), batch.cu_seqlens_S1.tolist(), strict=False):
+        if row >= 0:
+            last = at + len(sequences[row].input_ids) - 1
+            found[row] = values[last : last + 1] if reward else values[at:last]
+    return found
 
 
-def _line(row: dict[str, Any], input_ids: list[int], logprobs: list[float]) -> dict[str, Any]:
+def _line(row: dict[str, Any], input_ids: list[int], values: list[float], reward: bool) -> dict[str, Any]:
     kept = {"id": row["id"]} if "id" in row else {}
-    return {**kept, "input_ids": input_ids, "logprobs": logprobs, "sum": math.fsum(logprobs)}
+    told = {"score": values[0]} if reward else {"logprobs": values, "sum": math.fsum(values)}
+    return {**kept, "input_ids": input_ids, **told}

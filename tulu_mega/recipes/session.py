@@ -9,11 +9,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tulu_mega import checkpoint, platforms, topology
 from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.families.reward import check_language_model, reward_fields
 from tulu_mega.bridge.hf_files import HfCheckpoint
 from tulu_mega.bridge.hub import is_megatron, model_directory
 from tulu_mega.bridge.live import export_hf, load_hf
@@ -23,6 +25,7 @@ from tulu_mega.engine import Engine
 from tulu_mega.errors import UserError
 from tulu_mega.launcher import World
 from tulu_mega.model.hf_config import load_config
+from tulu_mega.model.reward import HEAD
 from tulu_mega.planner.layout import pack_alignment, pipeline_of
 from tulu_mega.planner.schedule import Pipeline
 from tulu_mega.topology import Topology
@@ -37,6 +40,8 @@ class Session:
     engine: Engine
     source: Path
     """directory the model came from"""
+    seed: int
+    """of what is drawn rather than loaded"""
 
     @property
     def lead(self) -> bool:
@@ -56,16 +61,22 @@ class Session:
     def load_weights(self) -> None:
         """The model's weights from its directory of either format, each rank its own slices.
 
+        A reward model made from a language model takes all but the head, which is drawn, the same under every layout.
+
         Raises:
             UserError: with everything that does not fit.
         """
+        family = family_for(_config(self.source))
+        drawn = (HEAD,) if self.engine.reward and not family.reward else ()
         if is_megatron(self.source):
-            checkpoint.load_weights(self.engine, self.source)
+            checkpoint.load_weights(self.engine, self.source, leave=drawn)
         else:
             with contextlib.closing(HfCheckpoint.open(self.source)) as files:
-                family = family_for(files.config)
                 for chunk in self.engine.chunks:
-                    load_hf(chunk, files, family, self.topology.tensor_rank, self.topology.tensor)
+                    load_hf(chunk, files, family, self.topology.tensor_rank, self.topology.tensor, leave=drawn)
+        if drawn:
+            for chunk in self.engine.chunks:
+                chunk.initialise_head(self.seed)
 
     def export(self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str]) -> None:
         """Writes the model in Hugging Face format; every rank calls it.
@@ -75,7 +86,9 @@ class Session:
         """
         place = self.topology
         self.engine.settle()
-        config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        config = _config(self.source)
+        if self.engine.reward:
+            config |= reward_fields(family_for(config), config)
         export_hf(
             self.engine.chunks,
             directory,
@@ -95,14 +108,32 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(settings: EngineSettings, world: World, seed: int) -> Iterator[Session]:
-    """Joins the world, builds this rank's part of the model, and leaves the world at the end."""
+def opened(settings: EngineSettings, world: World, seed: int, reward: bool | None = None) -> Iterator[Session]:
+    """Joins the world, builds this rank's part of the model, and leaves the world at the end.
+
+    Args:
+        seed: of random states, and of a head that is drawn.
+        reward: whether to build a reward model, which a language model's directory is enough for; None does as config.json says.
+
+    Raises:
+        UserError: the model cannot be had or built, or is a reward model where a language model is wanted.
+    """
     platform = platforms.install(world.local_rank)
     place = topology.start(settings.parallel, platform, seed)
     source = model_directory(settings.model.path)
     hf = load_config(settings.model.model_copy(update={"path": str(source)}))
-    yield Session(settings, place, Engine(hf, settings, place, platform), source)
+    family = family_for(hf.to_dict())
+    if reward is False:
+        check_language_model(settings.model.path, hf.architectures)
+    if reward or family.reward:
+        hf.update(reward_fields(family, hf.to_dict()))
+    engine = Engine(hf, settings, place, platform, reward=family.reward if reward is None else reward)
+    yield Session(settings, place, engine, source, seed)
     topology.stop()  # after an error the others may be waiting in a collective: the process ends instead
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager

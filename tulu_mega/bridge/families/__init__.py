@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from tulu_mega.bridge.families import llama, mistral, olmo2, olmo3, qwen2, qwen3
+from tulu_mega.bridge.families.reward import reward_family
 from tulu_mega.bridge.rules import Config, Family
 from tulu_mega.errors import UserError
 
 FAMILIES: dict[str, Family] = {each.FAMILY.architecture: each.FAMILY for each in (llama, mistral, olmo2, olmo3, qwen2, qwen3)}
+REWARD_FAMILIES: dict[str, Family] = {each.architecture: each for each in map(reward_family, FAMILIES.values())}
 
 
 def family_for(config: Config) -> Family:
@@ -17,6 +19,9 @@ def family_for(config: Config) -> Family:
     """
     named = config.get("architectures") or []
     for architecture in named:
-        if architecture in FAMILIES:
-            return FAMILIES[architecture]
-    raise UserError(f"config.json: architectures = {named!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}")
+        if found := FAMILIES.get(architecture) or REWARD_FAMILIES.get(architecture):
+            return found
+    raise UserError(
+        f"config.json: architectures = {named!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}, "
+        "or ...ForSequenceClassification of these for a reward model"
+    )

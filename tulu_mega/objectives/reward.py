@@ -1,0 +1,43 @@
+"""Reward modelling: a scalar for each response, higher for the chosen one of a pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tulu_mega.objectives.pairs import sides
+from tulu_mega.records import LossOutput, PackedBatch
+
+
+@dataclass(frozen=True)
+class RewardObjective:
+    """Mean over pairs of ``-log sigmoid(r_chosen - r_rejected - margin)``.
+
+    Bradley-Terry, as in Ouyang et al., arXiv 2203.02155, equation 1; the margin, 0 where the data gives none, as in Touvron et
+    al., arXiv 2307.09288, equation 2.
+    """
+
+    needs: ClassVar[str] = "sequence_score"
+    reported: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+
+    def __call__(self, score_S: Tensor, batch: PackedBatch) -> LossOutput:
+        """
+        Args:
+            score_S: float64, the score at each segment's last trained token.
+            batch: pairs; ``margin_S`` may be None.
+        """
+        chosen_P, rejected_P = sides(score_S, batch)
+        difference_P = chosen_P - rejected_P
+        asked_P = sides(batch.margin_S, batch)[0] if batch.margin_S is not None else 0.0
+        loss = -F.logsigmoid(difference_P - asked_P).sum()
+        pairs = len(difference_P)
+        metrics = {
+            "accuracy": (difference_P > 0).sum(),
+            "margin": difference_P.detach().sum(),
+            "chosen_reward": chosen_P.detach().sum(),
+            "rejected_reward": rejected_P.detach().sum(),
+        }
+        return LossOutput(loss, pairs, {name: (value, pairs) for name, value in metrics.items()})

@@ -1,0 +1,84 @@
+"""Preference tuning (Tulu 3, arXiv 2411.15124, section 5): length-normalised DPO, the reference scored beforehand."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tulu_mega import reference
+from tulu_mega.config import DpoSettings
+from tulu_mega.data.store import TokenStore
+from tulu_mega.engine import BatchLoss
+from tulu_mega.errors import UserError
+from tulu_mega.launcher import World
+from tulu_mega.model.config import DTYPES
+from tulu_mega.objectives.preference import PreferenceObjective
+from tulu_mega.recipes.stage import Stage, opened_stage
+
+REFERENCE = "reference"
+"""The run's own cache of reference log-probabilities."""
+
+
+def run(settings: DpoSettings, world: World) -> None:
+    """Trains until the last step and exports the model; goes on from the newest checkpoint in the run directory.
+
+    The reference is the model that the run starts from. Its log-probabilities are scored before the first step, and kept: no
+    step holds or runs a second model.
+
+    Raises:
+        UserError: on every rank, for whatever the user can mend.
+    """
+    objective = PreferenceObjective(**settings.preference.model_dump())
+    with opened_stage(settings, world, reward=False) as stage:
+        columns = functools.partial(_reference, stage) if settings.preference.reads_reference else lambda store: None
+        loader = stage.loader(columns(stage.store))
+        heldout = stage.heldout_store()
+        evaluated = stage.heldout(heldout, columns(heldout)) if heldout else None
+        if settings.reference.only:
+            return
+        first = functools.partial(check_first_loss, settings) if settings.preference.reads_reference else None
+        stage.fit(objective, loader, evaluated, first)
+
+
+def _reference(stage: Stage, store: TokenStore) -> dict[str, np.ndarray]:
+    """For each sequence the initial weights' sum of log-probabilities; from the cache, completed where it lacks some."""
+    settings, session = stage.settings, stage.session
+    key = reference.content_key(reference.weights_digest(session.source), settings.model.dtype, settings.megatron, store)
+    root = Path(settings.reference.cache).expanduser() if settings.reference.cache else stage.run_dir / REFERENCE
+    cache = reference.ReferenceCache.under(root, key, len(store))
+    if missing := reference.missing_parts(cache):
+        stage.initial_weights()  # never those of a checkpoint: that would be another reference
+        capacity = settings.data.pack_length or 2 * settings.data.max_length
+        reference.fill(session.engine, store, cache, missing, capacity, functools.partial(print, flush=True))
+    return {"ref_logp_S": cache.values()}
+
+
+def check_first_loss(settings: DpoSettings, loss: BatchLoss) -> None:
+    """Before the first update the policy is the reference: margins are 0 and the loss is log 2 (ipo: 1 / (2 beta)^2).
+
+    What rounding may add, by a token: a logit of up to 2^4 is off by its last place once in the reference's pass and once in this
+    one, which is packed otherwise: 2^5 u, u being the precision's unit roundoff. That may be so of all tokens of both responses:
+    2 beta 2^5 u is let pass for means, times the tokens of a response for sums.
+
+    Raises:
+        UserError: on every rank, when the difference is more than that.
+    """
+    preference = settings.preference
+    objective = PreferenceObjective(**preference.model_dump())
+    token = 2**5 * torch.finfo(DTYPES[settings.model.dtype]).eps / 2
+    allowed = 2 * preference.beta * token * (settings.data.max_length if preference.loss == "dpo" else 1)
+    expected = objective.at_reference()
+    # the slope of the loss in the margin is at most 1/2 at 0, of ipo 1/beta in the difference
+    problems = [
+        f"{name} is {value:.6g}, expected {wanted:.6g} within {allowed:.2g}"
+        for name, value, wanted in (("the mean margin", loss.metrics["margin"], 0.0), ("the loss", loss.loss, expected))
+        if not abs(value - wanted) <= allowed and not (name == "the loss" and preference.sft_weight)
+    ]
+    if problems:
+        raise UserError(
+            f"before the first update the policy has to equal the reference, but {' and '.join(problems)}. The forward pass is "
+            "not the same twice: leave dropout out of [megatron]"
+        )

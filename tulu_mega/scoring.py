@@ -1,0 +1,48 @@
+"""Sequences through the model, packed, and what becomes of each on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Series
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from tulu_mega.data.batch import pack
+from tulu_mega.data.cost import sequence_flops
+from tulu_mega.data.packing import plan_step
+from tulu_mega.engine import Engine
+from tulu_mega.planner.layout import pack_alignment, pipeline_of
+from tulu_mega.records import PackedBatch, Sequence
+
+R = TypeVar("R")
+
+
+def score_rows(
+    engine: Engine, sequences: Series[Sequence], capacity: int, read: Callable[[PackedBatch, Tensor], dict[int, R]]
+) -> dict[int, R]:
+    """Scores sequences, levelled over the data-parallel ranks; every rank calls it with the same ones.
+
+    Args:
+        sequences: each with a ``row`` of its own.
+        capacity: tokens a packed micro-batch may hold (a longer sequence has one of its own).
+        read: what is kept of a micro-batch and its [T] output, by row.
+
+    Returns:
+        By row on rank 0; nothing elsewhere.
+    """
+    hf, place = engine.hf, engine.topology
+    align, pipeline = pack_alignment(engine.settings), pipeline_of(hf.to_dict(), engine.settings)
+    cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, hf.vocab_size)
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    plan = plan_step(lengths, place.data, capacity, align, cost=cost, multiple=pipeline.multiple, pipeline=pipeline)
+    micro_batches = [pack((sequences[index] for index in bin_), align) for bin_ in plan[place.data_rank]]
+    scored = engine.score(micro_batches)
+    mine: dict[int, R] = {}
+    if place.reports_loss and place.context_rank == 0:
+        for batch, output_T in zip(micro_batches, scored, strict=True):
+            mine |= read(batch, output_T.cpu())
+    gathered: list[dict[int, R] | None] | None = [None] * place.size if place.rank == 0 else None
+    dist.gather_object(mine, gathered)
+    return {row: value for part in gathered or () for row, value in part.items()}
