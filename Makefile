@@ -3,29 +3,39 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOCKED := .venv/.locked
 INSTALLED := .venv/.installed
+PEERS := .venv-peers/.locked
 LOGS := docs/measurements
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test acceptance lint gpu-smoke venv
+.PHONY: help quickstart test acceptance lint gpu-smoke venv peers
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
 venv: $(INSTALLED)  ## build .venv from requirements/cpu.txt
 
-# A stamp is written last, so a broken installation is never taken for a whole one; it holds the lock it was made from, so
-# that a changed date alone (a fresh checkout, a switched branch) builds nothing again.
+peers: $(PEERS)  ## build .venv-peers from requirements/peers.txt: what the benchmarks race against
+
+# $(call locked_environment,LOCK,ENVIRONMENT,SIZE). The stamp is written last, so a broken installation is never taken for a whole
+# one; it holds the lock it was made from, so that a changed date alone (a fresh checkout, a switched branch) builds nothing again.
+define locked_environment
+@if cmp -s $(1) $(2)/.locked; then touch $(2)/.locked; exit 0; fi; \
+python=; for candidate in python3.11 python3.12 python3 python3.13; do \
+  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+done; \
+[ -n "$$python" ] || { echo "error: no Python 3.11 or newer with venv and ensurepip on PATH; install one" >&2; exit 2; }; \
+echo "building $(2) with $$("$$python" --version) (some $(3); minutes)"; \
+"$$python" -m venv --clear $(2); \
+$(2)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(1); \
+cp $(1) $(2)/.locked
+endef
+
 $(LOCKED): requirements/cpu.txt
-	@if cmp -s $< $@; then touch $@; exit 0; fi; \
-	python=; for candidate in python3.11 python3.12 python3 python3.13; do \
-	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
-	done; \
-	[ -n "$$python" ] || { echo "error: no Python 3.11 or newer with venv and ensurepip on PATH; install one" >&2; exit 2; }; \
-	echo "building .venv with $$("$$python" --version) (some 3.5 GB; minutes)"; \
-	"$$python" -m venv --clear .venv; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<; \
-	cp $< $@
+	$(call locked_environment,$<,.venv,3.5 GB)
+
+$(PEERS): requirements/peers.txt
+	$(call locked_environment,$<,.venv-peers,1.5 GB)
 
 $(INSTALLED): setup.py $(LOCKED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -41,7 +51,7 @@ lint: $(INSTALLED)  ## ruff and the import contracts
 test: lint  ## lint, then every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not acceptance and not gpu"
 
-acceptance: $(INSTALLED)  ## long end-to-end checks and measurements; logs under docs/measurements/
+acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/measurements/
 	@mkdir -p $(LOGS)
 	$(BIN)/python -m pytest tests -m acceptance 2>&1 | tee $(LOGS)/acceptance.log
 	@shopt -s nullglob; for bench in tools/bench_*.py; do \

@@ -31,6 +31,7 @@ setup(
         "numpy",
         "sentencepiece",  # with tiktoken, for models that ship a tokenizer.model
         "tiktoken",
+        "blake3",  # hashes of converted weights
         "psutil",  # megatron-core's checkpoint writer needs it and does not ask for it
         "rich",
         "jinja2",

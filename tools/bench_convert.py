@@ -7,9 +7,10 @@ Megatron's distributed checkpoint, and converted back. Everything is measured un
 that are not in the page cache. Three times the model's size must be free. Prints one JSON line:
 
     model_bytes, largest_tensor_bytes
-    cp             GB/s of `cp -r` and `sync`, before each conversion
+    cp             GB/s of `cp -r` and `sync` of the source, before and after each conversion
     to_megatron, to_hf
-                   GB/s, ratio to the cp before it, and the most anonymous memory of one process, less what it had after imports
+                   GB/s, ratio to the mean of the cp around it, and the most anonymous memory of one process, less what it had
+                   after imports
     allowed_bytes  twice the largest tensor and 512 MB
     equal          whether the way there and back gave the same hashes
 """
@@ -53,12 +54,14 @@ def measure(scratch: Path, gigabytes: float, workers: int) -> dict:
         sys.exit(f"{scratch}: 2.5 x {size / 1e9:.1f} GB must be free beside the model")
     report: dict = {"model_bytes": size, "largest_tensor_bytes": largest, "workers": workers, "cp": []}
     for to, source, output in (("megatron", "hf", "megatron"), ("hf", "megatron", "again")):
-        cp = copy_rate(scratch / source, scratch / "copy", size)
-        report["cp"].append(round(cp, 3))
+        copies = [copy_rate(scratch / source, scratch / "copy", size)]
         evict(scratch / source)
         arguments = ["--source", str(scratch / source), "--output", str(scratch / output), "--to", to, "--workers", str(workers)]
         seconds, peak = watched([sys.executable, "-m", "tulu_mega", "convert", *arguments])
-        rate = size / seconds / 1e9
+        evict(scratch / output)
+        copies.append(copy_rate(scratch / source, scratch / "copy", size))
+        report["cp"] += [round(rate, 3) for rate in copies]
+        rate, cp = size / seconds / 1e9, sum(copies) / 2
         report[f"to_{to}"] = {"rate": round(rate, 3), "ratio": round(rate / cp, 3), "peak_anonymous_bytes": peak}
         if to == "megatron":
             before = hashes(scratch / "hf")
@@ -156,12 +159,11 @@ def _watch(process: subprocess.Popen, note: Callable[[int], None]) -> None:
 def hashes(directory: Path) -> dict[str, str]:
     """Of every tensor, computed from the files."""
     from tulu_mega.bridge.hf_files import HfCheckpoint
-    from tulu_mega.convert.manifest import sha256
+    from tulu_mega.convert.manifest import hash_of
 
     files = HfCheckpoint.open(directory)
-    return {
-        name: sha256(files.read_region(name, tuple((0, extent) for extent in info.shape))) for name, info in files.tensors.items()
-    }
+    regions = {name: tuple((0, extent) for extent in info.shape) for name, info in files.tensors.items()}
+    return {name: hash_of(files.read_region(name, region)) for name, region in regions.items()}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from tulu_mega.collective import together
 from tulu_mega.engine import Engine
 from tulu_mega.errors import UserError
 from tulu_mega.model.hf_config import head_dim
+from tulu_mega.planner.stages import stage_layers
 from tulu_mega.sharded_save import ShardedSave
 
 _NAME = re.compile(r"step_(\d+)")
@@ -60,6 +62,8 @@ class Checkpoint:
     """TP, PP, VPP, CP, DP it was written under"""
     format: Format
     """of the optimizer's state"""
+    cut: dict[str, Any]
+    """what else decides where that state lies in a checkpoint of the same layout, by name; empty in those of the first version"""
 
 
 def find(directory: Path) -> list[Checkpoint]:
@@ -71,7 +75,8 @@ def find(directory: Path) -> list[Checkpoint]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             manifest = json.loads((path / _MANIFEST).read_text())
             if all((path / name).stat().st_size == size for name, size in manifest["files"].items()):
-                found.append(Checkpoint(path, *(manifest[name] for name in ("step", "state", "model", "layout", "format"))))
+                known = (manifest[name] for name in ("step", "state", "model", "layout", "format"))
+                found.append(Checkpoint(path, *known, manifest.get("cut", {})))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -123,7 +128,14 @@ class Saver:
             if dist.get_rank() == 0:
                 clean(directory)
                 partial.mkdir(parents=True)
-        manifest = {"step": step, "state": state, "model": identity(engine.hf), "layout": _layout(engine), "format": self._format}
+        manifest = {
+            "step": step,
+            "state": state,
+            "model": identity(engine.hf),
+            "layout": _layout(engine),
+            "format": self._format,
+            "cut": _cut(engine),
+        }
         try:
             content = _sharded_state(engine, self._format, loading=False)
             sharded = ShardedSave(content, partial, what, copy=self._thread is not None)
@@ -202,7 +214,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Loads parameters, optimizer and random states. Called by every rank, after `Engine.prepare_training`.
 
     Raises:
-        UserError: when it is another model's, or cannot be read.
+        UserError: when it is another model's, is of the form of another layout than this run's, or cannot be read.
     """
     ours = identity(engine.hf)
     different = [f"{k}: {v} there, {ours.get(k)} here" for k, v in checkpoint.model.items() if ours.get(k) != v]
@@ -211,11 +223,8 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is a checkpoint of another model than {engine.settings.model.path} ({'; '.join(different)}); "
             "choose another run_dir or the model it was made from"
         )
-    if checkpoint.format == "same_layout" and checkpoint.layout[:4] != _layout(engine)[:4]:
-        raise UserError(
-            f"{checkpoint.path} was written with checkpoint.format = 'same_layout' under {_spelt(checkpoint.layout)}, this run "
-            f"is {_spelt(_layout(engine))}; resume under the former, or save once with checkpoint.format = 'reshardable' there"
-        )
+    if checkpoint.format == "same_layout":
+        _check_same_layout(engine, checkpoint)
     with together(f"{checkpoint.path} could not be read; remove it to go on from the checkpoint before"), torch.no_grad():
         wanted = _sharded_state(engine, checkpoint.format, loading=True)
         if checkpoint.layout != _layout(engine):  # random states belong to ranks of the layout they were drawn under
@@ -229,17 +238,24 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
             get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
 
 
-def load_weights(engine: Engine, directory: Path) -> None:
+def load_weights(engine: Engine, directory: Path, leave: Collection[str] = ()) -> None:
     """Loads parameters alone from a Megatron distributed checkpoint of any layout and precision. Called by every rank.
 
     Rows that pad the vocabulary become zero.
+
+    Args:
+        leave: parameters that stay as they are.
 
     Raises:
         UserError: on every rank, when a tensor is missing or cannot be read.
     """
     with together(f"{directory} could not be read"), torch.no_grad():
         wanted = {
-            name: {key: held for key, held in chunk.sharded_state_dict(metadata=dict(_METADATA)).items() if is_weight(key)}
+            name: {
+                key: held
+                for key, held in chunk.sharded_state_dict(metadata=dict(_METADATA)).items()
+                if is_weight(key) and key not in leave
+            }
             for name, chunk in _chunks(engine).items()
         }
         loaded = dist_checkpointing.load(wanted, str(directory))
@@ -268,6 +284,31 @@ def _layout(engine: Engine) -> list[int]:
     topology = engine.topology
     chunks = engine.settings.parallel.virtual_pipeline
     return [topology.tensor, topology.pipeline, chunks, topology.context, topology.data]
+
+
+def _cut(engine: Engine) -> dict[str, Any]:
+    """What else decides which rank holds what of the optimizer's state, and in which buckets."""
+    ddp = engine.ddp[0].ddp_config
+    cut = {
+        "layers by pipeline stage": list(stage_layers(engine.hf.to_dict(), engine.settings.parallel)),
+        "parallel.distributed_optimizer": ddp.use_distributed_optimizer,
+    }
+    if ddp.use_distributed_optimizer:
+        # what the size comes to: megatron-core's choice depends on the ranks; without overlap all is one bucket
+        cut |= {"parallel.overlap_grad_reduce": ddp.overlap_grad_reduce, "parallel.bucket_size": ddp.bucket_size}
+    return cut
+
+
+def _check_same_layout(engine: Engine, checkpoint: Checkpoint) -> None:
+    there, here = checkpoint.layout, _layout(engine)
+    cut = _cut(engine)
+    changed = [f"{name} was {was!r}, is {cut.get(name)!r}" for name, was in checkpoint.cut.items() if cut.get(name) != was]
+    if there[:4] == here[:4] and not changed:  # the data-parallel ranks may be others
+        return
+    raise UserError(
+        f"{checkpoint.path} was written with checkpoint.format = 'same_layout' under {_spelt(there)}, this run is {_spelt(here)}"
+        f"{''.join(f'; {each}' for each in changed)}; resume as it was, or save once with checkpoint.format = 'reshardable' there"
+    )
 
 
 def _chunks(engine: Engine) -> dict[str, torch.nn.Module]:

@@ -3,7 +3,7 @@
     logp(label | h) = h . w_label - logsumexp_v(h . w_v)
 
 Rows without a label are skipped, columns that only pad the vocabulary never enter the sum. Chunks of rows bound the
-workspace; the backward pass computes each chunk's logits again instead of keeping them.
+workspace; the backward pass computes the logits of all chunks again but those of the last, whose probabilities are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from tulu_mega.platforms.matmul import times_transposed
 from tulu_mega.records import IGNORE
 
 WORKSPACE = 64 * 2**20
@@ -68,25 +69,31 @@ class _LabelLogProb(torch.autograd.Function):
         lse_N = torch.full((n,), -torch.inf, dtype=torch.float32, device=hidden_NH.device)
         target_N = torch.zeros_like(lse_N)
         chunk = max(1, workspace // (4 * max(real, 1)))
+        local_lse_N, softmax = lse_N, None
         for start in range(0, n if real else 0, chunk):
             here = slice(start, start + chunk)
-            logits = (hidden_NH[here] @ weight.t()).float()
-            lse_N[here] = logits.logsumexp(-1)
+            logits = times_transposed(hidden_NH[here], weight).float()
             inside = local_labels_N[here].clamp(0, real - 1)
             target_N[here] = torch.where(mine_N[here], logits.gather(1, inside[:, None]).squeeze(1), 0.0)
+            if start + chunk < n:
+                lse_N[here] = logits.logsumexp(-1)
+            else:
+                softmax = logits.softmax(-1)  # its largest is exp(largest logit - logsumexp)
+                lse_N[here] = logits.amax(-1) - softmax.amax(-1).log()
         if group.size() > 1 and n:
+            local_lse_N = lse_N
             peak_N = lse_N.clone()
             dist.all_reduce(peak_N, dist.ReduceOp.MAX, group=group)
             both = torch.stack([(lse_N - peak_N).exp(), target_N])
             dist.all_reduce(both, group=group)
             lse_N, target_N = peak_N + both[0].log(), both[1]
-        ctx.save_for_backward(hidden_NH, weight_VlH, local_labels_N, mine_N, lse_N)
-        ctx.real, ctx.chunk = real, chunk
+        ctx.save_for_backward(hidden_NH, weight_VlH, local_labels_N, mine_N, lse_N, local_lse_N)
+        ctx.real, ctx.chunk, ctx.softmax = real, chunk, softmax
         return target_N - lse_N
 
     @staticmethod
     def backward(ctx, grad_N):
-        hidden_NH, weight_VlH, local_labels_N, mine_N, lse_N = ctx.saved_tensors
+        hidden_NH, weight_VlH, local_labels_N, mine_N, lse_N, local_lse_N = ctx.saved_tensors
         weight = weight_VlH[: ctx.real]
         grad_hidden = torch.zeros_like(hidden_NH)
         n = hidden_NH.shape[0]
@@ -96,11 +103,20 @@ class _LabelLogProb(torch.autograd.Function):
         for start in range(0, n if ctx.real else 0, ctx.chunk):
             here = slice(start, start + ctx.chunk)
             h = hidden_NH[here]
-            logits = (h @ weight.t()).float()
-            d_logits = logits.sub_(lse_N[here, None]).exp_().neg_()  # -p
+            if start + ctx.chunk < n:
+                d_logits = times_transposed(h, weight).float().sub_(lse_N[here, None]).exp_()
+                scale = -grad_N[here]
+            else:  # this shard's share of the probabilities
+                d_logits = ctx.softmax
+                scale = -grad_N[here] * (local_lse_N[here] - lse_N[here]).exp()
+                ctx.softmax = None
+            d_logits.mul_(scale[:, None])
             own = mine_N[here].nonzero().squeeze(1)
-            d_logits[own, local_labels_N[here][own]] += 1.0
-            d_logits = d_logits.mul_(grad_N[here, None]).to(h.dtype)
-            grad_hidden[here] = d_logits @ weight
-            grad_weight[: ctx.real] += d_logits.t() @ h
+            d_logits[own, local_labels_N[here][own]] += grad_N[here][own]
+            d_logits = d_logits.to(h.dtype)
+            grad_hidden[here] = times_transposed(d_logits, weight.t())
+            if grad_weight.dtype == h.dtype:
+                grad_weight[: ctx.real].addmm_(d_logits.t(), h)
+            else:
+                grad_weight[: ctx.real] += d_logits.t() @ h
         return grad_hidden, grad_weight.to(weight_VlH.dtype), None, None, None, None

@@ -30,6 +30,7 @@ from tulu_mega.data.store import TokenStore, prepare
 from tulu_mega.errors import UserError
 from tulu_mega.planner.schedule import Pipeline
 from tulu_mega.planner.stages import stage_layers
+from tulu_mega.run_lock import check_free
 
 CONFIG = "config.json"
 DATA = "data"
@@ -105,6 +106,7 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
     if config and not isinstance(settings, _FOR_REWARD_MODELS):
         collect(lambda: check_language_model(settings.model.path, config["architectures"]))
     if isinstance(settings, StageSettings):
+        collect(lambda: check_free(Path(settings.run_dir)))
         collect(lambda: _same_run(settings))
         collect(lambda: _schedulable(settings))
         wanted = _data(settings, data_directory)

@@ -13,6 +13,7 @@ from tulu_mega.data.batch import pack
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.packing import plan_step
 from tulu_mega.engine import Engine
+from tulu_mega.planner.flops import head_columns
 from tulu_mega.planner.layout import pack_alignment, pipeline_of
 from tulu_mega.records import PackedBatch, Sequence
 
@@ -34,7 +35,7 @@ def score_rows(
     """
     hf, place = engine.hf, engine.topology
     align, pipeline = pack_alignment(engine.settings), pipeline_of(hf.to_dict(), engine.settings)
-    cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, hf.vocab_size)
+    cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, head_columns(hf.to_dict()))
     lengths = [len(sequence.input_ids) for sequence in sequences]
     plan = plan_step(lengths, place.data, capacity, align, cost=cost, multiple=pipeline.multiple, pipeline=pipeline)
     micro_batches = [pack((sequences[index] for index in bin_), align) for bin_ in plan[place.data_rank]]

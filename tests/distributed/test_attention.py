@@ -31,7 +31,7 @@ def ours(window: int | None, scale: float | None, tensor: int):
     size = int(os.environ["WORLD_SIZE"]) // tensor
     place = topology.start(ParallelSettings(tensor=tensor, context=size), platforms.install(), seed=0)
     # layers 1 and 2 of 3 have the window; megatron-core counts layers from 1
-    config = SimpleNamespace(window_size=window and (window - 1, 0), window_attn_skip_freq=[1, 1, 0])
+    config = SimpleNamespace(window_size=window and (window - 1, 0), window_attn_skip_freq=[1, 1, 0], attention_dropout=0.0)
     answers = []
     for layer in (2, 3):
         groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from tests.distributed import families, jobs, test_fidelity, world
-from tests.distributed.test_fidelity import LAYOUTS, STEPS
+from tests.distributed import families, jobs, world
+from tests.distributed.layouts import LAYOUTS, STEPS, check, weights
 
 LR = 0.02  # at 0.05 float32's rounding grows to 1e-5 in Qwen 3: transformers differs from itself with the batch in another order
 
@@ -59,13 +59,13 @@ def truth(tmp_path_factory):
 
 @pytest.mark.parametrize(("family", "layout", "micro_batches", "reduction", "recompute"), PAIRWISE)
 def test_family_equals_hugging_face(truth, tmp_path, family, layout, micro_batches, reduction, recompute):
-    test_fidelity.check(truth, tmp_path, layout, family, micro_batches, reduction, recompute, LR)
+    check(truth, tmp_path, layout, family, micro_batches, reduction, recompute, LR)
 
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize(("family", "layout", "micro_batches", "reduction", "recompute"), GRID)
 def test_full_grid(truth, tmp_path, family, layout, micro_batches, reduction, recompute):
-    test_fidelity.check(truth, tmp_path, layout, family, micro_batches, reduction, recompute, LR)
+    check(truth, tmp_path, layout, family, micro_batches, reduction, recompute, LR)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -74,7 +74,7 @@ def test_export_is_bit_exact_and_transformers_loads_it(tmp_path, family):
     world.run(1, families.make_model, model, family)
     out = str(tmp_path / "out")
     world.run(4, families.exported, model, LAYOUTS["TP2xPP2"], out)
-    before, after = test_fidelity.weights(model), test_fidelity.weights(out)
+    before, after = weights(model), weights(out)
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
     assert world.run(1, families.unloaded, out) == [[]]
@@ -88,7 +88,7 @@ def test_a_checkpoint_is_read_under_another_layout(tmp_path, family):
     checkpoints = str(tmp_path / "checkpoints")
     world.run(2, families.saved, first, LAYOUTS["TP2"], checkpoints)
     world.run(2, families.restored, second, LAYOUTS["PP2"], checkpoints, out)
-    saved, read = test_fidelity.weights(first), test_fidelity.weights(out)
+    saved, read = weights(first), weights(out)
     assert saved.keys() == read.keys()
     assert all(saved[name].tobytes() == read[name].tobytes() for name in saved)
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_is_read_under_another_layout(tmp_path, family):
 def test_vllm_reads_what_is_exported(tmp_path, family):
     """vLLM's most probable tokens for prompts longer than the window are transformers'."""
     pytest.importorskip("vllm")
-    from tulu_mega.rollout.generate import Generator, Sampling
+    from tulu_mega.rollout.vllm_process import Generator, Sampling
 
     model, out = str(tmp_path / "model"), str(tmp_path / "out")
     world.run(1, families.make_model, model, family, 0, 32)  # vLLM's attention has no smaller heads

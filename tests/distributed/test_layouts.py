@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed import jobs, test_fidelity, world
-from tests.distributed.test_fidelity import check, truth  # noqa: F401  (a fixture)
+from tests.distributed import jobs, world
+from tests.distributed.layouts import check, size, weights
 from tulu_mega import checkpoint
 from tulu_mega.config import OptimSettings
 from tulu_mega.objectives.sft import SftObjective
@@ -29,7 +29,7 @@ PAIRWISE = [  # layout, tied, micro-batches, reduction, recompute
 
 
 @pytest.mark.parametrize(("name", "tied", "micro_batches", "reduction", "recompute"), PAIRWISE)
-def test_layout_equals_hugging_face(truth, tmp_path, name, tied, micro_batches, reduction, recompute):  # noqa: F811
+def test_layout_equals_hugging_face(truth, tmp_path, name, tied, micro_batches, reduction, recompute):
     check(truth, tmp_path, name, tied, micro_batches, reduction, recompute)
 
 
@@ -82,13 +82,13 @@ def test_overlap_gives_the_same_bits(model, tmp_path, layout, bucket_size):
     overlap = {"overlap_grad_reduce": True, "bucket_size": bucket_size}
     overlap["overlap_param_gather"] = layout.get("distributed_optimizer", True)
     plain, overlapped = (
-        world.run(test_fidelity.size(layout), series, model, {**layout, **more}, 0, STEPS, None, str(tmp_path / name))[0]
+        world.run(size(layout), series, model, {**layout, **more}, 0, STEPS, None, str(tmp_path / name))[0]
         for name, more in (("plain", {}), ("overlapped", overlap))
     )
     assert [loss for loss, _ in overlapped] == [loss for loss, _ in plain]
     # other buckets are other shards of the optimizer, whose squares are added up in another order
     assert [norm for _, norm in overlapped] == pytest.approx([norm for _, norm in plain], rel=1e-6)
-    want, got = (test_fidelity.weights(str(tmp_path / name)) for name in ("plain", "overlapped"))
+    want, got = (weights(str(tmp_path / name)) for name in ("plain", "overlapped"))
     assert want.keys() == got.keys()
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
@@ -105,6 +105,6 @@ def test_overlap_gives_the_same_bits(model, tmp_path, layout, bucket_size):
 def test_a_run_goes_on_under_another_layout(model, tmp_path, before, after):
     stayed = world.run(1, series, model, {}, 0, STEPS, None, None)[0]
     folder = str(tmp_path / "checkpoints")
-    done = world.run(test_fidelity.size(before), series, model, before, 0, 2, folder, None)[0]
-    done += world.run(test_fidelity.size(after), series, model, after, 2, STEPS, folder, None)[0]
+    done = world.run(size(before), series, model, before, 0, 2, folder, None)[0]
+    done += world.run(size(after), series, model, after, 2, STEPS, folder, None)[0]
     np.testing.assert_allclose(done, stayed, rtol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import jobs, preference_jobs, world
-from tests.distributed.test_fidelity import LAYOUTS, size
+from tests.distributed.layouts import LAYOUTS, size
 
 OBJECTIVES = {
     "dpo": {"loss": "dpo", "beta": 0.1},

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import jobs, world
+from tests.distributed.layouts import size
 
 STEPS, SAVED = 5, 2
 # eps well above the smallest gradients: Adam otherwise turns rounding into steps of the full rate
@@ -33,10 +34,6 @@ PAIRWISE = [  # each layout once on either side
     ("PP2xVPP2", "PP2"),
     ("PP2", "TP2"),
 ]
-
-
-def size(layout: dict) -> int:
-    return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1) * layout.get("data", 1)
 
 
 def train(model: str, layout: dict, directory: str, first: int, last: int, every: int | None, **options) -> list[float]:
@@ -64,6 +61,13 @@ def train(model: str, layout: dict, directory: str, first: int, last: int, every
         return losses
 
 
+def only_saved(folder: Path) -> None:
+    """Hides the checkpoints of the steps other than SAVED."""
+    for other in folder.glob("step_*"):
+        if other.name != f"step_{SAVED:08d}":
+            other.rename(other.with_name(f"not_{other.name}"))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("reshard") / "model")
@@ -81,9 +85,7 @@ def saved(model, tmp_path_factory):
             directory = str(tmp_path_factory.mktemp(name))
             layout = LAYOUTS[name]
             made[name] = directory, world.run(size(layout), train, model, layout, directory, 0, STEPS, SAVED)[0]
-            for later in Path(directory).glob("step_*"):  # of every second step, the first is wanted
-                if later.name != f"step_{SAVED:08d}":
-                    later.rename(later.with_name(f"not_{later.name}"))
+            only_saved(Path(directory))  # of every second step, the first is wanted
         return made[name]
 
     return get
@@ -138,9 +140,7 @@ def test_the_same_layout_goes_on_bit_for_bit(model, tmp_path, layout, dtype, for
     options = {"dtype": dtype, "format": format}
     run = (str(tmp_path), parallel)
     stayed = world.run(2, train_with, model, *run, 0, STEPS, SAVED, options)[0]
-    for later in tmp_path.glob("step_*"):
-        if later.name != f"step_{SAVED:08d}":
-            later.rename(later.with_name(f"not_{later.name}"))
+    only_saved(tmp_path)
     assert world.run(2, train_with, model, *run, SAVED, STEPS, None, options)[0] == stayed[SAVED:]
 
 
@@ -148,19 +148,70 @@ def train_with(model, directory, layout, first, last, every, options) -> list[fl
     return train(model, layout, directory, first, last, every, **options)
 
 
-def refused(model: str, directory: str) -> list[str]:
+def refused(model: str, directory: str, layout: dict) -> list[str]:
     from tulu_mega.errors import UserError
 
     with pytest.raises(UserError) as caught:
-        train(model, LAYOUTS["PP2"], directory, SAVED, STEPS, None)
+        train(model, layout, directory, SAVED, STEPS, None)
     return caught.value.problems
 
 
 def test_the_same_layout_form_is_refused_elsewhere(model, tmp_path):
     options = {"format": "same_layout"}
     world.run(2, train_with, model, str(tmp_path), LAYOUTS["TP2"], 0, SAVED, SAVED, options)
-    for problems in world.run(2, refused, model, str(tmp_path)):
+    for problems in world.run(2, refused, model, str(tmp_path), LAYOUTS["PP2"]):
         assert "'same_layout' under TP2 x PP1 x VPP1 x CP1 x DP1, this run is TP1 x PP2" in problems[0]
+
+
+OVERLAP = {"data": 2, "overlap_grad_reduce": True, "bucket_size": 5000}
+CHANGES = {  # of what a run in the form of one layout may not change: before, after, what is told
+    "bucket_size": (OVERLAP, {**OVERLAP, "bucket_size": 20000}, ["parallel.bucket_size was 5000, is 20000"]),
+    "overlap": (
+        OVERLAP,
+        {"data": 2},
+        ["parallel.overlap_grad_reduce was True, is False", "parallel.bucket_size was 5000, is None"],
+    ),
+    "distributed_optimizer": (
+        {"data": 2},
+        {"data": 2, "distributed_optimizer": False},
+        ["parallel.distributed_optimizer was True, is False"],
+    ),
+    "stages": (
+        {"pipeline": 2},
+        {"pipeline": 2, "first_stage_layers": 1},
+        ["layers by pipeline stage was [2, 2], is [1, 3]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_same_layout_form_is_refused_where_its_buckets_changed(model, tmp_path, name):
+    before, after, telling = CHANGES[name]
+    world.run(2, train_with, model, str(tmp_path), before, 0, SAVED, SAVED, {"format": "same_layout"})
+    for (problem,) in world.run(2, refused, model, str(tmp_path), after):
+        assert all(text in problem for text in telling) and "resume as it was" in problem
+
+
+def test_what_leaves_the_buckets_as_they_are_may_change(model, tmp_path):
+    options = {"format": "same_layout"}
+    stayed = world.run(2, train_with, model, str(tmp_path), OVERLAP, 0, STEPS, SAVED, options)[0]
+    only_saved(tmp_path)
+    gathering = {**OVERLAP, "overlap_param_gather": True}
+    assert world.run(2, train_with, model, str(tmp_path), gathering, SAVED, STEPS, None, options)[0] == stayed[SAVED:]
+
+
+def test_a_checkpoint_of_before_names_no_buckets(model, tmp_path):
+    from tulu_mega import checkpoint
+
+    options = {"format": "same_layout"}
+    stayed = world.run(2, train_with, model, str(tmp_path), {"data": 2}, 0, STEPS, SAVED, options)[0]
+    only_saved(tmp_path)
+    file = tmp_path / f"step_{SAVED:08d}" / "training.json"
+    manifest = json.loads(file.read_text())
+    del manifest["cut"]
+    file.write_text(json.dumps(manifest))
+    assert [each.cut for each in checkpoint.find(tmp_path)] == [{}]
+    assert world.run(2, train_with, model, str(tmp_path), {"data": 2}, SAVED, STEPS, None, options)[0] == stayed[SAVED:]
 
 
 def test_asynchronous_saves_hold_the_moment_they_were_asked_for(model, tmp_path):
@@ -170,9 +221,7 @@ def test_asynchronous_saves_hold_the_moment_they_were_asked_for(model, tmp_path)
     assert behind == plain
     found = sorted(path.name for path in (tmp_path / "behind").iterdir())
     assert found == [f"step_{step:08d}" for step in range(1, STEPS + 1)]
-    for later in (tmp_path / "behind").glob("step_*"):
-        if int(later.name[5:]) > SAVED:
-            later.rename(later.with_name(f"not_{later.name}"))
+    only_saved(tmp_path / "behind")
     assert world.run(2, train_with, model, str(tmp_path / "behind"), parallel, SAVED, STEPS, None, {})[0] == plain[SAVED:]
 
 

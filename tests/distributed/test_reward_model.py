@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.distributed import families, rewards, world
-from tests.distributed.test_fidelity import LAYOUTS, size, weights
+from tests.distributed.layouts import LAYOUTS, size, weights
 from tulu_mega import preflight
 from tulu_mega.config import GenerateSettings, ModelSettings, RmSettings, ScoreSettings, SftSettings, load
 from tulu_mega.convert.run import run as convert

@@ -9,8 +9,8 @@ import pytest
 from tulu_mega.evaluation.run import evaluate
 from tulu_mega.evaluation.settings import EvalSettings
 from tulu_mega.quickstart import task, tiny_model
-from tulu_mega.rollout import generate as door
-from tulu_mega.rollout.generate import Generator, Sampling
+from tulu_mega.rollout import vllm_process as door
+from tulu_mega.rollout.vllm_process import Generator, Sampling
 
 pytest.importorskip("vllm")
 

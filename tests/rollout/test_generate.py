@@ -9,8 +9,9 @@ import pytest
 from tulu_mega.config import GenerateSettings, ModelSettings
 from tulu_mega.errors import UserError
 from tulu_mega.quickstart import tiny_model
-from tulu_mega.rollout import generate as door
-from tulu_mega.rollout.generate import Completion, Generator, Sampling, generate
+from tulu_mega.rollout import vllm_process as door
+from tulu_mega.rollout.generate import generate
+from tulu_mega.rollout.vllm_process import Completion, Generator, Sampling
 
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45], [300]]
 
@@ -174,7 +175,7 @@ def test_a_conversation_is_kept_until_reset(model, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{oops", "not JSON"),
+        ("{oops", "not valid JSON"),
         ("[1]", "expected a JSON object"),
         ({}, "no messages, prompt or input_ids"),
         ({"prompt": "a", "input_ids": [1]}, "has prompt and input_ids"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import families, rewards, world
-from tests.distributed.test_fidelity import LAYOUTS
+from tests.distributed.layouts import LAYOUTS
 from tulu_mega.quickstart import tiny_model
 
 POOL = """

@@ -1,4 +1,4 @@
-"""The quickstart ends between 30% and 60% whatever the seed, so that later stages have room."""
+"""The quickstart learns whatever the seed, leaves later stages room, and learns the opposite from swapped labels."""
 
 from __future__ import annotations
 
@@ -6,25 +6,55 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from tulu_mega.quickstart.demo import heldout_accuracy
 
-@pytest.mark.acceptance
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_accuracy_after_sft(tmp_path, seed):
-    run_dir = tmp_path / "quickstart"
-    started = time.monotonic()
-    command = [sys.executable, "-m", "tulu_mega", "quickstart", "--run_dir", str(run_dir), "--seed", str(seed)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
+
+def command(name: str, *arguments: object) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "tulu_mega", name, *map(str, arguments)], capture_output=True, text=True, timeout=850, check=False
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
 
-    def accuracy(output: str) -> float:
-        results = json.loads((run_dir / output / "results.json").read_text())
-        return results["tasks"]["rlvr"]["metrics"]["score"]["value"]
 
-    before, after = accuracy("before"), accuracy("sft/eval")
-    print(json.dumps({"seed": seed, "before": before, "after": after, "seconds": round(time.monotonic() - started)}))
-    assert before < 0.1
-    assert 0.3 <= after <= 0.6
+def solved(output: Path) -> float:
+    results = json.loads((output / "results.json").read_text())
+    return results["tasks"]["rlvr"]["metrics"]["score"]["value"]
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_recipe_learns_and_its_control_unlearns(tmp_path, seed):
+    run_dir = tmp_path / "quickstart"
+    started = time.monotonic()
+    command("quickstart", "--run_dir", run_dir, "--seed", seed)
+    seconds = time.monotonic() - started
+    found = {
+        "seed": seed,
+        "seconds": round(seconds),
+        "solved before": solved(run_dir / "before"),
+        "solved after SFT": solved(run_dir / "sft/eval"),
+        "solved after DPO-norm": solved(run_dir / "dpo/eval"),
+        "pairs told apart by the reward model": heldout_accuracy(run_dir / "rm"),
+        "pairs with a positive DPO margin": heldout_accuracy(run_dir / "dpo"),
+    }
+
+    swapped = tmp_path / "swapped.jsonl"
+    pairs = map(json.loads, (run_dir / "data/pairs.jsonl").read_text().splitlines())
+    swapped.write_text("".join(json.dumps({"chosen": row["rejected"], "rejected": row["chosen"]}) + "\n" for row in pairs))
+    for stage in ("rm", "dpo"):
+        control = tmp_path / f"{stage}-swapped"
+        command(stage, run_dir / f"{stage}.toml", "--run_dir", control, "--data.train", swapped, "--checkpoint.export", "false")
+        found[f"{stage} from swapped labels"] = heldout_accuracy(control)
+    print(json.dumps(found))
+
+    assert found["solved before"] < 0.1
+    assert 0.3 <= found["solved after SFT"] <= 0.6
+    assert found["pairs told apart by the reward model"] > 0.8
+    assert found["pairs with a positive DPO margin"] > 0.9
+    assert found["rm from swapped labels"] < 0.2
+    assert found["dpo from swapped labels"] < 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from tulu_mega import cli, launcher
 from tulu_mega.config import SftSettings, load
+from tulu_mega.errors import UserError
 from tulu_mega.quickstart import task, tiny_model
+from tulu_mega.run_lock import locked
 
 LIMIT = 180
 """Seconds for a command of its own process."""
@@ -277,12 +278,21 @@ def test_in_a_process_of_its_own(place):
     assert not (place / "run").exists()
 
 
+@pytest.mark.parametrize("command", [SFT, ["check", *SFT]], ids=["sft", "check"])
+def test_a_directory_in_use(capsys, place, command):
+    with locked(place / "run"):
+        (problem,) = refused(capsys, place, command)
+        assert problem == "run_dir = run: another run is writing there; wait for it or choose another run_dir"
+        with pytest.raises(UserError, match="another run is writing there"), locked(place / "run"):  # what a rank would find
+            pass
+    with locked(place / "run"):
+        pass
+
+
 @pytest.mark.slow
-def test_a_directory_in_use(place):
-    (place / "run").mkdir()
-    with (place / "run/.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def test_a_directory_in_use_and_a_process_of_its_own(place):
+    with locked(place / "run"):
         done = in_a_process(place, [*SFT, "--model.dtype", "fp32"])
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: run_dir = run: another run is writing there; wait for it or choose another run_dir" in done.stderr
-    assert not (place / "run/metrics.jsonl").exists() and not (place / "run/config.json").exists()
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: run_dir = run: another run is writing there; wait for it or choose another run_dir\n"
+    assert sorted(path.name for path in (place / "run").iterdir()) == [".lock"]

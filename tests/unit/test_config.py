@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tulu_mega.config import GenerateSettings, ScoreSettings, SftSettings, describe, load
+from tulu_mega.config import DpoSettings, GenerateSettings, RmSettings, ScoreSettings, SftSettings, describe, load
 from tulu_mega.config.megatron_fields import megatron_fields
 from tulu_mega.errors import UserError, nearest
 
@@ -145,9 +145,24 @@ def test_nearest():
     assert nearest("zzz", ["global_batch", "lr"]) == ""
 
 
-@pytest.mark.parametrize(
-    "file", sorted(Path(__file__).parents[2].glob("examples/tulu3/**/sft.toml")), ids=lambda p: p.parent.name
-)
+STAGES = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings}
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parents[2].glob("examples/tulu3/**/*.toml")), ids=str)
 def test_the_examples_are_valid(file):
-    settings = load(SftSettings, str(file))
-    assert settings.train.reduction == "sum" and settings.optim.schedule == "linear" and settings.optim.warmup == 0.03
+    settings = load(STAGES[file.stem], str(file))
+    assert settings.optim.schedule == "linear"
+    match file.stem:  # the values of Tulu 3
+        case "sft":
+            assert settings.train.reduction == "sum" and settings.optim.warmup == 0.03
+        case "rm":
+            assert (settings.train.global_batch, settings.data.max_length, settings.data.overlong) == (256, 2048, "reject")
+        case "dpo":
+            assert (settings.preference.loss, settings.preference.beta, settings.optim.warmup) == ("dpo_norm", 5.0, 0.1)
+
+
+def test_defaults_of_a_stage_survive_a_section_that_sets_something_else():
+    rows = {"run_dir": "r", "model": "m", "data": {"train": "d"}, "optim": {"eps": 1e-6}, "train": {"log_every": 2}}
+    dpo, rm = DpoSettings.model_validate(rows), RmSettings.model_validate(rows)
+    assert (dpo.optim.lr, dpo.optim.warmup, dpo.train.epochs, dpo.train.global_batch) == (5e-7, 0.1, 1.0, 128)
+    assert (rm.optim.lr, rm.train.epochs, rm.train.global_batch, rm.data.overlong) == (3e-6, 1.0, 256, "reject")

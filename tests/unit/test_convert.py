@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,10 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
+from blake3 import blake3
 from safetensors.torch import load_file
 
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.hf_writer import ShardWriter, plan_files, tensor_info, write_index
+from tulu_mega.bridge.megatron_files import MegatronCheckpoint
 from tulu_mega.convert import manifest
 from tulu_mega.convert.run import plan_job, run
 from tulu_mega.convert.settings import ConvertSettings
@@ -201,7 +205,7 @@ def test_a_damaged_source_is_found_by_file_and_tensor(tmp_path):
         with pytest.raises(UserError) as caught:
             convert(megatron, tmp_path / output, to, dtype="bf16")
         assert str(megatron / file) in str(caught.value) and name in str(caught.value)
-    with pytest.raises(UserError, match="sha256 differs"):
+    with pytest.raises(UserError, match="its hash differs"):
         convert(source, megatron, "megatron", verify=True)
 
     file = next(file for file in sorted(hf.glob("*.safetensors")) if "model.layers.1.mlp.up_proj.weight" in load_file(file))
@@ -210,6 +214,72 @@ def test_a_damaged_source_is_found_by_file_and_tensor(tmp_path):
     with pytest.raises(UserError) as caught:
         convert(hf, tmp_path / "c", "megatron")
     assert str(file) in str(caught.value) and last in str(caught.value)
+
+
+def edit_manifest(directory: Path, change) -> None:
+    """Puts other entries in the place of a manifest's."""
+    content = json.loads((directory / "manifest.json").read_text())
+    for record in content["files"]:
+        record["tensors"] = {name: change(name, held) for name, held in record["tensors"].items()}
+    (directory / "manifest.json").write_text(json.dumps(content))
+
+
+def test_manifests_of_the_first_version_are_understood_and_unknown_hashes_refused(tmp_path):
+    source = make_source(tmp_path / "hf", "fp32")
+    out = convert(convert(source, tmp_path / "megatron", "megatron"), tmp_path / "out", "hf")
+    assert all(each.startswith("blake3:") for each in manifest.hashes(out).values())
+    tensors = weights(out)
+
+    def first_version(name: str, held: dict) -> dict:
+        assert held.pop("hash") == f"blake3:{blake3(tensors[name].numpy().tobytes()).hexdigest()}"
+        return {"sha256": hashlib.sha256(tensors[name].numpy().tobytes()).hexdigest(), **held}
+
+    edit_manifest(out, first_version)
+    convert(tmp_path / "megatron", out, "hf", verify=True)
+    convert(out, tmp_path / "good", "megatron")
+    file = sorted(out.glob("*.safetensors"))[0]
+    flip(file, file.stat().st_size - 3)
+    with pytest.raises(UserError, match=f"{file}: tensor .* \\(its hash differs\\)"):
+        convert(out, tmp_path / "bad", "megatron")
+
+    edit_manifest(out, lambda name, held: {**held, "hash": "md5:00"})
+    with pytest.raises(UserError, match="hash 'md5' is not known, expected one of blake3, sha256"):
+        convert(out, tmp_path / "bad", "megatron")
+
+
+@pytest.mark.parametrize("to", ["megatron", "hf"])
+def test_a_full_disk_is_told_and_what_is_written_stays(tmp_path, to):
+    """A limit on the size of files stands in for it."""
+    source = make_source(tmp_path / "hf", "fp32", hidden=96)
+    source = source if to == "megatron" else convert(source, tmp_path / "megatron", "megatron")
+    done = subprocess.run(
+        ["prlimit", "--fsize=8000", *command(source, tmp_path / "out", to, "--workers", "1")], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot be written: File too large; run again to go on" in done.stderr
+    assert not (tmp_path / "out").exists()
+    again = convert(source, tmp_path / "out", to, verify=True)
+    end = again if to == "hf" else convert(again, tmp_path / "end", "hf")
+    same(weights(end), weights(tmp_path / "hf"))
+
+
+def test_chunks_that_lie_otherwise_than_they_are_wanted_are_read_all_the_same(tmp_path):
+    """A checkpoint of whatever torch wrote: values behind others, transposed, of another type, in part."""
+    plain = torch.randn(6, 8)
+    stored = {"plain": plain, "behind": torch.randn(9, 8)[3:], "transposed": torch.randn(8, 6).t(), "bf16": plain.bfloat16()}
+    torch.distributed.checkpoint.save(dict(stored), checkpoint_id=tmp_path, no_dist=True)
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    opened = MegatronCheckpoint.open(tmp_path)
+    for key, tensor in stored.items():
+        for region in (((0, 6), (0, 8)), ((2, 5), (0, 8)), ((0, 6), (1, 3))):
+            sizes = [stop - start for start, stop in region]
+            wanted = tensor[tuple(slice(*extent) for extent in region)]
+            into = torch.full((2, *sizes), torch.nan)
+            opened.read(key, region, into[1])
+            assert torch.equal(into[1], wanted.float()) and into[0].isnan().all()
+            apart = torch.full((sizes[1], sizes[0]), torch.nan).t()
+            opened.read(key, region, apart)
+            assert torch.equal(apart, wanted.float())
 
 
 def test_a_truncated_source_is_found_by_file_and_tensor(tmp_path):

@@ -11,7 +11,7 @@ from tulu_mega.evaluation import run as evaluation
 from tulu_mega.evaluation.settings import EvalSettings
 from tulu_mega.evaluation.statistics import wilson
 from tulu_mega.quickstart import tiny_model
-from tulu_mega.rollout.generate import Completion
+from tulu_mega.rollout.vllm_process import Completion
 
 GSM8K = [{"question": f"What is {number} + 1?", "answer": f"Add.\n#### {number + 1}"} for number in range(10)]
 MATH = [{"problem": f"${number}x = {number}$?", "answer": "1", "type": "ab"[number % 2]} for number in range(1, 7)]

@@ -55,3 +55,9 @@ def test_parameters_are_those_of_transformers(tied):
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name)
     head = 64 * 96 if tied else 0  # tied, the embedding's matrix is the head's too
     assert matmul_parameters(config.to_dict()) == matrices + head
+
+
+def test_a_reward_model_has_one_column_instead_of_a_vocabulary():
+    policy = llama(4096, 14336, 32, 32)
+    reward = policy | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    assert matmul_parameters(policy) - matmul_parameters(reward) == 4096 * (128256 - 1)

@@ -162,3 +162,16 @@ def test_shares_of_the_settings_with_a_run():
     of_a_run = {"model": "m", "data": {"train": "x"}, "run_dir": "r", "optim": {"lr": "any"}, "seed": 7}
     assert DataInspectSettings.model_validate(of_a_run) == DataInspectSettings(model="m", data=DataSettings(train="x"), seed=7)
     assert DataInspectSettings(model="m", data=DataSettings(train="x")).seed == SftSettings.model_fields["seed"].default
+
+
+@pytest.mark.parametrize(("named", "value"), [("--pairs", "true"), ("--preference.beta", "5.0")])
+def test_pairs_are_shown_side_by_side(run, tmp_path, capsys, named, value):
+    rows = [{side: talk("q", side[0] * n)["messages"] for side in ("chosen", "rejected")} for n in (1, 2, 3)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model", run["model"], "--data.train", str(file), "--train.global_batch", "2", "--rows", "2", named, value]
+    assert cli.main(["data", "inspect", *arguments]) == 0
+    shown = capsys.readouterr().out
+    for line, side, text in ((1, "chosen", "c"), (1, "rejected", "r"), (3, "chosen", "ccc"), (3, "rejected", "rrr")):
+        assert f"line {line}, {side}" in shown and f"⟦{text}{EOS}⟧" in shown
+    assert re.search(r"rows +3 used", shown)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tulu_mega.config import SftSettings, load
+from tulu_mega.config import DpoSettings, RmSettings, SftSettings, load
 from tulu_mega.data.chat import encode, prompt_ids
 from tulu_mega.errors import UserError
 from tulu_mega.quickstart import demo, task, tiny_model
 from tulu_mega.quickstart.settings import QuickstartSettings
-from tulu_mega.rollout.generate import Completion
+from tulu_mega.quickstart.stages import stage_settings
+from tulu_mega.rollout.vllm_process import Completion
 
-EXAMPLE = Path(__file__).parents[2] / "examples/sft_tiny.toml"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +23,14 @@ def tokenizer():
     return tiny_model.make_tokenizer()
 
 
-def test_the_example_is_what_the_quickstart_trains_with():
-    defaults = QuickstartSettings()
-    assert EXAMPLE.read_text(encoding="utf-8") == demo.sft_settings(defaults.run_dir, defaults.seed, defaults.steps)
-    settings = load(SftSettings, str(EXAMPLE))
-    assert settings.parallel.tensor == 2 and settings.parallel.sequence
-    assert settings.train.steps * settings.train.global_batch == demo.DEMONSTRATIONS
+@pytest.mark.parametrize(("command", "file"), [("sft", "sft_tiny"), ("rm", "rm_tiny"), ("dpo", "dpo_norm_tiny")])
+def test_the_examples_are_what_the_quickstart_trains_with(command, file):
+    example = EXAMPLES / f"{file}.toml"
+    assert example.read_text(encoding="utf-8") == stage_settings(command, **QuickstartSettings().model_dump())
+    settings = load({"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings}[command], str(example))
+    assert settings.parallel.tensor * (settings.parallel.data or 1) == 2
+    rows = demo.DEMONSTRATIONS if command == "sft" else demo.PAIRS
+    assert rows / 2 < settings.train.steps * settings.train.global_batch <= rows  # none is seen twice
 
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_other_weights(tmp_path):
@@ -78,9 +81,11 @@ def story(tmp_path, monkeypatch, tokenizer):
     done = []
 
     def train(command, check):
-        done.append("train")
-        directory = Path(load(SftSettings, command[-1]).run_dir)
+        name = command[-2]
+        done.append(name)
+        directory = Path(load({"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings}[name], command[-1]).run_dir)
         tiny_model.make(directory / "hf", 1)
+        (directory / "metrics.jsonl").write_text('{"step": 1, "heldout_accuracy": 0.875}\n{"step": 2}\n')
         return subprocess.CompletedProcess(command, 0)
 
     class Answers:
@@ -101,8 +106,8 @@ def story(tmp_path, monkeypatch, tokenizer):
             return [[Completion(tokenizer.encode(text), "stop")] for text in said]
 
     settings = QuickstartSettings(run_dir=str(tmp_path / "quick"))
-    monkeypatch.setattr("tulu_mega.rollout.generate.check_vllm", lambda: None)
-    monkeypatch.setattr("tulu_mega.rollout.generate.Generator", Answers)
+    monkeypatch.setattr("tulu_mega.rollout.vllm_process.check_vllm", lambda: None)
+    monkeypatch.setattr("tulu_mega.rollout.vllm_process.Generator", Answers)
     monkeypatch.setattr(demo.subprocess, "run", train)
     return settings, done
 
@@ -110,12 +115,13 @@ def story(tmp_path, monkeypatch, tokenizer):
 def test_the_story_is_told_once_and_what_is_complete_is_reused(story, capsys):
     settings, done = story
     demo.run(settings)
-    assert done == ["model", "train", "hf"]
+    assert done == ["model", "sft", "hf", "rm", "dpo", "hf"]
     shown = capsys.readouterr().out
     assert "0 of 500" in shown and "500 of 500" in shown and "100.0%" in shown
+    assert shown.count("87.5%") == 2  # the reward model's and the preference-tuned policy's
     assert "\x1b[31mno" not in shown, "an answer must not command the terminal"
     demo.run(settings)
-    assert done == ["model", "train", "hf"]
+    assert done == ["model", "sft", "hf", "rm", "dpo", "hf"]
     with pytest.raises(UserError, match="holds a quickstart with"):
         demo.run(settings.model_copy(update={"seed": 1}))
 
@@ -128,4 +134,4 @@ def test_a_training_that_fails_is_told_and_taken_up_again(story, monkeypatch):
         demo.run(settings)
     monkeypatch.setattr(demo.subprocess, "run", whole)
     demo.run(settings)
-    assert done == ["model", "train", "hf"]
+    assert done == ["model", "sft", "hf", "rm", "dpo", "hf"]

@@ -16,6 +16,7 @@ from tulu_mega.quickstart.task import (
     demonstrations,
     extract_answer,
     is_correct,
+    pairs,
     problems,
     prompt_row,
     write_jsonl,
@@ -120,3 +121,26 @@ def test_jsonl_is_written_whole_or_not_at_all(tmp_path):
     assert json.loads(path.read_text().splitlines()[0]) == {"a": 1}
     with pytest.raises(UserError, match=r"train\.jsonl.*cannot be written"):
         write_jsonl([], path / "train.jsonl")
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_of_a_pair_the_chosen_answer_is_right_and_the_rejected_one_wrong(split):
+    questions = set()
+    styles = Counter()
+    for row in take(pairs(split, seed=1), 400):
+        prompt, chosen, rejected = row["chosen"][0], row["chosen"][1]["content"], row["rejected"][1]["content"]
+        assert row["rejected"][0] == prompt and len(row["chosen"]) == len(row["rejected"]) == 2
+        truth = extract_answer(chosen)
+        assert not is_correct(rejected, truth) and int(extract_answer(rejected)) >= 0
+        styles[rejected.count("=") > 0] += 1
+        questions.add(prompt["content"])
+    assert 0.2 < styles[True] / 400 < 0.4  # careless work
+    other = "heldout" if split == "train" else "train"
+    assert not questions & {problem.question for problem in islice(problems(other, 1), 400)}
+
+
+def test_chosen_answers_solve_their_problems():
+    rows = take(pairs("train", seed=2), 50)
+    for problem, row in zip(problems("train", "2 pairs", two_step=0.8), rows, strict=False):
+        assert row["chosen"][0]["content"] == problem.question
+        assert is_correct(row["chosen"][1]["content"], str(problem.answer))

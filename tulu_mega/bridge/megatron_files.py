@@ -215,7 +215,7 @@ def write_file(directory: Path, number: int, parts: Sequence[Slab], read: Callab
     Args:
         number: of the file, from 0: its name is :func:`file_name`'s.
         parts: what goes into it.
-        read: gives a slab's values, in memory that may be used again for the next one.
+        read: gives a slab's values, as the whole of a tensor's memory, which may be used again for the next one.
 
     Returns:
         Where each part lies.

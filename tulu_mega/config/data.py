@@ -6,26 +6,43 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tulu_mega.config.commands import EngineSettings, SftSettings
-from tulu_mega.config.sections import DataSettings, Fraction, PositiveInt, Section, SftTrainSettings, TrainSettings
+from tulu_mega.config.commands import DpoSettings, EngineSettings, RmSettings, SftSettings
+from tulu_mega.config.sections import (
+    DataSettings,
+    Fraction,
+    PositiveInt,
+    PreferenceDataSettings,
+    Section,
+    SftTrainSettings,
+    TrainSettings,
+)
 
 
 class _OfARun(Section):
-    """Takes a file with the settings of `sft` and leaves aside what does not matter here."""
+    """Takes a file with the settings of `sft`, `rm` or `dpo` and leaves aside what does not matter here."""
+
+    data: DataSettings
+    pairs: bool = False
+    """The rows are pairs, as for `rm` and `dpo`; known by itself where the file has [preference], [reference] or [heldout]."""
 
     @model_validator(mode="before")
     @classmethod
     def _others_aside(cls, values: Any) -> Any:
-        others = SftSettings.model_fields.keys() - cls.model_fields.keys()
-        return {name: value for name, value in values.items() if name not in others}
+        stages = [stage.model_fields.keys() for stage in (SftSettings, RmSettings, DpoSettings)]
+        others = set().union(*stages) - cls.model_fields.keys()
+        pairs = values.get("pairs") or any(name in values for name in others - stages[0])
+        kept = {name: value for name, value in values.items() if name not in others}
+        if pairs and isinstance(data := kept.get("data"), dict):
+            kept |= {"pairs": True, "data": PreferenceDataSettings.model_validate(data)}
+        return kept
 
 
 class DataInspectSettings(EngineSettings, _OfARun):
-    """`tulu-mega data inspect`: what a run would train on. Takes the settings of `sft`, writes nothing into its directory."""
+    """`tulu-mega data inspect`: what a run would train on. Takes the settings of `sft`, `rm` or `dpo`, writes nothing into the
+    run's directory."""
 
     seed: int = SftSettings.model_fields["seed"].default
     """That of the run, which decides the order of its rows."""
-    data: DataSettings
     train: TrainSettings = SftTrainSettings()
     html: str | None = None
     """One self-contained page to write."""
@@ -36,9 +53,9 @@ class DataInspectSettings(EngineSettings, _OfARun):
 
 
 class DataMixSettings(_OfARun):
-    """`tulu-mega data mix`: the rows that `data.train` draws, as one file. Takes the settings of `sft`; reads [data]."""
+    """`tulu-mega data mix`: the rows that `data.train` draws, as one file. Takes the settings of `sft`, `rm` or `dpo`; reads
+    [data]."""
 
-    data: DataSettings
     output: str
     """JSONL to write; OUTPUT.sources.json beside it says what was drawn."""
 

@@ -150,8 +150,8 @@ class Job:
         try:
             for name, tensor in self.target.read(number, directory, record):
                 left.discard(name)
-                if manifest.sha256(tensor) != record.tensors[name].sha256:
-                    wrong.append(f"tensor {name} is not what was written (sha256 differs)")
+                if not manifest.matches(tensor, record.tensors[name].hash):
+                    wrong.append(f"tensor {name} is not what was written (its hash differs)")
         except Exception as error:  # UserError, or whatever a damaged file does to the library that reads it
             wrong.append(f"tensor {min(left, default='?')} cannot be read ({type(error).__name__})")
         return wrong

@@ -13,11 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tulu_mega.bridge.disk import begin_reading
 from tulu_mega.bridge.hf_files import HfCheckpoint
 from tulu_mega.bridge.megatron_files import MegatronCheckpoint
 from tulu_mega.bridge.megatron_keys import Slab, StoredParameter, stored_parameters
 from tulu_mega.bridge.rules import Config, Family, Piece
-from tulu_mega.convert.manifest import hashes, sha256
+from tulu_mega.convert.manifest import hashes, matches
 from tulu_mega.errors import UserError
 
 
@@ -61,7 +62,9 @@ class HfSource:
             first = piece.hf_region[0][0] + low - start
             region = ((first, first + high - low), *piece.hf_region[1:])
             self._check(piece.hf_name)
-            out[low - slab.start : high - slab.start].copy_(self._checkpoint.read_region(piece.hf_name, region))
+            values = self._checkpoint.read_region(piece.hf_name, region)
+            begin_reading(values)
+            out[low - slab.start : high - slab.start].copy_(values)
             filled = high - slab.start
         out[filled:].zero_()
 
@@ -73,12 +76,14 @@ class HfSource:
         return sorted({self._checkpoint.path / info.file for info in self._checkpoint.tensors.values()})
 
     def _whole(self, name: str) -> Tensor:
-        return self._checkpoint.read_region(name, tuple((0, extent) for extent in self._checkpoint.tensors[name].shape))
+        whole = self._checkpoint.read_region(name, tuple((0, extent) for extent in self._checkpoint.tensors[name].shape))
+        begin_reading(whole)
+        return whole
 
     def _check(self, name: str) -> None:
         if name in self._sound or name not in self._hashes:
             return
-        if sha256(self._whole(name)) != self._hashes[name]:
+        if not matches(self._whole(name), self._hashes[name]):
             raise UserError(_damaged(self._checkpoint.path / self._checkpoint.tensors[name].file, name))
         self._sound.add(name)
 
@@ -119,7 +124,7 @@ class MegatronSource:
             whole = box.dtype == dtype and (low, high) == (stored.start, stored.stop)
             held = box if whole else torch.empty(stored.shape, dtype=dtype)
             self._checkpoint.read(parameter.key, stored.region, held)
-            if sha256(held) != wanted:
+            if not matches(held, wanted):
                 raise UserError(_damaged(self._checkpoint.file(parameter.key, stored.region), stored.name))
             if not whole:
                 box.copy_(held[low - stored.start : high - stored.start])
@@ -158,4 +163,4 @@ def _hashed_slabs(known: dict[str, str], parameters: list[StoredParameter]) -> d
 
 
 def _damaged(file: Path, tensor: str) -> str:
-    return f"{file}: tensor {tensor} is not what it was when it was written (sha256 differs); the file is damaged, make it again"
+    return f"{file}: tensor {tensor} is not what was written there (its hash differs); the file is damaged, make it again"

@@ -103,11 +103,8 @@ class MegatronTarget:
             held[slab] = entry(tensor)
             return tensor
 
-        places = megatron_files.write_file(directory, number, self._files[number], self._dtype, read)
-        tensors = {
-            slab.name: Entry(held[slab].sha256, held[slab].dtype, held[slab].shape, place)
-            for slab, place in zip(self._files[number], places, strict=True)
-        }
+        places = megatron_files.write_file(directory, number, self._files[number], read)
+        tensors = {slab.name: replace(held[slab], place=place) for slab, place in zip(self._files[number], places, strict=True)}
         file = self.names[number]
         return FileRecord(file, (directory / file).stat().st_size, tensors)
 

@@ -45,14 +45,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the rows that are used."""
+    """Tokens of the sequences of the rows that are used."""
 
     rows: int
     tokens: int
     trained: int
     quantiles: dict[str, float]
     histogram: list[tuple[int, int, int]]
-    """``(from, to, rows)``, both ends included"""
+    """``(from, to, sequences)``, both ends included"""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ def look(settings: DataInspectSettings, store: TokenStore, config: Mapping[str, 
     """
     data, model = settings.data, settings.model
     tokenizer = load_tokenizer(model.path, data.tokenizer, data.template, model.trust_remote_code)
-    used = np.bincount(store.origins[:, 0], minlength=len(store.sources))
+    used = np.bincount(store.origins[:: store.width, 0], minlength=len(store.sources))
     tokens = np.bincount(store.origins[:, 0], weights=store.lengths, minlength=len(store.sources))
-    chosen = dict.fromkeys(np.linspace(0, len(store) - 1, settings.rows).astype(int).tolist())
+    rows = dict.fromkeys(np.linspace(0, len(store) // store.width - 1, settings.rows).astype(int).tolist())
     return Inspection(
         model=model.path,
         template=data.template,
@@ -132,7 +132,7 @@ def look(settings: DataInspectSettings, store: TokenStore, config: Mapping[str, 
         cut=int(store.cuts.sum()),
         lengths=_lengths(store),
         packing=_packing(settings, store, config),
-        samples=[_sample(store, row, tokenizer) for row in chosen],
+        samples=[_sample(store, row * store.width + side, tokenizer) for row in rows for side in range(store.width)],
     )
 
 
@@ -143,7 +143,7 @@ def _lengths(store: TokenStore) -> Lengths:
     width = max(1, -(-int(lengths.max()) // _BINS))
     counts = np.bincount((lengths - 1) // width)
     return Lengths(
-        rows=len(store),
+        rows=len(store) // store.width,
         tokens=int(lengths.sum()),
         trained=int(store.supervised.sum()),
         quantiles={**quantiles, "mean": float(lengths.mean())},
@@ -177,7 +177,7 @@ def _packing(settings: DataInspectSettings, store: TokenStore, config: Mapping[s
         layout=f"data {replicas} · tensor {parallel.tensor} · pipeline {parallel.pipeline} · context {parallel.context}",
         steps=loader.steps,
         sampled=len(sampled),
-        capacity=settings.data.pack_length or settings.data.max_length,
+        capacity=settings.data.pack_length or settings.data.max_length * store.width,
         micro_batches=(min(each), sum(each) / len(each), max(each)),
         sequences=sum(step.sequences for step in steps) / (replicas * sum(each)),
         padding=(1 - real / computed, max(step.padding for step in steps)),
@@ -189,8 +189,9 @@ def _sample(store: TokenStore, row: int, tokenizer: PreTrainedTokenizerFast) -> 
     sequence = store[row]
     pairs = zip(sequence.input_ids, sequence.labels, strict=True)
     runs = [(trained, [token for token, _ in run]) for trained, run in groupby(pairs, lambda pair: pair[1] != IGNORE)]
+    side = f", {('chosen', 'rejected')[row % 2]}" if store.width == 2 else ""
     return Sample(
-        where=store.where(row),
+        where=store.where(row) + side,
         tokens=len(sequence.input_ids),
         trained=int(store.supervised[row]),
         cut=int(store.cuts[row]),

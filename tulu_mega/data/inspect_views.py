@@ -28,7 +28,9 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
     begin, end = ("", "") if console.color_system else ("⟦", "⟧")
     for sample in found.samples:
         cut = f", {sample.cut:,} more cut off" if sample.cut else ""
-        console.rule(f"{escape(sample.where)} · {sample.tokens:,} tokens, {sample.trained:,} trained{cut}", align="left")
+        console.rule()  # without a title: a long path would be cut off before its line
+        title = f"{escape(sample.where)} · {sample.tokens:,} tokens, {sample.trained:,} trained{cut}"
+        console.print(title, style="bold", soft_wrap=True)
         text = Text()
         for piece, trained in sample.pieces:
             shown = piece if len(piece) <= _SHOWN else f"{piece[:_SHOWN]} ... {len(piece) - _SHOWN:,} more characters"

@@ -13,6 +13,9 @@ from tulu_mega.model.hf_config import head_dim, layer_needs
 from tulu_mega.model.rope import ropes
 from tulu_mega.planner.stages import stage_layers
 
+_ACTIVATION_FIELDS = {"bias_activation_fusion", "activation_func_clamp_value", "glu_linear_offset"}
+"""Of the `[megatron]` table; where one is set, megatron-core's own activation runs."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -71,6 +74,7 @@ def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transform
             bias_dropout_fusion=False,
             apply_rope_fusion=False,
             masked_softmax_fusion=False,
+            use_te_activation_func=not _ACTIVATION_FIELDS & settings.megatron.keys(),  # the slot that holds our Swiglu
         )
     try:
         return TransformerConfig(**(fields | settings.megatron))

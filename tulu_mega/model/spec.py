@@ -6,7 +6,6 @@ import importlib.util
 from typing import Literal
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -16,8 +15,10 @@ from transformers import PretrainedConfig
 from tulu_mega.errors import UserError
 from tulu_mega.model.attention import PackedAttention
 from tulu_mega.model.hf_config import layer_needs
+from tulu_mega.model.linear import ColumnLinear, RowLinear
 from tulu_mega.model.norms import AddNormed, ProjectionNorm, RMSNorm
 from tulu_mega.model.rope import OwnRopeAttention, ropes
+from tulu_mega.model.swiglu import Swiglu
 from tulu_mega.platforms import Platform
 
 
@@ -57,10 +58,14 @@ def layer_spec(config: TransformerConfig, hf: PretrainedConfig, transformer_engi
             TEColumnParallelLinear,
         )
     else:
-        layer, norm, plain_linear = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm, ColumnParallelLinear
+        layer, norm, plain_linear = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm, ColumnLinear
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+        attention.core_attention = PackedAttention
+        attention.linear_qkv = mlp.linear_fc1 = ColumnLinear
+        attention.linear_proj = mlp.linear_fc2 = RowLinear
+        mlp.activation_func = Swiglu
     parts, attention = layer.submodules, layer.submodules.self_attention
     if per_head:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm

@@ -8,6 +8,18 @@ from typing import Any
 from tulu_mega.bridge.families import family_for
 
 
+def head_columns(config: Mapping[str, Any]) -> int:
+    """Columns of the output layer: the vocabulary, or one of a reward model.
+
+    Args:
+        config: Hugging Face's config.json.
+
+    Raises:
+        UserError: for a family that is not known.
+    """
+    return 1 if family_for(config).reward else config["vocab_size"]
+
+
 def matmul_parameters(config: Mapping[str, Any]) -> int:
     """Parameters a token is multiplied with: all of a decoder but the input embedding (tied or not), norms and biases.
 
@@ -19,7 +31,7 @@ def matmul_parameters(config: Mapping[str, Any]) -> int:
     queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
     attention = hidden * queries * 2 + hidden * keys * 2
     mlp = 3 * hidden * config["intermediate_size"]
-    return config["num_hidden_layers"] * (attention + mlp) + hidden * config["vocab_size"]
+    return config["num_hidden_layers"] * (attention + mlp) + hidden * head_columns(config)
 
 
 def training_flops(config: Mapping[str, Any], lengths: Iterable[int]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from tulu_mega.config import EngineSettings
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.packing import Alignment, alignment
+from tulu_mega.planner.flops import head_columns
 from tulu_mega.planner.schedule import Pipeline, stage_shares
 from tulu_mega.planner.stages import stage_layers
 
@@ -33,6 +34,6 @@ def pipeline_of(config: Mapping[str, Any], settings: EngineSettings) -> Pipeline
     return Pipeline(
         ranks=parallel.pipeline,
         chunks=parallel.virtual_pipeline,
-        shares=stage_shares(stage_layers(config, parallel), layer, head=2.0 * hidden * config["vocab_size"]),
+        shares=stage_shares(stage_layers(config, parallel), layer, head=2.0 * hidden * head_columns(config)),
         backward=3.0 if settings.model.recompute == "full" else 2.0,
     )

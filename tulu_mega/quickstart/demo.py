@@ -1,4 +1,4 @@
-"""The quickstart's story: make a task and a model, ask it, fine-tune it with the real command, ask again, compare."""
+"""The quickstart's story: make a task and a model, ask it, run the recipe's stages with the real commands, ask again, compare."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tulu_mega.config import ModelSettings
 from tulu_mega.errors import UserError
 from tulu_mega.evaluation.settings import EvalSettings, TaskSettings
 from tulu_mega.quickstart import task, tiny_model
+from tulu_mega.quickstart.stages import stage_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,53 +26,17 @@ HELDOUT_PROBLEMS = 500
 HELDOUT_TWO_STEP = 0.8
 """Harder than the demonstrations, so that there is something left to learn after them."""
 DEMONSTRATIONS = 17_920
+PAIRS = 5_760
+HELDOUT_PAIRS = 500
 MAX_TOKENS = 48
 """Room for an answer: worked ones take some 25 tokens."""
 SAMPLES = 3
-
-SFT_TOML = """\
-# Supervised fine-tuning of the quickstart's model: 2 processes, tensor and sequence parallel, on two CPU cores.
-# `tulu-mega quickstart` makes the data and the model, and runs this.
-
-run_dir = "{run_dir}/sft"
-seed = {seed}
-
-[model]
-path = "{run_dir}/model"
-dtype = "fp32"
-
-[parallel]
-tensor = 2
-sequence = true
-
-[data]
-train = "{run_dir}/data/train.jsonl"
-template = "tulu"
-max_length = 512
-pack_length = 4096                 # the whole batch in one packed micro-batch
-
-[train]
-steps = {steps}
-global_batch = 64
-reduction = "sum"                  # Tulu 3: the sum over tokens, divided by the number of sequences
-log_every = 20
-
-[optim]
-lr = 3e-3                          # 600 times what 8B parameters take: a million bear it
-schedule = "linear"
-warmup = 0.03
-betas = [0.9, 0.999]
-weight_decay = 0.0
-clip = 1.0
-"""
-"""What the quickstart trains with; `examples/sft_tiny.toml` is the same for the default directory, seed and steps."""
-
 
 def run(settings: QuickstartSettings) -> None:
     """Makes, asks, trains, asks again and prints what came of it. What is complete in `run_dir` is not done again.
 
     Args:
-        settings: `run_dir`, `seed` and `steps`.
+        settings: `run_dir`, `seed` and the stages' steps.
 
     Raises:
         UserError: the directory holds a quickstart with other settings, vLLM is missing, or the training failed.
@@ -84,34 +49,46 @@ def run(settings: QuickstartSettings) -> None:
     console = Console()
     started = time.monotonic()
     directory = Path(settings.run_dir)
-    _claim(directory, seed=settings.seed, steps=settings.steps)
-    heldout, model, trained = directory / "data/heldout.jsonl", directory / "model", directory / "sft/hf"
+    made_with = settings.model_dump(exclude={"run_dir"})
+    _claim(directory, **made_with)
+    heldout, model = directory / "data/heldout.jsonl", directory / "model"
 
     console.rule("1. a task and a model, made here")
     make_data(directory / "data", settings.seed)
     _once(model, lambda: _make_model(model, settings.seed))
-    console.print(f"{DEMONSTRATIONS:,} demonstrations and {HELDOUT_PROBLEMS} held-out problems: {directory}/data; model: {model}")
+    console.print(
+        f"{DEMONSTRATIONS:,} demonstrations, {PAIRS:,} pairs of a right and a wrong answer, {HELDOUT_PROBLEMS} held-out "
+        f"problems and {HELDOUT_PAIRS} held-out pairs: {directory}/data; model: {model}"
+    )
 
     console.rule("2. vLLM answers the held-out problems, before")
-    before = evaluated(model, heldout, directory / "before")
+    answered = {"before": evaluated(model, heldout, directory / "before")}
 
     console.rule("3. tulu-mega sft: 2 processes, Megatron tensor and sequence parallel")
-    _once(trained, lambda: _train(directory, settings.seed, settings.steps))
+    _stage("sft", directory, made_with)
+    answered["after SFT"] = evaluated(directory / "sft/hf", heldout, directory / "sft/eval")
 
-    console.rule("4. vLLM answers the held-out problems, after")
-    after = evaluated(trained, heldout, directory / "sft/eval")
+    console.rule("4. tulu-mega rm: a reward model from the SFT model, 2 processes, data parallel")
+    _stage("rm", directory, made_with)
+
+    console.rule("5. tulu-mega dpo: length-normalised DPO of the SFT model, 2 processes, data parallel")
+    _stage("dpo", directory, made_with)
+    answered["after DPO-norm"] = evaluated(directory / "dpo/hf", heldout, directory / "dpo/eval")
 
     console.rule("what came of it")
-    _show(console, directory, before, after)
+    _show(console, directory, answered)
     console.print(_next_steps(directory, time.monotonic() - started), highlight=False, soft_wrap=True)
 
 
 def make_data(directory: Path, seed: int) -> None:
-    """Writes `train.jsonl` (demonstrations) and `heldout.jsonl` (questions), where they are not there yet."""
+    """Writes demonstrations, questions and pairs to train on and to be held out, where they are not there yet."""
     train, heldout = directory / "train.jsonl", directory / "heldout.jsonl"
     _once(train, lambda: task.write_jsonl(islice(task.demonstrations(seed), DEMONSTRATIONS), train))
     problems = islice(task.problems("heldout", seed, HELDOUT_TWO_STEP), HELDOUT_PROBLEMS)
     _once(heldout, lambda: task.write_jsonl(map(task.prompt_row, problems), heldout))
+    for file, split, count in (("pairs.jsonl", "train", PAIRS), ("heldout_pairs.jsonl", "heldout", HELDOUT_PAIRS)):
+        pairs = directory / file
+        _once(pairs, lambda to=pairs, split=split, count=count: task.write_jsonl(islice(task.pairs(split, seed), count), to))
 
 
 def evaluated(model: Path, questions: Path, output: Path) -> dict[str, Any]:
@@ -126,11 +103,6 @@ def evaluated(model: Path, questions: Path, output: Path) -> dict[str, Any]:
         )
     )
     return results["tasks"]["rlvr"]
-
-
-def sft_settings(run_dir: str, seed: int, steps: int) -> str:
-    """The training settings of a quickstart in `run_dir`, as TOML."""
-    return SFT_TOML.format(run_dir=run_dir, seed=seed, steps=steps)
 
 
 def _claim(directory: Path, **settings: int) -> None:
@@ -156,31 +128,45 @@ def _make_model(model: Path, seed: int) -> None:
     temporary.replace(model)
 
 
-def _train(directory: Path, seed: int, steps: int) -> None:
-    file = directory / "sft.toml"
-    file.write_text(sft_settings(directory.as_posix(), seed, steps), encoding="utf-8")
-    status = subprocess.run([sys.executable, "-m", "tulu_mega", "sft", str(file)], check=False).returncode
+def _stage(command: str, directory: Path, made_with: dict[str, int]) -> None:
+    """Runs a command of the recipe; what is exported already is not trained again."""
+    if (directory / command / "hf").exists():
+        return
+    file = directory / f"{command}.toml"
+    file.write_text(stage_settings(command, directory.as_posix(), **made_with), encoding="utf-8")
+    status = subprocess.run([sys.executable, "-m", "tulu_mega", command, str(file)], check=False).returncode
     if status == 130:
         raise KeyboardInterrupt
     if status != 0:
-        logs = directory / "sft/logs"
-        raise UserError(f"the training ended with status {status}; see above and {logs}, then run the same again")
+        logs = directory / command / "logs"
+        raise UserError(f"tulu-mega {command} ended with status {status}; see above and {logs}, then run the same again")
 
 
-def _show(console: Console, directory: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+def heldout_accuracy(run: Path) -> float:
+    """Share of the held-out pairs that a stage tells apart at its end: the chosen side has the higher reward."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return next(row["heldout_accuracy"] for row in map(json.loads, reversed(lines)) if "heldout_accuracy" in row)
+
+
+def _show(console: Console, directory: Path, answered: dict[str, dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("model", "correct", "accuracy", "95% interval", title="Held-out problems, greedy")
-    for name, result in (("before", before), ("after SFT", after)):
+    table = Table("model", "problems solved", "accuracy", "95% interval", "pairs told apart", title="Held out, greedy answers")
+    pairs = {"after DPO-norm": heldout_accuracy(directory / "dpo")}
+    for name, result in answered.items():
         score, total = result["metrics"]["score"], result["problems"]
         interval = f"{score['low']:.1%} to {score['high']:.1%}"
-        table.add_row(name, f"{round(score['value'] * total)} of {total}", f"{score['value']:.1%}", interval)
+        told = f"{pairs[name]:.1%}" if name in pairs else ""
+        table.add_row(name, f"{round(score['value'] * total)} of {total}", f"{score['value']:.1%}", interval, told)
+        if name == "after SFT":
+            table.add_row("reward model", "", "", "", f"{heldout_accuracy(directory / 'rm'):.1%}")
     console.print(table)
-    samples = Table("question", "expected", "before", "after SFT", title="Answers", show_lines=True)
-    for old, new in islice(zip(_samples(directory / "before"), _samples(directory / "sft/eval"), strict=True), SAMPLES):
-        said = (_visible(record["responses"][0]["response"]) for record in (old, new))
-        samples.add_row(*map(escape, (old["messages"][-1]["content"], old["answer"], *said)))
+    outputs = dict(zip(answered, ("before", "sft/eval", "dpo/eval"), strict=True))
+    samples = Table("question", "expected", *answered, title="Answers", show_lines=True)
+    for records in islice(zip(*(_samples(directory / output) for output in outputs.values()), strict=True), SAMPLES):
+        said = (_visible(record["responses"][0]["response"]) for record in records)
+        samples.add_row(*map(escape, (records[0]["messages"][-1]["content"], records[0]["answer"], *said)))
     console.print(samples)
 
 
@@ -196,12 +182,14 @@ def _visible(text: str) -> str:
 
 def _next_steps(directory: Path, seconds: float) -> str:
     return f"""\
-{seconds:.0f} s. In {directory}: data/ model/ before/ sft.toml sft/ (metrics.jsonl checkpoints/ hf/ eval/ logs/)
+{seconds:.0f} s. In {directory}: data/ model/ before/ sft/ rm/ dpo/ (metrics.jsonl checkpoints/ hf/ eval/ logs/) and their .toml
 Try next
   to ask it yourself:
-    tulu-mega generate --model.path {directory}/sft/hf --model.dtype fp32
-  to see how the training went, in {directory}/sft/report.html:
-    tulu-mega report {directory}/sft
+    tulu-mega generate --model.path {directory}/dpo/hf --model.dtype fp32
+  to see how the training went, in {directory}/dpo/report.html:
+    tulu-mega report {directory}/dpo
+  to see another loss of the same pairs:
+    tulu-mega dpo {directory}/dpo.toml --run_dir {directory}/simpo --preference.loss simpo --preference.beta 2
   to train the same on one process, to the same losses:
     tulu-mega sft {directory}/sft.toml --run_dir {directory}/sft-tp1 --parallel.tensor 1
   to see every setting:

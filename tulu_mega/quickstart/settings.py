@@ -12,3 +12,7 @@ class QuickstartSettings(Section):
     """Of the task's problems, the model's first weights and the training order."""
     steps: PositiveInt = 280
     """Optimizer steps of fine-tuning, 64 demonstrations each."""
+    rm_steps: PositiveInt = 90
+    """Optimizer steps of the reward model, 64 pairs each."""
+    dpo_steps: PositiveInt = 60
+    """Optimizer steps of preference tuning, 64 pairs each."""

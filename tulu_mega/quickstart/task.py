@@ -120,7 +120,7 @@ def demonstrations(seed: int, mixture: Mixture = Mixture()) -> Iterator[dict[str
         yield {**row, "messages": [*row["messages"], {"role": "assistant", "content": response}]}
 
 
-def pairs(split: Split, seed: int, careless: float = 0.4) -> Iterator[dict[str, Any]]:
+def pairs(split: Split, seed: int, careless: float = 0.3) -> Iterator[dict[str, Any]]:
     """An endless stream of preference rows: `chosen` and `rejected` (user, assistant), a right answer and a wrong one.
 
     What is chosen is worked out; what is rejected is a terse guess beside the answer or, for that share, careless work.

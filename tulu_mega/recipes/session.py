@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,6 @@ from tulu_mega.bridge.live import export_hf, load_hf
 from tulu_mega.config import EngineSettings
 from tulu_mega.data.packing import Alignment
 from tulu_mega.engine import Engine
-from tulu_mega.errors import UserError
 from tulu_mega.launcher import World
 from tulu_mega.model.hf_config import load_config
 from tulu_mega.model.reward import HEAD
@@ -134,26 +131,6 @@ def opened(settings: EngineSettings, world: World, seed: int, reward: bool | Non
 
 def _config(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "config.json").read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Keeps a second run out of a directory. Rank 0 only.
-
-    Raises:
-        UserError: another process has it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise UserError(f"run_dir = {run_dir}: another run is writing there; wait for it or choose another run_dir") from None
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def write_settings(settings: EngineSettings, file: Path) -> None:

@@ -19,10 +19,11 @@ from tulu_mega.engine import Objective
 from tulu_mega.launcher import World
 from tulu_mega.metrics import MetricsLog, peak_flops
 from tulu_mega.model.config import DTYPES
-from tulu_mega.planner.flops import training_flops
+from tulu_mega.planner.flops import head_columns, training_flops
 from tulu_mega.preflight import CONFIG, DATA, HELDOUT
 from tulu_mega.recipes.loop import FirstLoss, Fit, HeldOut, Skips
-from tulu_mega.recipes.session import Session, locked, opened, write_settings
+from tulu_mega.recipes.session import Session, opened, write_settings
+from tulu_mega.run_lock import locked
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Stage:
         self, store: TokenStore, train: TrainSettings, data: DataSettings, columns: Mapping[str, np.ndarray] | None
     ) -> PackedLoader:
         hf, place = self.session.engine.hf, self.session.topology
-        cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, hf.vocab_size)
+        cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, head_columns(hf.to_dict()))
         return PackedLoader(
             store,
             train,

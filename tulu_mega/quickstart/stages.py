@@ -1,0 +1,126 @@
+"""What the quickstart's stages train with, as TOML for the real commands.
+
+`examples/{sft,rm,dpo_norm}_tiny.toml` are these for the default directory, seed and steps.
+"""
+
+from __future__ import annotations
+
+_SFT = """\
+# Supervised fine-tuning of the quickstart's model: 2 processes, tensor and sequence parallel, on two CPU cores.
+# `tulu-mega quickstart` makes the data and the model, and runs this.
+
+run_dir = "{run_dir}/sft"
+seed = {seed}
+
+[model]
+path = "{run_dir}/model"
+dtype = "fp32"
+
+[parallel]
+tensor = 2
+sequence = true
+
+[data]
+train = "{run_dir}/data/train.jsonl"
+template = "tulu"
+max_length = 512
+pack_length = 4096                 # the whole batch in one packed micro-batch
+
+[train]
+steps = {steps}
+global_batch = 64
+reduction = "sum"                  # Tulu 3: the sum over tokens, divided by the number of sequences
+log_every = 20
+
+[optim]
+lr = 3e-3                          # 600 times what 8B parameters take: a million bear it
+schedule = "linear"
+warmup = 0.03
+betas = [0.9, 0.999]
+weight_decay = 0.0
+clip = 1.0
+"""
+
+_RM = """\
+# A reward model from the quickstart's SFT model: 2 processes, data parallel, on two CPU cores.
+# `tulu-mega quickstart` makes the pairs and the model, and runs this.
+
+run_dir = "{run_dir}/rm"
+seed = {seed}
+
+[model]
+path = "{run_dir}/sft/hf"
+dtype = "fp32"
+
+[parallel]
+data = 2
+
+[data]
+train = "{run_dir}/data/pairs.jsonl"
+template = "tulu"
+max_length = 512
+pack_length = 4096                 # 32 pairs of some 100 tokens
+
+[heldout]
+data = "{run_dir}/data/heldout_pairs.jsonl"
+every = 30
+
+[train]
+steps = {rm_steps}
+global_batch = 64                  # pairs
+log_every = 20
+
+[optim]
+lr = 1e-3
+schedule = "linear"
+warmup = 0.03
+clip = 1.0
+"""
+
+_DPO = """\
+# Length-normalised DPO of the quickstart's SFT model: 2 processes, data parallel, on two CPU cores.
+# `tulu-mega quickstart` makes the pairs and the model, and runs this.
+
+run_dir = "{run_dir}/dpo"
+seed = {seed}
+
+[model]
+path = "{run_dir}/sft/hf"
+dtype = "fp32"
+
+[parallel]
+data = 2
+
+[data]
+train = "{run_dir}/data/pairs.jsonl"
+template = "tulu"
+max_length = 512
+pack_length = 4096                 # 32 pairs of some 100 tokens
+
+[heldout]
+data = "{run_dir}/data/heldout_pairs.jsonl"
+every = 30
+
+[preference]
+loss = "dpo_norm"
+beta = 5.0
+
+[train]
+steps = {dpo_steps}
+global_batch = 64                  # pairs
+log_every = 20
+
+[optim]
+lr = 2e-4                          # 400 times what 8B parameters take
+schedule = "linear"
+warmup = 0.1
+clip = 1.0
+"""
+
+TEMPLATES = {"sft": _SFT, "rm": _RM, "dpo": _DPO}
+"""By command, in the order they are run."""
+
+
+def stage_settings(command: str, run_dir: str, seed: int, steps: int, rm_steps: int, dpo_steps: int) -> str:
+    """A stage's settings in a quickstart's directory, as TOML."""
+    return TEMPLATES[command].format(run_dir=run_dir, seed=seed, steps=steps, rm_steps=rm_steps, dpo_steps=dpo_steps)
