@@ -107,7 +107,7 @@ def prepare(directory: Path, options: argparse.Namespace) -> dict:
     from tulu_mega.data.store import prepare as tokenised
     from tulu_mega.preflight import DATA
 
-    steps = max(1, round({128: 16, 512: 2}[options.hidden] * options.lap))
+    steps = max(1, round({128: 6, 512: 1}[options.hidden] * options.lap))
     model, run, store = directory / "model", directory / "run", directory / "store"
     make_model(model, options.hidden, options.vocab)
     pairs, texts = directory / "pairs.jsonl", directory / "texts.jsonl"

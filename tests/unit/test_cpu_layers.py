@@ -1,0 +1,41 @@
+"""Products and activation of the local spec on a CPU, against the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tulu_mega.model.swiglu import Swiglu
+from tulu_mega.platforms.matmul import times_transposed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 1, 24), (1, 24), (33, 24), (0, 24)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product(shape, transposed, dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.randn((24, 40) if transposed else (40, 24), generator=generator).to(dtype)
+    weight = weight.t() if transposed else weight
+    got = times_transposed(rows, weight)
+    assert got.shape == (*shape[:-1], 40) and got.is_contiguous() and got.dtype == dtype
+    close = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(got.double(), rows.double() @ weight.double().t(), **close)
+
+
+def test_product_of_a_slice():
+    rows, weight = torch.randn(12, 16)[3:9], torch.randn(40, 16)[:30]
+    torch.testing.assert_close(times_transposed(rows, weight), rows @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+def test_swiglu():
+    generator = torch.Generator().manual_seed(1)
+    both = torch.randn(5, 1, 12, dtype=torch.float64, generator=generator, requires_grad=True)
+    gate, up = both.chunk(2, dim=-1)
+    torch.testing.assert_close(Swiglu()(both), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(Swiglu(), both)
+    # a gradient may come strided: that of a sum is expanded
+    (wanted,) = torch.autograd.grad(F.silu(gate) * up, both, torch.ones(5, 1, 6, dtype=torch.float64))
+    (got,) = torch.autograd.grad(Swiglu()(both), both, torch.ones(1, 1, 1, dtype=torch.float64).expand(5, 1, 6))
+    torch.testing.assert_close(got, wanted)
