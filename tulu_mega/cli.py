@@ -265,7 +265,7 @@ def _command_help(name: str) -> str:
     for section in sorted(sections, key=bool):  # settings without a section first
         lines += ["", f"[{section}]" if section else "Settings"]
         for dotted, kind, default, text in sections[section]:
-            shown = "required" if default == "required" else "not set" if default == "None" else f"default {default}"
+            shown = default if default.startswith("required") else "not set" if default == "None" else f"default {default}"
             lines.append(f"  --{dotted}  {kind}, {shown}")
             lines += textwrap.wrap(text.replace("`", ""), width=110, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)

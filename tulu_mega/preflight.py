@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import tempfile
@@ -109,28 +110,41 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
         collect(lambda: check_free(Path(settings.run_dir)))
         collect(lambda: _same_run(settings))
         collect(lambda: _schedulable(settings))
-        wanted = _data(settings, data_directory)
-        if problems:  # data is not tokenised, nor written, for a run that cannot start; its own problems are told all the same
-            with tempfile.TemporaryDirectory() as scratch:
-                for data, directory in wanted:
-                    scratched = Path(scratch) / directory.name
-                    collect(lambda data=data, to=scratched: prepare(data, settings.model, to, progress=False))
-        else:
-            for data, directory in wanted:
-                store = collect(lambda data=data, to=directory: prepare(data, settings.model, to))
-                collect(lambda store=store: store and _fits_vocabulary(store, config))
+        made: list[Path] = []
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, data, directory in _data(settings, data_directory):
+                # data is not written for a run that cannot start; its own problems are told all the same
+                target = Path(scratch) / name if problems else directory
+                made += [] if target.exists() else [target]
+                ready = functools.partial(prepare, data, settings.model, target, progress=not problems, setting=name)
+                store = collect(ready)
+                if store and config:
+                    collect(lambda name=name, store=store: _fits_vocabulary(name, store, config))
+            if problems:
+                for directory in made:
+                    _discard(directory)
     if isinstance(settings, ScoreSettings):
         collect(lambda: _scorable(settings, config))
     return list(dict.fromkeys(problems))
 
 
-def _data(settings: StageSettings, directory: Path) -> list[tuple[DataSettings, Path]]:
-    """What is to be tokenised, and where."""
-    wanted = [(settings.data, directory)]
+def _data(settings: StageSettings, directory: Path) -> list[tuple[str, DataSettings, Path]]:
+    """What is to be tokenised, by the setting that names it, and where."""
+    wanted = [("data.train", settings.data, directory)]
     if isinstance(settings, PreferenceStageSettings) and settings.heldout:
         own = {"train": settings.heldout.data, "split": settings.heldout.split}
-        wanted.append((settings.data.model_copy(update=own), directory.with_name(HELDOUT)))
+        wanted.insert(0, ("heldout.data", settings.data.model_copy(update=own), directory.with_name(HELDOUT)))
     return wanted
+
+
+def _discard(directory: Path) -> None:
+    """Tokenised data that no run wants."""
+    if directory.is_symlink():  # into data.cache, where it may serve another model
+        directory.unlink()
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other things of a run are there
+        directory.parent.rmdir()
 
 
 def _generating(path: str) -> None:
@@ -212,17 +226,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _fits_vocabulary(store: TokenStore, config: Mapping[str, Any]) -> None:
-    """Data of another model is not left in the run directory."""
+def _fits_vocabulary(name: str, store: TokenStore, config: Mapping[str, Any]) -> None:
+    """Data of another model is not left in the run directory, also where it was there before."""
     if store.max_token >= config["vocab_size"]:
-        if store.directory.is_symlink():  # into data.cache, where it may serve another model
-            store.directory.unlink()
-        else:
-            shutil.rmtree(store.directory)
-        with contextlib.suppress(OSError):  # other things of a run are there
-            store.directory.parent.rmdir()
+        _discard(store.directory)
         raise UserError(
-            f"the data holds token {store.max_token}, but the model's vocabulary has {config['vocab_size']} entries; "
+            f"{name} holds token {store.max_token}, but the model's vocabulary has {config['vocab_size']} entries; "
             "data and tokenizer belong to another model"
         )
 

@@ -231,6 +231,27 @@ def test_rows_that_are_no_pairs_are_told_by_line(material, tmp_path, lines, told
         preflight.ready(wanted)
 
 
+def test_tables_of_pairs_are_read(material, tmp_path):
+    """As preference data sets come from the hub: columns of chosen, rejected and whatever else."""
+    import pyarrow
+    from pyarrow import parquet
+
+    lines = [row("a", "b") | {"prompt": "q", "score": 0.5}, row("c", "d") | {"prompt": "q", "score": 0.7}]
+    file = tmp_path / "pairs.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(lines), file)
+    preflight.ready(settings(material, tmp_path / "run", data={"train": str(file)}))
+    assert len(TokenStore.open(tmp_path / "run" / "data")) == 4
+
+
+@pytest.mark.parametrize("wrong", ["heldout.data", "data.train"])
+def test_nothing_is_left_of_a_run_whose_data_is_not_to_be_used(material, tmp_path, wrong):
+    section, key = wrong.split(".")
+    wanted = settings(material, tmp_path / "run", **{section: {key if key == "data" else "train": str(tmp_path / "gone.jsonl")}})
+    with pytest.raises(UserError, match=f"gone.jsonl: no such file; correct {wrong}"):
+        preflight.ready(wanted)
+    assert not (tmp_path / "run").exists()
+
+
 def test_pairs_that_teach_nothing_are_counted(material, tmp_path):
     file = tmp_path / "pairs.jsonl"
     lines = [

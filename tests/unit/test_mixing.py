@@ -219,7 +219,7 @@ def test_data_of_another_model_is_unlinked_and_stays_in_the_cache(settings, tmp_
     data, model = settings([talk("a")], cache=str(tmp_path / "cache"))
     store = prepare(data, model, tmp_path / "run" / "data", progress=False)
     with pytest.raises(UserError, match="another model"):
-        preflight._fits_vocabulary(store, {"vocab_size": 1})
+        preflight._fits_vocabulary("data.train", store, {"vocab_size": 1})
     assert not (tmp_path / "run").exists()
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
 

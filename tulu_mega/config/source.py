@@ -46,7 +46,11 @@ def describe(settings: type[BaseModel], prefix: str = "") -> list[tuple[str, str
     for name, field in settings.model_fields.items():
         section = _section(field.annotation)
         if section:
-            rows += describe(section, f"{prefix}{name}.")
+            inner = describe(section, f"{prefix}{name}.")
+            if not field.is_required() and field.default is None:  # the section may be left out, and then all that is in it
+                needed = f"required where [{prefix}{name}] is given"
+                inner = [(*row[:2], needed if row[2] == "required" else row[2], row[3]) for row in inner]
+            rows += inner
             continue
         if get_origin(field.annotation) is dict and (section := _section(get_args(field.annotation)[1])):
             rows += describe(section, f"{prefix}{name}.NAME.")

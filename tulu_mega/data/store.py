@@ -190,7 +190,9 @@ class TokenStore:
         return cls.open(target)
 
 
-def prepare(data: DataSettings, model: ModelSettings, directory: str | Path, progress: bool = True) -> TokenStore:
+def prepare(
+    data: DataSettings, model: ModelSettings, directory: str | Path, progress: bool = True, setting: str = "data.train"
+) -> TokenStore:
     """The tokenised rows of ``data.train``: what lies in the directory when it is up to date, else tokenised anew.
 
     Conversations, or pairs where the settings are of preference data.
@@ -200,13 +202,17 @@ def prepare(data: DataSettings, model: ModelSettings, directory: str | Path, pro
 
     Call it on one process, then :meth:`TokenStore.open` on the others.
 
+    Args:
+        setting: what names the rows, for messages.
+
     Raises:
         UserError: data or tokenizer are not to be used; everything that is found is told.
     """
     problems: list[str] = []
     rows = tokenizer = None
+    preferences = isinstance(data, PreferenceDataSettings)
     try:
-        rows = load_rows(data.train, data.split, data.seed)
+        rows = load_rows(data.train, data.split, data.seed, setting, any_columns=preferences)
     except UserError as error:
         problems += error.problems
     try:
@@ -216,7 +222,6 @@ def prepare(data: DataSettings, model: ModelSettings, directory: str | Path, pro
     if rows is None or tokenizer is None:
         raise UserError(problems)
     how = (tokenizer, data.template, data.max_length, data.overlong, data.malformed)
-    preferences = isinstance(data, PreferenceDataSettings)
     encoding = PairEncoding(*how, data.turns, data.margin) if preferences else ConversationEncoding(*how)
     key = content_key(rows, encoding)
     directory = Path(directory)
