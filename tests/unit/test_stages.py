@@ -13,7 +13,7 @@ from tulu_mega.preflight import layout_problems
 
 LLAMA_405B = dict(
     hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8,
-    vocab_size=128256,
+    vocab_size=128256, architectures=["LlamaForCausalLM"],
 )  # fmt: skip
 
 
@@ -80,6 +80,14 @@ def test_what_cannot_be_split(arguments, says):
         split_layers(layers, ranks, chunks, first=first, last=last)
 
 
+def test_a_reward_model_s_last_stage_has_no_vocabulary_to_make_up_for():
+    reward = LLAMA_405B | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "vocab_size": 4_000_000}
+    policy = reward | {"architectures": ["LlamaForCausalLM"]}
+    split = ParallelSettings(pipeline=18)
+    assert set(stage_layers(reward, split)) == {7}
+    assert stage_layers(policy, split)[-1] < 7
+
+
 def test_preflight_tells_of_too_few_layers():
     model = {**LLAMA_405B, "num_hidden_layers": 4}
     assert layout_problems(model, ParallelSettings(pipeline=3, context=2)) == []
@@ -96,7 +104,7 @@ def test_megatron_core_builds_the_same_split(layout, monkeypatch):
     from tulu_mega.model.config import transformer_config
 
     settings = EngineSettings(model="unread", parallel=ParallelSettings(**layout))
-    config = transformer_config(LlamaConfig(**LLAMA_405B, architectures=["LlamaForCausalLM"]), settings, transformer_engine=False)
+    config = transformer_config(LlamaConfig(**LLAMA_405B), settings, transformer_engine=False)
     chunks = layout.get("virtual_pipeline", 1)
     monkeypatch.setattr(parallel_state, "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE", chunks if chunks > 1 else None)
     split, done = stage_layers(LLAMA_405B, settings.parallel), 0

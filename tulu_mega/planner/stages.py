@@ -11,7 +11,7 @@ from typing import Any
 
 from tulu_mega.config import ParallelSettings
 from tulu_mega.errors import UserError
-from tulu_mega.planner.flops import matmul_parameters
+from tulu_mega.planner.flops import head_columns, matmul_parameters
 
 
 def stage_layers(config: Mapping[str, Any], parallel: ParallelSettings) -> tuple[int, ...]:
@@ -24,7 +24,7 @@ def stage_layers(config: Mapping[str, Any], parallel: ParallelSettings) -> tuple
         UserError: as :func:`split_layers`.
     """
     layers = config["num_hidden_layers"]
-    head = config["hidden_size"] * config["vocab_size"]
+    head = config["hidden_size"] * head_columns(config)
     return split_layers(
         layers,
         parallel.pipeline,
