@@ -3,7 +3,7 @@
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tulu_mega.quickstart.task import demonstrations, is_correct, problems, prompt_row
@@ -232,6 +232,7 @@ def test_nested_braces_are_balanced(inside):
 
 @settings(deadline=None)
 @given(st.text(alphabet="\\{}$boxed12 .=", max_size=40))
+@example("$ $")
 def test_looking_for_an_answer_never_fails_and_gives_at_most_two(reply):
     found = answers(reply)
     assert len(found) <= 2

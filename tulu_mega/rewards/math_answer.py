@@ -94,9 +94,9 @@ def answers(response: str) -> list[str]:
     found = [answer for answer in (last_boxed(response), _phrase(response)) if answer]
     if found:
         return found
-    spans = [next(group for group in span.groups() if group is not None) for span in _SPAN.finditer(response)]
-    if spans:
-        return [spans[-1].strip()]
+    spans = [next(group for group in span.groups() if group is not None).strip() for span in _SPAN.finditer(response)]
+    if filled := [span for span in spans if span]:
+        return [filled[-1]]
     whole = response.strip()
     return [whole] if whole and not re.search(r"\n|\\boxed|\\fbox", whole) else []
 
