@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
+from tulu_mega.bridge.hf_writer import write_durably
 from tulu_mega.collective import together
 from tulu_mega.data.store import TokenStore
 from tulu_mega.engine import Engine
@@ -73,17 +74,16 @@ class ReferenceCache:
     def write(self, part: range, values: np.ndarray) -> None:
         """Adds a part, whole or not at all.
 
+        Args:
+            values: float64, of each of the part's sequences.
+
         Raises:
             OSError: it cannot be written.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         file = self._file(part)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        content = save({"logp": np.ascontiguousarray(values, np.float64)}, {"key": self.key, "quantity": QUANTITY})
-        with open(partial, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
+        partial = file.with_name(f".{file.name}.{os.getpid()}")  # several runs may fill the same cache
+        write_durably(partial, save({"logp": values}, {"key": self.key, "quantity": QUANTITY}))
         partial.replace(file)
 
     def _file(self, part: range) -> Path:

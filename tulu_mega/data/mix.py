@@ -17,7 +17,7 @@ def mix(settings: DataMixSettings) -> None:
         UserError: sources or amounts are not to be used, a row is no JSON object, or the output cannot be written.
     """
     data, output = settings.data, Path(settings.output).expanduser()
-    rows = load_rows(data.train, data.split, data.seed)
+    rows = load_rows(data.train, data.split, data.seed, any_columns=settings.pairs)
     partial = output.with_name(f".{output.name}.partial")
     try:
         try:

@@ -7,8 +7,7 @@ from torch import Tensor
 from tulu_mega.records import PackedBatch
 
 
-def sides(value_S: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Chosen and rejected, [P] each, of a pack of P pairs (none in a pack of padding)."""
+def sides(batch: PackedBatch, *values_S: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Chosen and rejected, [P] each, of every value; P pairs are in the pack, none where it is padding only."""
     real = int((batch.rows_S >= 0).sum())
-    chosen_P, rejected_P = value_S[:real].view(-1, 2).unbind(1)
-    return chosen_P, rejected_P
+    return [value_S[:real].view(-1, 2).unbind(1) for value_S in values_S]

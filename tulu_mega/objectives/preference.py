@@ -43,15 +43,11 @@ class PreferenceObjective:
             logp_S: float64, sum of the log-probabilities of each segment's trained tokens.
             batch: pairs; ``ref_logp_S`` the same of the reference, unless the loss is simpo.
         """
-        chosen_tokens_P, rejected_tokens_P = sides(batch.trained_S, batch)
-        sums = sides(logp_S, batch)
-        means = sums[0] / chosen_tokens_P, sums[1] / rejected_tokens_P
-        gains = means if self.loss != "dpo" else sums
-        if self.loss != "simpo":
-            references = sides(batch.ref_logp_S, batch)
-            if self.loss != "dpo":
-                references = references[0] / chosen_tokens_P, references[1] / rejected_tokens_P
-            gains = gains[0] - references[0], gains[1] - references[1]
+        gain_S = logp_S if self.loss == "simpo" else logp_S - batch.ref_logp_S
+        sums, gained, tokens = sides(batch, logp_S, gain_S, batch.trained_S)
+        means, gains = ([side / count for side, count in zip(each, tokens, strict=True)] for each in (sums, gained))
+        if self.loss == "dpo":
+            gains = gained
         loss_P = self._of_difference(gains[0] - gains[1]) - self.sft_weight * means[0]
 
         pairs = len(loss_P)

@@ -29,9 +29,10 @@ class RewardObjective:
             score_S: float64, the score at each segment's last trained token.
             batch: pairs; ``margin_S`` may be None.
         """
-        chosen_P, rejected_P = sides(score_S, batch)
+        values_S = [score_S] if batch.margin_S is None else [score_S, batch.margin_S]
+        (chosen_P, rejected_P), *margins = sides(batch, *values_S)
         difference_P = chosen_P - rejected_P
-        asked_P = sides(batch.margin_S, batch)[0] if batch.margin_S is not None else 0.0
+        asked_P = margins[0][0] if margins else 0.0
         loss = -F.logsigmoid(difference_P - asked_P).sum()
         pairs = len(difference_P)
         metrics = {

@@ -41,13 +41,7 @@ weight_decay = 0.0
 clip = 1.0
 """
 
-_RM = """\
-# A reward model from the quickstart's SFT model: 2 processes, data parallel, on two CPU cores.
-# `tulu-mega quickstart` makes the pairs and the model, and runs this.
-
-run_dir = "{run_dir}/rm"
-seed = {seed}
-
+_PAIRS = """\
 [model]
 path = "{run_dir}/sft/hf"
 dtype = "fp32"
@@ -64,7 +58,19 @@ pack_length = 4096                 # 32 pairs of some 100 tokens
 [heldout]
 data = "{run_dir}/data/heldout_pairs.jsonl"
 every = 30
+"""
 
+_RM = (
+    """\
+# A reward model from the quickstart's SFT model: 2 processes, data parallel, on two CPU cores.
+# `tulu-mega quickstart` makes the pairs and the model, and runs this.
+
+run_dir = "{run_dir}/rm"
+seed = {seed}
+
+"""
+    + _PAIRS
+    + """
 [train]
 steps = {rm_steps}
 global_batch = 64                  # pairs
@@ -76,31 +82,19 @@ schedule = "linear"
 warmup = 0.03
 clip = 1.0
 """
+)
 
-_DPO = """\
+_DPO = (
+    """\
 # Length-normalised DPO of the quickstart's SFT model: 2 processes, data parallel, on two CPU cores.
 # `tulu-mega quickstart` makes the pairs and the model, and runs this.
 
 run_dir = "{run_dir}/dpo"
 seed = {seed}
 
-[model]
-path = "{run_dir}/sft/hf"
-dtype = "fp32"
-
-[parallel]
-data = 2
-
-[data]
-train = "{run_dir}/data/pairs.jsonl"
-template = "tulu"
-max_length = 512
-pack_length = 4096                 # 32 pairs of some 100 tokens
-
-[heldout]
-data = "{run_dir}/data/heldout_pairs.jsonl"
-every = 30
-
+"""
+    + _PAIRS
+    + """
 [preference]
 loss = "dpo_norm"
 beta = 5.0
@@ -116,6 +110,7 @@ schedule = "linear"
 warmup = 0.1
 clip = 1.0
 """
+)
 
 TEMPLATES = {"sft": _SFT, "rm": _RM, "dpo": _DPO}
 """By command, in the order they are run."""

@@ -33,30 +33,35 @@ def run(settings: DpoSettings, world: World) -> None:
     """
     objective = PreferenceObjective(**settings.preference.model_dump())
     with opened_stage(settings, world, reward=False) as stage:
-        columns = functools.partial(_reference, stage) if settings.preference.reads_reference else lambda store: None
+        columns, first = (lambda store: None), None
+        if settings.preference.reads_reference:
+            columns = functools.partial(_reference, stage, reference.weights_digest(stage.session.source))
+            first = functools.partial(check_first_loss, settings, objective)
         loader = stage.loader(columns(stage.store))
         heldout = stage.heldout_store()
         evaluated = stage.heldout(heldout, columns(heldout)) if heldout else None
-        if settings.reference.only:
-            return
-        first = functools.partial(check_first_loss, settings) if settings.preference.reads_reference else None
-        stage.fit(objective, loader, evaluated, first)
+        if not settings.reference.only:
+            stage.fit(objective, loader, evaluated, first)
 
 
-def _reference(stage: Stage, store: TokenStore) -> dict[str, np.ndarray]:
-    """For each sequence the initial weights' sum of log-probabilities; from the cache, completed where it lacks some."""
-    settings, session = stage.settings, stage.session
-    key = reference.content_key(reference.weights_digest(session.source), settings.model.dtype, settings.megatron, store)
+def _reference(stage: Stage, weights: str, store: TokenStore) -> dict[str, np.ndarray]:
+    """For each sequence the initial weights' sum of log-probabilities; from the cache, completed where it lacks some.
+
+    Args:
+        weights: their digest.
+    """
+    settings = stage.settings
+    key = reference.content_key(weights, settings.model.dtype, settings.megatron, store)
     root = Path(settings.reference.cache).expanduser() if settings.reference.cache else stage.run_dir / REFERENCE
     cache = reference.ReferenceCache.under(root, key, len(store))
     if missing := reference.missing_parts(cache):
         stage.initial_weights()  # never those of a checkpoint: that would be another reference
         capacity = settings.data.pack_length or 2 * settings.data.max_length
-        reference.fill(session.engine, store, cache, missing, capacity, functools.partial(print, flush=True))
+        reference.fill(stage.session.engine, store, cache, missing, capacity, functools.partial(print, flush=True))
     return {"ref_logp_S": cache.values()}
 
 
-def check_first_loss(settings: DpoSettings, loss: BatchLoss) -> None:
+def check_first_loss(settings: DpoSettings, objective: PreferenceObjective, loss: BatchLoss) -> None:
     """Before the first update the policy is the reference: margins are 0 and the loss is log 2 (ipo: 1 / (2 beta)^2).
 
     What rounding may add, by a token: a logit of up to 2^4 is off by its last place once in the reference's pass and once in this
@@ -66,16 +71,15 @@ def check_first_loss(settings: DpoSettings, loss: BatchLoss) -> None:
     Raises:
         UserError: on every rank, when the difference is more than that.
     """
-    preference = settings.preference
-    objective = PreferenceObjective(**preference.model_dump())
     token = 2**5 * torch.finfo(DTYPES[settings.model.dtype]).eps / 2
-    allowed = 2 * preference.beta * token * (settings.data.max_length if preference.loss == "dpo" else 1)
-    expected = objective.at_reference()
-    # the slope of the loss in the margin is at most 1/2 at 0, of ipo 1/beta in the difference
+    allowed = 2 * objective.beta * token * (settings.data.max_length if objective.loss == "dpo" else 1)
+    found = [("the mean margin", loss.metrics["margin"], 0.0)]
+    if not objective.sft_weight:
+        found.append(("the loss", loss.loss, objective.at_reference()))
     problems = [
         f"{name} is {value:.6g}, expected {wanted:.6g} within {allowed:.2g}"
-        for name, value, wanted in (("the mean margin", loss.metrics["margin"], 0.0), ("the loss", loss.loss, expected))
-        if not abs(value - wanted) <= allowed and not (name == "the loss" and preference.sft_weight)
+        for name, value, wanted in found
+        if not abs(value - wanted) <= allowed
     ]
     if problems:
         raise UserError(
