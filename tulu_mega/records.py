@@ -27,6 +27,21 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """One sampled response; token ids as the sampler had them, never made from text again."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    """the token that ended it included"""
+    sampler_logp: list[float]
+    """log-probability of each response token in the distribution that it was drawn from"""
+    versions: list[int]
+    """of the weights that drew each response token"""
+    finish_reason: str
+    """``stop``: a token ended it; ``length``: room ran out"""
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One packed micro-batch (megatron's ``thd`` layout) on one rank.
 
@@ -69,6 +84,14 @@ class PackedBatch:
     """int64, trained tokens of each segment"""
     ref_logp_S: Tensor | None = None
     """float64, sum of the reference model's log-probabilities over each segment's trained tokens; None where not read"""
+    sampler_logp_T: Tensor | None = None
+    """float32, log-probability of the label where it was sampled, 0 where nothing is trained; None where not read"""
+    old_logp_T: Tensor | None = None
+    """float32, the same by the weights that the rollouts were sampled with, on this trainer; None where not read"""
+    ref_logp_T: Tensor | None = None
+    """float32, the same by the frozen reference; None where not read"""
+    advantages_T: Tensor | None = None
+    """float32, of the label, 0 where nothing is trained; None where not read"""
     margin_S: Tensor | None = None
     """float64, by how much a chosen sequence is to be better than the one behind it; None where not read"""
     context_rank: int = 0

@@ -84,5 +84,5 @@ def context_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     if size == 1:
         return batch
     rows = context_rows(batch.cu_seqlens_S1, rank, size)
-    per_token = ("tokens_T", "labels_T", "positions_T", "loss_mask_T", "segments_T", "ends_T")
-    return dataclasses.replace(batch, context_rank=rank, **{name: getattr(batch, name)[rows] for name in per_token})
+    per_token = {name: value for name, value in vars(batch).items() if name.endswith("_T") and value is not None}
+    return dataclasses.replace(batch, context_rank=rank, **{name: value[rows] for name, value in per_token.items()})

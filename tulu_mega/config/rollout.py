@@ -1,0 +1,112 @@
+"""Where and how responses are generated while a policy trains, and what is asked of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tulu_mega.config.sections import PositiveInt, Section
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class RolloutSettings(Section):
+    servers: PositiveInt = 1
+    """vLLM servers that the launcher starts on this machine."""
+    tensor: PositiveInt = 1
+    """vLLM's tensor parallel size, of each server."""
+    urls: list[str] = []
+    """Servers that run already (`tulu-mega serve`, on any node), instead of ones started here; their key is read from
+    TULU_MEGA_ROLLOUT_KEY."""
+    dtype: Literal["model", "bf16", "fp32"] = "model"
+    """Precision of the servers' weights; `model` is `model.dtype`."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt and response together; what [data] and [sampling] may need when unset."""
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that a server takes."""
+    cpu_cache_gib: PositiveInt = 1
+    """Gibibytes of a server's key-value cache on a CPU."""
+    concurrency: PositiveInt = 256
+    """Responses under way at a server."""
+    transport: Literal["auto", "shm", "gloo", "nccl", "ipc"] = "auto"
+    """How weights travel: shared memory (one host), gloo (several), NCCL or CUDA IPC (GPUs). `auto`: by where the servers are."""
+    bucket_mib: PositiveInt = 256
+    """Mebibytes of weights sent at once; a tensor larger than that has a bucket of its own."""
+    start_timeout: Seconds = 600.0
+    """Seconds a server may take to start."""
+    request_timeout: Seconds = 600.0
+    """Seconds a response may take; what takes longer is asked again elsewhere."""
+    update_timeout: Seconds = 300.0
+    """Seconds a bucket of weights may take to be loaded."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Times a request that failed is asked again, on another server where there is one."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Times that the launcher starts each server anew after it died or got stuck."""
+
+    @field_validator("urls")
+    @classmethod
+    def _http(cls, urls: list[str]) -> list[str]:
+        wrong = [url for url in urls if not url.startswith(("http://", "https://"))]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: expected URLs such as http://10.0.0.5:8000")
+        return [url.rstrip("/") for url in urls]
+
+
+class SamplingSettings(Section):
+    samples: Annotated[int, Field(ge=2)] = 16
+    """Responses to a prompt: its group."""
+    max_tokens: PositiveInt = 2048
+    """Longest response."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Below 1 what was sampled is not what is trained: a warning says so."""
+
+
+class PolicySettings(Section):
+    loss: Literal["grpo", "dapo", "cispo", "gspo"] = "grpo"
+    """`grpo`: the clipped surrogate; `dapo`: the same with an upper bound of 0.28 and token aggregation; `cispo`: the ratio
+    clipped and held constant, times the log-probability; `gspo`: one ratio a sequence."""
+    clip_low: Annotated[float, Field(gt=0)] = 0.2
+    """How far below 1 the ratio counts; unset, 0.2 (`gspo` 3e-4, `cispo` 1: not at all)."""
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    """How far above 1 the ratio counts; unset, 0.2 (`dapo` 0.28, `gspo` 4e-4, `cispo` 0.28)."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """What the loss is a mean of, over the mini-batch: its response tokens; its responses, each the mean of its tokens; or its
+    responses, each the sum of its tokens over `sampling.max_tokens`. Unset, `token` (`gspo` `sequence`)."""
+    advantages: Literal["centred", "standardised", "leave_one_out"] = "standardised"
+    """A reward less its group's mean; that over the group's standard deviation; or less the mean of the others."""
+    beta: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the KL divergence from the initial model, in the loss; 0 does without that model."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that divergence."""
+    entropy: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus."""
+    importance: Literal["none", "token", "sequence"] = "token"
+    """Correction for what sampler and trainer make of the same weights: each token's ratio of their probabilities, or a
+    response's, as a weight that is cut at `importance_cap`."""
+    importance_cap: Annotated[float, Field(gt=1)] = 2.0
+    """Largest such weight."""
+    mask_above: Annotated[float, Field(gt=1)] | None = None
+    """Leave out tokens (with `importance` `sequence`: responses) whose ratio is above this or below its inverse."""
+    overlong: Literal["keep", "mask", "penalise"] = "penalise"
+    """Responses that were cut off at `sampling.max_tokens`: as any other; in their group, but not trained on; or with
+    `overlong_reward` in the place of their reward (Tulu 3)."""
+    overlong_reward: float = -10.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, value):
+        if isinstance(value, dict):
+            usual = {
+                "dapo": {"clip_high": 0.28},
+                "cispo": {"clip_low": 1.0, "clip_high": 0.28},
+                "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence"},
+            }.get(value.get("loss"), {})
+            return {**usual, **{name: given for name, given in value.items() if given is not None or name == "mask_above"}}
+        return value
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the loss compares with the initial model."""
+        return self.beta > 0
