@@ -32,6 +32,9 @@ setup(
         "sentencepiece",  # with tiktoken, for models that ship a tokenizer.model
         "tiktoken",
         "blake3",  # hashes of converted weights
+        "xxhash",  # and of weights on their way to servers
+        "httpx",  # the servers' control plane
+        "aiohttp",  # and their responses
         "psutil",  # megatron-core's checkpoint writer needs it and does not ask for it
         "rich",
         "jinja2",
@@ -56,5 +59,8 @@ setup(
         "report": ["matplotlib"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "import-linter", "pre-commit", "py-spy", "setuptools", "wheel"],
     },
-    entry_points={"console_scripts": ["tulu-mega = tulu_mega.cli:main"]},
+    entry_points={
+        "console_scripts": ["tulu-mega = tulu_mega.cli:main"],
+        "vllm.general_plugins": ["tulu_mega = tulu_mega.rollout.plugin:register"],  # vLLM calls it in each of its processes
+    },
 )

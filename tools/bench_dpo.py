@@ -7,7 +7,8 @@ sequence, and the rejected response is as long as another text's. SFT is raced o
 tokens, the same of them trained. Prints one JSON line:
 
     ours, peer, ratio   pairs/s, ours and TRL's at its best setting, and the first over the second
-    step_over_sft       seconds of a DPO step over those of an SFT step of the same sequences, medians
+    lap_ratios          the same lap by lap, the same pairs in both: median, least, greatest
+    step_over_sft       seconds of a DPO step over those of an SFT step of the same sequences, lap by lap: median, least, greatest
     memory_over_sft     peak memory beyond imports of the one over the other's, rank 0, in laps of their own with an
                         allocator that keeps nothing
     loss_gap            largest relative difference of a step's loss between the two in the first lap
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from bench_packing import tulu_lengths
 from bench_sft import LAYERS, LONGEST, SHRINK, make_model
-from racing import OURS, PEERS, SPARE, Entry, Racer, calm, counted, loss_gap, race, rates, wait_until_idle
+from racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, loss_gap, race, rates, wait_until_idle
 
 BETA = 5.0
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, choices=LAYERS, default=512)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=16, help="pairs in an optimizer step")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--lap", type=float, default=1.0, help="factor of a lap's length")
     parser.add_argument("--idle", type=float, default=60.0, help="seconds to wait for an idle machine")
     parser.add_argument("--quick", action="store_true", help="two rounds of short laps: a look, no measurement")
@@ -93,7 +93,8 @@ def main() -> None:
         "ours": speeds[0],
         "peer": speeds[1],
         "ratio": round(speeds[0] / speeds[1], 3),
-        "step_over_sft": round(median_seconds(racers["ours"]) / median_seconds(racers["sft"]), 3),
+        "lap_ratios": lap_ratios(racers["ours"], racers["trl"]),
+        "step_over_sft": lap_ratios(racers["sft"], racers["ours"]),
         "memory_over_sft": round(peak_bytes(lean["ours"]) / peak_bytes(lean["sft"]), 3),
         "loss_gap": loss_gap(racers["trl"], racers["ours"]),
         "sides": sides,
@@ -136,11 +137,6 @@ def write_pairs(pairs: Path, texts: Path, count: int, vocab: int) -> None:
                 row |= {f"{side}_{name}": value for name, value in text.items()}
                 alone.write(json.dumps(text) + "\n")
             out.write(json.dumps(row) + "\n")
-
-
-def median_seconds(racer: Racer) -> float:
-    """Of the laps that count."""
-    return statistics.median(racer.laps[number]["seconds"] for number in counted(racer))
 
 
 def peak_bytes(racer: Racer) -> int:

@@ -12,7 +12,8 @@ the same OpenMP library and allocator; the rest of the machine is to be idle. Pr
                             whether nothing else ran
     hidden_N                for each width, for each of ours, trl_best, trl_default, bare: setting, tokens_per_second (median,
                             slowest and fastest lap), laps that count, others_share (most that anybody else used of the cores
-                            during one of them), and `ratio`, ours over it
+                            during one of them), `ratio`, ours over it, and lap_ratios, median, least and greatest of that lap
+                            by lap, the same texts in both
     loss_gap                largest relative difference of a step's loss from ours in the first lap: the same mathematics
 
 `--search` tries the settings in question instead, one lap of warming up and `--rounds` laps each, and prints a line for each:
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_packing import tulu_lengths
-from racing import OURS, PEERS, SPARE, Entry, Racer, calm, loss_gap, race, rates, wait_until_idle
+from racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, loss_gap, race, rates, wait_until_idle
 
 LAYERS = {128: 4, 512: 8}
 SHRINK = 4
@@ -51,7 +52,7 @@ def bare(pack: int, ranks: int = 1) -> Entry:
     return Entry("bare", PEERS, "peers/bare_sft.py", {"pack": pack}, ranks)
 
 
-DEFAULT = trl("trl_default", micro=8, checkpoint=True)
+DEFAULT = replace(trl("trl_default", micro=8, checkpoint=True), rounds=2)
 ENTRIES = {
     128: [ours(4096, ranks=2), trl(micro=2, sort=True), DEFAULT, bare(1024)],
     512: [ours(1024), trl(micro=1, sort=True), DEFAULT, bare(1024)],
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=32, help="texts in an optimizer step")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--lap", type=float, default=1.0, help="factor of a lap's length")
     parser.add_argument("--idle", type=float, default=60.0, help="seconds to wait for an idle machine")
     parser.add_argument("--quick", action="store_true", help="two rounds of short laps: a look, no measurement")
@@ -169,6 +170,7 @@ def measure(spec: dict, entries: list[Entry], rounds: int, directory: Path) -> d
         if name != "ours":
             each["ratio"] = round(mine / each["tokens_per_second"][0], 3)
             if not racers[name].entry.setting.get("packing"):  # TRL's packing makes batches of its own
+                each["lap_ratios"] = lap_ratios(racers["ours"], racers[name])
                 each["loss_gap"] = loss_gap(racers[name], racers["ours"])
     return result
 

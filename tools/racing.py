@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from laps import MARK
 
 ROOT = Path(__file__).parents[1]
 OURS = Path(sys.executable)
 PEERS = ROOT / ".venv-peers/bin/python"
-IDLE = 0.3
-"""Load average below which the machine counts as idle."""
+IDLE = 0.03
+"""Share of all cores in use below which the machine counts as idle."""
 CALM = 0.06
 """Share of all cores that others may use during a lap that counts."""
 SPARE = 3
@@ -44,6 +45,8 @@ class Entry:
     setting: dict[str, Any]
     """what the script reads beside the texts; goes into the report"""
     ranks: int = 1
+    rounds: int | None = None
+    """fewer rounds than the others', for a side that takes long and is far behind"""
     lean: bool = False
     """whether freed memory goes back to the kernel at once, so that a peak is what is needed; slower"""
 
@@ -105,6 +108,7 @@ class Racer:
         record = self._answers()[0]
         others = (_busy_seconds() - busy - self._used_seconds() + used) / (time.monotonic() - began) / cores_here()
         self.laps.append({**record, "others": round(others, 3)})
+        print(f"{self.entry.name} lap {len(self.laps)}: {record['seconds']:.2f} s, others {others:.1%}", file=sys.stderr)
         return others < CALM
 
     def stop(self) -> None:
@@ -117,9 +121,9 @@ class Racer:
             process.wait()
 
     def _used_seconds(self) -> float:
-        """CPU time of the ranks."""
-        fields = [Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split() for process in self.processes]
-        return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+        """CPU time of the ranks and of all that they started and that still runs."""
+        trees = [tree for process in self.processes for tree in _tree(process.pid)]
+        return sum(each.user + each.system for each in (process.cpu_times() for process in trees))
 
     def _answers(self) -> list[dict[str, Any]]:
         return [self._answer(process) for process in self.processes]
@@ -132,11 +136,16 @@ class Racer:
         sys.exit(f"{self.entry.name} ({self.entry.label}) ended with status {process.wait()}:\n{tail}")
 
 
+def _tree(pid: int) -> list[psutil.Process]:
+    root = psutil.Process(pid)
+    return [root, *root.children(recursive=True)]
+
+
 def environment(entry: Entry, rank: int, port: int) -> dict[str, str]:
     """Variables of one rank: the same OpenMP library and allocator on both sides, all cores shared out."""
     openmp = entry.python.parents[1] / "lib/libiomp5.so"
     variables = {
-        "PYTHONPATH": str(ROOT / "tools"),
+        "PYTHONPATH": f"{ROOT / 'tools'}{os.pathsep}{ROOT}",
         "OMP_NUM_THREADS": str(max(1, cores_here() // entry.ranks)),
         "LD_PRELOAD": str(openmp) if openmp.exists() else "",
         "KMP_BLOCKTIME": "1",  # a racer that waits for its next lap is to sleep
@@ -164,6 +173,7 @@ def environment(entry: Entry, rank: int, port: int) -> dict[str, str]:
 
 def race(entries: Sequence[Entry], spec: dict[str, Any], rounds: int, log: Path) -> dict[str, Racer]:
     """One lap of warming up each, then `rounds` in which everyone runs one, in alternating order; disturbed ones once more.
+    Tells of each lap on stderr.
 
     The texts are to last for ``1 + rounds + SPARE`` laps.
     """
@@ -174,6 +184,8 @@ def race(entries: Sequence[Entry], spec: dict[str, Any], rounds: int, log: Path)
         spare = {racer.entry.name: SPARE for racer in racers}
         for number in range(rounds + 1):
             for racer in racers if number % 2 else reversed(racers):
+                if racer.entry.rounds is not None and number > racer.entry.rounds:
+                    continue
                 while not racer.lap() and number and spare[racer.entry.name]:
                     spare[racer.entry.name] -= 1
     finally:
@@ -198,6 +210,16 @@ def rates(racer: Racer, amounts: Sequence[int]) -> list[float]:
     return [round(of(found), 1 if max(found) > 10 else 3) for of in (statistics.median, min, max)]
 
 
+def lap_ratios(racer: Racer, other: Racer) -> list[float]:
+    """Median, least and greatest of the other's seconds over the racer's, lap by lap of those that count for both.
+
+    A lap's number says which texts it trains, so this is of the same work on both sides.
+    """
+    common = sorted(set(counted(racer)) & set(counted(other)))
+    found = [other.laps[number]["seconds"] / racer.laps[number]["seconds"] for number in common]
+    return [round(of(found), 3) for of in (statistics.median, min, max)] if found else []
+
+
 def calm(racer: Racer) -> dict[str, Any]:
     """How many laps count, and the most that anybody else used of the cores during one of them."""
     laps = counted(racer)
@@ -211,12 +233,15 @@ def loss_gap(racer: Racer, truth: Racer) -> float:
 
 
 def wait_until_idle(limit: float) -> dict[str, Any]:
-    """Load averages before the race, and whether the machine was idle: waits up to `limit` seconds until it is."""
+    """How busy the machine was before the race, and whether that is idle: waits up to `limit` seconds until it is.
+
+    Load averages are told but not asked: they are of the minutes before.
+    """
     deadline = time.monotonic() + limit
-    while os.getloadavg()[0] > IDLE and time.monotonic() < deadline:
-        time.sleep(2)
+    while (busy := _busy_share()) > IDLE and time.monotonic() < deadline:
+        pass
     load = [round(value, 2) for value in os.getloadavg()]
-    return {"load_average_before": load, "busy_share_before": _busy_share(), "idle": load[0] <= IDLE}
+    return {"load_average_before": load, "busy_share_before": busy, "idle": busy <= IDLE}
 
 
 def _busy_share(seconds: float = 2.0) -> float:

@@ -57,6 +57,13 @@ COMMANDS = {
         world=True,
         example="tulu-mega dpo examples/tulu3/8b/dpo.toml --preference.beta 5",
     ),
+    "grpo": Command(
+        "reinforcement learning with verifiable rewards: a model and prompts in, vLLM answers, a run directory out",
+        "tulu_mega.config:GrpoSettings",
+        "tulu_mega.recipes.grpo:run",
+        world=True,
+        example="tulu-mega grpo examples/tulu3/8b/grpo.toml --sampling.samples 8",
+    ),
     "score": Command(
         "per-token log-probabilities of given texts, or a reward model's scores, under any layout",
         "tulu_mega.config:ScoreSettings",
@@ -69,6 +76,12 @@ COMMANDS = {
         "tulu_mega.config:GenerateSettings",
         "tulu_mega.rollout.generate:generate",
         example="tulu-mega generate --model DIR --input prompts.jsonl --output answers.jsonl",
+    ),
+    "serve": Command(
+        "vLLM servers for a trainer on another node, which attaches to them by rollout.urls",
+        "tulu_mega.config:ServeSettings",
+        "tulu_mega.rollout.serve:serve",
+        example="TULU_MEGA_ROLLOUT_KEY=... tulu-mega serve --model DIR --host 10.0.0.5 --port 8000 --rollout.servers 2",
     ),
     "convert": Command(
         "a model between Hugging Face's format and Megatron's distributed checkpoint, streaming",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tulu_mega.errors import UserError
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -34,6 +37,50 @@ def together(what: str) -> Iterator[None]:
     dist.all_gather_object(problems, problem)
     if found := list(dict.fromkeys(each for mine in problems for each in mine or ())):
         raise UserError(found)
+
+
+class Crew:
+    """Rank 0 leads, the others follow: what all ranks have to do together while rank 0 alone knows what comes next.
+
+    >>> crew = Crew({"push": sync.push})
+    >>> batch = crew.lead(lambda: collect(push=partial(crew.do, "push"))) if rank == 0 else crew.follow()
+
+    Args:
+        actions: by name, what every rank does when rank 0 says so; what it returns on rank 0 is given back there.
+    """
+
+    _END = ""
+
+    def __init__(self, actions: Mapping[str, Callable[[Any], Any]]):
+        self._actions = actions
+
+    def do(self, name: str, argument: Any = None) -> Any:
+        """On rank 0, while the others follow: an action on every rank."""
+        self._told(name, argument)
+        return self._actions[name](argument)
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """On rank 0: does the work, of which actions may be a part, and hands its result to all ranks.
+
+        What it raises ends this process; whoever started the ranks ends the others.
+        """
+        result = work()
+        self._told(self._END, result)
+        return result
+
+    def follow(self) -> Any:
+        """On the other ranks: takes part in actions until rank 0 has a result, which is returned."""
+        while True:
+            name, argument = self._told(None, None)
+            if name == self._END:
+                return argument
+            self._actions[name](argument)
+
+    @staticmethod
+    def _told(name: str | None, argument: Any) -> tuple[str, Any]:
+        box = [(name, argument)]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
 
 def reason(error: BaseException) -> str:

@@ -15,7 +15,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -26,19 +29,28 @@ from tulu_mega.model.gpt import PolicyModel
 from tulu_mega.model.reward import RewardModel
 from tulu_mega.optimizer import Schedule, build_optimizer
 from tulu_mega.platforms import Platform
-from tulu_mega.records import LossOutput, PackedBatch
+from tulu_mega.records import LossOutput, PackedBatch, TokenOutput
 from tulu_mega.topology import Topology
 
 
 class Objective(Protocol):
     """What the engine minimises; see `objectives/`."""
 
-    needs: Literal["token_logp", "sequence_logp", "sequence_score"]
-    """What it is called with: each token's log-probability, float32 [T] of this rank's share; the sum of them over each
-    segment, or the score at each segment's end, float64 [S], the same on all context-parallel ranks."""
-    reported: tuple[str, ...]
+    @property
+    def needs(self) -> Literal["token_logp", "token_logp+entropy", "sequence_logp", "sequence_score"]:
+        """What it is called with: a `TokenOutput` of this rank's share, with entropies or without, of which it gives the share's
+        loss; or float64 [S], the same on all context-parallel ranks, of which it gives the whole loss: the sum of the
+        log-probabilities over each segment, or the score at each segment's end."""
 
-    def __call__(self, output: Tensor, batch: PackedBatch) -> LossOutput: ...
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Metrics that are means, of `LossOutput.metrics`."""
+
+    @property
+    def largest(self) -> tuple[str, ...]:
+        """Metrics that are largest values, of `LossOutput.largest`."""
+
+    def __call__(self, output: TokenOutput | Tensor, batch: PackedBatch) -> LossOutput: ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,8 @@ class Engine:
         self.hf, self.settings, self.topology, self.platform, self.reward = hf, settings, topology, platform, reward
         self.chunks: list[PolicyModel] | list[RewardModel] = build_model(hf, settings, topology, platform, reward)
         """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
+        self.temperature = 1.0
+        """logits are divided by it, in training and in scoring: for policies, whose responses are drawn at it"""
         self.ddp: list[DistributedDataParallel] = []
         self.optimizer: MegatronOptimizer | None = None
 
@@ -100,17 +114,20 @@ class Engine:
             config.no_sync_func = [ddp.no_sync for ddp in self.ddp] if several else self.ddp[0].no_sync
             config.grad_sync_func = [ddp.start_grad_sync for ddp in self.ddp] if several else self.ddp[0].start_grad_sync
 
-    def forward_backward(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> BatchLoss:
+    def forward_backward(
+        self, micro_batches: Sequence[PackedBatch], objective: Objective, seen: list[Tensor] | None = None
+    ) -> BatchLoss:
         """Gradients of a global batch, summed over micro-batches and DP x CP and divided once by the global count.
 
         Args:
             micro_batches: this data-parallel rank's share, whole packs; every rank of a replica gets the same, all replicas as
                 many. An interleaved pipeline takes a multiple of its ranks.
+            seen: gets what :meth:`score` would have returned.
         """
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._losses(micro_batches, objective, forward_only=False)
+        return self._losses(micro_batches, objective, forward_only=False, seen=seen)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> BatchLoss:
@@ -157,13 +174,11 @@ class Engine:
         """
 
         def step(batches, model):
-            return self._forward(model, next(batches).to(self.platform.device)), lambda logp, non_loss_data: logp[0]
+            return self._forward(model, next(batches).to(self.platform.device)), lambda values, non_loss_data: values[0]
 
         with self._evaluating() as models:
             shares = self._run(step, micro_batches, models, forward_only=True, collect_non_loss_data=True)
-        if self.topology.context == 1:
-            return shares
-        return [self._whole(share, batch) for share, batch in zip(shares, micro_batches, strict=False)]
+        return self._wholes(shares, micro_batches)
 
     def settle(self) -> None:
         """Ends what overlap left under way, so that every rank's parameters are the updated ones; before they are read."""
@@ -171,36 +186,53 @@ class Engine:
             if ddp.ddp_config.overlap_param_gather:
                 ddp.start_param_sync(force_sync=True)
 
-    def _losses(self, micro_batches: Sequence[PackedBatch], objective: Objective, forward_only: bool) -> BatchLoss:
+    def _losses(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        objective: Objective,
+        forward_only: bool,
+        seen: list[Tensor] | None = None,
+    ) -> BatchLoss:
         outputs: list[LossOutput] = []
+        shares: list[Tensor] = []
 
         def step(batches, model):
             batch = next(batches).to(self.platform.device)
 
             def loss(output):
-                out = objective(self._read(output[0], batch, objective.needs), batch)
-                if objective.needs != "token_logp" and batch.context_rank:
-                    out = LossOutput(out.loss_sum, 0)  # of whole sequences: every context rank has all of it, the first counts it
-                else:
-                    outputs.append(out)
+                out = self._loss(output, batch, objective)
+                outputs.append(out)
+                if seen is not None:
+                    shares.append((output[0] if isinstance(output, tuple) else output)[0].detach())
                 count = torch.tensor(out.count, dtype=torch.int32, device=self.platform.device)
                 return out.loss_sum.float(), count, {}
 
             return self._forward(model, batch), loss
 
-        self._run(step, micro_batches, self.ddp or self.chunks, forward_only)
-        return self._reduce(outputs, objective.reported)
+        self._run(step, micro_batches, self.ddp or self.chunks, forward_only, entropy=objective.needs == "token_logp+entropy")
+        if seen is not None:
+            seen += self._wholes(shares, micro_batches)
+        return self._reduce(outputs, objective)
 
-    def _read(self, output_T: Tensor, batch: PackedBatch, needs: str) -> Tensor:
-        if needs == "token_logp":
-            return output_T
-        chosen_T = output_T * batch.ends_T if needs == "sequence_score" else output_T  # log-probabilities are 0 where not trained
-        sums_S = output_T.new_zeros(len(batch.rows_S), dtype=torch.float64)
-        sums_S = sums_S.index_add(0, batch.segments_T, chosen_T.double())
+    def _loss(self, output: Tensor | tuple[Tensor, Tensor], batch: PackedBatch, objective: Objective) -> LossOutput:
+        """This rank's share of a micro-batch's loss."""
+        values, entropy = output if isinstance(output, tuple) else (output, None)
+        tokens = TokenOutput(values[0], None if entropy is None else entropy[0], batch, self._over_context)
+        if objective.needs not in ("sequence_logp", "sequence_score"):
+            return objective(tokens, batch)
+        # log-probabilities are 0 where not trained
+        chosen_T = tokens.values_T * batch.ends_T if objective.needs == "sequence_score" else tokens.values_T
+        whole = objective(tokens.segment_sums(chosen_T), batch)
+        if batch.context_rank == 0:
+            return whole
+        # every context rank has all of it and the first counts it; the gradient of the others' tokens comes from there
+        return LossOutput(0 * whole.loss_sum, 0, dict.fromkeys(objective.reported, (0.0, 0)), whole.largest)
+
+    def _over_context(self, share: Tensor) -> Tensor:
         if self.topology.context == 1:
-            return sums_S
-        # all-reduce forward, identity backward: each rank's tokens then get their own part of the gradient, once
-        return reduce_from_tensor_model_parallel_region(sums_S, self.topology.context_group)
+            return share
+        group = self.topology.context_group
+        return copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(share, group), group)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[list[torch.nn.Module]]:
@@ -212,6 +244,12 @@ class Engine:
         yield models
         for model, was in zip(models, training, strict=True):
             model.train(was)
+
+    def _wholes(self, shares: list[Tensor], micro_batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Of every micro-batch the whole pack's values, on the stage that has any."""
+        if self.topology.context == 1:
+            return shares
+        return [self._whole(share, batch) for share, batch in zip(shares, micro_batches, strict=False)]
 
     def _whole(self, share_T: Tensor, batch: PackedBatch) -> Tensor:
         """The context-parallel ranks' values of a pack, in its own order."""
@@ -245,7 +283,11 @@ class Engine:
         model: Sequence[torch.nn.Module],
         forward_only: bool = False,
         collect_non_loss_data: bool = False,
+        entropy: bool = False,
     ) -> list:
+        for chunk in self.chunks:
+            if isinstance(chunk, PolicyModel):
+                chunk.temperature, chunk.gives_entropy = self.temperature, entropy
         schedule = get_forward_backward_func()
         shares = [context_share(batch, self.topology.context_rank, self.topology.context) for batch in micro_batches]
         iterators = [iter(shares) for _ in model]  # every chunk meets every micro-batch
@@ -260,14 +302,24 @@ class Engine:
             collect_non_loss_data=collect_non_loss_data,
         )
 
-    def _reduce(self, outputs: Sequence[LossOutput], names: Sequence[str]) -> BatchLoss:
-        """Sums of the ranks that hold losses, to every rank, in one collective."""
-        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.platform.device)
+    def _reduce(self, outputs: Sequence[LossOutput], objective: Objective) -> BatchLoss:
+        """Sums of the ranks that hold losses, to every rank, in one collective; in another the largest values, if any."""
+        device, names = self.platform.device, objective.reported
+        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
+        largest = torch.full((len(objective.largest),), -math.inf, dtype=torch.float64, device=device)
         if self.topology.reports_loss:
             for out in outputs:
                 pairs = [(out.loss_sum.detach(), out.count), *(out.metrics[name] for name in names)]
-                sums += torch.tensor([float(x) for pair in pairs for x in pair], dtype=torch.float64, device=sums.device)
+                sums += _stacked([x for pair in pairs for x in pair], device)
+                if objective.largest:
+                    largest = largest.maximum(_stacked([out.largest[name] for name in objective.largest], device))
         dist.all_reduce(sums)
+        if objective.largest:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         (loss, count), *rest = sums.view(-1, 2).tolist()
         metrics = {name: total / max(n, 1) for name, (total, n) in zip(names, rest, strict=True)}
-        return BatchLoss(loss / max(count, 1), int(count), metrics)
+        return BatchLoss(loss / max(count, 1), int(count), metrics | dict(zip(objective.largest, largest.tolist(), strict=True)))
+
+
+def _stacked(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values])

@@ -2,7 +2,9 @@
 
 A rank is this program itself with the same arguments; what torchrun's environment variables (RANK, WORLD_SIZE,
 MASTER_ADDR, ...) say decides which of the two a process is. A world started here rendezvouses over a store on the
-loopback interface that the launcher holds, is never restarted, and dies with its launcher however that dies.
+loopback interface that the launcher holds and dies with its launcher however that dies. Commands that generate while they train
+have vLLM servers beside the world, which outlive it: where `restarts` is set, a world that fails is started again and finds
+them as they were.
 """
 
 from __future__ import annotations
@@ -76,7 +78,12 @@ def run(target: str, settings: EngineSettings, program: Sequence[str], prepare: 
     size = settings.parallel.model_parallel * (settings.parallel.data or 1)
     _check_devices(settings.parallel, size)
     prepare(settings)
-    return _start_world(size, getattr(settings, "run_dir", None), list(program))
+    with contextlib.ExitStack() as stack:
+        environ = {}
+        if hasattr(settings, "rollout") and not settings.rollout.urls:
+            beside = resolve("tulu_mega.rollout.beside:servers")(settings, trainers=size)
+            environ = stack.enter_context(beside).for_ranks  # they start while the ranks do
+        return _start_world(size, getattr(settings, "run_dir", None), list(program), environ, getattr(settings, "restarts", 0))
 
 
 def joined_world(parallel: ParallelSettings, env: Mapping[str, str]) -> World:
@@ -188,7 +195,18 @@ def _check_devices(parallel: ParallelSettings, size: int) -> None:
         )
 
 
-def _start_world(size: int, run_dir: str | None, program: list[str]) -> int:
+def _start_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], restarts: int) -> int:
+    """Starts the ranks, and again when one fails for a reason that the user cannot mend, at most `restarts` times."""
+    for attempt in range(restarts + 1):
+        status, final = _one_world(size, run_dir, program, environ)
+        if final or attempt == restarts:
+            break
+        print(f"the ranks are started again ({attempt + 1} of {restarts} times)", file=sys.stderr, flush=True)
+    return status
+
+
+def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str]) -> tuple[int, bool]:
+    """The exit status of a world, and whether another one would fare no better."""
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tulu_mega_")))
         logs = Path(run_dir, "logs") if run_dir else scratch
@@ -198,7 +216,7 @@ def _start_world(size: int, run_dir: str | None, program: list[str]) -> int:
             raise UserError(f"run_dir: {logs} cannot be made: {error.strerror}; choose a directory you may write") from None
         store = _loopback_store()
         stack.enter_context(_signals_restored())
-        return _wait(_ranks(size, program, store.port, logs, scratch), size, scratch)
+        return _wait(_ranks(size, program, store.port, logs, scratch, environ), size, scratch)
 
 
 def _loopback_store():
@@ -210,7 +228,7 @@ def _loopback_store():
     return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path) -> PContext:
+def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, environ: Mapping[str, str]) -> PContext:
     from torch.distributed.elastic.multiprocessing import start_processes
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
@@ -241,6 +259,7 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path) 
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // size))),
         "PYTHONUNBUFFERED": "1",  # a killed rank's log is whole
         _LAUNCHER_PID: str(os.getpid()),
+        **environ,
     }
     if sys.platform.startswith("linux"):  # gloo otherwise asks what the host name resolves to, often nothing useful
         common["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
@@ -256,7 +275,7 @@ def _error_file(scratch: Path, rank: int) -> Path:
     return scratch / f"rank_{rank}.error.json"
 
 
-def _wait(context: PContext, size: int, scratch: Path) -> int:
+def _wait(context: PContext, size: int, scratch: Path) -> tuple[int, bool]:
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     try:
@@ -266,21 +285,21 @@ def _wait(context: PContext, size: int, scratch: Path) -> int:
             context.close(death_sig=signal.SIGTERM, timeout=10)
         except SignalException:  # asked again
             context.close(death_sig=signal.SIGKILL, timeout=5)
-        return 128 + asked.sigval
+        return 128 + asked.sigval, True
     if not result.is_failed():
-        return 0
+        return 0, True
     codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
     records = {rank: _read_record(_error_file(scratch, rank)) for rank in codes}
     rank = _first_failure(codes, records)
     if "problems" in records[rank]:
         report(records[rank]["problems"])
-        return codes[rank]
+        return codes[rank], True
     print(
         _describe_failure(rank, size, codes[rank], context.stderrs[rank], context.stdouts[rank], scratch),
         file=sys.stderr,
         flush=True,
     )
-    return codes[rank] if codes[rank] > 0 else 128 - codes[rank]
+    return codes[rank] if codes[rank] > 0 else 128 - codes[rank], False
 
 
 def _first_failure(codes: Mapping[int, int], records: Mapping[int, dict[str, Any]]) -> int:

@@ -20,12 +20,12 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tulu_mega.config import StageSettings, WandbSettings
+from tulu_mega.config import RunSettings, WandbSettings
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,8 @@ class StepRecord:
     seconds: StepSeconds
     extra: Mapping[str, float | int | None] = field(default_factory=dict)
     """further values, written under their own names"""
+    told: tuple[str, ...] = ()
+    """those of them that the console's line has too"""
 
 
 class MetricsLog:
@@ -88,7 +90,7 @@ class MetricsLog:
     def __init__(
         self,
         run_dir: str | Path,
-        settings: StageSettings,
+        settings: RunSettings,
         total_steps: int,
         *,
         resumed_step: int = 0,
@@ -116,7 +118,7 @@ class MetricsLog:
         values = self._values(record)
         self._file.write(json.dumps({name: _json_number(value) for name, value in values.items()}, allow_nan=False) + "\n")
         self._file.flush()
-        self._console.step(values)
+        self._console.step(values, record.told)
         self._wandb.log(values)
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
@@ -197,7 +199,7 @@ class _Console:
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 
-    def step(self, values: Mapping[str, Any]) -> None:
+    def step(self, values: Mapping[str, Any], told: Sequence[str] = ()) -> None:
         now = time.monotonic()
         self._seconds.append(now - self._last)
         self._last = now
@@ -208,9 +210,11 @@ class _Console:
         if step % self._every and step != self._total:
             return
         mfu = f"  mfu {values['mfu']:.1%}" if values["mfu"] is not None else ""
+        more = "".join(f"{name.replace('_', ' ')} {values[name]:.3g}  " for name in told)
         line = (
-            f"step {step:>{len(str(self._total))}}/{self._total}  loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  "
-            f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left"
+            f"step {step:>{len(str(self._total))}}/{self._total}  {more}loss {values['loss']:.4f}  "
+            f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left"
         )
         self.say(line)
 

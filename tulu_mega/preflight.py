@@ -19,9 +19,11 @@ from tulu_mega.bridge.megatron_keys import stored_parameters
 from tulu_mega.config import (
     DataSettings,
     EngineSettings,
+    GrpoSettings,
     ParallelSettings,
     PreferenceStageSettings,
     RmSettings,
+    RunSettings,
     ScoreSettings,
     Section,
     StageSettings,
@@ -31,6 +33,8 @@ from tulu_mega.data.store import TokenStore, prepare
 from tulu_mega.errors import UserError
 from tulu_mega.planner.schedule import Pipeline
 from tulu_mega.planner.stages import stage_layers
+from tulu_mega.rollout.prompting import read
+from tulu_mega.rollout.vllm_process import check_vllm
 from tulu_mega.run_lock import check_free
 
 CONFIG = "config.json"
@@ -38,11 +42,14 @@ DATA = "data"
 HELDOUT = "heldout"
 _MATHEMATICS = (
     "model.path", "model.dtype", "megatron", "seed", "data", "optim", "preference",
-    "train.global_batch", "train.reduction", "train.steps", "train.epochs",
+    "train.global_batch", "train.reduction", "train.steps", "train.epochs", "sampling", "policy", "rewards", "rollout.dtype",
+    "train.prompts", "train.mini_batches", "train.passes", "train.filter_equal", "train.refills",
 )  # fmt: skip
 _FOR_REWARD_MODELS = (RmSettings, ScoreSettings)
 """Commands that a reward model's directory can be given to."""
-_INDIFFERENT = ("data.workers", "data.pack_length", "data.cache")
+_INDIFFERENT = (
+    "data.workers", "data.pack_length", "data.cache", "rewards.workers", "rewards.timeout", "rewards.memory_mib",
+)  # fmt: skip
 
 
 def check(settings: Section) -> list[str]:
@@ -106,9 +113,15 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
     config = collect(lambda: _model(settings))
     if config and not isinstance(settings, _FOR_REWARD_MODELS):
         collect(lambda: check_language_model(settings.model.path, config["architectures"]))
-    if isinstance(settings, StageSettings):
+    if isinstance(settings, RunSettings):
         collect(lambda: check_free(Path(settings.run_dir)))
         collect(lambda: _same_run(settings))
+    if isinstance(settings, GrpoSettings):
+        collect(lambda: _servable(settings, config))
+        collect(lambda: read(settings))
+        if settings.rewards.model:
+            collect(lambda: _scoring(settings, config))
+    if isinstance(settings, StageSettings):
         collect(lambda: _schedulable(settings))
         made: list[Path] = []
         with tempfile.TemporaryDirectory() as scratch:
@@ -184,7 +197,40 @@ def _converted(directory: Path) -> tuple[dict[str, Any], list[str]]:
     return config, checkpoint.check(stored_parameters(family_for(config), config))
 
 
-def _same_run(settings: StageSettings) -> None:
+def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
+    """What vLLM would find out when it starts, and rollouts when they are asked for."""
+    check_vllm()
+    problems = []
+    limit = (config or {}).get("max_position_embeddings")
+    if limit and settings.longest > limit:
+        problems.append(
+            f"data.max_prompt = {settings.data.max_prompt} and sampling.max_tokens = {settings.sampling.max_tokens} make "
+            f"{settings.longest} tokens, but the model was made for {limit}; lower either"
+        )
+    given = settings.rollout.max_model_len
+    if given and given < settings.longest:
+        problems.append(
+            f"rollout.max_model_len = {given}: prompt and response may have {settings.longest} tokens (data.max_prompt + "
+            "sampling.max_tokens); raise it or leave it out"
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def _scoring(settings: GrpoSettings, policy: Mapping[str, Any] | None) -> None:
+    """The reward model has the policy's tokens."""
+    model = settings.model.model_copy(update={"path": settings.rewards.model})
+    config = _model(EngineSettings(model=model, parallel=settings.parallel, megatron=settings.megatron))
+    if not family_for(config).reward:
+        raise UserError(f"rewards.model = {settings.rewards.model}: a language model; expected what tulu-mega rm makes")
+    if policy and config["vocab_size"] != policy["vocab_size"]:
+        raise UserError(
+            f"rewards.model = {settings.rewards.model} has a vocabulary of {config['vocab_size']}, the policy one of "
+            f"{policy['vocab_size']}; expected a reward model of the same tokenizer"
+        )
+
+
+def _same_run(settings: RunSettings) -> None:
     """A run directory goes on with the settings it began with, as far as they decide what is computed."""
     file = Path(settings.run_dir) / CONFIG
     if not file.exists():

@@ -8,6 +8,7 @@ Shape suffixes, here and everywhere:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -103,10 +104,43 @@ class PackedBatch:
         """Real sequences, padding not counted; 0 on all shares but the first, so that a sum over ranks counts each once."""
         return int((self.rows_S >= 0).sum()) if self.context_rank == 0 else 0
 
+    @property
+    def num_trained_sequences(self) -> int:
+        """Sequences of which anything is trained; 0 on all shares but the first, as ``num_sequences``."""
+        return int((self.trained_S > 0).sum()) if self.context_rank == 0 else 0
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return PackedBatch(**moved)
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What a model gives for the labels of a micro-batch, on this rank's share of the tokens."""
+
+    values_T: Tensor
+    """float32: log-probabilities of the labels, 0 where there is none; of a reward model each token's score"""
+    entropy_T: Tensor | None
+    """float32, nats, of the distribution each label is drawn from, 0 where there is no label; None where not asked for"""
+    batch: PackedBatch
+    """what it is of"""
+    over_context: Callable[[Tensor], Tensor] = lambda share: share
+    """sums over the context-parallel ranks, forward and backward"""
+
+    def segment_sums(self, values_T: Tensor) -> Tensor:
+        """Sums over whole segments, of this rank's tokens and those that other context-parallel ranks hold.
+
+        What is made of them may differ from rank to rank: the loss is the sum of the ranks' shares, the gradient is of all.
+
+        Args:
+            values_T: of this rank's tokens. All context-parallel ranks call it as often and in the same order.
+
+        Returns:
+            float64 [S], the same on all context-parallel ranks.
+        """
+        sums_S = values_T.new_zeros(len(self.batch.rows_S), dtype=torch.float64)
+        return self.over_context(sums_S.index_add(0, self.batch.segments_T, values_T.double()))
 
 
 @dataclass(frozen=True)
@@ -123,3 +157,5 @@ class LossOutput:
     """this micro-batch's share of the global denominator: tokens, sequences or pairs"""
     metrics: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
     """name -> (sum, count) for each of the objective's ``reported``; the ratio of the sums over the global batch is logged"""
+    largest: dict[str, Tensor | float] = field(default_factory=dict)
+    """name -> value for each of the objective's ``largest``; the largest of the global batch is logged"""

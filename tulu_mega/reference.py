@@ -29,8 +29,8 @@ from tulu_mega.collective import together
 from tulu_mega.data.store import TokenStore
 from tulu_mega.engine import Engine
 from tulu_mega.errors import UserError
+from tulu_mega.packed_scoring import score_rows
 from tulu_mega.records import PackedBatch
-from tulu_mega.scoring import score_rows
 
 VERSION = 1
 """Raised whenever the same content would give other values or another form of the files."""

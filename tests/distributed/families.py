@@ -33,6 +33,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 OWN_HEAD_SIZE = ("Qwen 3", "Mistral")
+LLAMAS = {"Llama": False, "Llama tied": True}
+"""whether the embedding is the head"""
+
+
+def make_language_model(directory: str, name: str, head: int = 8) -> None:
+    """Saves one of the Llamas or of the families.
+
+    Args:
+        head: channels of a head; see :func:`make_model`.
+    """
+    if name in LLAMAS:
+        jobs.make_model(directory, LLAMAS[name], heads=64 // head, groups=32 // head)
+    else:
+        make_model(directory, name, head=head)
 
 
 def make_model(directory: str, name: str, seed: int = 0, head: int = 8) -> None:

@@ -35,23 +35,34 @@ def sequences(vocab: int, lengths: list[int] = LENGTHS, seed: int = 3) -> list[S
 
 
 @contextlib.contextmanager
-def session(model: str, layout: dict[str, Any], dtype: str = "fp32", recompute: str = "none", megatron=None) -> Iterator[Session]:
-    """The engine a command would build, weights loaded by the bridge."""
+def session(
+    model: str,
+    layout: dict[str, Any],
+    dtype: str = "fp32",
+    recompute: str = "none",
+    megatron: dict[str, Any] | None = None,
+    reward: bool | None = None,
+    seed: int = 1,
+    load: bool = True,
+) -> Iterator[Session]:
+    """The engine a command would build, weights loaded by the bridge unless told otherwise."""
     settings = EngineSettings.model_validate(
         {"model": {"path": model, "dtype": dtype, "recompute": recompute}, "parallel": layout, "megatron": megatron or {}}
     )
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with opened(settings, World(rank, size, rank, size, size // settings.parallel.model_parallel), seed=1) as made:
-        made.load_weights()
+    with opened(settings, World(rank, size, rank, size, size // settings.parallel.model_parallel), seed, reward) as made:
+        if load:
+            made.load_weights()
         yield made
 
 
-def share(made: Session, batch: list[Sequence], micro_batches: int | None, capacity: int = 512) -> list[PackedBatch]:
-    """This rank's packed micro-batches of a global batch."""
-    place = made.topology
-    plan = plan_step(
-        [len(s.input_ids) for s in batch], place.data, capacity, made.align, micro_batches, multiple=made.pipeline.multiple
-    )
+def share(
+    made: Session, batch: list[Sequence], micro_batches: int | None, capacity: int = 512, together: int = 1
+) -> list[PackedBatch]:
+    """This rank's packed micro-batches of a global batch, every `together` sequences that follow one another kept together."""
+    place, lengths = made.topology, [len(s.input_ids) for s in batch]
+    multiple = made.pipeline.multiple
+    plan = plan_step(lengths, place.data, capacity, made.align, micro_batches, multiple=multiple, together=together)
     return [pack([batch[i] for i in bin_], made.align) for bin_ in plan[place.data_rank]]
 
 

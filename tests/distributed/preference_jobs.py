@@ -11,9 +11,7 @@ import torch.nn.functional as F
 
 from tests.distributed import jobs
 from tulu_mega.config import OptimSettings
-from tulu_mega.data.batch import pack
 from tulu_mega.data.loader import by_segment
-from tulu_mega.data.packing import plan_step
 from tulu_mega.objectives.preference import PreferenceObjective
 from tulu_mega.records import IGNORE
 
@@ -60,12 +58,7 @@ def engine(
     """The same by the engine: (loss, gradient norm, metrics, the loss that `evaluate` gives) by objective."""
     with jobs.session(directory, layout) as made:
         batch = _sequences(made.engine.hf.vocab_size)
-        place = made.topology
-        plan = plan_step(
-            [len(s.input_ids) for s in batch], place.data, 256, made.align, micro_batches,
-            multiple=made.pipeline.multiple, together=2,
-        )  # fmt: skip
-        micro = [pack([batch[i] for i in bin_], made.align) for bin_ in plan[place.data_rank]]
+        micro = jobs.share(made, batch, micro_batches, together=2)
         micro = [dataclasses.replace(one, ref_logp_S=by_segment(one, ref)) for one in micro]
         made.engine.prepare_training(OptimSettings(name="sgd", lr=0.0, schedule="constant", warmup=0.0, clip=0.0), 1)
         found = {}

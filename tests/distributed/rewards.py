@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +10,21 @@ import torch.nn.functional as F
 
 from tests.distributed import families, jobs
 from tulu_mega import checkpoint
-from tulu_mega.config import EngineSettings, OptimSettings
-from tulu_mega.data.batch import pack
-from tulu_mega.data.packing import plan_step
+from tulu_mega.config import OptimSettings
 from tulu_mega.errors import UserError
-from tulu_mega.launcher import World
 from tulu_mega.objectives.reward import RewardObjective
-from tulu_mega.recipes.session import Session, opened
+from tulu_mega.recipes.session import Session
 from tulu_mega.records import IGNORE, PackedBatch, Sequence
 
-LLAMAS = {"Llama": False, "Llama tied": True}
 ADAM = OptimSettings(lr=1e-3, eps=1e-3, schedule="constant", warmup=0.0, clip=0.0)
 """an eps so large that rounding of small gradients makes no steps of its own"""
-
-
-def make_language_model(directory: str, family: str, head: int = 8) -> None:
-    """A small model with a head over the vocabulary; `head` channels in each attention head."""
-    if family in LLAMAS:
-        jobs.make_model(directory, LLAMAS[family], heads=64 // head, groups=32 // head)
-    else:
-        families.make_model(directory, family, head=head)
 
 
 def make_model(directory: str, family: str, head: int = 8, labels: int = 1) -> None:
     """A small reward model as transformers makes and saves it, with the config of a language model, tied or not."""
     from transformers import AutoModelForSequenceClassification
 
-    make_language_model(directory, family, head)
+    families.make_language_model(directory, family, head)
     torch.manual_seed(5)
     model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=labels, dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, std=0.1)
@@ -107,22 +92,9 @@ def unloaded(directory: str) -> list[str]:
     return sorted(str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in told[kind])
 
 
-@contextlib.contextmanager
-def session(directory: str, layout: dict[str, Any], reward: bool | None = None, seed: int = 1, **model: Any) -> Iterator[Session]:
-    """The engine a command would build, without weights."""
-    settings = EngineSettings.model_validate({"model": {"path": directory, "dtype": "fp32"} | model, "parallel": layout})
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    place = World(rank, size, rank, size, size // settings.parallel.model_parallel)
-    with opened(settings, place, seed, reward) as made:
-        yield made
-
-
-def share(made: Session, batch: list[Sequence], micro_batches: int | None) -> list[PackedBatch]:
-    """This rank's packed micro-batches of a global batch, pairs whole."""
-    place = made.topology
-    lengths = [len(each.input_ids) for each in batch]
-    plan = plan_step(lengths, place.data, 512, made.align, micro_batches, multiple=made.pipeline.multiple, together=2)
-    return [pack([batch[i] for i in bin_], made.align) for bin_ in plan[place.data_rank]]
+def share(made: Session, micro_batches: int | None = None, seed: int = 3) -> list[PackedBatch]:
+    """This rank's packed micro-batches of a batch of :func:`pairs`, each pair whole."""
+    return jobs.share(made, pairs(made.engine.hf.vocab_size, seed), micro_batches, together=2)
 
 
 def scored(made: Session, micro: list[PackedBatch]) -> dict[int, float]:
@@ -147,15 +119,12 @@ def engine(
     dtype: str = "fp32",
 ) -> dict[str, Any]:
     """The same as :func:`hugging_face` by the engine under a layout."""
-    with session(directory, layout, recompute=recompute, dtype=dtype) as made:
-        made.load_weights()
-        vocab = made.engine.hf.vocab_size
-        result: dict[str, Any] = {"scores": scored(made, share(made, pairs(vocab), micro_batches)), "losses": [], "norms": []}
+    with jobs.session(directory, layout, dtype, recompute) as made:
+        result: dict[str, Any] = {"scores": scored(made, share(made, micro_batches)), "losses": [], "norms": []}
         optim = OptimSettings(name="sgd", lr=lr, schedule="constant", warmup=0.0, clip=0.0)
         made.engine.prepare_training(optim, steps)
         for step in range(steps):
-            micro = share(made, pairs(vocab, seed=3 + step), micro_batches)
-            loss = made.engine.forward_backward(micro, RewardObjective())
+            loss = made.engine.forward_backward(share(made, micro_batches, seed=3 + step), RewardObjective())
             result["losses"].append(loss.loss)
             result["norms"].append(made.engine.optimizer_step(step, loss.loss).grad_norm)
         if trained:
@@ -165,34 +134,32 @@ def engine(
 
 def drawn(directory: str, layout: dict[str, Any], seed: int, out: str) -> tuple[dict[int, float], list[tuple[str, list[int]]]]:
     """A reward model from a language model, written; its scores and this rank's parameters."""
-    with session(directory, layout, reward=True, seed=seed) as made:
+    with jobs.session(directory, layout, reward=True, seed=seed, load=False) as made:
         for chunk in made.engine.chunks:
             for parameter in chunk.parameters():  # whatever is neither loaded nor drawn shows
                 torch.nn.init.constant_(parameter, float("nan"))
         made.load_weights()
         made.export(Path(out), torch.float32, {})
         held = [(name, list(p.shape)) for chunk in made.engine.chunks for name, p in chunk.named_parameters()]
-        return scored(made, share(made, pairs(made.engine.hf.vocab_size), None)), held
+        return scored(made, share(made)), held
 
 
 def converted(directory: str, layout: dict[str, Any]) -> dict[int, float]:
     """Scores by the weights of a directory of either format."""
-    with session(directory, layout) as made:
-        made.load_weights()
-        return scored(made, share(made, pairs(made.engine.hf.vocab_size), None))
+    with jobs.session(directory, layout) as made:
+        return scored(made, share(made))
 
 
 def steps(made: Session, begin: int, end: int) -> None:
     """Optimizer steps on batches of their own."""
     for step in range(begin, end):
-        loss = made.engine.forward_backward(share(made, pairs(made.engine.hf.vocab_size, seed=3 + step), None), RewardObjective())
+        loss = made.engine.forward_backward(share(made, seed=3 + step), RewardObjective())
         assert made.engine.optimizer_step(step, loss.loss).applied
 
 
 def undisturbed(directory: str, layout: dict[str, Any], checkpoints: str, middle: str, out: str) -> None:
     """Two steps of Adam, a checkpoint and an export, two more steps, an export."""
-    with session(directory, layout, reward=True) as made:
-        made.load_weights()
+    with jobs.session(directory, layout, reward=True) as made:
         made.engine.prepare_training(ADAM, 4)
         steps(made, 0, 2)
         checkpoint.save(made.engine, Path(checkpoints), 2, {}, keep=1)
@@ -203,9 +170,7 @@ def undisturbed(directory: str, layout: dict[str, Any], checkpoints: str, middle
 
 def resumed(directory: str, layout: dict[str, Any], checkpoints: str | None, out: str) -> None:
     """The last two steps from the checkpoint, or with an optimizer that remembers nothing, from the directory's weights."""
-    with session(directory, layout, reward=True) as made:
-        if not checkpoints:
-            made.load_weights()
+    with jobs.session(directory, layout, reward=True, load=not checkpoints) as made:
         made.engine.prepare_training(ADAM, 4)
         if checkpoints:
             (found,) = checkpoint.find(Path(checkpoints))
@@ -216,7 +181,7 @@ def resumed(directory: str, layout: dict[str, Any], checkpoints: str | None, out
 
 def foreign(directory: str, checkpoints: str, reward: bool) -> list[str]:
     """What is told of a checkpoint of the other kind of model."""
-    with session(directory, {}, reward=reward) as made:
+    with jobs.session(directory, {}, reward=reward, load=False) as made:
         made.engine.prepare_training(ADAM, 4)
         (found,) = checkpoint.find(Path(checkpoints))
         try:
@@ -229,8 +194,8 @@ def foreign(directory: str, checkpoints: str, reward: bool) -> list[str]:
 def refused(directory: str, reward: bool | None) -> list[str]:
     """What is told of a directory that cannot be opened so."""
     try:
-        with session(directory, {}, reward=reward) as made:
-            made.load_weights()
+        with jobs.session(directory, {}, reward=reward):
+            pass
     except UserError as error:
         return error.problems
     return []

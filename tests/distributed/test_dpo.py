@@ -20,9 +20,12 @@ from tests.distributed import world
 from tulu_mega import preflight, reference
 from tulu_mega.config import DpoSettings
 from tulu_mega.data.store import TokenStore
+from tulu_mega.engine import BatchLoss
 from tulu_mega.errors import UserError
 from tulu_mega.launcher import World
+from tulu_mega.objectives.preference import PreferenceObjective
 from tulu_mega.quickstart import task, tiny_model
+from tulu_mega.recipes.dpo import check_first_loss, run
 
 STEPS = 5
 
@@ -53,8 +56,6 @@ def settings(material: Path, run_dir: Path, **sections) -> DpoSettings:
 
 
 def dpo(wanted: DpoSettings) -> None:
-    from tulu_mega.recipes.dpo import run
-
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     run(wanted, World(rank, size, rank, size, size // wanted.parallel.model_parallel))
 
@@ -92,9 +93,33 @@ def test_the_first_step_is_at_the_reference_and_layouts_agree(material, undistur
     assert found[-1]["heldout_accuracy"] == pytest.approx(undisturbed[1][-1]["heldout_accuracy"], abs=0.1)
 
 
-def test_bf16_starts_at_the_reference(material, tmp_path):
-    (first, *_) = ran(settings(material, tmp_path / "run", model={"dtype": "bf16"}, train={"steps": 1}, parallel={"tensor": 2}))
-    assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
+@pytest.mark.parametrize(("loss", "at_reference", "off"), [("dpo_norm", math.log(2), 0.02), ("ipo", 25.0, 2.6)])
+def test_bf16_starts_at_the_reference(material, tmp_path, loss, at_reference, off):
+    own = {"model": {"dtype": "bf16"}, "train": {"steps": 1}, "parallel": {"tensor": 2}, "preference": {"loss": loss}}
+    (first, *_) = ran(settings(material, tmp_path / "run", **own))
+    assert first["loss"] == pytest.approx(at_reference, abs=off)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("loss", ["dpo", "dpo_norm", "ipo"])
+def test_what_rounding_adds_to_the_first_loss_is_let_pass_and_no_more(material, tmp_path, loss, dtype):
+    """Pairs whose difference is as far from 0 as rounding may take it, by the loss's own formula, and 5% farther."""
+    wanted = settings(material, tmp_path, model={"dtype": dtype}, preference={"loss": loss})
+    objective = PreferenceObjective(**wanted.preference.model_dump())
+    beta, roundoff = objective.beta, {"fp32": 2.0**-24, "bf16": 2.0**-8}[dtype]
+    most = 2 * 2**5 * roundoff * (256 if loss == "dpo" else 1)
+
+    def first(d: float) -> BatchLoss:
+        value = (d - 1 / (2 * beta)) ** 2 if loss == "ipo" else math.log1p(math.exp(-beta * d))
+        return BatchLoss(value, 8, {"margin": beta * d})
+
+    for d in (-most, most):
+        check_first_loss(wanted, objective, first(0.999 * d))
+        with pytest.raises(UserError, match="the mean margin is"):
+            check_first_loss(wanted, objective, first(1.05 * d))
+    if loss == "ipo":  # a loss that is off although margins are 0
+        with pytest.raises(UserError, match="the loss is"):
+            check_first_loss(wanted, objective, BatchLoss(first(-1.05 * most).loss, 8, {"margin": 0.0}))
 
 
 def test_cache_is_filled_in_a_job_of_its_own_under_another_layout_and_reused(material, undisturbed, tmp_path):
@@ -211,15 +236,21 @@ def row(chosen, rejected, question="q"):
             "rejected": [*prompt, {"role": "assistant", "content": rejected}]}  # fmt: skip
 
 
+PAIR = row("a", "b")
+
+
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ([{"chosen": row("a", "b")["chosen"]}], r"line 1: has chosen; expected chosen and rejected"),
-        ([row("a", "b"), {**row("a", "b"), "rejected": row("a", "b", "other")["rejected"]}], "line 2: the prompts of chosen and rejected differ at message 1"),  # noqa: E501
-        ([{"chosen": row("a", "b")["chosen"], "rejected": row("a", "b")["rejected"][1:]}], r"differ in length \(1 and 0 messages\)"),  # noqa: E501
-        ([{**row("a", "b"), "rejected": row("a", "b")["rejected"][:1]}], "rejected: no assistant message"),
-        ([{**row("a", "b"), "chosen": "text"}], "chosen: messages is 'text'"),
-        ([{**row("a", "b"), "chosen": [*row("a", "b")["chosen"], {"role": "user", "content": "x"}]}], "chosen: the last message is the user's"),  # noqa: E501
+        ([{"chosen": PAIR["chosen"]}], r"line 1: has chosen; expected chosen and rejected"),
+        (
+            [PAIR, PAIR | {"rejected": row("a", "b", "other")["rejected"]}],
+            "line 2: the prompts of chosen and rejected differ at message 1",
+        ),
+        ([PAIR | {"rejected": PAIR["rejected"][1:]}], r"differ in length \(1 and 0 messages\)"),
+        ([PAIR | {"rejected": PAIR["rejected"][:1]}], "rejected: no assistant message"),
+        ([PAIR | {"chosen": "text"}], "chosen: messages is 'text'"),
+        ([PAIR | {"chosen": [*PAIR["chosen"], PAIR["chosen"][0]]}], "chosen: the last message is the user's"),
         ([row("a", "a")], "none of the 1 rows can be used"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 
 from tests.distributed import families, jobs, world
 from tests.distributed.layouts import LAYOUTS, STEPS, check, weights
+from tests.distributed.truths import Truths
 
 LR = 0.02  # at 0.05 float32's rounding grows to 1e-5 in Qwen 3: transformers differs from itself with the batch in another order
 
@@ -43,18 +44,12 @@ GRID = [
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """Hugging Face's answers, computed once for each family and reduction."""
-    made = {}
+    """Hugging Face's answers for each family and reduction."""
 
-    def get(family: str, reduction: str):
-        if (family, reduction) not in made:
-            root = tmp_path_factory.mktemp("truth")
-            model, trained = str(root / "model"), str(root / "trained")
-            world.run(1, families.make_model, model, family)
-            made[family, reduction] = model, trained, world.run(1, jobs.hugging_face, model, reduction, STEPS, LR, trained)[0]
-        return made[family, reduction]
+    def answers(model: str, trained: str, reduction: str):
+        return world.run(1, jobs.hugging_face, model, reduction, STEPS, LR, trained)[0]
 
-    return get
+    return Truths(tmp_path_factory, families.make_model, answers)
 
 
 @pytest.mark.parametrize(("family", "layout", "micro_batches", "reduction", "recompute"), PAIRWISE)

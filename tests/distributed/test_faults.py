@@ -21,7 +21,7 @@ from tulu_mega import checkpoint
 from tulu_mega.config import OptimSettings
 from tulu_mega.errors import UserError
 from tulu_mega.objectives.sft import SftObjective
-from tulu_mega.recipes.loop import Skips
+from tulu_mega.recipes.run import Skips
 from tulu_mega.recipes.session import Session
 from tulu_mega.records import LossOutput
 
@@ -267,13 +267,6 @@ class NotANumber(SftObjective):
         return LossOutput(out.loss_sum * math.nan, out.count, out.metrics)
 
 
-class Steps:
-    """Stands in for a loader's step in `Skips.note`."""
-
-    def __init__(self, step: int):
-        self.step, self.rows = step, [step, step + 1]
-
-
 def skip(source: str, file: Path, infinite: bool) -> dict[str, Any]:
     with jobs.session(source, LAYOUT) as made:
         made.engine.prepare_training(OPTIM, 10)
@@ -283,15 +276,16 @@ def skip(source: str, file: Path, infinite: bool) -> dict[str, Any]:
                 made.engine.optimizer_parameters()[0].view(-1)[0] = math.inf
                 next(made.engine.chunks[0].parameters()).view(-1)[0] = math.inf
         before = digest(made)
-        skips = Skips(3, file, where=lambda row: f"train.jsonl line {row + 1}")
+        skips = Skips(3, file)
         applied, problems = [], []
         for step in range(1, 5):
             batch = jobs.share(made, jobs.sequences(made.engine.hf.vocab_size, seed=step), None)
             loss = made.engine.forward_backward(batch, SftObjective("sum") if infinite else NotANumber("sum"))
             update = made.engine.optimizer_step(step, loss.loss)
             applied.append(update.applied)
+            rows = [{"row": step, "where": f"train.jsonl line {step + 1}"}]
             try:
-                skips.note(update.applied, Steps(step), loss.loss, update.grad_norm, write=made.lead)
+                skips.note(update.applied, step + 1, loss.loss, update.grad_norm, lambda rows=rows: rows, write=made.lead)
             except UserError as error:
                 problems = error.problems
                 break
@@ -310,5 +304,5 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(model, tmp_pat
         assert problem.startswith("stopped at step 4: loss or gradient was not finite in 3 steps in a row")
         assert str(file) in problem
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(row["step"], [each["row"] for each in row["rows"]]) for row in rows] == [(2, [1, 2]), (3, [2, 3]), (4, [3, 4])]
+    assert [(row["step"], [each["row"] for each in row["rows"]]) for row in rows] == [(2, [1]), (3, [2]), (4, [3])]
     assert rows[0]["rows"][0]["where"] == "train.jsonl line 2"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.distributed import jobs, preference_jobs, world
+from tests.distributed import families, preference_jobs, world
 from tests.distributed.layouts import LAYOUTS, size
+from tests.distributed.truths import Truths
 
 OBJECTIVES = {
     "dpo": {"loss": "dpo", "beta": 0.1},
@@ -16,43 +17,48 @@ OBJECTIVES = {
     "ipo": {"loss": "ipo", "beta": 0.1},
     "simpo": {"loss": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.3},
 }
-PAIRWISE = [  # layout, tied, micro-batches
-    ("TP1", False, None),
-    ("TP1", True, 5),  # a pair in each: not packed
-    ("TP2", True, 2),
-    ("PP2", False, 3),
-    ("CP2", False, 2),
-    ("DP2", True, 2),
-    ("TP2xPP2", False, 4),
-    ("DP2xCP2", False, 1),
-    ("PP2xVPP2", True, 2),
+PAIRWISE = [  # family, layout, micro-batches
+    ("Llama", "TP1", None),
+    ("Llama tied", "TP1", 5),  # a pair in each: not packed
+    ("Llama tied", "TP2", 2),
+    ("Llama", "PP2", 3),
+    ("Llama", "CP2", 2),
+    ("Llama tied", "DP2", 2),
+    ("Llama", "TP2xPP2", 4),
+    ("Llama", "DP2xCP2", 1),
+    ("Llama tied", "PP2xVPP2", 2),
+    ("Qwen 2", "TP2", 3),
+    ("Qwen 2", "PP2xCP2", 2),
+    ("Qwen 2 with windows", "DP2", 1),
+    ("Qwen 3", "TP2 without SP", 2),
+    ("Qwen 3", "TP2xPP2", 3),
+    ("Mistral with windows", "TP2xCP2", 2),
+    ("OLMo 2", "TP4", 2),
+    ("OLMo 2", "DP2xPP2", 2),
+    ("OLMo 3", "CP2", 3),
+    ("OLMo 3", "PP2xVPP2", 4),
 ]
 GRID = [
-    (name, tied, micro_batches)
+    (family, name, micro_batches)
     for name, layout in LAYOUTS.items()
-    for tied in (False, True)
+    for family in families.LLAMAS
     for micro_batches in ((2, 4) if "virtual_pipeline" in layout else (1, 3, 5))
 ]
 
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """Model, reference and what transformers makes of them, once for each kind of model."""
-    made = {}
+    """A reference for each family, and what transformers makes of model and reference."""
 
-    def get(tied: bool):
-        if tied not in made:
-            model = str(tmp_path_factory.mktemp("preference") / "model")
-            world.run(1, jobs.make_model, model, tied)
-            ref = world.run(1, preference_jobs.reference, model)[0]
-            made[tied] = model, ref, world.run(1, preference_jobs.hugging_face, model, OBJECTIVES, ref)[0]
-        return made[tied]
+    def answers(model: str, _trained: str):
+        ref = world.run(1, preference_jobs.reference, model)[0]
+        return ref, world.run(1, preference_jobs.hugging_face, model, OBJECTIVES, ref)[0]
 
-    return get
+    return Truths(tmp_path_factory, families.make_language_model, answers)
 
 
-def check(truth, name, tied, micro_batches):
-    model, ref, want = truth(tied)
+def check(truth, family, name, micro_batches):
+    model, _, (ref, want) = truth(family)
     layout = LAYOUTS[name]
     for rank in world.run(size(layout), preference_jobs.engine, model, layout, micro_batches, OBJECTIVES, ref):
         for objective, (loss, norm, metrics, evaluated, count) in rank.items():
@@ -63,12 +69,12 @@ def check(truth, name, tied, micro_batches):
             assert 0 <= metrics["accuracy"] <= 1
 
 
-@pytest.mark.parametrize(("name", "tied", "micro_batches"), PAIRWISE)
-def test_layout_equals_autograd(truth, name, tied, micro_batches):
-    check(truth, name, tied, micro_batches)
+@pytest.mark.parametrize(("family", "layout", "micro_batches"), PAIRWISE)
+def test_layout_equals_autograd(truth, family, layout, micro_batches):
+    check(truth, family, layout, micro_batches)
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize(("name", "tied", "micro_batches"), GRID)
-def test_full_grid(truth, name, tied, micro_batches):
-    check(truth, name, tied, micro_batches)
+@pytest.mark.parametrize(("family", "layout", "micro_batches"), GRID)
+def test_full_grid(truth, family, layout, micro_batches):
+    check(truth, family, layout, micro_batches)

@@ -14,12 +14,12 @@ import torch
 
 from tests.distributed import families, rewards, world
 from tests.distributed.layouts import LAYOUTS, size, weights
+from tests.distributed.truths import Truths
 from tulu_mega import preflight
 from tulu_mega.config import GenerateSettings, ModelSettings, RmSettings, ScoreSettings, SftSettings, load
 from tulu_mega.convert.run import run as convert
 from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.errors import UserError
-from tulu_mega.quickstart import tiny_model
 from tulu_mega.rollout.generate import generate
 
 STEPS, LR = 10, 0.02
@@ -40,31 +40,25 @@ _TURNS = itertools.cycle([(3, "none"), (1, "selective"), (None, "full"), (4, "no
 _EVEN = itertools.cycle([(2, "none"), (4, "selective"), (None, "full")])  # for the interleaved schedule
 GRID = [
     (family, name, *next(_EVEN if "virtual_pipeline" in layout else _TURNS))
-    for family, (name, layout) in itertools.product([*rewards.LLAMAS, *families.FAMILIES], LAYOUTS.items())
+    for family, (name, layout) in itertools.product([*families.LLAMAS, *families.FAMILIES], LAYOUTS.items())
 ]
 
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """Transformers' answers, computed once for each family."""
-    made = {}
+    """Transformers' answers for each family."""
 
-    def get(family: str):
-        if family not in made:
-            root = tmp_path_factory.mktemp("truth")
-            model, trained = str(root / "model"), str(root / "trained")
-            world.run(1, rewards.make_model, model, family)
-            made[family] = model, trained, world.run(1, rewards.hugging_face, model, STEPS, LR, trained)[0]
-        return made[family]
+    def answers(model: str, trained: str):
+        return world.run(1, rewards.hugging_face, model, STEPS, LR, trained)[0]
 
-    return get
+    return Truths(tmp_path_factory, rewards.make_model, answers)
 
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory):
     """A tied one, whose head is the embedding."""
     directory = str(tmp_path_factory.mktemp("language") / "model")
-    world.run(1, rewards.make_language_model, directory, "Llama tied")
+    world.run(1, families.make_language_model, directory, "Llama tied")
     return directory
 
 
@@ -156,7 +150,7 @@ def test_a_language_model_gets_a_head_that_no_layout_changes(language_model, tmp
 
 def test_an_untied_language_model_gets_the_same_head_and_another_seed_another(language_model, tmp_path):
     untied, out = str(tmp_path / "untied"), str(tmp_path / "out")
-    world.run(1, rewards.make_language_model, untied, "Llama")
+    world.run(1, families.make_language_model, untied, "Llama")
     heads = []
     for directory, seed in ((language_model, 1), (untied, 1), (untied, 2)):
         world.run(1, rewards.drawn, directory, {}, seed, out)
@@ -209,7 +203,7 @@ def test_a_run_s_checkpoint_is_converted_with_the_config_of_a_reward_model(langu
     assert before.keys() == after.keys() and all(before[name].tobytes() == after[name].tobytes() for name in before)
     with pytest.raises(UserError, match=r"output_layer\.weight"):
         untied = tmp_path / "untied"
-        world.run(1, rewards.make_language_model, str(untied), "Llama")
+        world.run(1, families.make_language_model, str(untied), "Llama")
         convert(ConvertSettings(source=str(step), output=str(back), to="hf", config=str(untied), workers=1))
 
 
@@ -293,13 +287,12 @@ def test_a_classifier_of_several_labels_is_refused(tmp_path):
     assert any(says in problem for problem in preflight.check(score))
 
 
-def test_rm_takes_either_directory(truth, language_model, tmp_path):
+def test_rm_takes_either_directory_and_tokenised_pairs_without_a_tokenizer(truth, language_model, tmp_path):
     pairs = [{
         "chosen_input_ids": [1, 2, 3], "chosen_labels": [-100, 2, 3], "rejected_input_ids": [1, 4], "rejected_labels": [-100, 4],
     }]  # fmt: skip
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    tiny_model.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    flags = ["--data.train", str(data), "--data.tokenizer", str(tmp_path / "tokenizer"), "--run_dir", str(tmp_path / "run")]
+    flags = ["--data.train", str(data), "--run_dir", str(tmp_path / "run")]
     for model in (truth("Llama")[0], language_model):
         assert not preflight.check(load(RmSettings, None, ["--model", model, *flags]))

@@ -95,6 +95,13 @@ def test_samples_differ_and_their_seed_repeats_them_in_any_batch(vllm):
     assert vllm(PROMPTS[:1], Sampling(max_tokens=8, temperature=1.0, samples=3, seed=99)) != first[:1]
 
 
+def test_many_seeded_samples_of_long_prompts(vllm):
+    """More prompt tokens than a forward pass takes: computed in parts, seeded requests end vLLM on a CPU."""
+    prompts = [[3 + (number * token) % 400 for token in range(1, 301)] for number in range(1, 11)]
+    answers = vllm(prompts, Sampling(max_tokens=2, temperature=1.0, samples=8))
+    assert [len(completions) for completions in answers] == [8] * 10
+
+
 def test_jsonl_in_and_out(shared_server, model, tmp_path):
     rows = [
         {"id": 1, "messages": [{"role": "user", "content": "Ada has 3 pens."}]},

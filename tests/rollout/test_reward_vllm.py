@@ -33,7 +33,7 @@ OTHERS = ["Llama", *(each for each in families.FAMILIES if each not in (*SERVED,
 def check(tmp_path, family):
     pytest.importorskip("vllm")
     language, model = str(tmp_path / "language"), str(tmp_path / "model")
-    world.run(1, rewards.make_language_model, language, family, 32)  # vLLM's attention has no smaller heads
+    world.run(1, families.make_language_model, language, family, 32)  # vLLM's attention has no smaller heads
     tiny_model.make_tokenizer().save_pretrained(language)  # vLLM wants one for a model of one label
     ranks = world.run(2, rewards.drawn, language, LAYOUTS["TP2"], 4, model)
     assert world.run(1, rewards.unloaded, model) == [[]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tulu_mega.config import DpoSettings, RmSettings, SftSettings, load
+from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, SftSettings, load
 from tulu_mega.data.chat import encode, prompt_ids
 from tulu_mega.errors import UserError
 from tulu_mega.quickstart import demo, task, tiny_model
@@ -23,14 +23,18 @@ def tokenizer():
     return tiny_model.make_tokenizer()
 
 
-@pytest.mark.parametrize(("command", "file"), [("sft", "sft_tiny"), ("rm", "rm_tiny"), ("dpo", "dpo_norm_tiny")])
+@pytest.mark.parametrize(
+    ("command", "file"), [("sft", "sft_tiny"), ("rm", "rm_tiny"), ("dpo", "dpo_norm_tiny"), ("grpo", "grpo_tiny")]
+)
 def test_the_examples_are_what_the_quickstart_trains_with(command, file):
     example = EXAMPLES / f"{file}.toml"
     assert example.read_text(encoding="utf-8") == stage_settings(command, **QuickstartSettings().model_dump())
-    settings = load({"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings}[command], str(example))
+    kinds = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
+    settings = load(kinds[command], str(example))
     assert settings.parallel.tensor * (settings.parallel.data or 1) == 2
-    rows = demo.DEMONSTRATIONS if command == "sft" else demo.PAIRS
-    assert rows / 2 < settings.train.steps * settings.train.global_batch <= rows  # none is seen twice
+    rows = {"sft": demo.DEMONSTRATIONS, "grpo": demo.PROMPTS}.get(command, demo.PAIRS)
+    batch = settings.train.prompts if command == "grpo" else settings.train.global_batch
+    assert settings.train.steps * batch <= rows  # none is seen twice
 
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_other_weights(tmp_path):

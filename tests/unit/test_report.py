@@ -186,3 +186,20 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setattr("tulu_mega.report.curves.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="matplotlib is not installed"):
         made(make(tmp_path / "sft", [step(1)]))
+
+
+def test_rollouts_of_the_newest_step_are_shown_with_what_they_earned(tmp_path):
+    run = make(tmp_path / "grpo", [step(number, reward=0.5, solve_rate=0.25, seconds_generation=2.0) for number in (1, 2)])
+    (run / "rollouts").mkdir()
+    said = {"messages": [{"role": "user", "content": "2+2?"}], "ground_truth": "4", "place": 6, "finish_reason": "stop"}
+    rows = [
+        {**said, "sample": 0, "response": "It is 4.", "reward": 10.0, "advantage": 0.75, "trained": True, "detail": "right"},
+        {**said, "sample": 1, "response": "<b>five</b>", "reward": None, "advantage": 0.0, "trained": False, "error": "it hung"},
+    ]
+    for number, content in ((1, "{}\n"), (2, "".join(json.dumps(row) + "\n" for row in rows) + "{torn"), (3, "{}\n")):
+        (run / f"rollouts/step_{number:06}.jsonl").write_text(content)
+    page = made(run, samples=2)
+    assert page.shows("step 2, prompt 7, response 1: reward 10, advantage +0.75")
+    assert page.shows("step 2, prompt 7, response 2: not judged")
+    assert "<b>five</b>" in page.text and "it hung" in "".join(page.text) and "b" not in page.tags
+    assert {"reward", "solve_rate", "time"} <= {drawing.chart.name for drawing in draw(read_runs([str(run)], 1))}

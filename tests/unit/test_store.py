@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tulu_mega.data.store as store_module
-from tulu_mega.config import DataSettings, ModelSettings
+from tulu_mega.config import DataSettings, ModelSettings, PreferenceDataSettings
 from tulu_mega.data.chat import encode
 from tulu_mega.data.sources import load_rows
 from tulu_mega.data.store import TokenStore, prepare
@@ -54,6 +54,34 @@ def test_tokenised_rows_are_taken_as_they_are(ready):
     assert (store[1].input_ids, store[1].labels) == ([1, 2], [1, 2])
     assert store.supervised.tolist() == [1, 1]  # nothing comes before the first token to predict it
     assert store.max_token == 7
+
+
+PAIR = {
+    "chosen_input_ids": [1, 2, 3], "chosen_labels": [-100, 2, 3], "rejected_input_ids": [1, 4], "rejected_labels": [-100, 4],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "sequences"),
+    [(DataSettings, {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, 1), (PreferenceDataSettings, PAIR, 2)],
+)
+def test_tokenised_rows_need_no_tokenizer(tmp_path, settings, row, sequences):
+    model = ModelSettings(path=str(tmp_path))
+
+    def prepared(*lines, **options):
+        path = tmp_path / "train.jsonl"
+        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+        return prepare(settings(train=str(path), **options), model, tmp_path / "store", progress=False)
+
+    store = prepared(row, row)
+    assert len(store) == 2 * sequences and store[0].input_ids == [1, 2, 3]
+    assert prepared(row, row).key == store.key != prepared(row).key
+    with pytest.raises(UserError, match=r"no tokenizer\.json there"):
+        prepared(row, {**row, **talk("hi", "a"), next(iter(row)): None})  # one row that has none is enough
+    with pytest.raises(UserError, match=r"line 2: .*not valid JSON"):
+        prepared(row, "{broken")
+    with pytest.raises(UserError, match="no such directory"):  # one that is named is to be there
+        prepared(row, tokenizer=str(tmp_path / "absent"))
 
 
 def test_rows_with_nothing_left_to_train_are_dropped_and_counted(ready):

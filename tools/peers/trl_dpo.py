@@ -6,15 +6,12 @@ Settings beside the pairs: `micro`, pairs a forward pass; `sort`, whether pairs 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 
-import torch
 from datasets import Dataset
 from laps import spec
 from paced import Paced
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
+from trl_race import run
 
 
 def rows(wanted: dict) -> Dataset:
@@ -44,39 +41,19 @@ def _longer(pair: dict) -> int:
 def main() -> None:
     wanted = spec()
     paced = Paced(wanted["steps"])
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = DPOConfig(
-            output_dir=scratch,
-            loss_type=["sigmoid_norm"],
-            beta=wanted["beta"],
-            precompute_ref_log_probs=True,
-            per_device_train_batch_size=wanted["micro"],
-            gradient_accumulation_steps=max(1, wanted["batch"] // wanted["micro"] // ranks),
-            max_length=wanted["longest"],
-            gradient_checkpointing=False,
-            train_sampling_strategy="sequential",
-            learning_rate=wanted["lr"],
-            lr_scheduler_type="constant",
-            num_train_epochs=1,
-            use_cpu=True,
-            ddp_backend="gloo" if ranks > 1 else None,
-            bf16=False,
-            disable_tqdm=True,
-            report_to="none",
-            save_strategy="no",
-        )
-        trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(wanted["model"], dtype=torch.float32),
-            args=arguments,
-            train_dataset=rows(wanted),
-            processing_class=AutoTokenizer.from_pretrained(wanted["model"]),
-            callbacks=[paced],
-        )
-        paced.trainer = trainer
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    run(
+        DPOTrainer,
+        DPOConfig,
+        wanted,
+        rows(wanted),
+        wanted["batch"],
+        paced,
+        loss_type=["sigmoid_norm"],
+        beta=wanted["beta"],
+        precompute_ref_log_probs=True,
+        max_length=wanted["longest"],
+        gradient_checkpointing=False,
+    )
 
 
 if __name__ == "__main__":

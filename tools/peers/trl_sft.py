@@ -12,15 +12,12 @@ Settings beside the texts:
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 
-import torch
 from datasets import Dataset
 from laps import spec
 from paced import Paced
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
+from trl_race import run
 
 
 def rows(wanted: dict) -> Dataset:
@@ -37,41 +34,20 @@ def rows(wanted: dict) -> Dataset:
 def main() -> None:
     wanted = spec()
     paced = Paced(wanted["steps"])
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     data = rows(wanted)
     packs = -(-sum(map(len, data["input_ids"])) // wanted["packing"]) if wanted["packing"] else 0
-    forwards = packs * wanted["batch"] / len(data) if packs else wanted["batch"]
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = SFTConfig(
-            output_dir=scratch,
-            per_device_train_batch_size=wanted["micro"],
-            gradient_accumulation_steps=max(1, round(forwards / wanted["micro"] / ranks)),
-            packing=bool(wanted["packing"]),
-            padding_free=wanted["padding_free"],
-            max_length=wanted["packing"] or (None if wanted["padding_free"] else wanted["longest"]),
-            gradient_checkpointing=wanted["checkpoint"],
-            train_sampling_strategy="sequential",
-            learning_rate=wanted["lr"],
-            lr_scheduler_type="constant",
-            num_train_epochs=1,
-            use_cpu=True,
-            ddp_backend="gloo" if ranks > 1 else None,
-            bf16=False,
-            disable_tqdm=True,
-            report_to="none",
-            save_strategy="no",
-        )
-        trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(wanted["model"], dtype=torch.float32),
-            args=arguments,
-            train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(wanted["model"]),
-            callbacks=[paced],
-        )
-        paced.trainer = trainer
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    run(
+        SFTTrainer,
+        SFTConfig,
+        wanted,
+        data,
+        packs * wanted["batch"] / len(data) if packs else wanted["batch"],
+        paced,
+        packing=bool(wanted["packing"]),
+        padding_free=wanted["padding_free"],
+        max_length=wanted["packing"] or (None if wanted["padding_free"] else wanted["longest"]),
+        gradient_checkpointing=wanted["checkpoint"],
+    )
 
 
 if __name__ == "__main__":

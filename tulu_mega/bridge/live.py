@@ -6,11 +6,14 @@ A chunk is one virtual pipeline stage's unwrapped GPTModel: of it this file uses
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -193,7 +196,7 @@ def _write_stage(
     failure: OSError | None = None
     with writer:
         for item in items:
-            full = _gather(item, tensors[item.hf_name].shape, dtype, tp_group, 0)
+            full = _gather(item, torch.empty(tensors[item.hf_name].shape, dtype=dtype), tp_group)
             if failure is None:
                 try:
                     writer.add(item.hf_name, full)
@@ -232,16 +235,15 @@ def _check_complete(stages: Sequence[Mapping[str, TensorInfo]], family: Family, 
         raise RuntimeError(f"the pipeline stages do not make up the model: missing {missing}, held twice {twice}")
 
 
-def _gather(item: _Item, shape: tuple[int, ...], dtype: torch.dtype, tp_group: dist.ProcessGroup | None, tp_rank: int) -> Tensor:
-    """On TP rank 0: the whole tensor, on the CPU, from the boxes of all ranks, one rank's at a time."""
-    full = torch.empty(shape, dtype=dtype)
+def _gather(item: _Item, full: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """On TP rank 0: fills the whole tensor, on whichever device it is, from the boxes of all ranks, one rank's at a time."""
     for rank, pieces in enumerate(item.pieces):
-        if rank == tp_rank:
+        if rank == 0:
             for piece in pieces:
                 _copy_in_slabs(_box(full, piece.hf_region), _box(item.parameter, piece.local_region))
         elif pieces:
             sizes = [_box(full, piece.hf_region).numel() for piece in pieces]
-            received = torch.empty(sum(sizes), dtype=dtype, device=item.parameter.device)
+            received = torch.empty(sum(sizes), dtype=full.dtype, device=item.parameter.device)
             dist.recv(received, group=tp_group, group_src=rank)
             for piece, part in zip(pieces, received.split(sizes), strict=True):
                 box = _box(full, piece.hf_region)
@@ -254,6 +256,120 @@ def _send(item: _Item, dtype: torch.dtype, tp_group: dist.ProcessGroup | None, t
     if tp_rank < len(item.pieces) and item.pieces[tp_rank]:
         boxes = [_box(item.parameter, piece.local_region).to(dtype).reshape(-1) for piece in item.pieces[tp_rank]]
         dist.send(torch.cat(boxes), group=tp_group, group_dst=0)
+
+
+@dataclass(frozen=True)
+class WeightMeta:
+    """What a tensor is on its way out: vLLM's ``ParamMeta`` in structure."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class LiveWeights:
+    """A running model as a stream of whole Hugging Face tensors, stage by stage at once: vLLM's ``WeightSource`` in structure.
+
+    Every rank of one replica (data and context parallel rank 0) has one, and all of a tensor parallel group walk through it
+    together: rank 0 gathers, the others send. Importing vLLM's own base class would cost every trainer rank seconds and some
+    270 MB; `rollout.vllm_trainer` has the true subclass.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped; read anew in each pass.
+        config: the model's config.json.
+        family: its family.
+        dtype: of the stream, bfloat16 or float32, whatever the model's.
+        tp_group, pp_group: may be None for a size of 1. Building it is a collective of the pipeline group.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        config: Config,
+        family: Family,
+        dtype: torch.dtype,
+        *,
+        tp_group: dist.ProcessGroup | None = None,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        pp_group: dist.ProcessGroup | None = None,
+        pp_rank: int = 0,
+        pp_size: int = 1,
+    ):
+        self._dtype, self._tp_group, self._tp_rank = dtype, tp_group, tp_rank
+        self._items = _plan_export(chunks, family, config, tp_size)
+        mine = _announced(self._items, family, config, dtype)
+        stages = [mine]
+        if pp_size > 1:
+            stages = [{} for _ in range(pp_size)]
+            dist.all_gather_object(stages, mine, group=pp_group)
+        _check_complete(stages, family, config)
+        self.stage_of: dict[str, int] = {name: stage for stage, tensors in enumerate(stages) for name in tensors}
+        """pipeline stage that sends each tensor"""
+        shapes = {name: info.shape for tensors in stages for name, info in tensors.items()}
+        order = sorted(shapes, key=lambda name: _layer(name, family))
+        self._metadata = [WeightMeta(name, dtype, shapes[name]) for name in order]
+        self._place = {name: at for at, name in enumerate(order)}
+        self._items.sort(key=lambda item: self._place[item.hf_name])
+
+    def metadata(self) -> list[WeightMeta]:
+        """Every tensor of the whole model: embedding, layers in order, the rest; the same on all ranks."""
+        return list(self._metadata)
+
+    def held_names(self) -> list[str]:
+        """The tensors that this stage yields, in their order."""
+        return [item.hf_name for item in self._items]
+
+    def groups(self) -> list[list[str]]:
+        """The same, a group for each layer; what comes before and after the layers is a group each."""
+        return [list(names) for _, names in itertools.groupby(self.held_names(), key=_number)]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        """A fresh pass: name and whole tensor, in new memory on the CPU; None for the tensor on all TP ranks but the first."""
+        for item in self._items:
+            shape = self._metadata[self._place[item.hf_name]].shape
+            whole = torch.empty(shape, dtype=self._dtype) if self._tp_rank == 0 else None
+            self._pass(item, whole)
+            yield item.hf_name, whole
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor | None]]]:
+        """The same, a batch for each of `groups`."""
+        pairs = iter(self)
+        for names in self.groups():
+            yield names, [next(pairs)[1] for _ in names]
+
+    def fill(self, name: str, whole: Tensor | None) -> None:
+        """Writes one of this stage's tensors into memory that is there. All TP ranks call it, for one tensor after the other.
+
+        Args:
+            whole: on TP rank 0, of the tensor's shape and the stream's type, on any device.
+        """
+        self._pass(self._by_name[name], whole)
+
+    @cached_property
+    def _by_name(self) -> dict[str, _Item]:
+        return {item.hf_name: item for item in self._items}
+
+    @torch.no_grad()
+    def _pass(self, item: _Item, whole: Tensor | None) -> None:
+        if self._tp_rank == 0:
+            _gather(item, whole, self._tp_group)
+        else:
+            _send(item, self._dtype, self._tp_group, self._tp_rank)
+
+
+def _number(hf_name: str) -> tuple[str, ...]:
+    """What a tensor's group goes by: all before its layer's number, and that."""
+    parts = hf_name.split(".")
+    found = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    return () if found is None else tuple(parts[: found + 1])
+
+
+def _layer(hf_name: str, family: Family) -> float:
+    """Where a tensor comes in the stream."""
+    if number := _number(hf_name):
+        return int(number[-1])
+    return -1 if hf_name == family.embedding else math.inf
 
 
 def _check_place(final: Path, source: Path) -> None:

@@ -41,17 +41,22 @@ class EngineSettings(Section):
         return table
 
 
-class StageSettings(EngineSettings):
-    """What every stage shares that learns from a fixed data set."""
+class RunSettings(EngineSettings):
+    """What every command shares that trains."""
 
     run_dir: str
     """Directory of this run: config.json, metrics.jsonl, checkpoints/, hf/, logs/. A run found there goes on."""
     seed: int = 123
-    data: DataSettings
-    train: TrainSettings = TrainSettings()
     optim: OptimSettings = OptimSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     wandb: WandbSettings = WandbSettings()
+
+
+class StageSettings(RunSettings):
+    """What every stage shares that learns from a fixed data set."""
+
+    data: DataSettings
+    train: TrainSettings = TrainSettings()
 
 
 class SftSettings(StageSettings):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tulu_mega.config.sections import PositiveInt, Section
+from tulu_mega.config.sections import ModelSettings, PositiveInt, Section
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -110,3 +110,23 @@ class PolicySettings(Section):
     def reads_reference(self) -> bool:
         """Whether the loss compares with the initial model."""
         return self.beta > 0
+
+
+class ServeSettings(Section):
+    """`tulu-mega serve`: vLLM servers for a trainer on another node."""
+
+    model: ModelSettings
+    rollout: RolloutSettings = RolloutSettings()
+    """As the trainer's, which sends its weights; only what concerns the servers is read."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but a loopback one needs a key in TULU_MEGA_ROLLOUT_KEY; use an address of a private network."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Of the first server, the next ones take the next ones; 0: any that are free."""
+    run_dir: str | None = None
+    """Directory for the servers' logs; a temporary one, kept if a server fails, when unset."""
+
+    @model_validator(mode="after")
+    def _own_servers(self) -> ServeSettings:
+        if self.rollout.urls:
+            raise ValueError("rollout.urls is for the trainer: serve starts servers, it does not attach to any; leave it out")
+        return self

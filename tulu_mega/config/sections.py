@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _sensible_amounts(sources: Any) -> Any:
+    if isinstance(sources, dict):
+        wrong = [f"{name!r} = {amount!r}" for name, amount in sources.items() if not _is_amount(amount)]
+        if wrong or not sources:
+            raise ValueError(
+                f"{', '.join(wrong) or 'an empty table'}: expected for each source a count of rows (500) "
+                "or a share with a point (0.5, 3.0), above 0"
+            )
+    return sources
+
+
+Sources = Annotated[str | list[str] | dict[str, int | float], BeforeValidator(_sensible_amounts)]
+"""Files or data sets, or a table of them with amounts."""
 
 
 class Section(BaseModel):
@@ -38,7 +57,7 @@ class ModelSettings(Section):
 
 
 class DataSettings(Section):
-    train: str | list[str] | dict[str, int | float]
+    train: Sources
     """JSONL or Parquet file(s), or hub data set names; rows of `messages`, or of `input_ids` and `labels`. As a table, each with
     its amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
     split: str | dict[str, str] = "train"
@@ -64,21 +83,9 @@ class DataSettings(Section):
     workers: PositiveInt | None = None
     """Processes that tokenise; the machine's cores when unset."""
 
-    @field_validator("train", mode="before")
-    @classmethod
-    def _sensible_amounts(cls, train: Any) -> Any:
-        if isinstance(train, dict):
-            wrong = [f"{name!r} = {amount!r}" for name, amount in train.items() if not _is_amount(amount)]
-            if wrong or not train:
-                raise ValueError(
-                    f"{', '.join(wrong) or 'an empty table'}: expected for each source a count of rows (500) "
-                    "or a share with a point (0.5, 3.0), above 0"
-                )
-        return train
-
 
 class PreferenceDataSettings(DataSettings):
-    train: str | list[str] | dict[str, int | float]
+    train: Sources
     """JSONL or Parquet file(s), or hub data set names; rows of `chosen` and `rejected`, each a list of messages that part at
     the last one, or of `chosen_input_ids`, `chosen_labels`, `rejected_input_ids`, `rejected_labels`. As a table, each with its
     amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
@@ -91,10 +98,6 @@ class PreferenceDataSettings(DataSettings):
     part. (A reward model's score is read at the end, whatever this says.)"""
     margin: str | None = None
     """Column with the number by which the chosen response is to be better (reward models only); unset, no margin."""
-
-
-def _is_amount(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 class ParallelSettings(Section):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Series
 
 import numpy as np
 import torch
@@ -52,6 +53,27 @@ def pack(sequences: Iterable[Sequence], align: Alignment, pad_token: int = 0) ->
         max_seqlen=int(np.diff(bounds).max()),
         trained_S=torch.bincount(segments_T[loss_mask_T], minlength=len(rows)),
     )
+
+
+def by_token(batch: PackedBatch, values: Mapping[int, Series[float]]) -> Tensor:
+    """Each row's values laid at the positions that predict its trained tokens, in order: float32 [T], 0 elsewhere.
+
+    Args:
+        batch: a whole pack.
+        values: for each of the pack's rows one value a trained token (of a response: a value for each of its tokens).
+
+    Raises:
+        ValueError: a row has no values, or not as many as trained tokens.
+    """
+    laid_T = torch.zeros(len(batch.tokens_T), dtype=torch.float32)
+    found: list[np.ndarray] = []
+    for row, trained in zip(batch.rows_S.tolist(), batch.trained_S.tolist(), strict=True):
+        given = values.get(row, ()) if row >= 0 else ()
+        if len(given) != trained:
+            raise ValueError(f"row {row} has {trained} trained tokens, but {len(given)} values")
+        found.append(np.asarray(given, dtype=np.float32))
+    laid_T[batch.loss_mask_T] = torch.from_numpy(np.concatenate(found))
+    return laid_T
 
 
 def context_rows(cu_seqlens_S1: Tensor, rank: int, size: int) -> Tensor:

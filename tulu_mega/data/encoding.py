@@ -35,13 +35,16 @@ class Useless(Exception):
 class Encoding(ABC):
     """How rows become tokens, and which rows are left out."""
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast | None
+    """None where every row has tokens already"""
     template: Template
     max_length: int
     overlong: Literal["truncate", "reject"] = "truncate"
     malformed: Literal["error", "reject"] = "error"
     width: ClassVar[int]
     """sequences that a row gives"""
+    token_columns: ClassVar[tuple[str, ...]]
+    """of a row that has tokens already"""
 
     @abstractmethod
     def __call__(self, row: dict[str, Any]) -> list[Encoded]:
@@ -54,6 +57,11 @@ class Encoding(ABC):
             Useless: nothing can be learned from it.
             UserError: the tokenizer does not do.
         """
+
+    @classmethod
+    def tokenised(cls, row: dict[str, Any]) -> bool:
+        """Whether the row has tokens already, which are taken as they are: no tokenizer is needed."""
+        return all(row.get(name) is not None for name in cls.token_columns)
 
     def key(self) -> list[Any]:
         """What the tokens depend on beside rows and tokenizer, for JSON."""
@@ -82,16 +90,14 @@ class ConversationEncoding(Encoding):
     """Rows of ``messages``, or of ``input_ids`` and ``labels``, which are taken as they are and win where both are given."""
 
     width: ClassVar[int] = 1
+    token_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
 
     def __call__(self, row: dict[str, Any]) -> list[Encoded]:
-        if row.get("input_ids") is not None and row.get("labels") is not None:
+        if self.tokenised(row):
             return [self._tokenised(row, "input_ids", "labels")]
         if row.get("messages") is None:
             raise ValueError(f"has {_keys(row)}; expected messages, or input_ids and labels")
         return [self._rendered(row["messages"], "all")]
-
-
-_TOKENISED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
 
 @dataclass(frozen=True)
@@ -106,10 +112,11 @@ class PairEncoding(Encoding):
     """of the assistant whose log-probabilities count"""
     margin_column: str | None = None
     width: ClassVar[int] = 2
+    token_columns: ClassVar[tuple[str, ...]] = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
     def __call__(self, row: dict[str, Any]) -> list[Encoded]:
         """The chosen sequence, then the rejected one."""
-        if all(row.get(name) is not None for name in _TOKENISED):
+        if self.tokenised(row):
             pair = [self._tokenised(row, f"{side}_input_ids", f"{side}_labels") for side in ("chosen", "rejected")]
         else:
             pair = [self._rendered(messages, self.turns) for messages in _sides(row)]

@@ -91,7 +91,7 @@ class PackedLoader:
         self._columns = columns or {}
         self._capacity = data.pack_length or data.max_length * store.width
         self._count = len(store) // store.width
-        self._order = lru_cache(maxsize=2)(lambda epoch: _order(self._count, seed, epoch, data.shuffle))
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(self._count, seed, epoch, data.shuffle))
         # rounded first: 0.1 epochs of 30 rows are 3.0000000000000004
         self._drawn = train.steps * train.global_batch if train.steps else max(1, math.ceil(round(train.epochs * self._count, 6)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
@@ -187,8 +187,8 @@ def by_segment(batch: PackedBatch, values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.where(rows >= 0, values[rows], 0.0).astype(np.float64))
 
 
-def _order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """int64, every row once."""
+def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """int64 [count], every row once, in the order of an epoch."""
     if not shuffle:
         return np.arange(count)
     # RandomState: NumPy keeps its streams for good, so a run can be resumed under another NumPy; Generator's may change

@@ -195,7 +195,8 @@ def prepare(
 ) -> TokenStore:
     """The tokenised rows of ``data.train``: what lies in the directory when it is up to date, else tokenised anew.
 
-    Conversations, or pairs where the settings are of preference data.
+    Conversations, or pairs where the settings are of preference data. A model without a tokenizer does for rows that all have
+    tokens already.
 
     With ``data.cache`` they are kept there, under a name made of their content, and the directory is a link to them. Runs that
     want the same rows at the same time wait for the first of them.
@@ -211,6 +212,7 @@ def prepare(
     problems: list[str] = []
     rows = tokenizer = None
     preferences = isinstance(data, PreferenceDataSettings)
+    kind = PairEncoding if preferences else ConversationEncoding
     try:
         rows = load_rows(data.train, data.split, data.seed, setting, any_columns=preferences)
     except UserError as error:
@@ -218,11 +220,12 @@ def prepare(
     try:
         tokenizer = load_tokenizer(model.path, data.tokenizer, data.template, model.trust_remote_code)
     except UserError as error:
-        problems += error.problems
-    if rows is None or tokenizer is None:
+        if data.tokenizer or rows is None or not _all_tokenised(rows, kind):
+            problems += error.problems
+    if rows is None or problems:
         raise UserError(problems)
     how = (tokenizer, data.template, data.max_length, data.overlong, data.malformed)
-    encoding = PairEncoding(*how, data.turns, data.margin) if preferences else ConversationEncoding(*how)
+    encoding = kind(*how, data.turns, data.margin) if preferences else kind(*how)
     key = content_key(rows, encoding)
     directory = Path(directory)
     store = _up_to_date(directory, key)
@@ -236,6 +239,14 @@ def prepare(
             TokenStore.build(cached, rows, encoding, key, data.workers, progress)
     _link(directory, cached)
     return TokenStore.open(directory)
+
+
+def _all_tokenised(rows: Rows, kind: type[Encoding]) -> bool:
+    for index in range(len(rows)):
+        with suppress(ValueError):  # a line that cannot be read is told of when it is tokenised
+            if not kind.tokenised(rows.row(index)):
+                return False
+    return True
 
 
 def _up_to_date(directory: Path, key: str) -> TokenStore | None:
@@ -287,9 +298,11 @@ def _link(directory: Path, cached: Path) -> None:
 def content_key(rows: Rows, encoding: Encoding) -> str:
     """Digest of all that decides the store: rows, tokenizer, template, length, what is left out, and this code's version."""
     tokenizer = encoding.tokenizer
-    own = [tokenizer.get_chat_template(), tokenizer.special_tokens_map] if encoding.template == "tokenizer" else None
-    parts = [VERSION, rows.fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, own, encoding.width]
-    parts += encoding.key()
+    backend = eos = own = None
+    if tokenizer is not None:
+        backend, eos = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token
+        own = [tokenizer.get_chat_template(), tokenizer.special_tokens_map] if encoding.template == "tokenizer" else None
+    parts = [VERSION, rows.fingerprint, backend, eos, own, encoding.width, *encoding.key()]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
@@ -298,7 +311,7 @@ def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: b
     rejected: Counter[str] = Counter()
     wrong = max_token = 0
     # a tokenizer class that came with the model cannot be unpickled in a fresh process
-    portable = type(encoding.tokenizer).__module__.startswith("transformers.")
+    portable = encoding.tokenizer is None or type(encoding.tokenizer).__module__.startswith("transformers.")
     if len(rows) < _ROWS_FOR_A_POOL or not portable:
         workers = 1
     with (

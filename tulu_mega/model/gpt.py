@@ -23,6 +23,9 @@ class PolicyModel(GPTModel):
     ``forward(..., labels=labels)`` with labels [1, T] returns float32 log-probabilities [1, T] on the last pipeline stage,
     0 where the label is IGNORE; hidden states elsewhere. Without labels the last stage returns its final hidden states.
 
+    Two attributes may be set between forward passes: ``temperature``, which logits are divided by, and ``gives_entropy``, with
+    which a pair is returned: log-probabilities, and entropies [1, T] of the distributions that the labels are drawn from.
+
     Args:
         real_vocab_size: entries of the tokenizer's vocabulary; `vocab_size` is padded to divide over tensor ranks.
         The rest is GPTModel's.
@@ -31,21 +34,26 @@ class PolicyModel(GPTModel):
     def __init__(self, *args, real_vocab_size: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
+        self.temperature = 1.0
+        self.gives_entropy = False
         if self.post_process:
             self.output_layer.__class__ = HiddenThrough
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Where GPTModel turns logits into a loss; here hidden states into log-probabilities.
 
         Args:
             labels: [1, T].
             logits: hidden states, [T, 1, H] or [T / TP, 1, H] under sequence parallelism.
         """
-        return token_logprobs(
+        logp_T, entropy_T = token_logprobs(
             logits,
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight,
             labels[0],
             vocab_size=self.real_vocab_size,
             tensor_group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,
-        )[None]
+            temperature=self.temperature,
+            entropy=self.gives_entropy,
+        )
+        return logp_T[None] if entropy_T is None else (logp_T[None], entropy_T[None])

@@ -36,6 +36,7 @@ class PreferenceObjective:
     reported: ClassVar[tuple[str, ...]] = (
         "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "kl",
     )  # fmt: skip
+    largest: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, logp_S: Tensor, batch: PackedBatch) -> LossOutput:
         """

@@ -22,6 +22,7 @@ class RewardObjective:
 
     needs: ClassVar[str] = "sequence_score"
     reported: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+    largest: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, score_S: Tensor, batch: PackedBatch) -> LossOutput:
         """

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from tulu_mega.records import LossOutput, PackedBatch
+from tulu_mega.records import LossOutput, PackedBatch, TokenOutput
 
 
 @dataclass(frozen=True)
@@ -21,14 +19,15 @@ class SftObjective:
     reduction: Literal["sum", "token_mean"]
     needs: ClassVar[str] = "token_logp"
     reported: ClassVar[tuple[str, ...]] = ("nll",)
+    largest: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, logp_T: Tensor, batch: PackedBatch) -> LossOutput:
+    def __call__(self, output: TokenOutput, batch: PackedBatch) -> LossOutput:
         """
         Args:
-            logp_T: float32, log-probability of ``batch.labels_T``; 0 where nothing is trained.
+            output: log-probabilities of ``batch.labels_T``.
             batch: the micro-batch.
         """
-        nll = -(logp_T * batch.loss_mask_T).sum()
+        nll = -(output.values_T * batch.loss_mask_T).sum()
         tokens = int(batch.loss_mask_T.sum())
         count = batch.num_sequences if self.reduction == "sum" else tokens
         return LossOutput(nll, count, {"nll": (nll.detach(), tokens)})

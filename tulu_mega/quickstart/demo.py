@@ -28,9 +28,11 @@ HELDOUT_TWO_STEP = 0.8
 DEMONSTRATIONS = 17_920
 PAIRS = 5_760
 HELDOUT_PAIRS = 500
+PROMPTS = 8_000
 MAX_TOKENS = 48
 """Room for an answer: worked ones take some 25 tokens."""
 SAMPLES = 3
+
 
 def run(settings: QuickstartSettings) -> None:
     """Makes, asks, trains, asks again and prints what came of it. What is complete in `run_dir` is not done again.
@@ -57,8 +59,8 @@ def run(settings: QuickstartSettings) -> None:
     make_data(directory / "data", settings.seed)
     _once(model, lambda: _make_model(model, settings.seed))
     console.print(
-        f"{DEMONSTRATIONS:,} demonstrations, {PAIRS:,} pairs of a right and a wrong answer, {HELDOUT_PROBLEMS} held-out "
-        f"problems and {HELDOUT_PAIRS} held-out pairs: {directory}/data; model: {model}"
+        f"{DEMONSTRATIONS:,} demonstrations, {PAIRS:,} pairs of a right and a wrong answer, {PROMPTS:,} problems to practise on, "
+        f"{HELDOUT_PROBLEMS} held-out problems and {HELDOUT_PAIRS} held-out pairs: {directory}/data; model: {model}"
     )
 
     console.rule("2. vLLM answers the held-out problems, before")
@@ -75,6 +77,10 @@ def run(settings: QuickstartSettings) -> None:
     _stage("dpo", directory, made_with)
     answered["after DPO-norm"] = evaluated(directory / "dpo/hf", heldout, directory / "dpo/eval")
 
+    console.rule("6. tulu-mega grpo: reinforcement learning of the DPO model, 2 processes and a live vLLM server")
+    _stage("grpo", directory, made_with)
+    answered["after GRPO"] = evaluated(directory / "grpo/hf", heldout, directory / "grpo/eval")
+
     console.rule("what came of it")
     _show(console, directory, answered)
     console.print(_next_steps(directory, time.monotonic() - started), highlight=False, soft_wrap=True)
@@ -86,6 +92,9 @@ def make_data(directory: Path, seed: int) -> None:
     _once(train, lambda: task.write_jsonl(islice(task.demonstrations(seed), DEMONSTRATIONS), train))
     problems = islice(task.problems("heldout", seed, HELDOUT_TWO_STEP), HELDOUT_PROBLEMS)
     _once(heldout, lambda: task.write_jsonl(map(task.prompt_row, problems), heldout))
+    practice = directory / "prompts.jsonl"
+    asked = islice(task.problems("train", f"{seed} practice", HELDOUT_TWO_STEP), PROMPTS)
+    _once(practice, lambda: task.write_jsonl(map(task.prompt_row, asked), practice))
     for file, split, count in (("pairs.jsonl", "train", PAIRS), ("heldout_pairs.jsonl", "heldout", HELDOUT_PAIRS)):
         pairs = directory / file
         _once(pairs, lambda to=pairs, split=split, count=count: task.write_jsonl(islice(task.pairs(split, seed), count), to))
@@ -162,7 +171,7 @@ def _show(console: Console, directory: Path, answered: dict[str, dict[str, Any]]
         if name == "after SFT":
             table.add_row("reward model", "", "", "", f"{heldout_accuracy(directory / 'rm'):.1%}")
     console.print(table)
-    outputs = dict(zip(answered, ("before", "sft/eval", "dpo/eval"), strict=True))
+    outputs = dict(zip(answered, ("before", "sft/eval", "dpo/eval", "grpo/eval"), strict=True))
     samples = Table("question", "expected", *answered, title="Answers", show_lines=True)
     for records in islice(zip(*(_samples(directory / output) for output in outputs.values()), strict=True), SAMPLES):
         said = (_visible(record["responses"][0]["response"]) for record in records)
@@ -182,12 +191,12 @@ def _visible(text: str) -> str:
 
 def _next_steps(directory: Path, seconds: float) -> str:
     return f"""\
-{seconds:.0f} s. In {directory}: data/ model/ before/ sft/ rm/ dpo/ (metrics.jsonl checkpoints/ hf/ eval/ logs/) and their .toml
+{seconds:.0f} s. In {directory}: data/ model/ before/, the stages sft/ rm/ dpo/ grpo/ (metrics.jsonl checkpoints/ hf/ eval/ logs/)
 Try next
   to ask it yourself:
-    tulu-mega generate --model.path {directory}/dpo/hf --model.dtype fp32
-  to see how the training went, in {directory}/dpo/report.html:
-    tulu-mega report {directory}/dpo
+    tulu-mega generate --model.path {directory}/grpo/hf --model.dtype fp32
+  to see how the training went and what was said, in {directory}/grpo/report.html:
+    tulu-mega report {directory}/grpo
   to see another loss of the same pairs:
     tulu-mega dpo {directory}/dpo.toml --run_dir {directory}/simpo --preference.loss simpo --preference.beta 2
   to train the same on one process, to the same losses:

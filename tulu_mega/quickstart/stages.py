@@ -1,6 +1,6 @@
 """What the quickstart's stages train with, as TOML for the real commands.
 
-`examples/{sft,rm,dpo_norm}_tiny.toml` are these for the default directory, seed and steps.
+`examples/{sft,rm,dpo_norm,grpo}_tiny.toml` are these for the default directory, seed and steps.
 """
 
 from __future__ import annotations
@@ -112,10 +112,65 @@ clip = 1.0
 """
 )
 
-TEMPLATES = {"sft": _SFT, "rm": _RM, "dpo": _DPO}
+_GRPO = """\
+# Reinforcement learning of the quickstart's DPO model: 2 processes, data parallel, and a vLLM server, on two CPU cores.
+# `tulu-mega quickstart` makes the prompts and the model, and runs this.
+
+run_dir = "{run_dir}/grpo"
+seed = {seed}
+
+[model]
+path = "{run_dir}/dpo/hf"
+dtype = "fp32"
+
+[parallel]
+data = 2
+
+[data]
+train = "{run_dir}/data/prompts.jsonl"
+template = "tulu"
+max_prompt = 128
+
+[heldout]
+data = "{run_dir}/data/heldout.jsonl"
+every = 20
+
+[sampling]
+samples = 16
+max_tokens = 48
+temperature = 1.0
+
+[policy]
+loss = "grpo"
+advantages = "standardised"
+beta = 0.0                         # no reference: the task has one right answer, there is nothing to drift from
+overlong = "keep"
+
+[rewards]
+scale = 1.0
+
+[train]
+steps = {grpo_steps}
+prompts = 32
+mini_batches = 1
+pack_length = 4096
+log_every = 5
+
+[optim]
+lr = 1e-4
+schedule = "constant"
+warmup = 0.0
+clip = 1.0
+"""
+
+TEMPLATES = {"sft": _SFT, "rm": _RM, "dpo": _DPO, "grpo": _GRPO}
 """By command, in the order they are run."""
 
 
-def stage_settings(command: str, run_dir: str, seed: int, steps: int, rm_steps: int, dpo_steps: int) -> str:
-    """A stage's settings in a quickstart's directory, as TOML."""
-    return TEMPLATES[command].format(run_dir=run_dir, seed=seed, steps=steps, rm_steps=rm_steps, dpo_steps=dpo_steps)
+def stage_settings(command: str, run_dir: str, **values: int) -> str:
+    """A stage's settings in a quickstart's directory, as TOML.
+
+    Args:
+        values: seed and steps, by the names of :class:`tulu_mega.quickstart.settings.QuickstartSettings`.
+    """
+    return TEMPLATES[command].format(run_dir=run_dir, **values)

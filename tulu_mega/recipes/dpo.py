@@ -65,20 +65,24 @@ def check_first_loss(settings: DpoSettings, objective: PreferenceObjective, loss
     """Before the first update the policy is the reference: margins are 0 and the loss is log 2 (ipo: 1 / (2 beta)^2).
 
     What rounding may add, by a token: a logit of up to 2^4 is off by its last place once in the reference's pass and once in this
-    one, which is packed otherwise: 2^5 u, u being the precision's unit roundoff. That may be so of all tokens of both responses:
-    2 beta 2^5 u is let pass for means, times the tokens of a response for sums.
+    one, which is packed otherwise: 2^5 u, u being the precision's unit roundoff. That may be so of all tokens of both responses,
+    so that the difference d of a pair, which has to be 0, is let pass up to D = 2 2^5 u for means, times the tokens of a response
+    for sums. Margins beta d then reach beta D. The slope of -log sigmoid(beta d) at 0 is beta / 2 and at most beta anywhere: its
+    loss is off by at most beta D too. That of ipo is (d - c)^2 with c = 1 / (2 beta), off by d^2 - 2 c d: at most D / beta + D^2.
 
     Raises:
         UserError: on every rank, when the difference is more than that.
     """
     token = 2**5 * torch.finfo(DTYPES[settings.model.dtype]).eps / 2
-    allowed = 2 * objective.beta * token * (settings.data.max_length if objective.loss == "dpo" else 1)
-    found = [("the mean margin", loss.metrics["margin"], 0.0)]
+    difference = 2 * token * (settings.data.max_length if objective.loss == "dpo" else 1)
+    margin = objective.beta * difference
+    found = [("the mean margin", loss.metrics["margin"], 0.0, margin)]
     if not objective.sft_weight:
-        found.append(("the loss", loss.loss, objective.at_reference()))
+        allowed = difference / objective.beta + difference**2 if objective.loss == "ipo" else margin
+        found.append(("the loss", loss.loss, objective.at_reference(), allowed))
     problems = [
         f"{name} is {value:.6g}, expected {wanted:.6g} within {allowed:.2g}"
-        for name, value, wanted in found
+        for name, value, wanted, allowed in found
         if not abs(value - wanted) <= allowed
     ]
     if problems:

@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tulu_mega import checkpoint
 from tulu_mega.config import CheckpointSettings
 from tulu_mega.data.loader import PackedLoader, StepData
 from tulu_mega.engine import BatchLoss, Engine, Objective
-from tulu_mega.errors import UserError
 from tulu_mega.metrics import MetricsLog, StepRecord, StepSeconds
-
-
-@dataclass
-class Skips:
-    """Steps that were not applied because their loss or gradient was not finite."""
-
-    allowed: int
-    """in a row"""
-    file: Path
-    """where their rows are written"""
-    where: Callable[[int], str]
-    """file and line of a row"""
-    total: int = 0
-    in_a_row: int = 0
-
-    def note(self, applied: bool, data: StepData, loss: float, grad_norm: float, write: bool) -> None:
-        """Counts a step; writes the rows of one that was skipped.
-
-        Raises:
-            UserError: too many in a row.
-        """
-        if applied:
-            self.in_a_row = 0
-            return
-        self.total += 1
-        self.in_a_row += 1
-        if write:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as file:
-                rows = [{"row": row, "where": self.where(row)} for row in data.rows]
-                skipped = {"step": data.step + 1, "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
-                file.write(json.dumps(skipped) + "\n")
-        if self.in_a_row >= self.allowed:
-            raise UserError(
-                f"stopped at step {data.step + 1}: loss or gradient was not finite in {self.in_a_row} steps in a row "
-                f"(loss {loss}, gradient norm {grad_norm}); the rows of these batches are in {self.file}. "
-                "Look at them, or lower optim.lr; train.max_skipped sets how many steps in a row are let pass"
-            )
-
+from tulu_mega.recipes.run import Skips
 
 FirstLoss = Callable[[BatchLoss], None]
 """Looks at the loss of the first step before its update; raises UserError, on every rank, when it cannot be right."""
@@ -89,6 +51,8 @@ class Fit:
     directory: Path
     """of the checkpoints"""
     skips: Skips
+    where: Callable[[int], str]
+    """file and line of a row"""
     flops: Callable[[StepData], float]
     """of a whole step"""
     log: MetricsLog | None
@@ -118,7 +82,9 @@ class Fit:
             ended = time.perf_counter()
             seconds = StepSeconds(packed - began, computed - packed, ended - computed, self._saving)
             self._saving = 0.0
-            self.skips.note(update.applied, data, loss.loss, update.grad_norm, write=self.log is not None)
+            self.skips.note(
+                update.applied, step + 1, loss.loss, update.grad_norm, functools.partial(self._told, data), self.log is not None
+            )
             heldout = self._evaluated(step + 1)
             if self.log:
                 self.log.step(
@@ -144,6 +110,9 @@ class Fit:
             self._save_if_due(saver, step + 1)
         saver.finish()
 
+    def _told(self, data: StepData) -> list[dict[str, Any]]:
+        return [{"row": row, "where": self.where(row)} for row in data.rows]
+
     def _evaluated(self, done: int) -> dict[str, float]:
         if self.heldout is None or (done % self.heldout.every and done != self.loader.steps):
             return {}
@@ -157,6 +126,5 @@ class Fit:
         every = self.settings.every
         if done == self.loader.steps or (every and done % every == 0):
             began = time.perf_counter()
-            state = {"skipped": self.skips.total, "skipped_in_a_row": self.skips.in_a_row}
-            saver.save(done, state)
+            saver.save(done, self.skips.state)
             self._saving = time.perf_counter() - began

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from tulu_mega.config import ScoreSettings
 from tulu_mega.data import scoring
 from tulu_mega.launcher import World
+from tulu_mega.packed_scoring import score_rows
 from tulu_mega.recipes.session import Session, opened
 from tulu_mega.records import PackedBatch, Sequence
-from tulu_mega.scoring import score_rows
 
 _CHUNK = 1024
 """Rows scored between two writes of the output."""

@@ -20,11 +20,13 @@ from tulu_mega.bridge.live import export_hf, load_hf
 from tulu_mega.config import EngineSettings
 from tulu_mega.data.packing import Alignment
 from tulu_mega.engine import Engine
+from tulu_mega.errors import UserError
 from tulu_mega.launcher import World
 from tulu_mega.model.hf_config import load_config
 from tulu_mega.model.reward import HEAD
 from tulu_mega.planner.layout import pack_alignment, pipeline_of
 from tulu_mega.planner.schedule import Pipeline
+from tulu_mega.platforms import Platform
 from tulu_mega.topology import Topology
 
 
@@ -75,6 +77,29 @@ class Session:
             for chunk in self.engine.chunks:
                 chunk.initialise_head(self.seed)
 
+    def beside(self, path: str, reward: bool) -> Session:
+        """Another model under the same layout, weights loaded, for scoring: nothing of it but the weights takes memory.
+
+        Of equal weights it computes the same bits as this one.
+
+        Args:
+            path: its directory of either format, or hub name.
+            reward: whether it is to be a reward model.
+
+        Raises:
+            UserError: it cannot be had or built, or is of the other kind.
+        """
+        settings = EngineSettings(
+            model=self.settings.model.model_copy(update={"path": path}),
+            parallel=self.settings.parallel,
+            megatron=self.settings.megatron,
+        )
+        made = _session(settings, self.topology, self.engine.platform, self.seed, reward)
+        if reward and not family_for(_config(made.source)).reward:
+            raise UserError(f"{path}: not a reward model but a language model; tulu-mega rm makes reward models")
+        made.load_weights()
+        return made
+
     def export(self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str]) -> None:
         """Writes the model in Hugging Face format; every rank calls it.
 
@@ -117,6 +142,11 @@ def opened(settings: EngineSettings, world: World, seed: int, reward: bool | Non
     """
     platform = platforms.install(world.local_rank)
     place = topology.start(settings.parallel, platform, seed)
+    yield _session(settings, place, platform, seed, reward)
+    topology.stop()  # after an error the others may be waiting in a collective: the process ends instead
+
+
+def _session(settings: EngineSettings, place: Topology, platform: Platform, seed: int, reward: bool | None) -> Session:
     source = model_directory(settings.model.path)
     hf = load_config(settings.model.model_copy(update={"path": str(source)}))
     family = family_for(hf.to_dict())
@@ -125,8 +155,7 @@ def opened(settings: EngineSettings, world: World, seed: int, reward: bool | Non
     if reward or family.reward:
         hf.update(reward_fields(family, hf.to_dict()))
     engine = Engine(hf, settings, place, platform, reward=family.reward if reward is None else reward)
-    yield Session(settings, place, engine, source, seed)
-    topology.stop()  # after an error the others may be waiting in a collective: the process ends instead
+    return Session(settings, place, engine, source, seed)
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -9,45 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
-from tulu_mega import checkpoint
 from tulu_mega.config import DataSettings, PreferenceStageSettings, StageSettings, TrainSettings
-from tulu_mega.data.chat import TULU_CHAT_TEMPLATE
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.loader import PackedLoader, StepData
 from tulu_mega.data.store import REJECTS, TokenStore
 from tulu_mega.engine import Objective
 from tulu_mega.launcher import World
-from tulu_mega.metrics import MetricsLog, peak_flops
-from tulu_mega.model.config import DTYPES
 from tulu_mega.planner.flops import head_columns, training_flops
 from tulu_mega.preflight import CONFIG, DATA, HELDOUT
-from tulu_mega.recipes.loop import FirstLoss, Fit, HeldOut, Skips
-from tulu_mega.recipes.session import Session, opened, write_settings
+from tulu_mega.recipes.loop import FirstLoss, Fit, HeldOut
+from tulu_mega.recipes.run import Run
+from tulu_mega.recipes.session import opened, write_settings
 from tulu_mega.run_lock import locked
 
 
 @dataclass
-class Stage:
-    """A session with tokenised data and a run directory of its own."""
+class Stage(Run):
+    """A run on tokenised data."""
 
     settings: StageSettings
-    session: Session
     store: TokenStore
-    _loaded: bool = False
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.settings.run_dir)
-
-    def initial_weights(self) -> None:
-        """The weights that training begins with, those of the model's directory; read once.
-
-        Raises:
-            UserError: with everything that does not fit.
-        """
-        if not self._loaded:
-            self.session.load_weights()
-            self._loaded = True
 
     def loader(self, columns: Mapping[str, np.ndarray] | None = None) -> PackedLoader:
         """The packed micro-batches of every step of the run.
@@ -81,7 +62,11 @@ class Stage:
             UserError: on every rank, for whatever the user can mend.
         """
         loader.check()
-        start, skips = self._weights(loader.steps)
+        found = self.weights(loader.steps)
+        start = found.step if found else 0
+        skips = self.skips(self.settings.train.max_skipped)
+        if found:
+            skips.restore(found.state)
         engine, lead = self.session.engine, self.session.lead
         config = engine.hf.to_dict()
 
@@ -93,11 +78,22 @@ class Stage:
             if lead:
                 write_settings(self.settings, self.run_dir / CONFIG)
                 print(self._banner(loader, start), flush=True)
-                log = stack.enter_context(self._metrics(loader.steps, start))
-            checkpoints = self.run_dir / "checkpoints"
-            Fit(engine, loader, objective, self.settings.checkpoint, checkpoints, skips, flops, log, heldout, first).run(start)
-            if self.settings.checkpoint.export:
-                self._export()
+                log = stack.enter_context(self.metrics(loader.steps, start))
+            fit = Fit(
+                engine=engine,
+                loader=loader,
+                objective=objective,
+                settings=self.settings.checkpoint,
+                directory=self.checkpoints,
+                skips=skips,
+                where=self.store.where,
+                flops=flops,
+                log=log,
+                heldout=heldout,
+                first=first,
+            )
+            fit.run(start)
+            self.export()
 
     def _loader(
         self, store: TokenStore, train: TrainSettings, data: DataSettings, columns: Mapping[str, np.ndarray] | None
@@ -117,32 +113,6 @@ class Stage:
             columns=columns,
         )
 
-    def _weights(self, steps: int) -> tuple[int, Skips]:
-        """Weights and optimizer: those of the newest checkpoint, or the model's own. Returns the steps done."""
-        found = checkpoint.find(self.run_dir / "checkpoints")
-        if not found:
-            self.initial_weights()
-        self.session.engine.prepare_training(self.settings.optim, steps)
-        skips = Skips(self.settings.train.max_skipped, self.run_dir / "logs" / "skipped.jsonl", self.store.where)
-        if not found:
-            return 0, skips
-        newest = found[-1]
-        checkpoint.restore(self.session.engine, newest)
-        skips.total, skips.in_a_row = newest.state["skipped"], newest.state["skipped_in_a_row"]
-        return newest.step, skips
-
-    def _metrics(self, steps: int, start: int) -> MetricsLog:
-        device = self.session.engine.platform.device
-        return MetricsLog(
-            self.settings.run_dir,
-            self.settings,
-            steps,
-            resumed_step=start,
-            world_size=self.session.topology.size,
-            device=device,
-            peak=peak_flops(device, DTYPES[self.settings.model.dtype]),
-        )
-
     def _banner(self, loader: PackedLoader, start: int) -> str:
         store = self.store
         rows = f"{len(store):,} sequences" if store.width == 1 else f"{len(store) // store.width:,} pairs"
@@ -150,15 +120,6 @@ class Stage:
         at = f", going on after step {start}" if start else ""
         kept = f"{rows} of {int(store.lengths.sum()):,} tokens{dropped}"
         return f"{self.session.topology} · {self.settings.model.path} · {kept} · {loader.steps:,} steps{at}"
-
-    def _export(self) -> None:
-        wanted = self.settings.checkpoint.export_dtype
-        dtype = DTYPES[self.settings.model.dtype if wanted == "model" else wanted]
-        template = {"chat_template.jinja": TULU_CHAT_TEMPLATE} if self.settings.data.template == "tulu" else {}
-        directory = self.run_dir / "hf"
-        self.session.export(directory, dtype, template)
-        if self.session.lead:
-            print(f"model in Hugging Face format: {directory}", flush=True)
 
 
 @contextlib.contextmanager
@@ -176,4 +137,4 @@ def opened_stage(settings: StageSettings, world: World, reward: bool = False) ->
         if world.rank == 0:
             stack.enter_context(locked(run_dir))
         session = stack.enter_context(opened(settings, world, settings.seed, reward))
-        yield Stage(settings, session, TokenStore.open(run_dir / DATA))
+        yield Stage(settings, session, store=TokenStore.open(run_dir / DATA))

@@ -56,10 +56,24 @@ CHARTS = (
     Chart("heldout_accuracy", "Held-out pairs told apart", "% of the pairs", (("heldout_accuracy", "accuracy"),), scale=100),
     Chart("margin", "Margin", "mean difference of rewards", (("margin", "margin"),)),
     Chart("heldout_margin", "Held-out margin", "mean difference of rewards", (("heldout_margin", "margin"),)),
-    Chart("kl", "Distance from the reference", "nats a response", (("kl", "KL estimate"),)),
+    Chart("reward", "Reward", "mean of the responses", (("reward", "reward"),)),
+    Chart("solve_rate", "Solved", "% of the responses", (("solve_rate", "solved"),), scale=100),
+    Chart(
+        "heldout_solve_rate",
+        "Held-out problems solved",
+        "% of the greedy answers",
+        (("heldout_solve_rate", "solved"),),
+        scale=100,
+    ),
+    Chart("response_length", "Response length", "tokens", (("response_length", "mean"),)),
+    Chart("truncated", "Cut off", "% of the responses", (("truncated", "cut off"),), scale=100),
+    Chart("entropy", "Entropy of the policy", "nats a token", (("entropy", "entropy"),)),
+    Chart("kl", "Distance from the reference", "nats: of pairs a response, of policies a token", (("kl", "KL estimate"),)),
+    Chart("sampler_difference", "Sampler against trainer", "|log-probability difference|", (("sampler_difference", "mean"),)),
     Chart("grad_norm", "Gradient norm", "before clipping", (("grad_norm", "gradient norm"),), log=True),
     Chart("lr", "Learning rate", "", (("lr", "learning rate"),)),
     Chart("throughput", "Throughput", "1,000 tokens/s, all processes", (("tokens_per_second", "tokens"),), scale=1e-3),
+    Chart("generation", "Generation", "1,000 tokens/s, all servers", (("generated_tokens_per_second", "tokens"),), scale=1e-3),
     Chart("mfu", "Share of the peak (MFU)", "%", (("mfu", "MFU"),), scale=100),
     Chart("padding", "Padding", "% of the packed positions", (("padding", "padding"),), scale=100),
     Chart(
@@ -71,6 +85,9 @@ CHARTS = (
             ("seconds_optimizer", "optimizer"),
             ("seconds_data", "data"),
             ("seconds_checkpoint", "checkpoint"),
+            ("seconds_generation", "generation"),
+            ("seconds_rewards", "rewards"),
+            ("seconds_sync", "weights to the servers"),
         ),
         scale=1000,
     ),
@@ -78,7 +95,9 @@ CHARTS = (
     Chart("skipped", "Skipped steps", "steps so far", (("skipped_steps", "skipped"),)),
 )
 """In the order of the page. A chart no run has values for is left out; so are skipped steps when there were none."""
-_UNDRAWN = {"step", "tokens", "supervised_tokens", "supervised_tokens_per_second", "tflops", "sequences"}
+_UNDRAWN = {
+    "step", "tokens", "supervised_tokens", "supervised_tokens_per_second", "tflops", "sequences", "generated_tokens", "responses",
+}  # fmt: skip
 
 
 def draw(runs: Sequence[Run]) -> list[Drawing]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ class Run:
     """the objects of metrics.jsonl, by step"""
     settings: dict[str, Any] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
+    """some responses of the newest step that has them, with its number as ``step``"""
     notes: list[str] = field(default_factory=list)
     """what could not be read"""
 
@@ -94,7 +97,7 @@ def read_run(directory: Path, name: str, samples: int) -> Run:
         content = _json(results, notes)
         if isinstance(content.get("tasks"), dict):
             evaluations.append(_evaluation(results.parent, content["tasks"], samples))
-    return Run(name, directory, steps, settings, evaluations, notes)
+    return Run(name, directory, steps, settings, evaluations, _rollouts(directory, steps[-1]["step"], samples), notes)
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -134,6 +137,20 @@ def _json(file: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{file.name}: not readable, left out")
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _rollouts(directory: Path, last: int, count: int) -> list[dict[str, Any]]:
+    """Responses of the newest step, spread over its prompts; files of later steps are of a run that was put back."""
+    for step in range(last, 0, -1):
+        file = directory / "rollouts" / f"step_{step:06}.jsonl"
+        if not file.is_file():
+            continue
+        found = []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append({"step": step, **json.loads(line)})
+        return found[:: max(1, len(found) // max(count, 1))][:count] if count else []
+    return []
 
 
 def _evaluation(directory: Path, tasks: dict[str, Any], samples: int) -> Evaluation:

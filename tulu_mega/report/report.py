@@ -155,4 +155,20 @@ def _samples(run: Run, several: bool) -> list[dict[str, str]]:
                         "detail": first.get("detail") or first.get("error") or "",
                     }
                 )
-    return found
+    return found + [_rollout(run, record, several) for record in run.rollouts]
+
+
+def _rollout(run: Run, record: dict[str, Any], several: bool) -> dict[str, str]:
+    """A response that was trained on, or left out, as a sample of the page."""
+    where = f"{run.name}, " if several else ""
+    reward, advantage = record.get("reward"), record.get("advantage", 0.0)
+    trained = f"advantage {advantage:+.2f}" if record.get("trained") else "not trained on"
+    answer = record.get("ground_truth")
+    return {
+        "title": f"{where}step {record['step']}, prompt {record.get('place', 0) + 1}, response {record.get('sample', 0) + 1}",
+        "verdict": "not judged" if reward is None else f"reward {reward:g}, {trained}",
+        "question": record["messages"][-1]["content"],
+        "response": record["response"] + (" […]" if record.get("finish_reason") == "length" else ""),
+        "answer": answer if isinstance(answer, str) else json.dumps(answer),
+        "detail": record.get("detail") or record.get("error") or "",
+    }

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.errors import UserError
+from tulu_mega.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,23 +27,6 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """Our names of precisions to vLLM's."""
 STOP_SECONDS = 20.0
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn."""
-
-    max_tokens: int = 512
-    temperature: float = 0.0
-    """0 takes the most probable token each time."""
-    top_p: float = 1.0
-    samples: int = 1
-    seed: int = 0
-    """Sample j of prompt i has a random stream of its own, whatever else is in the batch."""
-    stop_ids: tuple[int, ...] = ()
-    """Tokens that end a response, besides those the model directory names."""
-    allowed_ids: tuple[int, ...] = ()
-    """Tokens a response may be made of; any when empty."""
 
 
 @dataclass(frozen=True)
@@ -253,9 +237,11 @@ def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress
 
         if current_platform.is_cpu():
             _one_share_of_the_cores_each(arguments["tensor_parallel_size"])
+            # a seeded request whose prompt is computed in parts ends vLLM there: "CPU Generator does not use offset"
+            arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
         from vllm import LLM
 
-        llm = LLM(**arguments, enforce_eager=current_platform.is_cpu(), disable_log_stats=True)
+        llm = LLM(**arguments, disable_log_stats=True)
         connection.send((None, None))
         while True:
             prompts, sampling, numbers = connection.recv()
@@ -287,19 +273,7 @@ def _complete(
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    parameters = [
-        SamplingParams(
-            n=sampling.samples,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            seed=sampling.seed + number * sampling.samples,  # vLLM adds the sample's number
-            stop_token_ids=list(sampling.stop_ids),
-            allowed_token_ids=list(sampling.allowed_ids) or None,
-            detokenize=False,
-        )
-        for number in numbers
-    ]
+    parameters = [SamplingParams(**sampling.parameters(number)) for number in numbers]
     bar = partial(tqdm, file=terminal) if terminal is not None else False
     outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], parameters, use_tqdm=bar)
     return [

@@ -20,6 +20,20 @@ from tulu_mega.records import PackedBatch, Sequence
 R = TypeVar("R")
 
 
+def packed_share(engine: Engine, sequences: Series[Sequence], capacity: int) -> list[PackedBatch]:
+    """This data-parallel rank's packed micro-batches of sequences that every rank has, levelled over the ranks.
+
+    Args:
+        capacity: tokens a packed micro-batch may hold (a longer sequence has one of its own).
+    """
+    hf, place = engine.hf, engine.topology
+    align, pipeline = pack_alignment(engine.settings), pipeline_of(hf.to_dict(), engine.settings)
+    cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, head_columns(hf.to_dict()))
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    plan = plan_step(lengths, place.data, capacity, align, cost=cost, multiple=pipeline.multiple, pipeline=pipeline)
+    return [pack((sequences[index] for index in bin_), align) for bin_ in plan[place.data_rank]]
+
+
 def score_rows(
     engine: Engine, sequences: Series[Sequence], capacity: int, read: Callable[[PackedBatch, Tensor], dict[int, R]]
 ) -> dict[int, R]:
@@ -33,12 +47,8 @@ def score_rows(
     Returns:
         By row on rank 0; nothing elsewhere.
     """
-    hf, place = engine.hf, engine.topology
-    align, pipeline = pack_alignment(engine.settings), pipeline_of(hf.to_dict(), engine.settings)
-    cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, head_columns(hf.to_dict()))
-    lengths = [len(sequence.input_ids) for sequence in sequences]
-    plan = plan_step(lengths, place.data, capacity, align, cost=cost, multiple=pipeline.multiple, pipeline=pipeline)
-    micro_batches = [pack((sequences[index] for index in bin_), align) for bin_ in plan[place.data_rank]]
+    place = engine.topology
+    micro_batches = packed_share(engine, sequences, capacity)
     scored = engine.score(micro_batches)
     mine: dict[int, R] = {}
     if place.reports_loss and place.context_rank == 0:

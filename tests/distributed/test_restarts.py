@@ -1,0 +1,87 @@
+"""A world that fails is started again, by the launcher, when the settings allow it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_launcher import write_rank
+from tulu_mega import launcher
+from tulu_mega.config import ParallelSettings
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Runs a body as a world of two ranks that may be started again twice; the exit status and how often rank 0 was started."""
+
+    def start(body: str, restarts: int = 2) -> tuple[int, int]:
+        script = write_rank(tmp_path, f"open({str(tmp_path / 'starts')!r} + str(world.rank), 'a').write('.')\n" + body)
+        settings = types.SimpleNamespace(parallel=ParallelSettings(tensor=2), run_dir=str(tmp_path / "run"), restarts=restarts)
+        status = launcher.run("the_recipe:run", settings, [sys.executable, str(script)], lambda _: None)
+        return status, len((tmp_path / "starts0").read_text())
+
+    return start
+
+
+def starts_of(directory: Path) -> str:
+    return f"len(open({str(directory / 'starts0')!r}).read())"
+
+
+def test_a_rank_that_is_killed_once(start, tmp_path, capfd):
+    status, starts = start(
+        f"""
+if {starts_of(tmp_path)} == 1 and world.rank == 0:
+    os.kill(os.getpid(), 9)
+if {starts_of(tmp_path)} == 1:
+    time.sleep(60)
+"""
+    )
+    assert (status, starts) == (0, 2)
+    err = capfd.readouterr().err
+    assert "rank 0 of 2 was killed" in err and "started again (1 of 2 times)" in err
+
+
+def test_a_rank_that_fails_each_time(start):
+    assert start("if world.rank == 0: raise RuntimeError('again')\ntime.sleep(60)") == (1, 3)
+
+
+def test_no_second_try_unless_asked_for(start):
+    assert start("if world.rank == 0: sys.exit(7)\ntime.sleep(60)", restarts=0) == (7, 1)
+
+
+def test_what_the_user_can_mend_is_not_tried_again(start, capfd):
+    assert start("if world.rank == 0: raise UserError('another setting')\ntime.sleep(60)") == (2, 1)
+    assert "started again" not in capfd.readouterr().err
+
+
+def test_ranks_find_the_servers_of_their_launcher(tmp_path, monkeypatch):
+    """The launcher has the servers around the ranks, and starts the ranks without waiting for them."""
+    events = []
+
+    class Pool:
+        for_ranks = {"THE_KEY": "k"}
+
+        def __enter__(self):
+            events.append("servers up")
+            return self
+
+        def __exit__(self, *_):
+            events.append("servers down")
+
+    def beside(settings, trainers):
+        assert trainers == 2
+        return Pool()
+
+    before = launcher.resolve
+    monkeypatch.setattr(launcher, "resolve", lambda name: beside if name.endswith("beside:servers") else before(name))
+    body = f"open({str(tmp_path / 'key')!r} + str(world.rank), 'w').write(os.environ['THE_KEY'])"
+    script = write_rank(tmp_path, body)
+    rollout = types.SimpleNamespace(urls=[])
+    settings = types.SimpleNamespace(parallel=ParallelSettings(tensor=2), run_dir=str(tmp_path / "run"), rollout=rollout)
+    assert launcher.run("the_recipe:run", settings, [sys.executable, str(script)], lambda _: events.append("checked")) == 0
+    assert events == ["checked", "servers up", "servers down"]
+    assert [(tmp_path / f"key{rank}").read_text() for rank in range(2)] == ["k", "k"] and "THE_KEY" not in os.environ

@@ -1,0 +1,53 @@
+"""Real vLLM servers that take weights, started once and shared by the tests that need such a one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from tulu_mega.rollout.addresses import ServerAddress
+from tulu_mega.rollout.gate import server_arguments
+from tulu_mega.rollout.server import ServerPool
+from tulu_mega.rollout.serving import ServerOptions, core_shares
+
+
+class Servers:
+    """Servers by model and size, started when first asked for; a context manager."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._stack = contextlib.ExitStack()
+        self._found: dict[tuple[str, int, str], ServerPool] = {}
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+
+    def start(self, model: str, tensor: int, dtype: str = "float32") -> None:
+        """Returns at once."""
+        if (model, tensor, dtype) in self._found:
+            return
+        options = ServerOptions(
+            model, dtype=dtype, tensor=tensor, max_model_len=256, concurrency=16, extra=tuple(server_arguments())
+        )
+        directory = self._root / f"pool_{len(self._found)}"
+        directory.mkdir(parents=True)
+        cores = core_shares([0, 1], 1, tensor)
+        pool = self._stack.enter_context(ServerPool(options, directory, cores=cores, restarts=0, start_timeout=580))
+        self._found[model, tensor, dtype] = pool
+
+    def get(self, model: str, tensor: int, dtype: str = "float32") -> ServerAddress:
+        """The server, ready; its model has whatever weights the last test gave it."""
+        self.start(model, tensor, dtype)
+        (address,) = self._found[model, tensor, dtype].wait()
+        return address
+
+
+@contextlib.contextmanager
+def one(model: str, directory: Path, tensor: int = 1) -> Iterator[ServerAddress]:
+    """A server for one test alone."""
+    with Servers(directory) as servers:
+        yield servers.get(model, tensor)

@@ -1,0 +1,94 @@
+"""Advantages within groups: their invariants, and the formulae by numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tulu_mega.objectives.advantages import EPS, group_advantages
+
+KINDS = ["centred", "standardised", "leave_one_out"]
+rewards = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 10.0, 0.1]), st.floats(-20, 20))
+groups = st.lists(st.tuples(rewards, st.booleans()), min_size=1, max_size=16)
+
+
+def of(group, kind, overlong="keep"):
+    return group_advantages([reward for reward, _ in group], [cut for _, cut in group], kind, overlong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_formulae(kind):
+    given_rewards = [10.0, 0.0, 0.0, 10.0, 10.0, 3.0]
+    found = group_advantages(given_rewards, [False] * 6, kind)
+    array = np.array(given_rewards)
+    want = {
+        "centred": array - array.mean(),
+        "standardised": (array - array.mean()) / (array.std(ddof=1) + EPS),
+        "leave_one_out": array - np.array([np.delete(array, at).mean() for at in range(6)]),
+    }[kind]
+    np.testing.assert_allclose(found.advantages, want, rtol=1e-12, atol=1e-12)
+    assert found.trained == (True,) * 6 and found.rewards == tuple(given_rewards)
+    assert (found.failed, found.informative) == (0, True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(group=groups, kind=st.sampled_from(KINDS), data=st.data())
+def test_a_group_sums_to_zero_in_any_order(group, kind, data):
+    found = of(group, kind)
+    counted = [reward for reward, _ in group if reward is not None]
+    assert sum(found.advantages) == pytest.approx(0, abs=1e-6 * (1 + sum(map(abs, found.advantages))))
+    assert found.failed == len(group) - len(counted)
+    assert all(advantage == 0 for advantage, (reward, _) in zip(found.advantages, group, strict=True) if reward is None)
+    order = data.draw(st.permutations(range(len(group))))
+    other = of([group[at] for at in order], kind)
+    assert other.advantages == tuple(found.advantages[at] for at in order)  # the same to the last bit
+    assert other.trained == tuple(found.trained[at] for at in order)
+    ranked = sorted(counted)
+    assert sorted(found.advantages[at] for at, (reward, _) in enumerate(group) if reward is not None) == [
+        found.advantages[next(at for at, (reward, _) in enumerate(group) if reward == each)] for each in ranked
+    ]  # more reward is more advantage
+
+
+@settings(max_examples=200, deadline=None)
+@given(group=groups, kind=st.sampled_from(KINDS))
+def test_masked_after_grouping(group, kind):
+    """A response that was cut off stays in its group's statistics; it alone is not trained on."""
+    kept, masked = of(group, kind), of(group, kind, "mask")
+    assert masked.rewards == kept.rewards
+    for at, (reward, cut) in enumerate(group):
+        assert masked.trained[at] == (reward is not None and not cut)
+        assert masked.advantages[at] == (0.0 if cut else kept.advantages[at])
+
+
+@settings(max_examples=200, deadline=None)
+@given(group=groups, kind=st.sampled_from(KINDS))
+def test_penalised_after_grouping(group, kind):
+    """It is as if the verifier had given the penalty, whatever it did give, or nothing at all."""
+    found = of(group, kind, "penalise")
+    assert found == of([(-10.0 if cut else reward, cut) for reward, cut in group], kind)
+    assert found.failed == sum(reward is None and not cut for reward, cut in group)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "given_rewards", [[0.1] * 7, [1.0], [None, 1.0], [None, None], [None, 10.0, 10.0, None], [1e300, 1e300]], ids=str
+)
+def test_a_group_without_a_difference_teaches_nothing(kind, given_rewards):
+    found = group_advantages(given_rewards, [False] * len(given_rewards), kind)
+    assert found.advantages == (0.0,) * len(given_rewards) and not found.informative
+    assert found.trained == tuple(reward is not None for reward in given_rewards)
+
+
+def test_a_difference_that_only_masked_responses_have_teaches_the_others():
+    found = group_advantages([1.0, 1.0, 0.0], [False, False, True], "centred", "mask")
+    assert found.trained == (True, True, False) and found.informative
+    assert found.advantages == pytest.approx((1 / 3, 1 / 3, 0))
+    alone = group_advantages([0.0, 1.0], [True, True], "centred", "mask")
+    assert not alone.informative  # nothing of it is trained
+
+
+def test_lengths_have_to_match():
+    with pytest.raises(ValueError):
+        group_advantages([1.0, 0.0], [False], "centred", "penalise")

@@ -1,0 +1,124 @@
+"""What `tulu-mega grpo` takes."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from tulu_mega.config.commands import RunSettings
+from tulu_mega.config.rollout import PolicySettings, RolloutSettings, SamplingSettings, Seconds
+from tulu_mega.config.sections import Fraction, OptimSettings, PositiveInt, Section, Sources
+
+
+class PromptDataSettings(Section):
+    alone: ClassVar[str] = "train"
+    train: Sources
+    """JSONL or Parquet file(s), or hub data set names; rows of `messages`, `ground_truth` and `dataset` (the verifier, or a list
+    of them). As a table, each with its amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
+    split: str | dict[str, str] = "train"
+    """Split of hub data sets; a table names the split of some, the others' is `train`."""
+    seed: int = 42
+    """Decides which rows are drawn where `train` gives amounts."""
+    template: Literal["tulu", "tokenizer"] = "tulu"
+    """Chat template: Tulu's, or the one the tokenizer ships."""
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer; the model's own when unset."""
+    max_prompt: PositiveInt = 2048
+    """Longest prompt in tokens; rows with a longer one are left out, and listed."""
+    malformed: Literal["error", "reject"] = "error"
+    """Rows that cannot be read, rendered or judged: stop and name them, or leave them out."""
+    shuffle: bool = True
+    """Draw a new seeded order each epoch; otherwise rows come in file order."""
+
+
+class RewardSettings(Section):
+    scale: float = 10.0
+    """Factor of the verifiers' weighted sum (Tulu 3: 10 for a right answer)."""
+    weights: dict[str, float] = {}
+    """Verifier and the factor of its score, where a row names several; 1 where not named."""
+    custom: dict[str, str] = {}
+    """Verifiers of your own: name in the `dataset` column = "module:function"."""
+    aliases: dict[str, str] = {}
+    """Name in the `dataset` column = verifier, such as ifeval = "ifeval_2024"."""
+    workers: PositiveInt | None = None
+    """Processes that verify; the machine's cores when unset."""
+    timeout: Seconds = 30.0
+    """Seconds a response's verification may take; a sample that takes longer is taken out, not scored 0."""
+    memory_mib: PositiveInt = 4096
+    """Address space of each of them."""
+    model: str | None = None
+    """Directory of a reward model (`tulu-mega rm`) whose score is added."""
+    model_weight: float = 1.0
+    """Factor of its score."""
+
+
+class GrpoTrainSettings(Section):
+    steps: PositiveInt | None = None
+    """Rounds of generation and training; unset, as many as `epochs` take."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the prompts; ignored when `steps` is given."""
+    prompts: PositiveInt = 48
+    """Prompts in a step, each with `sampling.samples` responses."""
+    mini_batches: PositiveInt = 2
+    """Optimizer steps that a step's responses are split into."""
+    passes: PositiveInt = 1
+    """Times that a step's responses are trained on."""
+    max_policy_lag: int = 0
+    """Steps that the weights which generate may lie behind those that train; only 0, synchronous, is offered yet."""
+    filter_equal: bool = True
+    """Leave out prompts whose responses all have the same reward, from which nothing can be learned, and draw others."""
+    refills: Annotated[int, Field(ge=0)] = 3
+    """Times that a step draws others."""
+    pack_length: PositiveInt | None = None
+    """Tokens a packed micro-batch may hold on one data-parallel rank; the longest prompt and response together when unset."""
+    max_skipped: PositiveInt = 5
+    """Stop after this many updates in a row whose loss or gradient is not finite, or steps in a row without any to learn from."""
+    log_every: PositiveInt = 1
+    """Steps between console lines (metrics.jsonl has every step)."""
+
+    @field_validator("max_policy_lag")
+    @classmethod
+    def _synchronous(cls, lag: int) -> int:
+        if lag != 0:
+            raise ValueError(f"{lag}: responses of older weights are not trained on yet; only 0 (synchronous) is offered")
+        return lag
+
+
+class PromptHeldOutSettings(Section):
+    alone: ClassVar[str] = "data"
+    data: str | list[str]
+    """JSONL or Parquet file(s), or hub data set names, of rows like `data.train`'s that are not trained on."""
+    split: str = "test"
+    """Split of hub data sets."""
+    every: PositiveInt = 25
+    """Steps between greedy evaluations; there is one before the first step and one after the last."""
+
+
+class _GrpoOptim(OptimSettings):
+    lr: Annotated[float, Field(ge=0)] = 5e-7
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "constant"
+    warmup: Fraction = 0.0
+    """Share of the steps in which the rate rises linearly from 0."""
+
+
+class GrpoSettings(RunSettings):
+    """`tulu-mega grpo`: reinforcement learning with verifiable rewards, by groups of responses."""
+
+    data: PromptDataSettings
+    heldout: PromptHeldOutSettings | None = None
+    """Prompts to evaluate on while training, greedily."""
+    rollout: RolloutSettings = RolloutSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    policy: PolicySettings = PolicySettings()
+    rewards: RewardSettings = RewardSettings()
+    train: GrpoTrainSettings = GrpoTrainSettings()
+    optim: _GrpoOptim = _GrpoOptim()
+    restarts: Annotated[int, Field(ge=0)] = 0
+    """Times that the launcher starts the ranks anew after one died; they go on from the newest checkpoint, the servers stay."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that prompt and response may have together."""
+        return self.data.max_prompt + self.sampling.max_tokens

@@ -1,0 +1,405 @@
+"""Reinforcement learning with verifiable rewards by groups of responses (Tulu 3.1; GRPO: Shao et al., arXiv 2402.03300)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from tulu_mega import checkpoint
+from tulu_mega.collective import Crew
+from tulu_mega.config import GrpoSettings
+from tulu_mega.engine import BatchLoss
+from tulu_mega.errors import UserError
+from tulu_mega.launcher import World
+from tulu_mega.metrics import MetricsLog, StepRecord, StepSeconds
+from tulu_mega.objectives.policy import PolicyObjective
+from tulu_mega.planner.flops import training_flops
+from tulu_mega.policy_batches import Response, differences, own_tokens, packed, scored, split, with_column
+from tulu_mega.preflight import CONFIG
+from tulu_mega.recipes.run import Run, Skips
+from tulu_mega.recipes.session import Session, opened, write_settings
+from tulu_mega.records import PackedBatch
+from tulu_mega.rollout import journal
+from tulu_mega.rollout.fleet import Fleet
+from tulu_mega.rollout.judging import Rewards
+from tulu_mega.rollout.prompting import Prompts, read, write_rejects
+from tulu_mega.rollout.reward_model import RewardModelScores
+from tulu_mega.rollout.scheduler import Group, Scheduler, StepRollouts
+from tulu_mega.rollout.transfer import SyncReport, WeightSync
+from tulu_mega.run_lock import locked
+
+TOLD = ("reward", "solve_rate", "response_length", "kl")
+"""What the console's line has beside the loss."""
+
+
+def run(settings: GrpoSettings, world: World) -> None:
+    """Each step: vLLM answers prompts with the newest weights, verifiers judge, Megatron learns, the weights go to vLLM.
+
+    Goes on from the newest checkpoint in the run directory; exports the model at the end.
+
+    Raises:
+        UserError: on every rank, for whatever the user can mend.
+    """
+    with opened_policy(settings, world) as policy:
+        policy.sync(policy.done)
+        policy.evaluate(policy.done)
+        for step in range(policy.done, policy.steps):
+            policy.collect(step)
+            policy.learn(step)
+            policy.sync(step + 1)
+            policy.evaluate(step + 1)
+            policy.report(step + 1)
+            policy.save(step + 1)
+        policy.finish()
+
+
+@dataclass
+class _Step:
+    """What a step has come to so far."""
+
+    groups: list[list[Response]] = field(default_factory=list)
+    rollouts: StepRollouts | None = None
+    """rank 0's"""
+    losses: list[BatchLoss] = field(default_factory=list)
+    """of each update"""
+    norms: list[float] = field(default_factory=list)
+    lr: float = 0.0
+    apart: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """rank 0's: by response, mean and largest |log-probability by sampler less that by trainer|"""
+    packed_tokens: int = 0
+    """of this data-parallel rank, padding included"""
+    own_tokens: int = 0
+    """of them without padding"""
+    seconds: dict[str, float] = field(default_factory=dict)
+    sync: SyncReport | None = None
+    heldout: dict[str, float] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds what the block takes to a name's seconds."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    @property
+    def responses(self) -> list[Response]:
+        return [response for group in self.groups for response in group]
+
+
+@dataclass
+class Policy:
+    """A policy in training, on one rank."""
+
+    settings: GrpoSettings
+    run: Run
+    crew: Crew
+    fleet: Fleet
+    reference: Session | None
+    prompts: Prompts | None
+    """rank 0's"""
+    scheduler: Scheduler | None
+    """rank 0's"""
+    steps: int
+    objective: PolicyObjective
+    saver: checkpoint.Saver
+    skips: Skips
+    done: int = 0
+    log: MetricsLog | None = None
+    """rank 0's"""
+    empty_in_a_row: int = 0
+    now: _Step = field(default_factory=_Step)
+    _saving: float = 0.0
+
+    @property
+    def session(self) -> Session:
+        return self.run.session
+
+    def collect(self, step: int) -> None:
+        """Responses of the newest weights, judged; every rank gets those that are trained on."""
+        self.now = _Step()
+        with self.now.timed("collecting"):
+            if self.session.lead:
+                self.now.groups = self.crew.lead(partial(self._rollouts, step))
+            else:
+                self.now.groups = self.crew.follow()
+
+    def learn(self, step: int) -> None:
+        """The updates of a step: each mini-batch in turn, as often as there are passes."""
+        now, train, engine = self.now, self.settings.train, self.session.engine
+        if not now.groups:
+            self._nothing_to_learn(step)
+            return
+        self.empty_in_a_row = 0
+        with now.timed("data"):
+            capacity = train.pack_length or self.settings.longest
+            batches = [packed(engine, part, capacity) for part in split(now.groups, train.mini_batches)]
+            now.packed_tokens = sum(len(pack.tokens_T) for part in batches for pack in part)
+            now.own_tokens = own_tokens(batches, now.responses)
+        with now.timed("scoring"):
+            if self.reference:
+                batches = [scored(self.reference.engine, part, "ref_logp_T") for part in batches]
+            once = len(batches) * train.passes == 1  # the update's own forward pass is then the one by the old weights
+            if not once:
+                batches = [scored(engine, part, "old_logp_T") for part in batches]
+        seen: list[Tensor] | None = [] if once else None
+        for number, part in enumerate(itertools.chain.from_iterable(itertools.repeat(batches, train.passes))):
+            self._update(step, step * train.mini_batches * train.passes + number, part, seen)
+        now.apart = self._apart([with_column(batches[0], "old_logp_T", seen)] if once else batches)
+
+    def sync(self, version: int) -> None:
+        """The servers get the newest weights."""
+        with self.now.timed("sync"):
+            self.session.engine.settle()
+            self.now.sync = self.fleet.push(version)
+
+    def evaluate(self, done: int) -> None:
+        """Greedy answers to the held-out prompts, when it is time."""
+        wanted = self.settings.heldout
+        fresh = done == 0 or done > self.done  # a run that goes on has evaluated already
+        if not (wanted and fresh and (done % wanted.every == 0 or done == self.steps)):
+            return
+        with self.now.timed("evaluation"):
+            if self.session.lead:
+                self.now.heldout = self.crew.lead(partial(self._evaluated, done))
+            else:
+                self.now.heldout = self.crew.follow()
+
+    def report(self, done: int) -> None:
+        """The step's line in metrics.jsonl, and its responses."""
+        if not self.session.lead:
+            return
+        now = self.now
+        places = {number: (group.place, at) for number, group, at in _numbered(now.rollouts)}
+        apart = {places[number]: value for number, value in now.apart.items()}
+        journal.write_rollouts(self.run.run_dir, done, now.rollouts, apart)
+        self.log.step(self._record(done))
+
+    def save(self, done: int) -> None:
+        """A checkpoint, when it is time: weights, optimizer, place among the prompts."""
+        self.saver.poll()
+        every = self.settings.checkpoint.every
+        if done == self.steps or (every and done % every == 0):
+            began = time.perf_counter()
+            prompts = _agreed(self.scheduler.state if self.session.lead else None)
+            self.saver.save(done, {**self.skips.state, "prompts": prompts, "empty_in_a_row": self.empty_in_a_row})
+            self._saving = time.perf_counter() - began
+
+    def finish(self) -> None:
+        """The last checkpoint on disk, and the model in Hugging Face format."""
+        self.saver.finish()
+        self.run.export()
+
+    def _rollouts(self, step: int) -> list[list[Response]]:
+        self.now.rollouts = self.scheduler.next(version=step)
+        groups: dict[int, list[Response]] = {}
+        for number, group, at in _numbered(self.now.rollouts):
+            if group.advantages.trained[at]:
+                rollout = group.judged[at].rollout
+                groups.setdefault(group.place, []).append(
+                    Response(
+                        number, rollout.prompt_ids, rollout.response_ids, rollout.sampler_logp, group.advantages.advantages[at]
+                    )
+                )
+        return list(groups.values())
+
+    def _evaluated(self, done: int) -> dict[str, float]:
+        evaluation = self.scheduler.evaluate(self.prompts.heldout, version=done)
+        journal.write_evaluation(self.run.run_dir, done, evaluation)
+        figures = evaluation.figures()
+        self.log.evaluated(done, figures)
+        return figures
+
+    def _update(self, step: int, number: int, batches: list[PackedBatch], seen: list[Tensor] | None) -> None:
+        now, engine = self.now, self.session.engine
+        with now.timed("forward_backward"):
+            loss = engine.forward_backward(batches, self.objective, seen)
+        with now.timed("optimizer"):
+            update = engine.optimizer_step(number, loss.loss)
+        now.losses.append(loss)
+        now.norms.append(update.grad_norm)
+        now.lr = update.lr
+        self.skips.note(update.applied, step + 1, loss.loss, update.grad_norm, self._rows, write=self.session.lead)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"row": group.place, "where": group.prompt.where} for group in self.now.rollouts.groups]
+
+    def _nothing_to_learn(self, step: int) -> None:
+        self.empty_in_a_row += 1
+        if self.empty_in_a_row >= self.settings.train.max_skipped:
+            where = self.run.run_dir / journal.FOLDER
+            raise UserError(
+                f"stopped at step {step + 1}: in {self.empty_in_a_row} steps in a row no prompt had responses of different "
+                f"rewards, so there is nothing to learn from; look at {where}: the task may be too hard, too easy, or judged "
+                "wrongly"
+            )
+
+    def _apart(self, batches: list[list[PackedBatch]]) -> dict[int, tuple[float, float]]:
+        """On rank 0, of every response; it is computed on the ranks that see log-probabilities."""
+        place = self.session.topology
+        mine = differences(itertools.chain.from_iterable(batches)) if place.reports_loss and place.context_rank == 0 else {}
+        gathered: list[dict | None] | None = [None] * place.size if place.rank == 0 else None
+        dist.gather_object(mine, gathered)
+        return {number: value for part in gathered or () for number, value in part.items()}
+
+    def _record(self, done: int) -> StepRecord:
+        now, seconds = self.now, self.now.seconds
+        responses = now.responses
+        lengths = [len(one.prompt_ids) + len(one.response_ids) for one in responses]
+        tokens, trained = sum(lengths), sum(len(one.response_ids) for one in responses)
+        passes = self.settings.train.passes
+        scorings = ((len(now.losses) > 1) + bool(self.reference)) / 3  # of a forward and backward pass the forward one is a third
+        flops = training_flops(self.session.engine.hf.to_dict(), lengths) * (passes + scorings) if lengths else 0.0
+        whole = time.perf_counter() - now.began
+        computed = sum(seconds.get(name, 0.0) for name in ("data", "scoring", "forward_backward", "optimizer"))
+        made = now.rollouts
+        saving, self._saving = self._saving, 0.0
+        extra = {
+            **_over_updates(now.losses, self.objective.largest),
+            **made.figures(),
+            **now.heldout,
+            "seconds_scoring": seconds.get("scoring", 0.0),
+            "seconds_sync": seconds.get("sync", 0.0),
+            "seconds_evaluation": seconds.get("evaluation", 0.0),
+            "sync_gigabytes_per_second": now.sync.gigabytes_per_second if now.sync else 0.0,
+            "trainer_idle": 1 - computed / whole,
+            "sampler_idle": 1 - made.generating / whole,
+            "updates": len(now.losses),
+            "skipped_steps": self.skips.total,
+        }
+        return StepRecord(
+            step=done,
+            loss=_mean([loss.loss for loss in now.losses]),
+            grad_norm=_mean(now.norms),
+            lr=now.lr,
+            tokens=tokens * passes,
+            supervised_tokens=trained * passes,
+            padding=1 - now.own_tokens / max(now.packed_tokens, 1),
+            flops=flops,
+            seconds=StepSeconds(
+                seconds.get("data", 0.0),
+                seconds.get("scoring", 0.0) + seconds.get("forward_backward", 0.0),
+                seconds.get("optimizer", 0.0),
+                saving,
+            ),
+            extra=extra,
+            told=tuple(name for name in TOLD if name in extra),
+        )
+
+
+def _numbered(rollouts: StepRollouts) -> Iterator[tuple[int, Group, int]]:
+    """Every response that a step may train on: its number in the step, its group, its place there."""
+    places = ((group, at) for group in rollouts.groups for at in range(len(group.judged)))
+    return ((number, group, at) for number, (group, at) in enumerate(places))
+
+
+def _over_updates(losses: list[BatchLoss], largest: tuple[str, ...]) -> dict[str, float]:
+    """The objective's metrics over a step: means weighted by what each update counts, of some the largest."""
+    total = sum(loss.count for loss in losses)
+    names = losses[0].metrics if losses else ()
+    return {
+        name: max(loss.metrics[name] for loss in losses)
+        if name in largest
+        else sum(loss.metrics[name] * loss.count for loss in losses) / max(total, 1)
+        for name in names
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+@contextlib.contextmanager
+def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
+    """Joins the world, builds the models, finds the servers, reads the prompts.
+
+    Raises:
+        UserError: on every rank, for whatever the user can mend.
+    """
+    with contextlib.ExitStack() as stack:
+        lead = world.rank == 0
+        run_dir = Path(settings.run_dir)
+        if lead:
+            stack.enter_context(locked(run_dir))
+        session = stack.enter_context(opened(settings, world, settings.seed, reward=False))
+        run = Run(settings, session)
+        prompts = read(settings) if lead else None
+        steps = _agreed(_steps(settings, len(prompts.train)) if lead else None)
+
+        updates = steps * settings.train.mini_batches * settings.train.passes
+        reference = session.beside(settings.model.path, reward=False) if settings.policy.reads_reference else None
+        found = run.weights(updates)
+        skips = run.skips(settings.train.max_skipped)
+        session.engine.temperature = settings.sampling.temperature
+        if reference:
+            reference.engine.temperature = settings.sampling.temperature
+
+        scores = None
+        if settings.rewards.model:
+            scores = RewardModelScores(session.beside(settings.rewards.model, reward=True).engine, settings.longest)
+        crew = Crew({"push": lambda version: fleet.push(version), "reward": scores})
+        connect = partial(WeightSync.connect, session, settings=settings.rollout)
+        fleet = stack.enter_context(Fleet(connect, settings.rollout, run_dir, partial(crew.do, "push")))
+        policy = Policy(
+            settings=settings,
+            run=run,
+            crew=crew,
+            fleet=fleet,
+            reference=reference,
+            prompts=prompts,
+            scheduler=None,
+            steps=steps,
+            objective=PolicyObjective.of(settings.policy, settings.sampling.max_tokens),
+            saver=checkpoint.Saver(
+                session.engine, run.checkpoints, settings.checkpoint.keep, settings.checkpoint.format,
+                settings.checkpoint.asynchronous,
+            ),
+            skips=skips,
+        )  # fmt: skip
+        if found:
+            policy.done, policy.empty_in_a_row = found.step, found.state["empty_in_a_row"]
+            skips.restore(found.state)
+        if lead:
+            ask = partial(crew.do, "reward") if scores else None
+            rewards = stack.enter_context(Rewards(settings.rewards, prompts.verifiers, prompts.tokenizer, ask))
+            policy.scheduler = Scheduler(prompts.train, fleet, rewards, settings, settings.train.max_policy_lag)
+            if found:
+                policy.scheduler.state = found.state["prompts"]
+            write_settings(settings, run_dir / CONFIG)
+            policy.log = stack.enter_context(run.metrics(steps, policy.done))
+            write_rejects(prompts)
+            print(_banner(policy), flush=True)
+        yield policy
+
+
+def _steps(settings: GrpoSettings, prompts: int) -> int:
+    train = settings.train
+    return train.steps or math.ceil(round(train.epochs * prompts / train.prompts, 6))
+
+
+def _agreed(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _banner(policy: Policy) -> str:
+    settings, prompts = policy.settings, policy.prompts
+    rejects = f" ({len(prompts.train.rejects):,} rows not used: {prompts.rejects})" if prompts.train.rejects else ""
+    at = f", going on after step {policy.done}" if policy.done else ""
+    drawn = f"{settings.train.prompts} x {settings.sampling.samples} responses a step"
+    return (
+        f"{policy.session.topology} · {settings.model.path} · {len(prompts.train):,} prompts{rejects} · {drawn} · "
+        f"{policy.steps:,} steps{at}"
+    )

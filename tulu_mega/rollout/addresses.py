@@ -1,0 +1,194 @@
+"""Where the servers are: what the launcher writes and the ranks read, in RUN_DIR/servers.
+
+``server_N.json`` is the launcher's word on its server N. ``restart_*`` is a rank's request to start one again: it stands until
+the address in it is no longer the server's.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import httpx
+
+from tulu_mega.config.rollout import RolloutSettings
+from tulu_mega.errors import UserError
+from tulu_mega.rollout.auth import ABOUT, KEY
+
+FOLDER = "servers"
+POLL_SECONDS = 0.1
+REMOTE_POLL_SECONDS = 1.0
+REPLY_SECONDS = 10.0
+SLACK_SECONDS = 10.0
+"""How much longer ranks wait than the launcher, which knows better what went wrong."""
+_STARTED = time.time()
+"""Of this process: what another run wanted restarted of servers that are not its own is no concern of this one."""
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """One server, as it can be spoken to now."""
+
+    url: str
+    key: str | None = field(repr=False)
+    """bearer token for every request"""
+    incarnation: int
+    """another one after each restart, and larger"""
+
+
+@dataclass(frozen=True)
+class ServerRecord:
+    """The launcher's word on one of its servers."""
+
+    state: Literal["starting", "ready", "failed"]
+    url: str = ""
+    pid: int = 0
+    incarnation: int = 0
+    why: str = ""
+    """it failed, with the tail of its log"""
+
+
+def write_record(folder: Path, number: int, record: ServerRecord) -> None:
+    """Puts a record where ranks read it, whole or not at all."""
+    file = folder / f"server_{number}.json"
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(asdict(record)), encoding="utf-8")
+    part.replace(file)
+
+
+def read_record(folder: Path, number: int) -> ServerRecord | None:
+    """None when the launcher has not said anything yet."""
+    try:
+        return ServerRecord(**json.loads((folder / f"server_{number}.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def key_from_environment() -> str | None:
+    return os.environ.get(KEY) or None
+
+
+def attached(settings: RolloutSettings, run_dir: Path) -> list[ServerAddress]:
+    """The servers, once all of them answer: those the launcher started, or those of `rollout.urls`.
+
+    A server that was asked to restart counts only when it has.
+
+    Raises:
+        UserError: one failed (with the tail of its log), does not answer within `rollout.start_timeout`, or nobody started any.
+    """
+    folder = Path(run_dir, FOLDER)
+    if settings.urls:
+        return _remote(settings, folder)
+    key = key_from_environment()
+    if key is None:
+        raise UserError(
+            "no vLLM servers: ranks under torchrun do not start them; give rollout.urls = the URLs of servers started by "
+            f"tulu-mega serve and their key in {KEY}, or start without torchrun"
+        )
+    found: list[ServerAddress] = []
+
+    def ready() -> bool:
+        records = [record for number in range(settings.servers) if (record := read_record(folder, number)) is not None]
+        for record in records:
+            if record.state == "failed":
+                raise UserError(record.why)
+        found[:] = [ServerAddress(record.url, key, record.incarnation) for record in records if record.state == "ready"]
+        # one that died a moment ago is still on record
+        return (
+            len(found) == settings.servers
+            and all(restart_asked(folder, each.url, each.incarnation) is None for each in found)
+            and all(_ask(each.url, key) == each for each in found)
+        )
+
+    # a restart may be under way when this begins, so that two starts are waited for
+    _wait(ready, 2 * settings.start_timeout + SLACK_SECONDS, POLL_SECONDS, lambda: f"{len(found)} of {settings.servers} are")
+    return found
+
+
+def ask_restart(run_dir: Path, address: ServerAddress, why: str) -> None:
+    """Has the launcher end a server and start it again; returns at once, `attached` waits for the new one.
+
+    A server of `rollout.urls` is watched by its own `tulu-mega serve`: `attached` then waits for that to start it again.
+    """
+    folder = Path(run_dir, FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _request(folder, address.url, address.incarnation)
+    part = file.with_suffix(f".part{os.getpid()}")
+    part.write_text(why, encoding="utf-8")
+    part.replace(file)
+
+
+def restart_asked(folder: Path, url: str, incarnation: int, since: float = 0.0) -> str | None:
+    """Why a rank wants this very incarnation of a server gone, if one does.
+
+    Args:
+        since: what was asked before this time no longer counts.
+    """
+    file = _request(folder, url, incarnation)
+    try:
+        return file.read_text(encoding="utf-8") if file.stat().st_mtime >= since else None
+    except FileNotFoundError:
+        return None
+
+
+def _request(folder: Path, url: str, incarnation: int) -> Path:
+    return folder / f"restart_{hashlib.sha256(url.encode()).hexdigest()[:12]}_{incarnation}"
+
+
+def _remote(settings: RolloutSettings, folder: Path) -> list[ServerAddress]:
+    key = key_from_environment()
+    state: dict[str, ServerAddress | str] = {}
+
+    def ready() -> bool:
+        for url in settings.urls:
+            state[url] = _ask(url, key)
+        addresses = [each for each in state.values() if isinstance(each, ServerAddress)]
+        for each in addresses:
+            if restart_asked(folder, each.url, each.incarnation, since=_STARTED) is not None:
+                state[each.url] = "has not been started again yet"
+        return all(isinstance(each, ServerAddress) for each in state.values())
+
+    def missing() -> str:
+        return "; ".join(f"{url} {each}" for url, each in state.items() if isinstance(each, str))
+
+    _wait(ready, settings.start_timeout, REMOTE_POLL_SECONDS, missing)
+    return [state[url] for url in settings.urls]
+
+
+def _ask(url: str, key: str | None) -> ServerAddress | str:
+    """The server's address, or why it cannot be used yet."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        about, health = (_client().get(url + path, headers=headers) for path in (ABOUT, "/health"))
+    except httpx.HTTPError as error:
+        return f"does not answer ({str(error) or type(error).__name__})"
+    if about.status_code == 401:
+        raise UserError(f"{url} refuses the key; {KEY} must hold the one that its tulu-mega serve was started with")
+    if about.status_code != 200 or health.status_code != 200:
+        return f"answers with status {about.status_code if about.status_code != 200 else health.status_code}"
+    try:
+        return ServerAddress(url, key, int(about.json()["incarnation"]))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{url} is not a server of tulu-mega serve; rollout.urls takes only such") from None
+
+
+@functools.cache
+def _client() -> httpx.Client:
+    """One for all: making it takes longer than a request. A proxy has no business between a trainer and its servers."""
+    return httpx.Client(timeout=REPLY_SECONDS, trust_env=False)
+
+
+def _wait(ready: Callable[[], bool], seconds: float, period: float, so_far: Callable[[], str]) -> None:
+    until = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > until:
+            raise UserError(f"the vLLM servers are not ready after {seconds:.0f} s ({so_far()}); see their logs, or raise "
+                            "rollout.start_timeout")  # fmt: skip
+        time.sleep(period)

