@@ -252,9 +252,10 @@ def _busy_share(seconds: float = 2.0) -> float:
 
 
 def _busy_seconds() -> float:
-    """CPU time of everything on this machine since it started."""
-    user, nice, system, _idle, _io, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    """CPU time of everything on this machine since it started, what its host took from it included."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _idle, _io, irq, softirq, stolen, *_ = map(int, fields)
+    return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 def cores_here() -> int:

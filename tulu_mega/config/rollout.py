@@ -28,7 +28,7 @@ class RolloutSettings(Section):
     cpu_cache_gib: PositiveInt = 1
     """Gibibytes of a server's key-value cache on a CPU."""
     concurrency: PositiveInt = 256
-    """Responses under way at a server."""
+    """Responses that a server computes at once; the others wait there."""
     transport: Literal["auto", "shm", "gloo", "nccl", "ipc"] = "auto"
     """How weights travel: shared memory (one host), gloo (several), NCCL or CUDA IPC (GPUs). `auto`: by where the servers are."""
     bucket_mib: PositiveInt = 256
@@ -36,7 +36,7 @@ class RolloutSettings(Section):
     start_timeout: Seconds = 600.0
     """Seconds a server may take to start."""
     request_timeout: Seconds = 600.0
-    """Seconds a response may take; what takes longer is asked again elsewhere."""
+    """Seconds that may pass between two answers of a server; then what it has not answered is asked again elsewhere."""
     update_timeout: Seconds = 300.0
     """Seconds a bucket of weights may take to be loaded."""
     retries: Annotated[int, Field(ge=0)] = 2

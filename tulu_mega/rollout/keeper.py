@@ -91,9 +91,9 @@ def _end_session(child: subprocess.Popen) -> None:
 
     def kill(trackers: bool) -> bool:
         pids = left(trackers)
-        for pid in pids:
+        for pid in left(True):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL if pid in pids else signal.SIGCONT)  # a tracker that was stopped is to go on
         _reap(child)
         return not pids
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 ALIGNMENT = 64
 """Bytes that a tensor's place in a bucket is a multiple of."""
-SLOTS = 2
-"""Buckets of a sender that may be under way: one is filled while the one before is loaded."""
+SLOTS = 3
+"""Buckets of a sender that may be under way: one is filled, one on its way or waiting, one loaded."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Types on the wire."""
 

@@ -137,7 +137,6 @@ class WeightSync:
         for server in servers:
             if self._sends:
                 self._controls[server.url] = ServerControl(server.url, server.key, timeout)
-                self._lanes[server.url] = ThreadPoolExecutor(1, "weights")
         local = not self._sends or all(is_local(server.url) for server in servers)
         told = _gathered((stage, dist.get_rank(), local) if self._sends else None)
         ranks = {at: rank for at, rank, _ in filter(None, told)}
@@ -182,6 +181,9 @@ class WeightSync:
         limit = min(limit, max(_SMALL_BUCKET, sum(self._manifest[name].nbytes for name in names) // _BUCKETS))
         self._buckets = plan_buckets(dist.get_rank(), names, self._manifest, limit)
         self._outbox = outbox(kind, max(bucket.nbytes for bucket in self._buckets), device, timeout)
+        # Workers take buckets that they map in any order; a broadcast has to be the one that they wait for.
+        abreast = SLOTS - 1 if self._outbox.mapped else 1
+        self._lanes = {url: ThreadPoolExecutor(abreast, "weights") for url in workers}
         return {url: self._outbox.endpoint(url, count) for url, count in workers.items()}
 
     # Pushing
@@ -261,7 +263,7 @@ class WeightSync:
         futures.clear()
 
     def _send(self, url: str, version: int, bucket: Bucket) -> None:
-        """One bucket to one server; in that server's own thread, one after the other."""
+        """One bucket to one server."""
         control, message = self._controls[url], bucket_message(version, bucket)
         if self._outbox.mapped:
             self._outbox.deliver(url, bucket.slot, bucket.nbytes)

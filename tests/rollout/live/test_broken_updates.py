@@ -5,30 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from tests.rollout.live import jobs
+from tests.rollout.live.senders import Senders, announce, send_half
 from tulu_mega.rollout.addresses import ServerAddress
 from tulu_mega.rollout.control import ServerControl
 from tulu_mega.rollout.failure import ServerFailure
-from tulu_mega.rollout.protocol import (
-    Expected,
-    begin_message,
-    bucket_message,
-    checksum,
-    commit_message,
-    plan_buckets,
-    view,
-)
-from tulu_mega.rollout.transports import outbox
+from tulu_mega.rollout.protocol import Expected
 
 pytest.importorskip("vllm")
 
@@ -38,61 +25,6 @@ NORM = "model.layers.2.input_layernorm.weight"
 STRANGER = "model.layers.9.stranger.weight"
 KEY = "model.layers.1.self_attn.k_proj.weight"
 BODY = {"token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 2, "temperature": 0.0}}
-
-
-class Senders:
-    """Trainer ranks reduced to what they send: rank 0 has half of the tensors, rank 3 the others.
-
-    Args:
-        tensors: what is sent.
-        left_out: tensors that no manifest mentions.
-        extra: tensors sent beside.
-    """
-
-    def __init__(self, server: ServerAddress, model: str, left_out: tuple[str, ...] = (), extra: dict[str, Tensor] | None = None):
-        self.control = ServerControl(server.url, server.key, 60)
-        (file,) = Path(model).glob("*.safetensors")
-        self.tensors = {name: tensor for name, tensor in load_file(file).items() if name not in left_out} | (extra or {})
-        half = len(self.tensors) // 2
-        self.manifest = {
-            name: Expected(tuple(tensor.shape), "float32", 0 if at < half else 3)
-            for at, (name, tensor) in enumerate(self.tensors.items())
-        }
-        self.boxes = {rank: outbox("shm", 2**20, torch.device("cpu"), 30) for rank in (0, 3)}
-        workers = self.control.world_size()
-        endpoints = {str(rank): box.endpoint(server.url, workers) for rank, box in self.boxes.items()}
-        self.control.init_weight_transfer_engine({"endpoints": endpoints, "timeout": 30})
-
-    def begin(self, version: int) -> None:
-        self.control.pause()
-        self.control.start_weight_update()
-        self.control.update_weights(begin_message(version, self.manifest, True))
-
-    def send(self, version: int, rank: int, names: list[str] | None = None, flip: str | None = None) -> None:
-        """One sender's tensors, or some of them.
-
-        Args:
-            flip: a tensor of which a bit changes on its way.
-        """
-        names = names or [name for name, each in self.manifest.items() if each.sender == rank]
-        for bucket in plan_buckets(rank, names, self.manifest, 2**20):
-            buffer = self.boxes[rank].buffer(bucket.slot)
-            for place in bucket.places:
-                view(buffer, place, self.manifest[place.name]).copy_(self.tensors[place.name])
-                if place.name == flip:
-                    buffer[place.offset + 5] ^= 1
-            self.control.update_weights(bucket_message(version, bucket))
-
-    def commit(self, version: int) -> None:
-        self.control.update_weights(commit_message(version, {name: checksum(each) for name, each in self.tensors.items()}))
-
-    def problems(self) -> list[str]:
-        return [problem for worker in self.control.weights_status() for problem in worker["problems"]]
-
-    def close(self) -> None:
-        self.control.close()
-        for box in self.boxes.values():
-            box.close()
 
 
 @pytest.fixture(scope="module")
@@ -227,19 +159,11 @@ def test_a_whole_update_heals(broken):
     heals(server, model, 3)
 
 
-def _half(server: ServerAddress, model: str, pipe) -> None:
-    senders = Senders(server, model)
-    senders.begin(4)
-    senders.send(4, 0)
-    pipe.send("half")
-    multiprocessing.Event().wait()
-
-
 def test_a_sender_that_dies_half_way_leaves_a_server_that_waits_for_the_next(broken):
     server, model = broken
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_half, args=(server, model, theirs), daemon=True)
+    process = context.Process(target=send_half, args=(server, model, theirs), daemon=True)
     process.start()
     assert ours.poll(120)
     process.kill()
@@ -248,27 +172,11 @@ def test_a_sender_that_dies_half_way_leaves_a_server_that_waits_for_the_next(bro
     heals(server, model, 5)
 
 
-def _announce(server: ServerAddress, model: str, pipe) -> None:
-    """Over gloo: says that a bucket comes, and sends nothing."""
-    senders = Senders(server, model)
-    box = outbox("gloo", 2**20, torch.device("cpu"), 60)
-    endpoint = box.endpoint(server.url, senders.control.world_size())
-    with ThreadPoolExecutor() as aside:
-        attaching = aside.submit(box.connect, server.url)
-        senders.control.init_weight_transfer_engine({"endpoints": {"0": endpoint}, "timeout": 60})
-        attaching.result()
-        senders.manifest = {name: replace(each, sender=0) for name, each in senders.manifest.items()}
-        senders.begin(10)
-        (bucket, *_) = plan_buckets(0, [EMBED, LAST], senders.manifest, 2**20)
-        pipe.send("announced")
-        senders.control.update_weights(bucket_message(10, bucket))
-
-
 def test_workers_that_wait_for_a_sender_that_died_are_freed(broken):
     server, model = broken
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_announce, args=(server, model, theirs), daemon=True)
+    process = context.Process(target=announce, args=(server, model, theirs), daemon=True)
     process.start()
     assert ours.poll(120)
     time.sleep(1)
