@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tulu_mega.config import DpoSettings, GenerateSettings, RmSettings, ScoreSettings, SftSettings, describe, load
+from tulu_mega.config import DpoSettings, GenerateSettings, GrpoSettings, RmSettings, ScoreSettings, SftSettings, describe, load
 from tulu_mega.config.megatron_fields import megatron_fields
 from tulu_mega.errors import UserError, nearest
 
@@ -145,13 +145,13 @@ def test_nearest():
     assert nearest("zzz", ["global_batch", "lr"]) == ""
 
 
-STAGES = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings}
+STAGES = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
 
 
 @pytest.mark.parametrize("file", sorted(Path(__file__).parents[2].glob("examples/tulu3/**/*.toml")), ids=str)
 def test_the_examples_are_valid(file):
     settings = load(STAGES[file.stem], str(file))
-    assert settings.optim.schedule == "linear"
+    assert settings.optim.schedule == ("constant" if file.stem == "grpo" else "linear")
     match file.stem:  # the values of Tulu 3
         case "sft":
             assert settings.train.reduction == "sum" and settings.optim.warmup == 0.03
@@ -159,6 +159,11 @@ def test_the_examples_are_valid(file):
             assert (settings.train.global_batch, settings.data.max_length, settings.data.overlong) == (256, 2048, "reject")
         case "dpo":
             assert (settings.preference.loss, settings.preference.beta, settings.optim.warmup) == ("dpo_norm", 5.0, 0.1)
+        case "grpo":  # Tulu 3.1
+            assert (settings.optim.lr, settings.policy.beta, settings.policy.kl) == (5e-7, 0.01, "k3")
+            assert (settings.train.prompts, settings.sampling.samples, settings.train.mini_batches) == (48, 16, 2)
+            policy = settings.policy
+            assert (policy.overlong, policy.overlong_reward, settings.rewards.scale) == ("penalise", -10.0, 10.0)
 
 
 def test_defaults_of_a_stage_survive_a_section_that_sets_something_else():

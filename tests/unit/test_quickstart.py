@@ -23,14 +23,16 @@ def tokenizer():
     return tiny_model.make_tokenizer()
 
 
+KINDS = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
+
+
 @pytest.mark.parametrize(
     ("command", "file"), [("sft", "sft_tiny"), ("rm", "rm_tiny"), ("dpo", "dpo_norm_tiny"), ("grpo", "grpo_tiny")]
 )
 def test_the_examples_are_what_the_quickstart_trains_with(command, file):
     example = EXAMPLES / f"{file}.toml"
     assert example.read_text(encoding="utf-8") == stage_settings(command, **QuickstartSettings().model_dump())
-    kinds = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
-    settings = load(kinds[command], str(example))
+    settings = load(KINDS[command], str(example))
     assert settings.parallel.tensor * (settings.parallel.data or 1) == 2
     rows = {"sft": demo.DEMONSTRATIONS, "grpo": demo.PROMPTS}.get(command, demo.PAIRS)
     batch = settings.train.prompts if command == "grpo" else settings.train.global_batch
@@ -87,7 +89,7 @@ def story(tmp_path, monkeypatch, tokenizer):
     def train(command, check):
         name = command[-2]
         done.append(name)
-        directory = Path(load({"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings}[name], command[-1]).run_dir)
+        directory = Path(load(KINDS[name], command[-1]).run_dir)
         tiny_model.make(directory / "hf", 1)
         (directory / "metrics.jsonl").write_text('{"step": 1, "heldout_accuracy": 0.875}\n{"step": 2}\n')
         return subprocess.CompletedProcess(command, 0)
@@ -119,13 +121,13 @@ def story(tmp_path, monkeypatch, tokenizer):
 def test_the_story_is_told_once_and_what_is_complete_is_reused(story, capsys):
     settings, done = story
     demo.run(settings)
-    assert done == ["model", "sft", "hf", "rm", "dpo", "hf"]
+    assert done == ["model", "sft", "hf", "rm", "dpo", "hf", "grpo", "hf"]
     shown = capsys.readouterr().out
     assert "0 of 500" in shown and "500 of 500" in shown and "100.0%" in shown
     assert shown.count("87.5%") == 2  # the reward model's and the preference-tuned policy's
     assert "\x1b[31mno" not in shown, "an answer must not command the terminal"
     demo.run(settings)
-    assert done == ["model", "sft", "hf", "rm", "dpo", "hf"]
+    assert done == ["model", "sft", "hf", "rm", "dpo", "hf", "grpo", "hf"]
     with pytest.raises(UserError, match="holds a quickstart with"):
         demo.run(settings.model_copy(update={"seed": 1}))
 
@@ -138,4 +140,4 @@ def test_a_training_that_fails_is_told_and_taken_up_again(story, monkeypatch):
         demo.run(settings)
     monkeypatch.setattr(demo.subprocess, "run", whole)
     demo.run(settings)
-    assert done == ["model", "sft", "hf", "rm", "dpo", "hf"]
+    assert done == ["model", "sft", "hf", "rm", "dpo", "hf", "grpo", "hf"]

@@ -78,9 +78,7 @@ def begin_message(version: int, manifest: Manifest, load: bool) -> dict[str, Any
 
 def read_begin(message: Mapping[str, Any]) -> tuple[int, bool, dict[str, Expected]]:
     """Version, whether to load, manifest."""
-    expected = {
-        name: Expected(tuple(each["shape"]), each["dtype"], each["sender"]) for name, each in message["manifest"].items()
-    }
+    expected = {name: Expected(tuple(each["shape"]), each["dtype"], each["sender"]) for name, each in message["manifest"].items()}
     return message["version"], message["load"], expected
 
 

@@ -326,5 +326,3 @@ def _loadable(layer: nn.Module, total: int) -> int:
     shard = layer.shard_indices
     padding = layer.num_embeddings_per_partition - (shard.org_vocab_end_index - shard.org_vocab_start_index)
     return total - padding * layer.weight.shape[1]
-
-
