@@ -19,13 +19,16 @@ def main() -> None:
         {
             "run_dir": wanted["run_dir"],
             "model": {"path": wanted["model"], "dtype": "fp32"},
-            "data": {"train": wanted["prompts"], "max_prompt": wanted["max_prompt"], "template": "tokenizer"},
+            "data": {
+                "train": wanted["prompts"], "max_prompt": wanted["max_prompt"], "template": "tokenizer",
+                "pack_length": wanted["pack"],
+            },
             "sampling": {"samples": wanted["samples"], "max_tokens": wanted["cap"]},
             "policy": {"beta": 0.0, "overlong": "keep", "aggregation": "sequence", "importance": wanted["importance"]},
             "rewards": {"scale": 1.0, "custom": {"odd": "grpo_reward:judge"}, "workers": 1},
             "train": {
                 "steps": wanted["all_steps"], "prompts": wanted["batch"] // wanted["samples"], "mini_batches": 1,
-                "pack_length": wanted["pack"], "filter_equal": False,
+                "filter_equal": False,
             },
             "optim": {"lr": wanted["lr"]},
             "checkpoint": {"export": False},

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from transformers import PretrainedConfig
 
 from tulu_mega.bridge.rules import is_weight
-from tulu_mega.collective import together
+from tulu_mega.collective import from_lead, together
 from tulu_mega.engine import Engine
 from tulu_mega.errors import UserError
 from tulu_mega.model.hf_config import head_dim
@@ -122,7 +122,7 @@ class Saver:
         """
         self.finish()
         engine, directory = self._engine, self._directory
-        partial = directory / _from_rank_0(f"{_name(step)}.partial-{uuid.uuid4().hex[:8]}")
+        partial = directory / from_lead(f"{_name(step)}.partial-{uuid.uuid4().hex[:8]}")
         what = f"checkpoint of step {step} could not be written to {directory}"
         with together(what):
             if dist.get_rank() == 0:
@@ -336,12 +336,6 @@ def _name(step: int) -> str:
 
 def _spelt(layout: list[int]) -> str:
     return " x ".join(f"{axis}{size}" for axis, size in zip(("TP", "PP", "VPP", "CP", "DP"), layout, strict=True))
-
-
-def _from_rank_0(value: str) -> str:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _to_disk(path: Path) -> None:

@@ -33,17 +33,36 @@ def together(what: str) -> Iterator[None]:
         problem = error.problems
     except (Exception, CheckpointException) as error:  # torch's is no Exception
         problem = [f"{what}: {reason(error)}"]
-    problems: list[list[str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if found := list(dict.fromkeys(each for mine in problems for each in mine or ())):
+    if found := list(dict.fromkeys(each for mine in gathered(problem) for each in mine or ())):
         raise UserError(found)
+
+
+def from_lead(value: T) -> T:
+    """Rank 0's value, on every rank; what the others give is not looked at."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gathered(value: T) -> list[T]:
+    """What every rank gives, by rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gathered_at_lead(value: T) -> list[T]:
+    """What every rank gives, by rank, on rank 0; nothing elsewhere."""
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 class Crew:
     """Rank 0 leads, the others follow: what all ranks have to do together while rank 0 alone knows what comes next.
 
     >>> crew = Crew({"push": sync.push})
-    >>> batch = crew.lead(lambda: collect(push=partial(crew.do, "push"))) if rank == 0 else crew.follow()
+    >>> batch = crew.share(lambda: collect(push=partial(crew.do, "push")))
 
     Args:
         actions: by name, what every rank does when rank 0 says so; what it returns on rank 0 is given back there.
@@ -56,31 +75,21 @@ class Crew:
 
     def do(self, name: str, argument: Any = None) -> Any:
         """On rank 0, while the others follow: an action on every rank."""
-        self._told(name, argument)
+        from_lead((name, argument))
         return self._actions[name](argument)
 
-    def lead(self, work: Callable[[], T]) -> T:
-        """On rank 0: does the work, of which actions may be a part, and hands its result to all ranks.
+    def share(self, work: Callable[[], T]) -> T:
+        """Rank 0 does the work, of which actions may be a part, the others take part in these; every rank gets its result.
 
-        What it raises ends this process; whoever started the ranks ends the others.
+        What it raises ends rank 0's process; whoever started the ranks ends the others.
         """
-        result = work()
-        self._told(self._END, result)
-        return result
-
-    def follow(self) -> Any:
-        """On the other ranks: takes part in actions until rank 0 has a result, which is returned."""
+        if dist.get_rank() == 0:
+            return from_lead((self._END, work()))[1]
         while True:
-            name, argument = self._told(None, None)
+            name, argument = from_lead(None)
             if name == self._END:
                 return argument
             self._actions[name](argument)
-
-    @staticmethod
-    def _told(name: str | None, argument: Any) -> tuple[str, Any]:
-        box = [(name, argument)]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
 
 
 def reason(error: BaseException) -> str:

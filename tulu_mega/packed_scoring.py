@@ -6,9 +6,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Series
 from typing import TypeVar
 
-import torch.distributed as dist
 from torch import Tensor
 
+from tulu_mega.collective import gathered_at_lead
 from tulu_mega.data.batch import pack
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.packing import plan_step
@@ -54,6 +54,4 @@ def score_rows(
     if place.reports_loss and place.context_rank == 0:
         for batch, output_T in zip(micro_batches, scored, strict=True):
             mine |= read(batch, output_T.cpu())
-    gathered: list[dict[int, R] | None] | None = [None] * place.size if place.rank == 0 else None
-    dist.gather_object(mine, gathered)
-    return {row: value for part in gathered or () for row, value in part.items()}
+    return {row: value for part in gathered_at_lead(mine) for row, value in part.items()}

@@ -25,7 +25,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from tulu_mega.bridge.hf_writer import write_durably
-from tulu_mega.collective import together
+from tulu_mega.collective import from_lead, gathered, together
 from tulu_mega.data.store import TokenStore
 from tulu_mega.engine import Engine
 from tulu_mega.errors import UserError
@@ -117,16 +117,12 @@ def weights_digest(model: Path) -> str:
     files = sorted(file for pattern in ("*.safetensors", "*.distcp", "config.json") for file in model.glob(pattern))
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = [(file.name, blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()) for file in files[rank::size]]
-    gathered: list[list[tuple[str, str]]] = [[] for _ in range(size)]
-    dist.all_gather_object(gathered, mine)
-    return hashlib.sha256(json.dumps(sorted(pair for part in gathered for pair in part)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(pair for part in gathered(mine) for pair in part)).encode()).hexdigest()
 
 
 def missing_parts(cache: ReferenceCache) -> list[range]:
     """What the cache lacks, as rank 0 sees it, on every rank."""
-    box = [cache.missing() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return from_lead(cache.missing() if dist.get_rank() == 0 else [])
 
 
 def fill(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -59,6 +60,18 @@ class Topology:
     @property
     def pipeline_group(self) -> ProcessGroup:
         return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def model_shard(self) -> dict[str, Any]:
+        """Group, rank and size along the two axes that cut the weights, by the names that `bridge.live` has for them."""
+        return {
+            "tp_group": self.tensor_group,
+            "tp_rank": self.tensor_rank,
+            "tp_size": self.tensor,
+            "pp_group": self.pipeline_group,
+            "pp_rank": self.pipeline_rank,
+            "pp_size": self.pipeline,
+        }
 
     @property
     def context_group(self) -> ProcessGroup:

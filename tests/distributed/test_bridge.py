@@ -82,12 +82,7 @@ class Rank:
             directory,
             config,
             family_for(config),
-            tp_group=topology.tensor_group,
-            tp_rank=topology.tensor_rank,
-            tp_size=topology.tensor,
-            pp_group=topology.pipeline_group,
-            pp_rank=topology.pipeline_rank,
-            pp_size=topology.pipeline,
+            **topology.model_shard,
             is_writer=topology.data_rank == 0 and topology.context_rank == 0,
             **arguments,
         )

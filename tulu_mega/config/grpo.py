@@ -28,6 +28,8 @@ class PromptDataSettings(Section):
     """Longest prompt in tokens; rows with a longer one are left out, and listed."""
     malformed: Literal["error", "reject"] = "error"
     """Rows that cannot be read, rendered or judged: stop and name them, or leave them out."""
+    pack_length: PositiveInt | None = None
+    """Tokens a packed micro-batch may hold on one data-parallel rank; the longest prompt and response together when unset."""
     shuffle: bool = True
     """Draw a new seeded order each epoch; otherwise rows come in file order."""
 
@@ -70,8 +72,6 @@ class GrpoTrainSettings(Section):
     """Leave out prompts whose responses all have the same reward, from which nothing can be learned, and draw others."""
     refills: Annotated[int, Field(ge=0)] = 3
     """Times that a step draws others."""
-    pack_length: PositiveInt | None = None
-    """Tokens a packed micro-batch may hold on one data-parallel rank; the longest prompt and response together when unset."""
     max_skipped: PositiveInt = 5
     """Stop after this many updates in a row whose loss or gradient is not finite, or steps in a row without any to learn from."""
     log_every: PositiveInt = 1

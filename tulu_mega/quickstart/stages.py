@@ -130,6 +130,7 @@ data = 2
 train = "{run_dir}/data/prompts.jsonl"
 template = "tulu"
 max_prompt = 128
+pack_length = 4096
 
 [heldout]
 data = "{run_dir}/data/heldout.jsonl"
@@ -153,7 +154,6 @@ scale = 1.0
 steps = {grpo_steps}
 prompts = 32
 mini_batches = 1
-pack_length = 4096
 log_every = 5
 
 [optim]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from tulu_mega import checkpoint
-from tulu_mega.collective import Crew
+from tulu_mega.collective import Crew, from_lead, gathered_at_lead
 from tulu_mega.config import GrpoSettings
 from tulu_mega.engine import BatchLoss
 from tulu_mega.errors import UserError
@@ -129,10 +129,7 @@ class Policy:
         """Responses of the newest weights, judged; every rank gets those that are trained on."""
         self.now = _Step()
         with self.now.timed("collecting"):
-            if self.session.lead:
-                self.now.groups = self.crew.lead(partial(self._rollouts, step))
-            else:
-                self.now.groups = self.crew.follow()
+            self.now.groups = self.crew.share(partial(self._rollouts, step))
 
     def learn(self, step: int) -> None:
         """The updates of a step: each mini-batch in turn, as often as there are passes."""
@@ -142,7 +139,7 @@ class Policy:
             return
         self.empty_in_a_row = 0
         with now.timed("data"):
-            capacity = train.pack_length or self.settings.longest
+            capacity = self.settings.data.pack_length or self.settings.longest
             batches = [packed(engine, part, capacity) for part in split(now.groups, train.mini_batches)]
             now.packed_tokens = sum(len(pack.tokens_T) for part in batches for pack in part)
             now.own_tokens = own_tokens(batches, now.responses)
@@ -160,7 +157,6 @@ class Policy:
     def sync(self, version: int) -> None:
         """The servers get the newest weights."""
         with self.now.timed("sync"):
-            self.session.engine.settle()
             self.now.sync = self.fleet.push(version)
 
     def evaluate(self, done: int) -> None:
@@ -170,10 +166,7 @@ class Policy:
         if not (wanted and fresh and (done % wanted.every == 0 or done == self.steps)):
             return
         with self.now.timed("evaluation"):
-            if self.session.lead:
-                self.now.heldout = self.crew.lead(partial(self._evaluated, done))
-            else:
-                self.now.heldout = self.crew.follow()
+            self.now.heldout = self.crew.share(partial(self._evaluated, done))
 
     def report(self, done: int) -> None:
         """The step's line in metrics.jsonl, and its responses."""
@@ -191,7 +184,7 @@ class Policy:
         every = self.settings.checkpoint.every
         if done == self.steps or (every and done % every == 0):
             began = time.perf_counter()
-            prompts = _agreed(self.scheduler.state if self.session.lead else None)
+            prompts = from_lead(self.scheduler.state if self.session.lead else None)
             self.saver.save(done, {**self.skips.state, "prompts": prompts, "empty_in_a_row": self.empty_in_a_row})
             self._saving = time.perf_counter() - began
 
@@ -248,9 +241,7 @@ class Policy:
         """On rank 0, of every response; it is computed on the ranks that see log-probabilities."""
         place = self.session.topology
         mine = differences(itertools.chain.from_iterable(batches)) if place.reports_loss and place.context_rank == 0 else {}
-        gathered: list[dict | None] | None = [None] * place.size if place.rank == 0 else None
-        dist.gather_object(mine, gathered)
-        return {number: value for part in gathered or () for number, value in part.items()}
+        return {number: value for part in gathered_at_lead(mine) for number, value in part.items()}
 
     def _record(self, done: int) -> StepRecord:
         now, seconds = self.now, self.now.seconds
@@ -334,7 +325,7 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         session = stack.enter_context(opened(settings, world, settings.seed, reward=False))
         run = Run(settings, session)
         prompts = read(settings) if lead else None
-        steps = _agreed(_steps(settings, len(prompts.train)) if lead else None)
+        steps = from_lead(_steps(settings, len(prompts.train)) if lead else None)
 
         updates = steps * settings.train.mini_batches * settings.train.passes
         reference = session.beside(settings.model.path, reward=False) if settings.policy.reads_reference else None
@@ -379,19 +370,19 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
             policy.log = stack.enter_context(run.metrics(steps, policy.done))
             write_rejects(prompts)
             print(_banner(policy), flush=True)
+            if settings.sampling.top_p < 1:
+                print(
+                    f"warning: sampling.top_p = {settings.sampling.top_p}: responses are drawn from a part of the distribution, "
+                    "all of which is trained; 1.0 trains what is sampled",
+                    file=sys.stderr,
+                    flush=True,
+                )
         yield policy
 
 
 def _steps(settings: GrpoSettings, prompts: int) -> int:
     train = settings.train
     return train.steps or math.ceil(round(train.epochs * prompts / train.prompts, 6))
-
-
-def _agreed(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _banner(policy: Policy) -> str:

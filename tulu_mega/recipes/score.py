@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from tulu_mega.collective import from_lead
 from tulu_mega.config import ScoreSettings
 from tulu_mega.data import scoring
 from tulu_mega.launcher import World
@@ -31,7 +30,7 @@ def run(settings: ScoreSettings, world: World) -> None:
         if session.lead:
             _lead(session, settings)
         else:
-            while sequences := _shared(None):
+            while sequences := from_lead(None):
                 _score(session, sequences, settings.pack_length)
 
 
@@ -44,20 +43,13 @@ def _lead(session: Session, settings: ScoreSettings) -> None:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
             sequences = [Sequence(number, ids, ids) for number, ids in enumerate(map(encode, chunk))]
-            values = _score(session, _shared(sequences), settings.pack_length)
+            values = _score(session, from_lead(sequences), settings.pack_length)
             for sequence in sequences:
                 line = _line(chunk[sequence.row], sequence.input_ids, values[sequence.row], session.engine.reward)
                 file.write(json.dumps(line) + "\n")
             print(f"{start + len(chunk):,} of {len(rows):,} rows scored", flush=True)
-    _shared([])
+    from_lead([])
     partial.replace(settings.output)
-
-
-def _shared(sequences: list[Sequence] | None) -> list[Sequence]:
-    """Rank 0's sequences on every rank."""
-    box = [sequences]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _score(session: Session, sequences: list[Sequence], capacity: int) -> dict[int, list[float]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from tulu_mega.collective import from_lead
 from tulu_mega.config import RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.records import Rollout
@@ -94,12 +95,11 @@ class Fleet:
 
     def _reconnect(self) -> None:
         """Follows the servers where they are now."""
-        box = [attached(self._settings, self._run_dir) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(box, src=0)
-        if self._sync is not None and box[0] == self._addresses:
+        addresses = from_lead(attached(self._settings, self._run_dir) if dist.get_rank() == 0 else [])
+        if self._sync is not None and addresses == self._addresses:
             return
         self._disconnect()
-        self._addresses = box[0]
+        self._addresses = addresses
         self._sync = self._connect(self._addresses)
         if dist.get_rank() == 0:
             self._client = RolloutClient(self._addresses, self._settings)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.live import LiveWeights
-from tulu_mega.collective import reason
+from tulu_mega.collective import from_lead, gathered, reason
 from tulu_mega.errors import UserError
 from tulu_mega.rollout.control import ServerControl
 from tulu_mega.rollout.failure import ServerFailure
@@ -94,12 +94,7 @@ class WeightSync:
                 config,
                 family_for(config),
                 torch.bfloat16 if narrow else torch.float32,
-                tp_group=place.tensor_group,
-                tp_rank=place.tensor_rank,
-                tp_size=place.tensor,
-                pp_group=place.pipeline_group,
-                pp_rank=place.pipeline_rank,
-                pp_size=place.pipeline,
+                **place.model_shard,
             )
         made = cls(engine, weights, weights is not None and place.tensor_rank == 0)
         made._attach(servers, settings, place.pipeline_rank, engine.platform.device)
@@ -138,17 +133,17 @@ class WeightSync:
             if self._sends:
                 self._controls[server.url] = ServerControl(server.url, server.key, timeout)
         local = not self._sends or all(is_local(server.url) for server in servers)
-        told = _gathered((stage, dist.get_rank(), local) if self._sends else None)
+        told = gathered((stage, dist.get_rank(), local) if self._sends else None)
         ranks = {at: rank for at, rank, _ in filter(None, told)}
         kind = _transport(settings.transport, device, all(near for _, _, near in filter(None, told)))
-        workers, lost = _from_lead(self._each(self._controls, ServerControl.world_size) if self._lead else None)
+        workers, lost = from_lead(self._each(self._controls, ServerControl.world_size) if self._lead else None)
         endpoints, problem = {}, None
         if self._sends:
             try:
                 endpoints = self._open(kind, ranks, settings.bucket_mib * 2**20, device, timeout, workers)
             except (OSError, RuntimeError) as error:
                 problem = f"rank {dist.get_rank()}: the buffers for sending weights cannot be set up: {reason(error)}"
-        every = _gathered((dist.get_rank(), endpoints, problem) if self._sends else None)
+        every = gathered((dist.get_rank(), endpoints, problem) if self._sends else None)
         if problems := [each for _, _, each in filter(None, every) if each]:
             raise UserError(problems)
 
@@ -166,7 +161,7 @@ class WeightSync:
                 except RuntimeError as error:
                     unreached[url] = f"trainer rank {dist.get_rank()}: its workers did not attach: {reason(error)}"
             refused = attaching.result()[1] if attaching else {}
-        self._lost = _first_reasons(_gathered({**lost, **refused, **unreached}))
+        self._lost = _first_reasons(gathered({**lost, **refused, **unreached}))
 
     def _open(
         self, kind: str, ranks: dict[int, int], limit: int, device: torch.device, timeout: float, workers: dict[str, int]
@@ -195,14 +190,14 @@ class WeightSync:
         if self._lead:
             begin = begin_message(version, self._manifest, load)
             failed |= self._each(self._left(failed), lambda control: _begin(control, begin))[1]
-        failed = _from_lead(failed)
+        failed = from_lead(failed)
         checksums, problem, began = {}, None, time.perf_counter()
         try:
             checksums, mine = self._stream(version, failed)
             failed |= mine
         except Exception as error:  # whatever it is, the servers must not be left to wait and the ranks must end together
             problem = f"rank {dist.get_rank()}: its weights could not be sent: {reason(error)}"
-        told = _gathered((checksums, failed, problem))
+        told = gathered((checksums, failed, problem))
         streaming = time.perf_counter() - began
         failed = _first_reasons([each for _, each, _ in told])
         problems = [each for _, _, each in told if each]
@@ -214,11 +209,11 @@ class WeightSync:
             else:
                 abandon = abandon_message("; ".join(problems))
                 self._each(self._left(failed), lambda control: control.update_weights(abandon))
-        failed = _from_lead(failed)
+        failed = from_lead(failed)
         if problems:
             raise UserError(problems)
         nbytes = sum(expected.nbytes for expected in self._manifest.values())
-        seconds, streaming, nbytes = _from_lead((time.perf_counter() - start, streaming, nbytes))
+        seconds, streaming, nbytes = from_lead((time.perf_counter() - start, streaming, nbytes))
         return SyncReport(version, seconds, streaming, nbytes, failed)
 
     def _stream(self, version: int, lost: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -342,20 +337,6 @@ def _transport(asked: str, device: torch.device, near: bool) -> str:
     if asked in ("nccl", "ipc") and device.type != "cuda":
         raise UserError(f"rollout.transport = {asked} needs GPUs, this trainer has none; use shm, gloo or auto")
     return asked
-
-
-def _gathered(mine: Any) -> list[Any]:
-    """What every rank says, to every rank."""
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    return told
-
-
-def _from_lead(mine: Any) -> Any:
-    """What rank 0 says, to every rank."""
-    box = [mine]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _first_reasons(told: Sequence[dict[str, str]]) -> dict[str, str]:
