@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from tests.distributed import families, jobs, world
 from tests.distributed.layouts import LAYOUTS, size
+from tulu_mega.bridge import live
+from tulu_mega.bridge.live import LiveWeights
 from tulu_mega.config import RolloutSettings
-from tulu_mega.rollout.protocol import checksum
+from tulu_mega.rollout.protocol import Checksum, checksum
 from tulu_mega.rollout.transfer import WeightSync
 
 
@@ -29,11 +31,30 @@ def streamed(directory: str, layout: dict[str, Any], dtype: str, passes: int) ->
                     for names, tensors in weights.iter_groups()
                     for name, whole in zip(names, tensors, strict=True)
                 },
+                filled(made.topology.tensor_rank == 0, weights),
             ]
             meta = [(each.name, str(each.dtype), each.shape) for each in weights.metadata()]
             found = meta, weights.held_names(), weights.groups(), sums[:passes]
         sync.close()
         return found
+
+
+def filled(receives: bool, weights: LiveWeights) -> dict[str, str | None]:
+    """Each tensor's checksum as it is taken while memory that was there before is filled, in slabs of a few rows."""
+    live._CACHED_BYTES = 300
+    sums: dict[str, str | None] = {}
+    shapes = {each.name: (each.shape, each.dtype) for each in weights.metadata()}
+    for name in weights.held_names():
+        if not receives:
+            weights.fill(name, None)
+            sums[name] = None
+            continue
+        shape, dtype = shapes[name]
+        whole, written = torch.full(shape, float("nan"), dtype=dtype), Checksum()
+        weights.fill(name, whole, written.update)
+        assert checksum(whole) == written.hexdigest()
+        sums[name] = written.hexdigest()
+    return sums
 
 
 @pytest.mark.parametrize(
@@ -48,7 +69,7 @@ def streamed(directory: str, layout: dict[str, Any], dtype: str, passes: int) ->
 def test_the_stream_is_the_files(tmp_path, family, layout, dtype):
     model = str(tmp_path / "model")
     world.run(1, families.make_language_model, model, family)
-    ranks = world.run(size(LAYOUTS[layout]), streamed, model, LAYOUTS[layout], dtype, 2)
+    ranks = world.run(size(LAYOUTS[layout]), streamed, model, LAYOUTS[layout], dtype, 3)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     files = {name: tensor.to(kind) for name, tensor in load_file(f"{model}/model.safetensors").items()}
     want = {name: checksum(tensor) for name, tensor in files.items()}
@@ -65,7 +86,7 @@ def test_the_stream_is_the_files(tmp_path, family, layout, dtype):
         assert [name for group in groups for name in group] == held
         for each in sums:
             assert list(each) == held
-    for once in range(2):
+    for once in range(3):
         whole = [(name, value) for _, _, _, sums in senders for name, value in sums[once].items() if value is not None]
         assert len(whole) == len(want)
         assert dict(whole) == want

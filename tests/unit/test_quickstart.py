@@ -2,9 +2,12 @@
 
 import json
 import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, SftSettings, load
@@ -86,13 +89,13 @@ def story(tmp_path, monkeypatch, tokenizer):
     """A quickstart whose training copies the model and whose vLLM answers by rule; returns (settings, what was done)."""
     done = []
 
-    def train(command, check):
+    def train(command):
         name = command[-2]
         done.append(name)
         directory = Path(load(KINDS[name], command[-1]).run_dir)
         tiny_model.make(directory / "hf", 1)
         (directory / "metrics.jsonl").write_text('{"step": 1, "heldout_accuracy": 0.875}\n{"step": 2}\n')
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
     class Answers:
         def __init__(self, model, *_, **__):
@@ -114,7 +117,7 @@ def story(tmp_path, monkeypatch, tokenizer):
     settings = QuickstartSettings(run_dir=str(tmp_path / "quick"))
     monkeypatch.setattr("tulu_mega.rollout.vllm_process.check_vllm", lambda: None)
     monkeypatch.setattr("tulu_mega.rollout.vllm_process.Generator", Answers)
-    monkeypatch.setattr(demo.subprocess, "run", train)
+    monkeypatch.setattr(demo, "_ran", train)
     return settings, done
 
 
@@ -134,10 +137,27 @@ def test_the_story_is_told_once_and_what_is_complete_is_reused(story, capsys):
 
 def test_a_training_that_fails_is_told_and_taken_up_again(story, monkeypatch):
     settings, done = story
-    whole = demo.subprocess.run
-    monkeypatch.setattr(demo.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 3))
+    whole = demo._ran
+    monkeypatch.setattr(demo, "_ran", lambda command: 3)
     with pytest.raises(UserError, match="ended with status 3"):
         demo.run(settings)
-    monkeypatch.setattr(demo.subprocess, "run", whole)
+    monkeypatch.setattr(demo, "_ran", whole)
     demo.run(settings)
     assert done == ["model", "sft", "hf", "rm", "dpo", "hf", "grpo", "hf"]
+
+
+def test_a_stage_ends_with_the_quickstart(tmp_path):
+    """It has ranks and servers of its own: nobody else would end them."""
+    stage = f"import pathlib, os, time; pathlib.Path('{tmp_path}/stage').write_text(str(os.getpid())); time.sleep(600)"
+    program = f"import sys; from tulu_mega.quickstart import demo; demo._ran([sys.executable, '-c', {stage!r}])"
+    quickstart = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "stage").exists() or not (tmp_path / "stage").read_text():
+            assert quickstart.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        quickstart.terminate()
+        assert quickstart.wait(60) == 143
+        assert not psutil.pid_exists(int((tmp_path / "stage").read_text()))
+    finally:
+        quickstart.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ PROMPTS = 8_000
 MAX_TOKENS = 48
 """Room for an answer: worked ones take some 25 tokens."""
 SAMPLES = 3
+STOP_SECONDS = 60
+"""A stage may take to end when it is told to."""
 
 
 def run(settings: QuickstartSettings) -> None:
@@ -143,12 +146,29 @@ def _stage(command: str, directory: Path, made_with: dict[str, int]) -> None:
         return
     file = directory / f"{command}.toml"
     file.write_text(stage_settings(command, directory.as_posix(), **made_with), encoding="utf-8")
-    status = subprocess.run([sys.executable, "-m", "tulu_mega", command, str(file)], check=False).returncode
+    status = _ran([sys.executable, "-m", "tulu_mega", command, str(file)])
     if status == 130:
         raise KeyboardInterrupt
     if status != 0:
         logs = directory / command / "logs"
         raise UserError(f"tulu-mega {command} ended with status {status}; see above and {logs}, then run the same again")
+
+
+def _ran(command: list[str]) -> int:
+    """A command's exit status. Whatever ends us meanwhile ends the command too, in order: it has ranks and servers to end."""
+    process = subprocess.Popen(command)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        finally:
+            process.kill()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def heldout_accuracy(run: Path) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.live import LiveWeights
@@ -20,6 +21,7 @@ from tulu_mega.rollout.failure import ServerFailure
 from tulu_mega.rollout.protocol import (
     SLOTS,
     Bucket,
+    Checksum,
     Expected,
     abandon_message,
     begin_message,
@@ -71,7 +73,6 @@ class WeightSync:
         self._outbox: Outbox | None = None
         self._controls: dict[str, ServerControl] = {}
         self._lanes: dict[str, ThreadPoolExecutor] = {}
-        self._hasher = ThreadPoolExecutor(1, "checksums")
         self._lost: dict[str, str] = {}
         """servers that never attached, and why"""
 
@@ -117,7 +118,7 @@ class WeightSync:
 
     def close(self) -> None:
         """Lets go of buffers and connections; the servers stay as they are."""
-        for lane in (*self._lanes.values(), self._hasher):
+        for lane in self._lanes.values():
             lane.shutdown(wait=True)
         for control in self._controls.values():
             control.close()
@@ -229,23 +230,29 @@ class WeightSync:
                 self.weights.fill(name, None)
             return {}, {}
         failed: dict[str, str] = {}
-        hashes: dict[str, Future[str]] = {}
+        checksums: dict[str, str] = {}
         under_way: list[list[Future]] = [[] for _ in range(SLOTS)]
         try:
             for bucket in self._buckets:
                 self._arrived(under_way[bucket.slot], failed)
                 buffer = self._outbox.buffer(bucket.slot)
                 for place in bucket.places:
-                    tensor = view(buffer, place, self._manifest[place.name])
-                    self.weights.fill(place.name, tensor)
-                    hashes[place.name] = self._hasher.submit(checksum, tensor)
+                    checksums[place.name] = self._fill(place.name, view(buffer, place, self._manifest[place.name]))
                 left = [control.url for control in self._left(lost | failed)]
-                sending = [self._lanes[url].submit(self._send, url, version, bucket) for url in left]
-                under_way[bucket.slot] = [*sending, *(hashes[place.name] for place in bucket.places)]
+                under_way[bucket.slot] = [self._lanes[url].submit(self._send, url, version, bucket) for url in left]
         finally:
             for slot in under_way:
                 self._arrived(slot, failed)
-        return {name: each.result() for name, each in hashes.items()}, failed
+        return checksums, failed
+
+    def _fill(self, name: str, tensor: Tensor) -> str:
+        """Writes a tensor into its place in a buffer and says what was written."""
+        if tensor.device.type != "cpu":
+            self.weights.fill(name, tensor)
+            return checksum(tensor)
+        written = Checksum()
+        self.weights.fill(name, tensor, written.update)
+        return written.hexdigest()
 
     @staticmethod
     def _arrived(futures: list[Future], failed: dict[str, str]) -> None:

@@ -153,10 +153,10 @@ def push_but_fail(directory: str, layout: dict[str, Any], server: ServerAddress,
         if made.topology.last_stage:
             fill, names = sync.weights.fill, sync.weights.held_names()
 
-            def broken(name: str, whole: torch.Tensor | None) -> None:
+            def broken(name: str, *arguments: Any) -> None:
                 if name == names[1]:
                     raise RuntimeError("no such memory")
-                fill(name, whole)
+                fill(name, *arguments)
 
             sync.weights.fill = broken
         try:

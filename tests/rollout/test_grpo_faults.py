@@ -1,0 +1,174 @@
+"""`tulu-mega grpo` in trouble: whatever dies or hangs, at whichever moment, the run ends with the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.rollout.grpo_runs import after, check_same, ended, lines, processes_of, start
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(600)]
+
+HOOK = """
+import importlib.abc, importlib.machinery, os, signal, sys, time
+
+FAULT, FLAG = os.environ.get("FAULT", ""), os.environ.get("FAULT_FLAG", "")
+MODULE = {
+    "rank 0 dies in an update": "tulu_mega.rollout.transfer", "rank 1 dies in an update": "tulu_mega.rollout.transfer",
+    "rank 0 dies while servers generate": "tulu_mega.rollout.client",
+    "server hangs in an update": "tulu_mega.rollout.worker", "server dies in an update": "tulu_mega.rollout.worker",
+}.get(FAULT)
+
+
+def strike(action):
+    "Once in a run, whoever comes first."
+    try:
+        os.close(os.open(FLAG, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    action()
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(module):
+    if MODULE == "tulu_mega.rollout.transfer":
+        fill = module.LiveWeights.fill
+        calls = {"n": 0}
+        def broken(self, *arguments):
+            calls["n"] += 1
+            if os.environ.get("RANK") == FAULT.split()[1] and calls["n"] == len(self.held_names()) * 2 + 3:  # the third update
+                strike(die)
+            return fill(self, *arguments)
+        module.LiveWeights.fill = broken
+    elif MODULE == "tulu_mega.rollout.client":
+        batch = module.RolloutClient._batch
+        async def broken(self, server, tasks, version, arrived):
+            def got(answer):
+                arrived(answer)
+                if version == 2 and len(tasks) == 4:
+                    strike(die)
+            return await batch(self, server, tasks, version, got)
+        module.RolloutClient._batch = broken
+    else:
+        bucket = module.LiveWeightsEngine._bucket
+        def broken(self, version, *arguments):
+            bucket(self, version, *arguments)
+            if version == 2:
+                strike(die if "dies" in FAULT else lambda: time.sleep(3600))
+        module.LiveWeightsEngine._bucket = broken
+
+
+class Armed(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != MODULE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (load(module), arm(module))
+        return spec
+
+
+if MODULE:
+    sys.meta_path.insert(0, Armed())
+"""
+"""In every process of a run, as `sitecustomize`: has one thing go wrong once."""
+
+UPDATE_TIMEOUT = 20
+"""Seconds."""
+
+
+@pytest.fixture
+def armed(place, tmp_path, monkeypatch):
+    """Has a run started afterwards meet a fault; gives the file that is there once it has."""
+
+    def arm(fault: str):
+        (place / "sitecustomize.py").write_text(HOOK)
+        flag = tmp_path / "struck"
+        monkeypatch.setenv("FAULT", fault)
+        monkeypatch.setenv("FAULT_FLAG", str(flag))
+        return flag
+
+    yield arm
+    (place / "sitecustomize.py").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("rank 0 dies in an update", "the ranks are started again"),
+        ("rank 1 dies in an update", "the ranks are started again"),
+        ("rank 0 dies while servers generate", "the ranks are started again"),
+        ("server dies in an update", "it is started again"),
+        ("server hangs in an update", "it is started again"),
+    ],
+)
+def test_one_fault_changes_nothing(undisturbed, place, armed, fault, told):
+    flag, name = armed(fault), fault.replace(" ", "_")
+    began = time.monotonic()
+    ended(start(place, name, "--restarts", "1", "--rollout.update_timeout", str(UPDATE_TIMEOUT)), place, name)
+    print(json.dumps({"fault": fault, "seconds": round(time.monotonic() - began)}))
+    assert flag.exists()
+    assert told in (place / f"{name}.log").read_text()
+    check_same(place / name, undisturbed)
+    assert not processes_of(place / name)
+
+
+def test_a_server_that_is_stopped_is_replaced(undisturbed, place):
+    process = start(place, "stopped", "--rollout.request_timeout", "20", "--rollout.update_timeout", str(UPDATE_TIMEOUT))
+    try:
+        after(process, place / "stopped", 2)
+        os.kill(json.loads((place / "stopped/servers/server_0.json").read_text())["pid"], signal.SIGSTOP)
+    finally:
+        ended(process, place, "stopped")
+    assert "started again" in (place / "stopped.log").read_text()
+    check_same(place / "stopped", undisturbed)
+    assert not processes_of(place / "stopped")
+
+
+def test_a_run_whose_launcher_is_killed_goes_on(undisturbed, place):
+    process = start(place, "killed")
+    after(process, place / "killed", 2)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 30
+    while processes_of(place / "killed"):
+        assert time.monotonic() < until, "a process outlived the launcher"
+        time.sleep(0.2)
+    ended(start(place, "killed"), place, "killed")
+    check_same(place / "killed", undisturbed)
+
+
+def test_a_verifier_that_loops_spoils_its_own_responses_alone(place):
+    """What it never judged is in no group, counted, and nothing waits longer than its time-out."""
+    (place / "looping_verifier.py").write_text(
+        "from own_verifier import judge as vowels\n"
+        "def judge(response, ground_truth, messages=None):\n"
+        "    while len(response) % 5 == 0:\n"
+        "        pass\n"
+        "    return vowels(response, ground_truth)\n"
+    )
+    ended(
+        start(place, "looping", "--rewards.custom", '{"vowels" = "looping_verifier:judge"}', "--rewards.timeout", "0.5"),
+        place,
+        "looping",
+    )
+    steps = lines(place / "looping/metrics.jsonl")
+    told = [one for step in steps for one in lines(place / f"looping/rollouts/step_{step['step']:06}.jsonl")]
+    looped = [one for one in told if len(one["response"]) % 5 == 0]
+    assert looped and len(looped) < len(told)
+    for one in told:
+        if one in looped:
+            assert one["reward"] is None and not one["trained"] and "time" in one["error"]
+        else:
+            assert one["reward"] is not None
+    assert sum(step["verifier_failures"] for step in steps) == len(looped)
+    for place_of in {(one["version"], one["place"]) for one in told}:
+        advantages = [one["advantage"] for one in told if (one["version"], one["place"]) == place_of and one["trained"]]
+        assert sum(advantages) == pytest.approx(0, abs=1e-5)
