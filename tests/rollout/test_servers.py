@@ -384,11 +384,11 @@ def test_no_process_outlives_a_launcher_that_is_killed(model, tmp_path, when, se
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("victim", ["keeper", "engine", "worker"])
+@pytest.mark.parametrize("victim", ["keeper", "engine"])  # the engine is the worker where there is but one
 def test_whichever_process_of_a_server_is_killed_all_of_it_is_replaced(servers, pool, run_dir, monkeypatch, victim):
     monkeypatch.setenv(KEY, pool.key)
     old = session_of(run_dir, 0)
-    names = {"keeper": old[0], "engine": named(old, "EngineCore"), "worker": named(old, "Worker")}
+    names = {"keeper": old[0], "engine": named(old, "EngineCore")}
     names[victim].kill()
     assert until(lambda: read_record(run_dir / "servers", 0).incarnation > servers[0].incarnation)
     now = attached(settings(), run_dir)

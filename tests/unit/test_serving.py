@@ -49,3 +49,13 @@ def test_prompts_are_computed_whole_on_a_cpu_however_long():
     words = command(ServerOptions("DIR", max_model_len=20_000), 0, on_cpu=True)
     assert "--no-enable-chunked-prefill" in words and words[words.index("--max-num-batched-tokens") + 1] == "20000"
     assert "--no-enable-chunked-prefill" not in command(ServerOptions("DIR"), 0, on_cpu=False)
+
+
+def test_a_single_worker_on_a_cpu_is_the_engine_itself():
+    """As many threads as it has cores: vLLM binds the threads of workers beside the engine only."""
+    environ = environment(ServerOptions("DIR"), "key", 0, Path("/scratch"), [[0, 1]], None)
+    assert environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and environ["OMP_NUM_THREADS"] == "2"
+    words = command(ServerOptions("DIR"), 0, on_cpu=True)
+    assert words[words.index("--distributed-executor-backend") + 1] == "uni"
+    assert "uni" not in command(ServerOptions("DIR", tensor=2), 0, on_cpu=True)
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in environment(ServerOptions("DIR"), "key", 0, Path("/"), [[0], [1]], None)

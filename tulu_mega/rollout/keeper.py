@@ -29,6 +29,7 @@ from pathlib import Path
 
 GRACE_SECONDS = 10.0
 TRACKER_SECONDS = 5.0
+LOOK_SECONDS = 5.0
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LINUX = sys.platform.startswith("linux")
 
@@ -38,13 +39,15 @@ def main() -> int:
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of the session become this one's children
     child_ended = _signal_pipe()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_keeper)
+    seen: set[int] = set()
     try:
-        at_once = _wait(child_ended, child)
+        at_once = _wait(child_ended, child, seen)
+        seen.update(_session())
         if not at_once and child.poll() is None:
             child.terminate()
             _until(lambda: child.poll() is not None, GRACE_SECONDS)
     finally:
-        _end_session(child)
+        _end_session(child, seen)
         shutil.rmtree(scratch, ignore_errors=True)
     code = child.wait()
     return code if code >= 0 else 128 - code
@@ -69,20 +72,24 @@ def _signal_pipe() -> int:
     return read
 
 
-def _wait(child_ended: int, child: subprocess.Popen) -> bool:
-    """Until the child has ended or is to end; whether that is to be at once."""
+def _wait(child_ended: int, child: subprocess.Popen, seen: set[int]) -> bool:
+    """Until the child has ended or is to end; whether that is to be at once.
+
+    Args:
+        seen: gets the session's processes now and then: those that end before the others leave something behind, too.
+    """
     while child.poll() is None:
-        ready, _, _ = select.select([0, child_ended], [], [])
+        ready, _, _ = select.select([0, child_ended], [], [], LOOK_SECONDS)
+        seen.update(_session())
         if 0 in ready:
             return bool(os.read(0, 1))
-        if any(number != signal.SIGCHLD for number in os.read(child_ended, 64)):
+        if child_ended in ready and any(number != signal.SIGCHLD for number in os.read(child_ended, 64)):
             return False
     return False
 
 
-def _end_session(child: subprocess.Popen) -> None:
+def _end_session(child: subprocess.Popen, seen: set[int]) -> None:
     """Kills all that is left of the session, but lets Python's resource trackers, which follow, remove shared memory first."""
-    seen = set()
 
     def left(trackers: bool) -> list[int]:
         found = _session()

@@ -69,6 +69,8 @@ def command(options: ServerOptions, port: int, on_cpu: bool) -> list[str]:
     if on_cpu:
         # A seeded request whose prompt is computed in parts ends vLLM on a CPU: "CPU Generator does not use offset".
         words += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        if options.tensor == 1:
+            words += ["--distributed-executor-backend", "uni"]
     if options.trust_remote_code:
         words.append("--trust-remote-code")
     if options.random_weights:
@@ -98,6 +100,10 @@ def environment(
         "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")),
     }
     if cores is not None:
+        if len(cores) == 1:
+            # The only worker computes in the engine's process (on a CPU vLLM takes this variable for the leave to): the engine
+            # would spin while it waits for one beside it, on a core that the other needs.
+            defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(len(cores[0]))}
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in cores)
         if openmp := _intel_openmp():
             defaults |= {"LD_PRELOAD": openmp, "KMP_BLOCKTIME": "1"}
