@@ -25,8 +25,9 @@ class Rates:
     tensor_exposed: float
     """of the tensor-parallel collectives' time that is not hidden behind products. Fitted, see `calibration`"""
     attention: float = 0.635
-    """of the bf16 peak that attention reaches forward at great length. FlashAttention-3 on an H100, head size 128, gives 430,
-    517, 566, 590, 614, 621 TFLOP/s at lengths 512 to 16,384 (pytorch/benchmark pull request 2391): 0.635 n / (n + 220) within 2%"""
+    """of the bf16 peak that attention reaches forward at great length. FlashAttention-3 on an H100, head size 128, gives
+    430, 517, 566, 590, 614, 621 TFLOP/s at lengths 512 to 16,384 (pytorch/benchmark, pull request 2391): as 0.635 n / (n + 220)
+    within 2%"""
     attention_half: float = 220.0
     """length at which attention reaches half of that"""
     attention_backward: float = 0.8
