@@ -10,7 +10,7 @@ from tulu_mega.planner.costs import Cost, Rates, head_cost, layer_cost, total, t
 from tulu_mega.planner.flops import training_flops
 from tulu_mega.planner.hardware import link
 from tulu_mega.planner.job import Job, Pack
-from tulu_mega.planner.schedule import makespan
+from tulu_mega.planner.schedule import Span, makespan, timeline
 
 _UPDATE = 30
 """Bytes moved for a parameter of a rank's share in Adam: gradient, main parameter and two moments read, the latter three written,
@@ -96,6 +96,14 @@ def score_seconds(job: Job, rates: Rates) -> float:
     """Seconds of a forward pass over the step's micro-batches by every replica: the slowest's pipeline, filled once."""
     passes = _Passes(job, rates)
     return max(passes.forward_span(packs) for packs in set(job.packs))
+
+
+def step_timeline(job: Job, rates: Rates) -> list[Span]:
+    """When each pass of the slowest replica's pipeline runs, in seconds from the step's beginning."""
+    passes = _Passes(job, rates)
+    packs = max(set(job.packs), key=passes.span)
+    forward, backward = ([passes.seconds(pack, way) for pack in packs] for way in (False, True))
+    return timeline(forward, backward, job.parallel.pipeline, job.parallel.virtual_pipeline)
 
 
 class _Passes:
