@@ -92,21 +92,12 @@ def as_ranking(results: Sequence[Outlook], top: int) -> Table:
     first = results[0]
     count = len(results)
     table = Table(
-        title=f"{first.question.stage} on {first.gpus} {first.job.gpu.name}: {count} layouts fit, the fastest {min(top, count)}",
+        title=f"{first.question.stage} on {first.gpus} {first.job.gpu.name}: {count} layouts fit; "
+        f"the fastest {min(top, count)}, rates of a GPU",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for name in (
-        "layout",
-        "recompute",
-        "micro-batches",
-        "memory GiB",
-        "step s",
-        "waiting",
-        "TFLOP/s/GPU",
-        "tokens/s/GPU",
-        "hours",
-    ):
+    for name in ("layout", "recompute", "packs", "GiB", "step s", "idle", "TFLOP/s", "tokens/s", "hours"):
         table.add_column(name, justify="left" if name in ("layout", "recompute") else "right", no_wrap=name == "layout")
     for each in results[:top]:
         table.add_row(
@@ -171,10 +162,11 @@ def _time(result: Outlook) -> Table:
 
 def _remarks(result: Outlook) -> list[Text]:
     job, servers, gib = result.job, result.servers, _GIB
-    peak = job.gpu.fp32 if job.dtype == "fp32" else job.gpu.bf16
+    kind = "fp8" if job.fp8 else job.dtype
+    peak = getattr(job.gpu, kind)
     lines = [
         f"{result.step.tokens / result.seconds / result.gpus:,.0f} tokens/s/GPU; while training "
-        f"{result.step.flops_per_gpu / 1e12:.0f} TFLOP/s/GPU, {result.step.flops_per_gpu / peak:.0%} of the {job.dtype} peak",
+        f"{result.step.flops_per_gpu / 1e12:.0f} TFLOP/s/GPU, {result.step.flops_per_gpu / peak:.0%} of the {kind} peak",
         f"a save takes {result.host / gib:.0f} GiB of a node's main memory",
     ]
     if servers is not None:
