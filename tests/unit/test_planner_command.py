@@ -1,0 +1,105 @@
+"""`tulu-mega plan`: what it reads, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tulu_mega import cli
+from tulu_mega.errors import UserError
+from tulu_mega.plan.outlook import outlook
+from tulu_mega.plan.run import ask
+from tulu_mega.plan.search import search
+from tulu_mega.plan.settings import PlanSettings
+from tulu_mega.plan.source import read_stage
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "examples/tulu3/8b"
+MODEL = str(ROOT / "examples/architectures/llama3.1_8b")
+
+
+def asked(stage: str, **values) -> PlanSettings:
+    return PlanSettings(config=[str(RECIPES / f"{stage}.toml")], **{"model": MODEL, "gpus": 8, **values})
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "grpo"])
+def test_the_recipes_of_8b_fit_a_node(stage):
+    settings = asked(stage)
+    assert read_stage(settings)[0] == stage
+    found = outlook(ask(settings), sampled=1)
+    assert found.fits
+    assert not found.problems
+    assert found.gpus == 8
+    assert (found.generation > 0) == (found.sync > 0) == (found.scoring > 0) == (stage == "grpo")
+    assert (found.once > 0) == (stage == "dpo")
+    assert found.seconds == pytest.approx(found.step.seconds + found.scoring + found.generation + found.sync)
+    assert found.question.steps == {"sft": 14_678, "dpo": 2_121, "grpo": 6_239}.get(stage, found.question.steps)
+
+
+def test_json_says_what_the_table_says(capsys):
+    words = ["plan", str(RECIPES / "sft.toml"), "--gpus", "8", "--model", f"{MODEL}/config.json"]
+    assert cli.main([*words, "--format", "json", "--parallel.pipeline", "2"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["layout"]["pipeline"] == 2
+    assert told["layout"]["data"] == 2
+    assert told["parameters"] == 8_030_261_248
+    for rank in told["memory"]["ranks"]:
+        assert rank["total"] == pytest.approx(sum(size for name, size in rank.items() if name not in ("rank", "total")))
+    parts = {name: seconds for name, seconds in told["seconds"].items() if name not in ("step", "before")}
+    assert told["seconds"]["step"] == pytest.approx(sum(parts.values()))
+    assert told["gpu_hours"] == pytest.approx(8 * told["hours"])
+
+
+def test_what_does_not_fit_is_an_error(capsys):
+    large = MODEL.replace("8b", "405b")
+    words = [str(RECIPES / "sft.toml"), "--gpus", "64", "--model", large, "--parallel.tensor", "8", "--parallel.pipeline", "8"]
+    assert cli.main(["plan", *words]) == 2
+    said = capsys.readouterr()
+    assert "left of 79.6" in said.out
+    assert "GiB of a GPU's 79.6 GiB, most of it optimizer" in said.err
+
+
+def test_search_ranks_what_fits():
+    found = search(ask(asked("sft", gpus=4)))
+    assert all(each.fits and each.job.world == 4 for each in found)
+    assert [each.seconds for each in found] == sorted(each.seconds for each in found)
+    assert len({each.job.parallel for each in found}) == len(found) > 2
+
+
+def test_a_switch_needs_no_value(capsys):
+    assert cli.main(["plan", str(RECIPES / "sft.toml"), "--gpus", "2", "--gpu", "b200", "--model", MODEL, "--search"]) == 0
+    assert "layouts fit" in capsys.readouterr().out
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "plan.png"
+    flags = ["--gpus", "8", "--model", MODEL, "--parallel.pipeline", "4", "--picture", str(target)]
+    assert cli.main(["plan", str(RECIPES / "sft.toml"), *flags]) == 0
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(gpus=7), r"gpus = 7: parallel.tensor 2 .* = 2 does not divide the 7 that train; give 8"),
+        (dict(parallel={"tensor": 3}, gpus=3), r"parallel.tensor = 3 does not divide the model's num_attention_heads = 32"),
+        (dict(gpu="h1000"), r"gpu = 'h1000' is not known"),
+        (dict(parallel={"data": 2}), r"parallel.data = 2, but gpus = 8 leaves 4 replicas"),
+        (dict(parallel={"tensorr": 2}), r"parallel.tensorr: unknown setting; did you mean 'tensor'"),
+        (dict(model="/nowhere/model"), r"a directory with its config.json is enough"),
+    ],
+)
+def test_mistakes_are_told(values, message):
+    with pytest.raises(UserError, match=message):
+        outlook(ask(asked("sft", **values)), sampled=1)
+
+
+def test_a_file_for_no_certain_command_is_asked_about(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('run_dir = "x"\n[data]\ntrain = "a"\n')
+    with pytest.raises(UserError, match="add --stage sft, --stage rm"):
+        read_stage(PlanSettings(config=[str(file)]))
+    assert read_stage(PlanSettings(config=[str(file)], stage="rm", model=MODEL))[0] == "rm"
