@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tulu_mega.bridge.rules import Config, Family
+from tulu_mega.config import ParallelSettings
 from tulu_mega.dryrun.cover import uncovered
 from tulu_mega.dryrun.record import Box, Layout, RankReport, Shard
 from tulu_mega.errors import UserError
+from tulu_mega.planner.parameters import stage_shards
 
 _TOLD = 8
 """problems of a kind that are told; of a fault in a rule every layer has one"""
@@ -21,6 +23,7 @@ def problems(
     family: Family,
     config: Config,
     hf_shapes: Mapping[str, tuple[int, ...]],
+    parallel: ParallelSettings,
 ) -> list[str]:
     """Everything that does not fit.
 
@@ -30,6 +33,7 @@ def problems(
         family: the model's table.
         config: its config.json.
         hf_shapes: its tensors and their shapes as transformers has them.
+        parallel: the layout's settings, for the planner.
     """
     kinds = (
         _table(family, config, hf_shapes),
@@ -38,6 +42,7 @@ def problems(
         _shared_optimizer(layout, first, last),
         _checkpoint(first),
         _streams(first, hf_shapes),
+        _planned(first, config, parallel),
     )
     found = []
     for kind in kinds:
@@ -160,16 +165,22 @@ def _streams(first: Sequence[RankReport], hf_shapes: Mapping[str, tuple[int, ...
             yield f"{name}: sent to the rollout engines {times[name]} times, expected once"
 
 
-def against(planned: Callable[[int, int], int], ranks: Sequence[RankReport]) -> list[str]:
-    """What of a plan's parameter bytes is not what was built.
+def _planned(first: Sequence[RankReport], config: Config, parallel: ParallelSettings) -> Iterator[str]:
+    """The planner's arithmetic against what megatron-core built, parameter by parameter."""
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    plans: dict[int, dict[str, tuple[int, ...]]] = {}
+    for report in first:
+        if report.stage not in plans:
+            chunks = range(report.stage, stages, parallel.pipeline)
+            plans[report.stage] = {
+                shard.name: tuple(shard.shape) for stage in chunks for shard in stage_shards(config, parallel, stage)
+            }
+        plan, built = plans[report.stage], {shard.name: shard.shape for shard in report.shards}
+        who = f"rank {report.rank} (stage {report.stage}, tensor rank {report.tensor_rank})"
+        for name in sorted(plan.keys() | built.keys()):
+            if plan.get(name) != built.get(name):
+                yield f"{who}: {name} is {_shape(built.get(name))} as built, {_shape(plan.get(name))} as planned"
 
-    Args:
-        planned: stage and tensor rank -> bytes.
-    """
-    pairs = ((report, planned(report.stage, report.tensor_rank)) for report in ranks)
-    return [
-        f"rank {report.rank} (stage {report.stage}, tensor rank {report.tensor_rank}): {report.parameter_bytes:,} bytes of parameters, "
-        f"planned were {bytes_:,}"
-        for report, bytes_ in pairs
-        if report.parameter_bytes != bytes_
-    ]
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))

@@ -68,9 +68,7 @@ def report(hf: PretrainedConfig, settings: EngineSettings, here: Topology, platf
             tuple(held.global_shape),
             tuple(
                 (start, start + extent)
-                for start, extent in zip(
-                    held.global_offset, (1,) * held.prepend_axis_num + tuple(held.local_shape), strict=True
-                )
+                for start, extent in zip(held.global_offset, (1,) * held.prepend_axis_num + tuple(held.local_shape), strict=True)
             ),
         )
         for held in saved.weights
@@ -99,9 +97,7 @@ def _training(engine: Engine) -> Training:
     buffers = [buffer for ddp in engine.ddp for buffer in ddp.buffers]
     main = sum(parameter.numel() for parameter in engine.optimizer_parameters())
     parts = [part.optimizer for part in engine.optimizer.chained_optimizers]
-    moments = [
-        value for part in parts for state in part.state.values() for value in state.values() if getattr(value, "ndim", 0)
-    ]
+    moments = [value for part in parts for state in part.state.values() for value in state.values() if getattr(value, "ndim", 0)]
     copies = 4 * main if engine.settings.model.dtype == "bf16" else 0  # float32 parameters are their own
     held, saved = [0] * ranks, [0] * ranks
     sharded = engine.ddp[0].ddp_config.use_distributed_optimizer

@@ -24,8 +24,8 @@ def dry_run(settings: EngineSettings, config: Mapping[str, Any], world: int) -> 
     """Builds every distinct rank of a world by megatron-core, without memory, and checks them against the whole model.
 
     What a rank holds follows from its pipeline and tensor rank; the DP x CP ranks that share these are copies of one another.
-    The first copy is built whole, and of the last one a rank of each stage to see that it is one. Optimizer shards, of which every
-    copy has its own, are taken from the buffers for all of them.
+    The first copy is built whole, and of the last one a rank of each stage to see that it is one. Optimizer shards, of which
+    every copy has its own, are taken from the buffers for all of them.
 
     Layers are those of the local specification whatever `model.spec` says: Transformer Engine's hold the same weights
     under other names.
@@ -49,7 +49,7 @@ def dry_run(settings: EngineSettings, config: Mapping[str, Any], world: int) -> 
     first = tuple(RankReport.read(each) for each in told["first"])
     last = tuple(RankReport.read(each) for each in told["last"])
     shapes = {name: tuple(shape) for name, shape in told["hf_shapes"].items()}
-    found = check.problems(layout, first, last, family_for(told["config"]), told["config"], shapes)
+    found = check.problems(layout, first, last, family_for(told["config"]), told["config"], shapes, settings.parallel)
     return DryRun(
         layout=layout,
         ranks=first,

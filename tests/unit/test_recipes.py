@@ -1,0 +1,102 @@
+"""The recipes of examples/: valid, with the published values, and made for their models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tulu_mega.bridge.families import family_for
+from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, SftSettings, load
+from tulu_mega.data.packing import Alignment
+from tulu_mega.planner.layout import pack_alignment, pipeline_of
+from tulu_mega.preflight import layout_problems
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STAGES = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
+MODELS = {
+    ("tulu3", "8b"): "llama3.1_8b",
+    ("tulu3", "70b"): "llama3.1_70b",
+    ("tulu3", "405b"): "llama3.1_405b",
+    ("olmo2", "7b"): "olmo2_7b",
+    ("olmo2", "13b"): "olmo2_13b",
+    ("olmo2", "32b"): "olmo2_32b",
+}
+RECIPES = [EXAMPLES / recipe / size / f"{stage}.toml" for recipe, size in MODELS for stage in STAGES]
+RECIPES.append(EXAMPLES / "tulu3/405b/sft_fp8.toml")
+# learning rates, warm-up and batch as published, by size: SFT and DPO of Tulu 3, which all but the OLMo rates share
+RATES = {
+    "tulu3": {"8b": (5e-6, 5e-7), "70b": (2e-6, 2e-7), "405b": (2e-6, 2e-7)},
+    "olmo2": {"7b": (1e-5, 8e-7), "13b": (7.5e-6, 8e-7), "32b": (4e-6, 5e-7)},
+}
+
+
+def stage(file: Path) -> str:
+    return file.stem.partition("_")[0]
+
+
+def architecture(file: Path) -> dict:
+    recipe, size = file.parts[-3:-1]
+    return json.loads((EXAMPLES / "architectures" / MODELS[recipe, size] / "config.json").read_text())
+
+
+def named(file: Path) -> str:
+    return "-".join(file.parts[-3:]).removesuffix(".toml")
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=named)
+def test_a_recipe_fits_its_model(file):
+    settings = load(STAGES[stage(file)], str(file))
+    config = architecture(file)
+    assert layout_problems(config, settings.parallel) == []
+    family_for(config).hf_shapes(config)
+    pipeline = pipeline_of(config, settings)
+    if count := getattr(settings.train, "micro_batches", None):
+        assert count % pipeline.multiple == 0
+    longest = settings.longest if stage(file) == "grpo" else settings.data.max_length
+    assert longest <= config["max_position_embeddings"]
+    align, pack = pack_alignment(settings), settings.data.pack_length or longest
+    assert align == Alignment(sequence=1, total=pack_alignment(settings).total) and pack % align.total == 0
+    assert settings.run_dir == f"runs/{file.parts[-3]}_{file.parts[-2]}_{file.stem}"
+
+
+def test_every_recipe_is_there():
+    assert sorted(RECIPES) == sorted([*EXAMPLES.glob("tulu3/**/*.toml"), *EXAMPLES.glob("olmo2/**/*.toml")])
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=named)
+def test_a_recipe_has_the_published_values(file):
+    recipe, size = file.parts[-3:-1]
+    settings = load(STAGES[stage(file)], str(file))
+    optim = settings.optim
+    assert (optim.betas, optim.eps, optim.weight_decay, optim.clip) == ((0.9, 0.999), 1e-8, 0.0, 1.0)
+    match stage(file):
+        case "sft":
+            batch = 256 if size in ("405b", "32b") else 128
+            assert (optim.lr, optim.schedule, optim.warmup) == (RATES[recipe][size][0], "linear", 0.03)
+            assert (settings.train.global_batch, settings.train.epochs, settings.train.reduction) == (batch, 2.0, "sum")
+            assert settings.data.max_length == 4096
+        case "dpo":
+            batch = 256 if size == "405b" else 128
+            assert (optim.lr, optim.schedule, optim.warmup) == (RATES[recipe][size][1], "linear", 0.1)
+            assert (settings.train.global_batch, settings.train.epochs, settings.data.max_length) == (batch, 1.0, 2048)
+            assert (settings.preference.loss, settings.preference.beta) == ("dpo_norm", 5.0)
+        case "rm":
+            assert (settings.train.global_batch, settings.train.epochs, settings.data.max_length) == (256, 1.0, 2048)
+            assert (settings.data.overlong, settings.heldout.split) == ("reject", "test_prefs")
+        case "grpo":
+            rollouts = {"70b": 640, "405b": 1856}.get(size, 768)
+            assert settings.train.prompts * settings.sampling.samples == rollouts
+            assert optim.lr == {"70b": 1e-7, "405b": 1e-7}.get(size, 5e-7)
+            assert settings.sampling.max_tokens == (1024 if size == "405b" else 2048)
+            assert (settings.sampling.temperature, settings.policy.beta, settings.rewards.scale) == (1.0, 0.01, 10.0)
+            assert settings.policy.overlong == "penalise"
+
+
+def test_fp8_is_the_same_run_but_for_its_matrix_products():
+    plain = load(SftSettings, str(EXAMPLES / "tulu3/405b/sft.toml")).model_dump()
+    fp8 = load(SftSettings, str(EXAMPLES / "tulu3/405b/sft_fp8.toml")).model_dump()
+    assert fp8.pop("megatron").keys() >= {"fp8", "fp8_recipe"} and not plain.pop("megatron")
+    assert fp8.pop("run_dir") != plain.pop("run_dir")
+    assert fp8 == plain
