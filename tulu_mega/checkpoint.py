@@ -356,16 +356,16 @@ def share(engine: Engine, format: Format) -> Share:
         format: `checkpoint.format` of the settings. An engine without optimizer writes weights alone.
     """
     model = {name: chunk.sharded_state_dict(metadata=dict(_METADATA)) for name, chunk in _chunks(engine).items()}
+    sharded = engine.optimizer is not None and engine.ddp[0].ddp_config.use_distributed_optimizer
+    state = {}
+    if engine.optimizer is not None and not (sharded and format == "reshardable"):
+        state = engine.optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA | _OPTIMIZER[format])
+    optimizer_bytes, gathered_bytes = sum(held.data.nbytes for held in _written(state)), 0
     weights = _written(model)
-    if engine.optimizer is None:
-        return Share(weights, 0, 0)
-    if format == "reshardable" and engine.ddp[0].ddp_config.use_distributed_optimizer:
-        if dist.get_rank(engine.topology.data_context_group):
-            return Share(weights, 0, 0)
-        gathered = sum(buffer.numel_unpadded for ddp in engine.ddp for buffer in ddp.buffers)
-        return Share(weights, _STATE_BYTES * sum(held.data.numel() for held in weights), _STATE_BYTES * gathered)
-    optimizer = engine.optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA | _OPTIMIZER[format])
-    return Share(weights, sum(held.data.nbytes for held in _written(optimizer)), 0)
+    if sharded and format == "reshardable" and dist.get_rank(engine.topology.data_context_group) == 0:
+        optimizer_bytes = _STATE_BYTES * sum(held.data.numel() for held in weights)
+        gathered_bytes = _STATE_BYTES * sum(buffer.numel_unpadded for ddp in engine.ddp for buffer in ddp.buffers)
+    return Share(weights, optimizer_bytes, gathered_bytes)
 
 
 def _written(state: dict[str, Any]) -> list[ShardedTensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 Box = tuple[tuple[int, int], ...]
@@ -174,4 +174,3 @@ class DryRun:
     seconds: float
     peak_bytes: int
     """of memory, of the process that built the ranks"""
-    notes: tuple[str, ...] = field(default=())

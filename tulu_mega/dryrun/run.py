@@ -42,14 +42,41 @@ def dry_run(settings: EngineSettings, config: Mapping[str, Any], world: int) -> 
         UserError: the layout does not fit the world or the model, or megatron-core refuses it.
     """
     began = time.monotonic()
-    told = _built(settings, config, world)
+    with tempfile.TemporaryDirectory(prefix="tulu_mega_dry_run_") as scratch:
+        ask(Path(scratch), settings, config, world)
+        hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        program = [sys.executable, "-W", "ignore", "-m", "tulu_mega.dryrun", scratch]
+        ended = subprocess.run(program, env=os.environ | hidden, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if ended.returncode:
+            raise RuntimeError(f"the dry run's process ended with status {ended.returncode}:\n{ended.stderr[-4000:]}")
+        return answer(Path(scratch), settings, began)
+
+
+def ask(directory: Path, settings: EngineSettings, config: Mapping[str, Any], world: int) -> None:
+    """Writes what the process reads."""
+    job = {"kind": type(settings).__name__, "settings": settings.model_dump(mode="json"), "world": world}
+    (directory / "job.json").write_text(json.dumps(job))
+    (directory / "config.json").write_text(json.dumps(dict(config)))
+
+
+def answer(directory: Path, settings: EngineSettings, began: float) -> DryRun:
+    """Makes a record of what the process wrote, and checks it.
+
+    Args:
+        began: on the monotonic clock, for the record.
+
+    Raises:
+        UserError: the ranks could not be built.
+    """
+    told = json.loads((directory / "result.json").read_text())
     if wrong := told.get("problems"):
         raise UserError(wrong)
     layout = Layout(**told["layout"])
     first = tuple(RankReport.read(each) for each in told["first"])
     last = tuple(RankReport.read(each) for each in told["last"])
     shapes = {name: tuple(shape) for name, shape in told["hf_shapes"].items()}
-    found = check.problems(layout, first, last, family_for(told["config"]), told["config"], shapes, settings.parallel)
+    config = told["config"]
+    found = check.problems(layout, first, last, family_for(config), config, shapes, settings.parallel)
     return DryRun(
         layout=layout,
         ranks=first,
@@ -60,17 +87,3 @@ def dry_run(settings: EngineSettings, config: Mapping[str, Any], world: int) -> 
         seconds=time.monotonic() - began,
         peak_bytes=told["peak_bytes"],
     )
-
-
-def _built(settings: EngineSettings, config: Mapping[str, Any], world: int) -> dict[str, Any]:
-    job = {"kind": type(settings).__name__, "settings": settings.model_dump(mode="json"), "world": world}
-    with tempfile.TemporaryDirectory(prefix="tulu_mega_dry_run_") as scratch:
-        directory = Path(scratch)
-        (directory / "job.json").write_text(json.dumps(job))
-        (directory / "config.json").write_text(json.dumps(dict(config)))
-        hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        program = [sys.executable, "-W", "ignore", "-m", "tulu_mega.dryrun", scratch]
-        ended = subprocess.run(program, env=os.environ | hidden, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if ended.returncode:
-            raise RuntimeError(f"the dry run's process ended with status {ended.returncode}:\n{ended.stderr[-4000:]}")
-        return json.loads((directory / "result.json").read_text())
