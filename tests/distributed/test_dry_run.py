@@ -20,7 +20,7 @@ from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, ScoreSetting
 from tulu_mega.dryrun import check
 from tulu_mega.dryrun.cover import uncovered
 from tulu_mega.dryrun.run import answer, ask, dry_run
-from tulu_mega.dryrun.show import as_json, summary, table
+from tulu_mega.dryrun.show import summary, tell
 from tulu_mega.errors import UserError
 
 ARCHITECTURES = Path(__file__).parents[2] / "examples/architectures"
@@ -84,7 +84,7 @@ CASES = [  # every family, stage and layout
 
 
 @pytest.mark.parametrize(("family", "stage", "layout"), CASES, ids=str)
-def test_the_ranks_make_up_the_model(models, tmp_path, family, stage, layout):
+def test_the_ranks_make_up_the_model(models, tmp_path, capsys, family, stage, layout):
     ranks, parallel = LAYOUTS[layout]
     found = forked(tmp_path, settings(stage, parallel), models[family], ranks)
     assert found.problems == ()
@@ -104,9 +104,11 @@ def test_the_ranks_make_up_the_model(models, tmp_path, family, stage, layout):
         tensors = [name for report in found.ranks for name in report.sending.tensors]
         assert len(tensors) == len(set(tensors)) == found.hf_tensors
         assert sum(report.sending.nbytes for report in found.ranks) == 2 * found.hf_parameters
-    told = as_json(found)
-    assert json.loads(json.dumps(told))["layout"]["world"] == ranks
-    assert table(found) and "nothing wrong found" in summary(found)
+    tell(found, str(tmp_path / "told.json"))
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["layout"]["world"] == ranks
+    assert [each["parameter_bytes"] for each in told["ranks"]] == [report.parameter_bytes for report in found.ranks]
+    assert "nothing wrong found" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -240,6 +242,14 @@ def test_a_fault_is_found_and_named(built, fault):
     plant, message = FAULTS[fault]
     told = check.problems(**plant(built))
     assert any(re.search(message, each) for each in told), told
+
+
+def test_problems_end_the_command(models, tmp_path, capsys):
+    found = forked(tmp_path, settings("sft", {}), models["Llama"], 1)
+    with pytest.raises(UserError, match="one thing"):
+        tell(replace(found, problems=("one thing",)))
+    with pytest.raises(UserError, match="cannot be written"):
+        tell(found, str(tmp_path / "nowhere" / "told.json"))
 
 
 def test_cover():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from tulu_mega.bridge.families import family_for
-from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, SftSettings, load
+from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, SftSettings, describe, load
 from tulu_mega.data.packing import Alignment
 from tulu_mega.planner.layout import pack_alignment, pipeline_of
 from tulu_mega.preflight import layout_problems
@@ -100,3 +101,11 @@ def test_fp8_is_the_same_run_but_for_its_matrix_products():
     assert fp8.pop("megatron").keys() >= {"fp8", "fp8_recipe"} and not plain.pop("megatron")
     assert fp8.pop("run_dir") != plain.pop("run_dir")
     assert fp8 == plain
+
+
+def test_the_settings_that_the_page_on_tulu3_names_are_there():
+    known = {row[0] for kind in STAGES.values() for row in describe(kind)}
+    sections = "|".join({name.partition(".")[0] for name in known if "." in name})
+    page = (EXAMPLES.parent / "docs/tulu3.md").read_text()
+    named = set(re.findall(rf"`((?:{sections})\.[a-z_]+)`", page))
+    assert len(named) > 45 and named <= known, named - known

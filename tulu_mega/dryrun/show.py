@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 
 from tulu_mega.dryrun.record import DryRun, RankReport
+from tulu_mega.errors import UserError
 
 _GIB = 2**30
 
@@ -80,3 +83,22 @@ def _row(group: Sequence[RankReport], trains: bool, sends: bool) -> list[str]:
 
 def _gib(size: int) -> str:
     return f"{size / _GIB:,.2f}"
+
+
+def tell(found: DryRun, file: str | None = None) -> None:
+    """Prints the table and writes the JSON.
+
+    Args:
+        file: where to; no JSON when None.
+
+    Raises:
+        UserError: with the dry run's problems, after all else.
+    """
+    Console().print(table(found))
+    if file is not None:
+        try:
+            Path(file).write_text(json.dumps(as_json(found), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror}); name another file") from None
+    if found.problems:
+        raise UserError(found.problems)
