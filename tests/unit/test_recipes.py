@@ -6,12 +6,18 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.unit.conftest import byte_tokenizer
+from tulu_mega import preflight
 from tulu_mega.bridge.families import family_for
 from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, SftSettings, describe, load
-from tulu_mega.data.packing import Alignment
+from tulu_mega.data.cost import sequence_flops
+from tulu_mega.data.packing import Alignment, plan_step
+from tulu_mega.errors import UserError
 from tulu_mega.planner.layout import pack_alignment, pipeline_of
+from tulu_mega.planner.schedule import simulate
 from tulu_mega.preflight import layout_problems
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -60,6 +66,76 @@ def test_a_recipe_fits_its_model(file):
     align, pack = pack_alignment(settings), settings.data.pack_length or longest
     assert align == Alignment(sequence=1, total=pack_alignment(settings).total) and pack % align.total == 0
     assert settings.run_dir == f"runs/{file.parts[-3]}_{file.parts[-2]}_{file.stem}"
+
+
+TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+ROWS = {
+    "sft": {"messages": TURNS},
+    "rm": {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "5"}]},
+    "grpo": {"messages": TURNS[:1], "ground_truth": "4", "dataset": "gsm8k"},
+}
+ROWS["dpo"] = ROWS["rm"]
+TEMPLATE = (  # as OLMo 2's
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' else '' }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """A row of each stage's kind, and a tokenizer, in the place of what is on the hub."""
+    directory = tmp_path_factory.mktemp("local")
+    for kind, row in ROWS.items():
+        (directory / f"{kind}.jsonl").write_text(json.dumps(row) + "\n")
+    tokenizer = byte_tokenizer(bos_token="<|end_of_text|>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory / "tokenizer")
+    return directory
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=named)
+def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
+    """All that `check` looks at; of what is on the hub the model's config.json is the published one, data and tokenizer ours."""
+    config = architecture(file)
+
+    def model(settings):
+        if problems := layout_problems(config, settings.parallel):
+            raise UserError(problems)
+        return config
+
+    monkeypatch.setattr(preflight, "_model", model)
+    rows = str(local / f"{stage(file)}.jsonl")
+    flags = ["--data.train", rows, "--data.tokenizer", str(local / "tokenizer"), "--run_dir", str(tmp_path / "run")]
+    flags += ["--heldout.data", rows] if stage(file) == "rm" else []
+    assert preflight.check(load(STAGES[stage(file)], str(file), flags)) == []
+
+
+def drawn(count: int, longest: int) -> list[int]:
+    """Lengths as Tulu 3's: median 400, mean 550, 95th percentile 1,800."""
+    quantiles = {0: 20, 0.05: 80, 0.25: 220, 0.5: 400, 0.75: 600, 0.9: 1080, 0.95: 1800, 0.99: 3100, 1: 4096}
+    at = np.random.RandomState(0).random_sample(count)
+    return np.minimum(np.exp(np.interp(at, list(quantiles), np.log(list(quantiles.values())))).astype(int), longest).tolist()
+
+
+@pytest.mark.parametrize("file", [file for file in RECIPES if "grpo" not in file.stem], ids=named)
+def test_the_batch_keeps_the_stages_at_work(file):
+    """Batches of Tulu-like lengths fit into the micro-batches, and the schedule's simulation is as good as the recipe says."""
+    settings, config = load(STAGES[stage(file)], str(file)), architecture(file)
+    width = 1 if stage(file) == "sft" else 2
+    rows, parallel = settings.train.global_batch * width, settings.parallel
+    pipeline = pipeline_of(config, settings)
+    cost = sequence_flops(config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], config["vocab_size"])
+    lengths = drawn(4 * rows, settings.data.max_length)
+    busy = []
+    for at in range(0, len(lengths), rows):
+        batch = lengths[at : at + rows]
+        plan = plan_step(
+            batch, parallel.data or 1, settings.data.pack_length or settings.data.max_length, pack_alignment(settings),
+            settings.train.micro_batches, cost=cost, multiple=pipeline.multiple, pipeline=pipeline, together=width,
+        )  # fmt: skip
+        busy.append(simulate([[sum(cost(batch[i]) for i in each) for each in rank] for rank in plan], pipeline).busy)
+    assert np.mean(busy) > (0.8 if "70b" in file.parts else 0.84)
 
 
 def test_every_recipe_is_there():
