@@ -16,7 +16,7 @@ from tests.distributed import dry_jobs, jobs, world
 from tests.distributed.families import FAMILIES, make_model
 from tests.distributed.layouts import size
 from tulu_mega.bridge.families import family_for
-from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, ScoreSettings, SftSettings
+from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, ScoreSettings, SftSettings, load
 from tulu_mega.dryrun import check
 from tulu_mega.dryrun.cover import uncovered
 from tulu_mega.dryrun.run import answer, ask, dry_run
@@ -47,10 +47,11 @@ def config_of(model: Path) -> dict:
 
 def forked(directory: Path, asked, config: dict, ranks: int):
     """`dry_run` in a fork of a process that has the libraries, which takes a second instead of ten."""
+    began = time.monotonic()
     directory.mkdir(parents=True, exist_ok=True)
     ask(directory, asked, config, ranks)
     world.run(1, dry_jobs.dry, str(directory))
-    return answer(directory, asked, time.monotonic())
+    return answer(directory, asked, began)
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +275,27 @@ def test_the_caller_has_no_process_group_afterwards(models):
     assert found.problems == () and found.peak_bytes > 0
     assert not dist.is_initialized()
     assert torch.cuda.current_device is before
+
+
+RECIPES = [
+    (file, architecture)
+    for folder, architecture in {
+        "tulu3/8b": "llama3.1_8b", "tulu3/70b": "llama3.1_70b", "tulu3/405b": "llama3.1_405b",
+        "olmo2/7b": "olmo2_7b", "olmo2/13b": "olmo2_13b", "olmo2/32b": "olmo2_32b",
+    }.items()
+    for file in sorted((ARCHITECTURES.parent / folder).glob("*.toml"))
+]  # fmt: skip
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(("file", "architecture"), RECIPES, ids=lambda each: "-".join(Path(each).parts[-3:]))
+def test_every_recipe(tmp_path, capsys, file, architecture):
+    asked = load(STAGES[file.stem.partition("_")[0]], str(file))
+    ranks = asked.parallel.model_parallel * (asked.parallel.data or 4)
+    found = forked(tmp_path, asked, config_of(ARCHITECTURES / architecture), ranks)
+    assert found.problems == ()
+    with capsys.disabled():
+        print(f"\n{summary(found)}")
 
 
 @pytest.mark.acceptance

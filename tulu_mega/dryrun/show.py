@@ -55,7 +55,7 @@ def summary(found: DryRun) -> str:
     return (
         f"{found.hf_parameters:,} parameters in {found.hf_tensors:,} tensors of transformers' model, each held once by "
         f"{len(found.ranks)} distinct of {layout.world:,} ranks (TP{layout.tensor} PP{layout.pipeline} VPP{layout.virtual} "
-        f"CP{layout.context} DP{layout.data}); {found.replicas} copies compared; nothing wrong found; {found.seconds:.0f} s, "
+        f"CP{layout.context} DP{layout.data}); copies compared: {found.replicas}; nothing wrong found; {found.seconds:.0f} s, "
         f"{found.peak_bytes / _GIB:.2f} GiB"
     )
 
