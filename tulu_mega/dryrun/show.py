@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console, Group
@@ -85,20 +84,15 @@ def _gib(size: int) -> str:
     return f"{size / _GIB:,.2f}"
 
 
-def tell(found: DryRun, file: str | None = None) -> None:
-    """Prints the table and writes the JSON.
-
-    Args:
-        file: where to; no JSON when None.
+def tell(found: DryRun, format: Literal["table", "json"] = "table") -> None:
+    """Writes it to standard output.
 
     Raises:
         UserError: with the dry run's problems, after all else.
     """
-    Console().print(table(found))
-    if file is not None:
-        try:
-            Path(file).write_text(json.dumps(as_json(found), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"{file}: cannot be written ({error.strerror}); name another file") from None
+    if format == "json":
+        print(json.dumps(as_json(found), indent=2))
+    else:
+        Console().print(table(found))
     if found.problems:
         raise UserError(found.problems)
