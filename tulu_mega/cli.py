@@ -102,6 +102,13 @@ COMMANDS = {
         operands="runs",
         example="tulu-mega report runs/sft runs/sft-higher-lr",
     ),
+    "plan": Command(
+        "memory, time and cost of a stage on a cluster, before it is started; --search ranks layouts",
+        "tulu_mega.plan.settings:PlanSettings",
+        "tulu_mega.plan.run:run",
+        operands="config",
+        example="tulu-mega plan examples/tulu3/8b/sft.toml --gpus 32 --gpu h100",
+    ),
     "data inspect": Command(
         "what a run would train on: rows with what is trained of them, lengths, rejects, packing",
         "tulu_mega.config:DataInspectSettings",

@@ -29,7 +29,7 @@ def load(settings: type[S], file: str | None, flags: Sequence[str] = ()) -> S:
     """
     values = _read_toml(file) if file is not None else {}
     problems: list[str] = []
-    for dotted, text in _pairs(flags, problems):
+    for dotted, text in _pairs(settings, flags, problems):
         _put(settings, values, dotted, _parse(settings, dotted, text), problems)
     try:
         result = settings.model_validate(values)
@@ -87,7 +87,7 @@ def _read_toml(file: str) -> dict[str, Any]:
         raise UserError(f"{file}: not valid TOML: {error}") from None
 
 
-def _pairs(flags: Sequence[str], problems: list[str]) -> list[tuple[str, str]]:
+def _pairs(settings: type[BaseModel], flags: Sequence[str], problems: list[str]) -> list[tuple[str, str]]:
     pairs, rest = [], list(flags)
     while rest:
         flag = rest.pop(0)
@@ -97,6 +97,10 @@ def _pairs(flags: Sequence[str], problems: list[str]) -> list[tuple[str, str]]:
         name, equals, value = flag[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
+                field = _field(settings, name.replace("-", "_"))
+                if field is not None and field.annotation is bool:
+                    pairs.append((name.replace("-", "_"), "true"))
+                    continue
                 problems.append(f"--{name}: no value given; write --{name} VALUE")
                 continue
             value = rest.pop(0)

@@ -7,7 +7,7 @@ ranks with C chunks each (s from 0 to R x C - 1, in the model's order) is chunk 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -72,17 +72,20 @@ def model_parameters(config: Mapping[str, Any]) -> int:
     return sum(map(math.prod, family_for(config).hf_shapes(config).values()))
 
 
-def stage_shards(config: Mapping[str, Any], parallel: ParallelSettings, stage: int) -> list[Shard]:
+def stage_shards(
+    config: Mapping[str, Any], parallel: ParallelSettings, stage: int, split: Sequence[int] | None = None
+) -> list[Shard]:
     """Every parameter of a stage, in the table's order, layer by layer.
 
     Args:
         config: as for :func:`model_parameters`.
         stage: from 0 to PP x VPP - 1.
+        split: layers of every stage; those of `stage_layers` when unset.
 
     Raises:
         UserError: for a size that the tensor ranks do not divide, or layers that do not go into the stages.
     """
-    family, counts = family_for(config), stage_layers(config, parallel)
+    family, counts = family_for(config), split or stage_layers(config, parallel)
     first, last = stage == 0, stage == len(counts) - 1
     layers = range(sum(counts[:stage]), sum(counts[: stage + 1]))
     before, inside, after = [], [], []
@@ -100,26 +103,31 @@ def stage_shards(config: Mapping[str, Any], parallel: ParallelSettings, stage: i
     return [*before, *middle, *after]
 
 
-def stage_parameters(config: Mapping[str, Any], parallel: ParallelSettings, stage: int) -> Parameters:
+def stage_parameters(
+    config: Mapping[str, Any], parallel: ParallelSettings, stage: int, split: Sequence[int] | None = None
+) -> Parameters:
     """Elements that each tensor rank of a stage holds. Arguments and errors of :func:`stage_shards`."""
     counts = dict.fromkeys((each.name for each in fields(Parameters)), 0)
-    for shard in stage_shards(config, parallel, stage):
+    for shard in stage_shards(config, parallel, stage, split):
         counts[shard.part] += shard.count
     return Parameters(**counts)
 
 
-def rank_parameters(config: Mapping[str, Any], parallel: ParallelSettings, rank: int) -> Parameters:
+def rank_parameters(
+    config: Mapping[str, Any], parallel: ParallelSettings, rank: int, split: Sequence[int] | None = None
+) -> Parameters:
     """Elements that a pipeline rank holds, all its chunks together; times `ITEMSIZE` these are the bytes of its weights.
 
     Args:
         config: as for :func:`model_parameters`.
         rank: in the pipeline, from 0.
+        split: as for :func:`stage_shards`.
 
     Raises:
         UserError: as :func:`stage_shards`.
     """
     stages = range(rank, parallel.pipeline * parallel.virtual_pipeline, parallel.pipeline)
-    return sum((stage_parameters(config, parallel, stage) for stage in stages), Parameters())
+    return sum((stage_parameters(config, parallel, stage, split) for stage in stages), Parameters())
 
 
 def _shard(name: str, shape: Shape, rule: Rule, copy: bool = False) -> Shard:

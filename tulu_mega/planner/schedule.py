@@ -130,6 +130,54 @@ def shortest_order(costs_M: Sequence[float], pipeline: Pipeline) -> list[int]:
     return min((falling, rising, hill), key=lambda order: pipeline.makespan([costs_M[index] for index in order]))
 
 
+def peak_held(rank: int, ranks: int, chunks: int, held_MS: Sequence[Sequence[float]]) -> float:
+    """The most that a pipeline rank holds at once of what forward passes leave behind for backward passes.
+
+    Args:
+        rank: in the pipeline, from 0.
+        ranks, chunks: of the pipeline.
+        held_MS: what each micro-batch leaves in each virtual stage.
+
+    Raises:
+        ValueError: the interleaved schedule cannot run that number of micro-batches.
+    """
+    if chunks > 1 and len(held_MS) % ranks:
+        raise ValueError(f"the interleaved schedule runs multiples of {ranks} micro-batches, not {len(held_MS)}")
+    held = peak = 0.0
+    for m, stage, backward in _rank_order(rank, ranks, chunks, len(held_MS)):
+        held += -held_MS[m][stage] if backward else held_MS[m][stage]
+        peak = max(peak, held)
+    return peak
+
+
+@dataclass(frozen=True)
+class Span:
+    """A pass on its rank's line of time."""
+
+    rank: int
+    micro_batch: int
+    stage: int
+    backward: bool
+    start: float
+    end: float
+
+
+def timeline(
+    forward_MS: Sequence[Sequence[float]], backward_MS: Sequence[Sequence[float]], ranks: int, chunks: int
+) -> list[Span]:
+    """When every pass runs, in the order in which they can be run through. Arguments and errors of :func:`makespan`."""
+    count, stages = len(forward_MS), ranks * chunks
+    program = _program(ranks, chunks, count)
+    ended, spans = [0.0], []
+    for cell, own, feeding in zip(program.places, program.own, program.feeding, strict=True):
+        pair, backward = divmod(cell, 2)
+        m, stage = divmod(pair, stages)
+        start = max(ended[own], ended[feeding])
+        ended.append(start + (backward_MS if backward else forward_MS)[m][stage])
+        spans.append(Span(stage % ranks, m, stage, bool(backward), start, ended[-1]))
+    return spans
+
+
 def _run(ranks: int, chunks: int, count: int, cells: list[float]) -> float:
     """Ends of all passes, one after another in an order in which everything a pass waits for comes before it.
 
@@ -152,6 +200,9 @@ class _Program:
     """All passes of a pipeline, in an order in which they can be run through once. Position 0 stands for the beginning."""
 
     cells: itemgetter
+    """takes the costs of all passes in this order"""
+    places: tuple[int, ...]
+    """where each pass's cost is among them"""
     own: tuple[int, ...]
     """for each pass, the position of the pass its rank ran before"""
     feeding: tuple[int, ...]
@@ -185,7 +236,7 @@ def _program(ranks: int, chunks: int, count: int) -> _Program:
                 left -= 1
         if left == before:
             raise RuntimeError(f"the schedule of {ranks} ranks, {chunks} chunks, {count} micro-batches waits for itself")
-    return _Program(itemgetter(*cells), tuple(own), tuple(feeding))
+    return _Program(itemgetter(*cells), tuple(cells), tuple(own), tuple(feeding))
 
 
 def _source(m: int, stage: int, backward: int, stages: int) -> tuple[int, int, int] | None:

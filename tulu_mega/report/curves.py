@@ -1,4 +1,4 @@
-"""The curves of runs, drawn. The only file that imports matplotlib."""
+"""The curves of runs, drawn. Beside plan/picture.py the only file that imports matplotlib."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""`tulu-mega plan`: memory, time and cost of a run before it is started."""

@@ -1,0 +1,346 @@
+"""What a stage will take under a layout: memory, a step's seconds, hours, and what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from tulu_mega.config import DpoSettings, GrpoSettings, ParallelSettings, PreferenceStageSettings
+from tulu_mega.errors import UserError
+from tulu_mega.plan.source import Stage
+from tulu_mega.planner.calibration import RATES
+from tulu_mega.planner.hardware import Gpu
+from tulu_mega.planner.job import Job, Pack
+from tulu_mega.planner.layout import pack_alignment, pipeline_of
+from tulu_mega.planner.memory import RankMemory, checkpoint_host_bytes, memory_by_rank
+from tulu_mega.planner.parameters import ITEMSIZE
+from tulu_mega.planner.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
+from tulu_mega.planner.timing import Step, score_seconds, train_step
+from tulu_mega.planner.workload import LABELLED, MEAN_LENGTH, ROWS, draw_lengths, pack_step
+
+_SAMPLED = 3
+"""Global batches that a step's time is the mean of."""
+_IDLE = 0.25
+"""Share of waiting in a step above which there is a warning."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about.
+
+    Args:
+        stage: its name.
+        settings: its settings.
+        config: the model's config.json.
+        gpu, gpus: the cluster, GPUs that generate among them; what the layout takes when `gpus` is None.
+        rows: of the data, where it is known.
+        mean_length, response_length: mean tokens, as in `PlanSettings`.
+    """
+
+    stage: str
+    settings: Stage
+    config: Mapping[str, Any]
+    gpu: Gpu
+    gpus: int | None
+    rows: int | None = None
+    mean_length: int | None = None
+    response_length: int | None = None
+
+    @cached_property
+    def servers(self) -> Servers | None:
+        """Of a policy's rollouts."""
+        if not isinstance(self.settings, GrpoSettings):
+            return None
+        rollout, model = self.settings.rollout, self.settings.model
+        return Servers(
+            count=len(rollout.urls) or rollout.servers,
+            tensor=rollout.tensor,
+            gpu=self.gpu,
+            concurrency=rollout.concurrency,
+            share=rollout.gpu_memory,
+            itemsize=ITEMSIZE[model.dtype if rollout.dtype == "model" else rollout.dtype],
+            bucket=rollout.bucket_mib * 2**20,
+        )
+
+    @cached_property
+    def trainers(self) -> int:
+        """Ranks that train.
+
+        Raises:
+            UserError: the layout does not divide them.
+        """
+        parallel = self.settings.parallel
+        aside = self.servers.gpus if self.servers else 0
+        if self.gpus is None:
+            return parallel.model_parallel * (parallel.data or 1)
+        left = self.gpus - aside
+        if left < parallel.model_parallel or left % parallel.model_parallel:
+            generating = f", of which {aside} generate" if aside else ""
+            raise UserError(
+                f"gpus = {self.gpus}{generating}: parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
+                f"context {parallel.context} = {parallel.model_parallel} does not divide the {left} that train; "
+                f"give {aside + math.ceil(max(left, 1) / parallel.model_parallel) * parallel.model_parallel} or another layout"
+            )
+        if parallel.data not in (None, left // parallel.model_parallel):
+            raise UserError(
+                f"parallel.data = {parallel.data}, but gpus = {self.gpus} leaves {left // parallel.model_parallel} replicas "
+                f"to train; leave it out (--parallel.data {left // parallel.model_parallel}) or give other --gpus"
+            )
+        return left
+
+    def job(self, lengths: list[int], labelled: list[int]) -> Job:
+        """A step of these sequences.
+
+        Raises:
+            UserError: for lengths or a model that the layout cannot take.
+        """
+        settings, config = self.settings, self.config
+        replicas = self.trainers // settings.parallel.model_parallel
+        pair = isinstance(settings, PreferenceStageSettings)
+        packs: tuple[tuple[Pack, ...], ...] = pack_step(
+            lengths,
+            labelled,
+            replicas,
+            self.capacity,
+            pack_alignment(settings),
+            pipeline_of(config, settings),
+            config["hidden_size"],
+            config["intermediate_size"],
+            micro_batches=getattr(settings.train, "micro_batches", None),
+            together=2 if pair else 1,
+        )
+        return Job(
+            config,
+            settings.parallel,
+            self.gpu,
+            packs,
+            dtype=settings.model.dtype,
+            recompute=settings.model.recompute,
+            fp8=bool(settings.megatron.get("fp8")),
+            fp8_weights=bool(settings.megatron.get("fp8_param")),
+            entropy=isinstance(settings, GrpoSettings) and settings.policy.entropy > 0,
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.settings.longest if isinstance(self.settings, GrpoSettings) else self.settings.data.max_length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a micro-batch."""
+        twice = 2 if isinstance(self.settings, PreferenceStageSettings) else 1
+        return self.settings.data.pack_length or twice * self.longest
+
+    def sequences(self, seed: int) -> tuple[list[int], list[int]]:
+        """A step's sequences: tokens, and how many of these are trained."""
+        settings = self.settings
+        mean = self.mean_length or MEAN_LENGTH[self.stage]
+        if isinstance(settings, GrpoSettings):
+            samples = settings.sampling.samples
+            prompts = draw_lengths(settings.train.prompts, mean, settings.data.max_prompt, seed)
+            mean_response = self.response_length or max(1, settings.sampling.max_tokens // 4)
+            longest = settings.sampling.max_tokens
+            responses = draw_lengths(settings.train.prompts * samples, mean_response, longest, seed + 1)
+            return [prompts[at // samples] + each for at, each in enumerate(responses)], responses
+        pair = isinstance(settings, PreferenceStageSettings)
+        count = settings.train.global_batch * (2 if pair else 1)
+        lengths = draw_lengths(count, mean, settings.data.max_length, seed)
+        return lengths, [max(1, round(LABELLED * length)) for length in lengths]
+
+    @property
+    def steps(self) -> int | None:
+        """Of the whole stage; None where nobody says how many rows there are."""
+        train, data = self.settings.train, self.settings.data.train
+        if train.steps:
+            return train.steps
+        rows = self.rows or (ROWS.get(data) if isinstance(data, str) else None)
+        if rows is None:
+            return None
+        each = train.prompts if isinstance(self.settings, GrpoSettings) else train.global_batch
+        return math.ceil(rows * train.epochs / each)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What comes of it."""
+
+    question: Question
+    job: Job
+    """one sampled step"""
+    memory: list[RankMemory]
+    step: Step
+    """mean of the sampled steps; of a policy, all its updates together"""
+    scoring: float
+    """seconds of a step in which log-probabilities are computed without training"""
+    generation: float
+    sync: float
+    servers: ServerMemory | None
+    host: float
+    """bytes of a node's main memory that a save takes"""
+    once: float
+    """seconds before the first step: the reference's log-probabilities"""
+    padding: float
+    """share of the packed positions"""
+    problems: list[str] = field(default_factory=list)
+    """for which the run would not start or not fit"""
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def gpus(self) -> int:
+        """Of the whole run."""
+        return self.job.world + (self.question.servers.gpus if self.question.servers else 0)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, everything in it."""
+        return self.step.seconds + self.scoring + self.generation + self.sync
+
+    @property
+    def fullest(self) -> RankMemory:
+        """The pipeline rank with the least room."""
+        return max(self.memory, key=lambda rank: rank.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every GPU has room."""
+        return self.fullest.total <= self.job.gpu.memory and (self.servers is None or self.servers.tokens > 0)
+
+    @property
+    def hours(self) -> float | None:
+        """Of the whole stage, without saves, evaluations and start."""
+        steps = self.question.steps
+        return None if steps is None else (self.once + steps * self.seconds) / 3600
+
+
+def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
+    """Plans a stage.
+
+    Raises:
+        UserError: with what the layout cannot do with this model, these GPUs or these lengths.
+    """
+    settings = question.settings
+    wrong = _divisions(question)
+    if wrong:
+        raise UserError(wrong)
+    drawn = [question.sequences(seed) for seed in range(sampled)]
+    policy = settings if isinstance(settings, GrpoSettings) else None
+    parts = policy.train.mini_batches if policy else 1
+    jobs = [[question.job(*part) for part in _mini_batches(one, parts)] for one in drawn]
+    job = jobs[0][0]
+    made = [train_step(each, RATES) for one in jobs for each in one]
+    updates = parts * (policy.train.passes if policy else 1)
+    passes = (updates > 1) + policy.policy.reads_reference if policy else 0
+    forward = sum(score_seconds(each, RATES) for one in jobs for each in one) / len(jobs)
+    beside = (policy.policy.reads_reference + (policy.rewards.model is not None)) if policy else 0
+    servers = question.servers
+    memory = memory_by_rank(job, beside, servers.bucket if servers else 0)
+    generation = 0.0
+    if servers:
+        for lengths, responses in drawn:
+            prompts = [length - response for length, response in zip(lengths, responses, strict=True)]
+            generation += generation_seconds(question.config, servers, prompts, responses, RATES) / len(drawn)
+    once = 0.0
+    if isinstance(settings, DpoSettings) and settings.preference.reads_reference and question.steps:
+        once = forward * question.steps / settings.train.epochs
+    positions = sum(pack.tokens for one in jobs for each in one for packs in each.packs for pack in packs)
+    result = Outlook(
+        question=question,
+        job=job,
+        memory=memory,
+        step=_mean(made, updates),
+        scoring=forward * passes,
+        generation=generation,
+        sync=sync_seconds(job, servers, RATES) if servers else 0.0,
+        servers=server_memory(question.config, servers) if servers else None,
+        host=checkpoint_host_bytes(job, settings.checkpoint.format, settings.checkpoint.asynchronous),
+        once=once,
+        padding=1 - sum(step.tokens for step in made) / positions,
+    )
+    result.problems.extend(_unfit(result))
+    result.warnings.extend(_doubts(result))
+    return result
+
+
+def _mini_batches(drawn: tuple[list[int], list[int]], parts: int) -> list[tuple[list[int], list[int]]]:
+    lengths, labelled = drawn
+    bounds = [len(lengths) * part // parts for part in range(parts + 1)]
+    return [(lengths[a:b], labelled[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _mean(made: list[Step], updates: int) -> Step:
+    """Steps' parts, their mean times the updates of a step."""
+    factor = updates / len(made)
+    parts = {name: sum(step.parts[name] for step in made) * factor for name in made[0].parts}
+    tokens, flops = (sum(getattr(step, name) for step in made) * factor for name in ("tokens", "flops"))
+    return Step(**parts, tokens=round(tokens), flops=flops, world=made[0].world)
+
+
+def _divisions(question: Question) -> list[str]:
+    """What does not divide, all of it at once."""
+    config, parallel = question.config, question.settings.parallel
+    wrong = []
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    for name, count in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
+        if count % parallel.tensor:
+            wrong.append(f"parallel.tensor = {parallel.tensor} does not divide the model's {name} = {count}; choose a divisor")
+    if config["intermediate_size"] % parallel.tensor:
+        wrong.append(f"parallel.tensor = {parallel.tensor} does not divide intermediate_size = {config['intermediate_size']}")
+    try:
+        _ = question.trainers
+    except UserError as error:
+        wrong += error.problems
+    return wrong
+
+
+def _unfit(result: Outlook) -> list[str]:
+    gib, found = 2**30, []
+    full, room = result.fullest, result.job.gpu.memory
+    if full.total > room:
+        most = sorted(full.parts.items(), key=lambda part: -part[1])[:2]
+        parts = " and ".join(f"{name} {size / gib:.1f}" for name, size in most)
+        found.append(
+            f"pipeline rank {full.rank} needs {full.total / gib:.1f} GiB of a GPU's {room / gib:.1f} GiB, most of it {parts}; "
+            "raise tensor, pipeline or data parallelism, or set model.recompute = 'full'; --search looks for layouts that fit"
+        )
+    if result.servers and not result.servers.tokens:
+        found.append(
+            f"a server's weights take {result.servers.weights / gib:.1f} GiB of each of its GPUs; with "
+            f"{result.servers.working / gib:.0f} GiB to work in that is more than rollout.gpu_memory leaves of {room / gib:.1f} GiB; "
+            "raise rollout.tensor"
+        )
+    return found
+
+
+def _doubts(result: Outlook) -> list[str]:
+    question, found = result.question, []
+    parallel, gpu = question.settings.parallel, question.gpu
+    if parallel.tensor > gpu.per_node:
+        found.append(f"parallel.tensor = {parallel.tensor} spans nodes of {gpu.per_node} GPUs: its collectives take the network")
+    known = question.config.get("max_position_embeddings")
+    if known and question.longest > known:
+        found.append(f"sequences of {question.longest} tokens are longer than the model's max_position_embeddings = {known}")
+    if result.step.idle > _IDLE * result.step.seconds:
+        count = len(result.job.packs[0])
+        found.append(
+            f"{result.step.idle / result.step.seconds:.0%} of a step is waiting: {count} micro-batches for "
+            f"{parallel.pipeline} x {parallel.virtual_pipeline} pipeline stages on each of {result.job.data} replicas; "
+            "lower data.pack_length or use fewer stages or replicas"
+        )
+    empty = sum(not pack.lengths for packs in result.job.packs for pack in packs)
+    if empty:
+        found.append(f"{empty} micro-batches are empty: a step has too few sequences for this layout")
+    if question.settings.model.spec == "local":
+        found.append("model.spec = 'local': these layers keep more activations than Transformer Engine's, which are planned for")
+    return found
+
+
+def with_layout(question: Question, parallel: ParallelSettings, recompute: str) -> Question:
+    """The same question under another layout."""
+    settings = question.settings.model_copy(
+        update={"parallel": parallel, "model": question.settings.model.model_copy(update={"recompute": recompute})}
+    )
+    return replace(question, settings=settings)

@@ -1,0 +1,49 @@
+"""`tulu-mega plan`: reads a stage's file, says what it will take."""
+
+from __future__ import annotations
+
+import json
+
+from tulu_mega.config import RmSettings
+from tulu_mega.errors import UserError
+from tulu_mega.plan.outlook import Outlook, Question, outlook
+from tulu_mega.plan.picture import draw
+from tulu_mega.plan.search import search
+from tulu_mega.plan.settings import PlanSettings
+from tulu_mega.plan.source import read_architecture, read_stage
+from tulu_mega.plan.table import as_json, as_ranking, as_table
+from tulu_mega.planner.hardware import gpu_named
+
+
+def run(settings: PlanSettings) -> None:
+    """Prints the plan and draws it where asked; then tells what would not run, as errors.
+
+    Raises:
+        UserError: with everything that is wrong with the file, or for which the run does not fit.
+    """
+    question = ask(settings)
+    results = search(question) if settings.search else [outlook(question)]
+    _print(settings, results)
+    if settings.picture:
+        draw(results[0], settings.picture)
+    if results[0].problems:
+        raise UserError(results[0].problems)
+
+
+def ask(settings: PlanSettings) -> Question:
+    """What is asked about. Raises UserError for what is wrong with the file, the model or the GPU."""
+    stage, said = read_stage(settings)
+    gpu = gpu_named(settings.gpu)
+    config = read_architecture(said.model, reward=isinstance(said, RmSettings))
+    return Question(stage, said, config, gpu, settings.gpus, settings.rows, settings.mean_length, settings.response_length)
+
+
+def _print(settings: PlanSettings, results: list[Outlook]) -> None:
+    if settings.format == "json":
+        made = [as_json(each) for each in results[: settings.top]]
+        print(json.dumps(made if settings.search else made[0], indent=2, allow_nan=True))
+        return
+    from rich.console import Console
+
+    console = Console(soft_wrap=False)
+    console.print(as_ranking(results, settings.top) if settings.search else as_table(results[0]))

@@ -1,0 +1,76 @@
+"""Layouts that fit a cluster, by predicted time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tulu_mega.config import ParallelSettings
+from tulu_mega.errors import UserError
+from tulu_mega.plan.outlook import Outlook, Question, outlook, with_layout
+from tulu_mega.planner.flops import matmul_parameters
+
+_CHUNKS = (1, 2, 3, 4, 5, 8)
+_SMALLEST_SHARE = 1024
+"""Tokens of a micro-batch below which a context-parallel rank's share is not worth looking at."""
+
+
+def search(question: Question) -> list[Outlook]:
+    """Every layout that fits, fastest first: tensor parallelism within a node, pipelines that divide the GPUs, interleaved or
+    not, context parallelism where sequences are long; whole layers recomputed only where nothing fits without.
+
+    Micro-batches (`data.pack_length`), batch and everything else stay the file's. One sampled step decides.
+
+    Raises:
+        UserError: no layout fits.
+    """
+    best: list[Outlook] = []
+    for recompute in dict.fromkeys((question.settings.model.recompute, "full")):
+        if best:
+            break
+        for parallel in layouts(question):
+            try:
+                found = outlook(with_layout(question, parallel, recompute), sampled=1)
+            except UserError:  # does not divide, or micro-batches do not come out
+                continue
+            if found.fits:
+                best.append(found)
+    if not best:
+        raise UserError(
+            f"no layout of {question.gpus} {question.gpu.name} GPUs fits, even with model.recompute = 'full'; "
+            "give more --gpus, or lower data.pack_length"
+        )
+    return sorted(best, key=lambda each: each.seconds)
+
+
+def layouts(question: Question) -> Iterator[ParallelSettings]:
+    """What is tried; weights, gradients and optimizer alone are looked at first."""
+    config, given = question.config, question.settings.parallel
+    aside = question.servers.gpus if question.servers else 0
+    world = (question.gpus or given.model_parallel * (given.data or 1) + aside) - aside
+    layers, groups = config["num_hidden_layers"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    matrices = matmul_parameters(config)
+    for tensor in (size for size in (1, 2, 4, 8) if size <= question.gpu.per_node and not groups % size and not world % size):
+        for context in (size for size in (1, 2, 4, 8) if not world % (tensor * size)):
+            if context > 1 and question.capacity / context < _SMALLEST_SHARE:
+                continue
+            for pipeline in range(1, min(layers, world // (tensor * context)) + 1):
+                if world % (tensor * context * pipeline):
+                    continue
+                for chunks in _CHUNKS if pipeline > 1 else (1,):
+                    if pipeline * chunks > layers:
+                        continue
+                    shares = world // (tensor * pipeline)
+                    state = 6 + 12 / shares if question.settings.model.dtype == "bf16" else 8 + 8 / shares
+                    if matrices / (tensor * pipeline) * state > question.gpu.memory:  # of a mean rank
+                        continue
+                    yield given.model_copy(
+                        update=dict(
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            virtual_pipeline=chunks,
+                            context=context,
+                            data=None,
+                            first_stage_layers=None,
+                            last_stage_layers=None,
+                        )
+                    )

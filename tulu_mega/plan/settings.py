@@ -1,0 +1,57 @@
+"""What `tulu-mega plan` takes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from tulu_mega.config.sections import PositiveInt, Section
+
+STAGES = ("sft", "rm", "dpo", "grpo")
+
+
+class PlanSettings(Section):
+    """`tulu-mega plan CONFIG --gpus N --gpu h100`"""
+
+    config: list[str]
+    """TOML file of a stage."""
+    stage: Literal["sft", "rm", "dpo", "grpo"] | None = None
+    """Which command the file is for; told by its sections or its name when unset."""
+    gpus: PositiveInt | None = None
+    """GPUs of the whole run, those that generate among them; what the layout takes when unset."""
+    gpu: str = "h100"
+    """Kind of GPU: a100 (80 GB), h100, h200 or b200, eight to a node."""
+    search: bool = False
+    """Rank layouts of these GPUs by predicted time instead of planning the file's own."""
+    top: PositiveInt = 10
+    """Layouts shown by `search`."""
+    format: Literal["table", "json"] = "table"
+    """What is written to standard output."""
+    picture: str | None = None
+    """PNG file to draw memory by rank and a step's timeline into."""
+    rows: PositiveInt | None = None
+    """Rows of the data (conversations, pairs, prompts), for the time of the whole stage; known for Tulu 3's own sets."""
+    mean_length: PositiveInt | None = None
+    """Mean tokens of a conversation or of one side of a pair, of a prompt for `grpo`; Tulu 3's when unset."""
+    response_length: PositiveInt | None = None
+    """Mean tokens of a sampled response; a quarter of `sampling.max_tokens` when unset."""
+
+    model: str | dict[str, Any] = {}
+    """Settings of the file laid over with flags, here and below: --model DIR, --parallel.tensor 8."""
+    parallel: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    optim: dict[str, Any] = {}
+    checkpoint: dict[str, Any] = {}
+    megatron: dict[str, Any] = {}
+    rollout: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+    policy: dict[str, Any] = {}
+
+    @field_validator("config")
+    @classmethod
+    def _one(cls, config: list[str]) -> list[str]:
+        if len(config) != 1:
+            raise ValueError(f"{len(config)} files; give one, such as: tulu-mega plan examples/tulu3/8b/sft.toml --gpus 8")
+        return config

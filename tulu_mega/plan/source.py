@@ -1,0 +1,86 @@
+"""What is planned: a stage's settings, and the figures of its model."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.families.reward import reward_fields
+from tulu_mega.config import DpoSettings, GrpoSettings, ModelSettings, RmSettings, SftSettings, load
+from tulu_mega.errors import UserError
+from tulu_mega.plan.settings import STAGES, PlanSettings
+
+Stage = SftSettings | RmSettings | DpoSettings | GrpoSettings
+_CLASSES: dict[str, type[Stage]] = dict(zip(STAGES, (SftSettings, RmSettings, DpoSettings, GrpoSettings), strict=True))
+_SECTIONS = {"sampling": "grpo", "policy": "grpo", "rollout": "grpo", "rewards": "grpo", "preference": "dpo", "reference": "dpo"}
+_OVERLAID = ("model", "parallel", "data", "train", "optim", "checkpoint", "megatron", "rollout", "sampling", "policy")
+
+
+def read_stage(asked: PlanSettings) -> tuple[str, Stage]:
+    """The stage's name and its settings, flags laid over the file's.
+
+    Raises:
+        UserError: with everything that is wrong with file and flags.
+    """
+    file = asked.config[0]
+    stage = asked.stage or _told(file)
+    return stage, load(_CLASSES[stage], file, [word for name in _OVERLAID for word in _flags(name, getattr(asked, name))])
+
+
+def read_architecture(model: ModelSettings, reward: bool) -> dict[str, Any]:
+    """config.json of a model, transformers' defaults filled in. No weights are needed, nor looked at.
+
+    Args:
+        model: whose path may be a model directory, a directory with nothing but config.json, that file, or a hub name.
+        reward: whether a reward model is to be made of it.
+
+    Raises:
+        UserError: there is none, or no family can read it.
+    """
+    from tulu_mega.model.hf_config import load_config
+
+    path = Path(model.path).expanduser()
+    directory = path.parent if path.name == "config.json" else path
+    try:
+        content = load_config(model.model_copy(update={"path": str(directory)})).to_dict()
+    except UserError as error:
+        if directory.exists():
+            raise
+        raise UserError(
+            f"model.path = {model.path}: no such directory, and as a hub name it cannot be reached ({error.problems[0]}); "
+            "a directory with its config.json is enough: --model DIR (examples/architectures has those of Llama 3.1 and OLMo 2)"
+        ) from None
+    family = family_for(content)
+    return content | reward_fields(family, content) if reward else content
+
+
+def _told(file: str) -> str:
+    """By sections that only one command has, else by the file's name."""
+    try:
+        content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = {}  # `load` says what is wrong with the file
+    by_section = {_SECTIONS[name] for name in content if name in _SECTIONS}
+    if len(by_section) == 1:
+        return by_section.pop()
+    if isinstance(data := content.get("data"), dict) and "margin" in data:
+        return "rm"
+    named = [word for word in re.split(r"[^a-z]+", Path(file).stem.lower()) if word in STAGES]
+    if len(named) == 1:
+        return named[0]
+    if isinstance(train := content.get("train"), dict) and "reduction" in train:
+        return "sft"
+    if not content:
+        return "sft"
+    raise UserError(f"{file}: it cannot be told which command this is for; add --stage {', --stage '.join(STAGES)}")
+
+
+def _flags(name: str, value: Any) -> list[str]:
+    """Settings that flags gave, as flags again."""
+    if isinstance(value, dict):
+        return [word for key, inner in value.items() for word in _flags(f"{name}.{key}", inner)]
+    return [f"--{name}", value if isinstance(value, str) else json.dumps(value)]

@@ -1,0 +1,196 @@
+"""An outlook in words and numbers: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from tulu_mega.plan.outlook import Outlook
+from tulu_mega.planner.calibration import RATES
+from tulu_mega.planner.flops import matmul_parameters
+from tulu_mega.planner.parameters import model_parameters
+
+_GIB = 2**30
+_PARTS = {
+    "products": "matrix products",
+    "attention": "attention",
+    "elementwise": "between products",
+    "tensor": "tensor parallel, exposed",
+    "context": "context parallel, exposed",
+    "pipeline": "pipeline transfers, exposed",
+    "idle": "waiting",
+    "data": "gradients and parameters, exposed",
+    "optimizer": "optimizer",
+}
+
+
+def layout(result: Outlook) -> str:
+    """A layout in short."""
+    parallel = result.job.parallel
+    sizes = dict(TP=parallel.tensor, PP=parallel.pipeline, VPP=parallel.virtual_pipeline, CP=parallel.context, DP=result.job.data)
+    return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "DP"))
+
+
+def as_json(result: Outlook) -> dict[str, Any]:
+    """Everything that is known, in bytes and seconds."""
+    job, servers, hours = result.job, result.servers, result.hours
+    return {
+        "stage": result.question.stage,
+        "parameters": model_parameters(result.question.config),
+        "gpu": job.gpu.name,
+        "gpus": result.gpus,
+        "trainers": job.world,
+        "layout": {
+            "tensor": job.parallel.tensor,
+            "pipeline": job.parallel.pipeline,
+            "virtual_pipeline": job.parallel.virtual_pipeline,
+            "context": job.parallel.context,
+            "data": job.data,
+            "recompute": job.recompute,
+            "layers": list(job.layers),
+        },
+        "micro_batches": len(job.packs[0]),
+        "padding": result.padding,
+        "fits": result.fits,
+        "memory": {
+            "of_gpu": job.gpu.memory,
+            "ranks": [{"rank": rank.rank, **rank.parts, "total": rank.total} for rank in result.memory],
+            "host_of_save": result.host,
+            "server": None if servers is None else vars(servers),
+        },
+        "seconds": {
+            **result.step.parts,
+            "scoring": result.scoring,
+            "generation": result.generation,
+            "sync": result.sync,
+            "step": result.seconds,
+            "before": result.once,
+        },
+        "tokens_per_second_per_gpu": result.step.tokens / result.seconds / result.gpus,
+        "tflops_per_gpu": result.step.flops_per_gpu / 1e12,
+        "steps": result.question.steps,
+        "hours": hours,
+        "gpu_hours": None if hours is None else hours * result.gpus,
+        "rates": vars(RATES),
+        "problems": result.problems,
+        "warnings": result.warnings,
+    }
+
+
+def as_table(result: Outlook) -> Group:
+    """One outlook."""
+    return Group(_heading(result), _memory(result), _time(result), *_remarks(result))
+
+
+def as_ranking(results: Sequence[Outlook], top: int) -> Table:
+    """Layouts, the best first."""
+    first = results[0]
+    count = len(results)
+    table = Table(
+        title=f"{first.question.stage} on {first.gpus} {first.job.gpu.name}: {count} layouts fit, the fastest {min(top, count)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in (
+        "layout",
+        "recompute",
+        "micro-batches",
+        "memory GiB",
+        "step s",
+        "waiting",
+        "TFLOP/s/GPU",
+        "tokens/s/GPU",
+        "hours",
+    ):
+        table.add_column(name, justify="left" if name in ("layout", "recompute") else "right", no_wrap=name == "layout")
+    for each in results[:top]:
+        table.add_row(
+            layout(each),
+            each.job.recompute,
+            f"{len(each.job.packs[0])}",
+            f"{each.fullest.total / _GIB:.1f}",
+            f"{each.seconds:.2f}",
+            f"{each.step.idle / each.step.seconds:.0%}",
+            f"{each.step.flops_per_gpu / 1e12:.0f}",
+            f"{each.step.tokens / each.seconds / each.gpus:,.0f}",
+            "–" if each.hours is None else f"{each.hours:,.1f}",
+        )
+    return table
+
+
+def _heading(result: Outlook) -> Text:
+    job, question = result.job, result.question
+    billions = model_parameters(question.config) / 1e9
+    kind = "FP8" if job.fp8 else job.dtype
+    aside = f" + {question.servers.gpus} that generate" if question.servers else ""
+    return Text(
+        f"{question.stage}: {question.settings.model.path}, {billions:.2f} billion parameters ({kind}) on {job.world}{aside} "
+        f"{job.gpu.name}, {layout(result)}, recompute {job.recompute}, {len(job.packs[0])} micro-batches a replica, "
+        f"{result.padding:.1%} padding"
+    )
+
+
+def _memory(result: Outlook) -> Table:
+    """First, fullest and last rank: those between are between."""
+    shown = {result.memory[0].rank: "first", result.memory[-1].rank: "last", result.fullest.rank: "fullest"}
+    table = Table(title="memory of a GPU, GiB, by pipeline rank", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    ranks = [result.memory[rank] for rank in sorted(shown)]
+    for rank in ranks:
+        table.add_column(f"{rank.rank} ({shown[rank.rank]})", justify="right")
+    for name in ranks[0].parts:
+        sizes = [rank.parts[name] for rank in ranks]
+        if any(sizes):
+            table.add_row(name.replace("_", "-"), *(f"{size / _GIB:.1f}" for size in sizes))
+    table.add_section()
+    table.add_row("all", *(f"{rank.total / _GIB:.1f}" for rank in ranks))
+    room = result.job.gpu.memory
+    table.add_row(f"left of {room / _GIB:.1f}", *(f"{(room - rank.total) / _GIB:.1f}" for rank in ranks))
+    return table
+
+
+def _time(result: Outlook) -> Table:
+    table = Table(title="a step, seconds", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_column("", justify="right")
+    further = {"scoring": result.scoring, "generation": result.generation, "weights to the servers": result.sync}
+    rows = {_PARTS[name]: seconds for name, seconds in result.step.parts.items()} | further
+    for name, seconds in rows.items():
+        if seconds:
+            table.add_row(name, f"{seconds:.3f}", f"{seconds / result.seconds:.1%}")
+    table.add_section()
+    table.add_row("all", f"{result.seconds:.3f}", "")
+    return table
+
+
+def _remarks(result: Outlook) -> list[Text]:
+    job, servers, gib = result.job, result.servers, _GIB
+    peak = job.gpu.fp32 if job.dtype == "fp32" else job.gpu.bf16
+    lines = [
+        f"{result.step.tokens / result.seconds / result.gpus:,.0f} tokens/s/GPU; while training "
+        f"{result.step.flops_per_gpu / 1e12:.0f} TFLOP/s/GPU, {result.step.flops_per_gpu / peak:.0%} of the {job.dtype} peak",
+        f"a save takes {result.host / gib:.0f} GiB of a node's main memory",
+    ]
+    if servers is not None:
+        lines.append(
+            f"a server's GPU: {servers.weights / gib:.1f} GiB weights, {max(0.0, servers.cache) / gib:.1f} GiB for keys and "
+            f"values of {servers.tokens:,} tokens, {servers.sync / gib:.2f} GiB of buckets while weights arrive"
+        )
+    if result.hours is not None:
+        before = f" (the reference's scoring {result.once / 3600:.1f} h of it)" if result.once else ""
+        lines.append(
+            f"{result.question.steps:,} steps: {result.hours:,.1f} h, {result.hours * result.gpus:,.0f} GPU-hours{before}, "
+            "without start, saves and evaluations"
+        )
+    else:
+        lines.append("how long the whole stage takes is not known: give --rows, the rows of its data")
+    lines.append(
+        f"{6 * matmul_parameters(result.question.config) / 1e9:,.1f} GFLOP a token and attention; lengths drawn, not read"
+    )
+    return [Text(line) for line in lines] + [Text(f"warning: {each}", style="yellow") for each in result.warnings]
