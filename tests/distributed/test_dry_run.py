@@ -16,6 +16,7 @@ from tests.distributed import dry_jobs, jobs, world
 from tests.distributed.families import FAMILIES, make_model
 from tests.distributed.layouts import size
 from tulu_mega.bridge.families import family_for
+from tulu_mega.cli import main
 from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, ScoreSettings, SftSettings, load
 from tulu_mega.dryrun import check
 from tulu_mega.dryrun.cover import uncovered
@@ -268,10 +269,15 @@ def test_what_cannot_be_built_is_told(models, tmp_path):
         forked(tmp_path / "stages", settings("sft", {"pipeline": 5}), models["Llama"], 5)
 
 
-def test_the_caller_has_no_process_group_afterwards(models):
+def test_the_command_and_that_it_leaves_nothing_behind(models, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(models["Llama"]))
+    file = tmp_path / "sft.toml"
+    file.write_text(f'model = "{tmp_path}/model"\nrun_dir = "r"\ndata = {{ train = "d" }}\nparallel = {{ tensor = 2 }}\n')
     before = torch.cuda.current_device
-    found = dry_run(settings("sft", {"tensor": 2}), models["Llama"], 4)
-    assert found.problems == () and found.peak_bytes > 0
+    assert main(["plan", str(file), "--gpus", "4", "--dry-run", "--format", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["problems"] == [] and told["layout"]["data"] == 2 and len(told["ranks"]) == 2
     assert not dist.is_initialized()
     assert torch.cuda.current_device is before
 
