@@ -21,7 +21,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from transformers import PretrainedConfig
 
@@ -45,6 +46,10 @@ _OPTIMIZER = {  # the default names no sharding and megatron-core then fails
     },
     "same_layout": {"distrib_optim_sharding_type": "dp_reshardable"},
 }
+
+
+_STATE_BYTES = 12
+"""of a parameter's float32 main parameter and two moments"""
 
 
 @dataclass(frozen=True)
@@ -328,6 +333,46 @@ def _sharded_state(engine: Engine, format: Format, loading: bool) -> dict[str, A
     shards = (topology.pipeline, topology.tensor)
     copy = topology.data_rank * topology.context + topology.context_rank
     return {**model, "optimizer": optimizer, "rng": ShardedObject("rng", rng, shards, place, replica_id=copy)}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank writes at a save, known without saving."""
+
+    weights: list[ShardedTensor]
+    optimizer_bytes: int
+    gathered_bytes: int
+    """main memory that gathering the optimizer's state takes on this rank, in which it stays until it is written"""
+
+
+def share(engine: Engine, format: Format) -> Share:
+    """This rank's share of a checkpoint. No collective: the model may lie on the meta device.
+
+    Weights are written by the first of the ranks that hold the same. So is, of a sharded optimizer, the state in the form
+    "reshardable", which is not asked of megatron-core here, because it would gather it: a main parameter and two moments for each
+    parameter, in float32, of those whose weights the rank writes.
+
+    Args:
+        format: `checkpoint.format` of the settings. An engine without optimizer writes weights alone.
+    """
+    model = {name: chunk.sharded_state_dict(metadata=dict(_METADATA)) for name, chunk in _chunks(engine).items()}
+    sharded = engine.optimizer is not None and engine.ddp[0].ddp_config.use_distributed_optimizer
+    state = {}
+    if engine.optimizer is not None and not (sharded and format == "reshardable"):
+        state = engine.optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA | _OPTIMIZER[format])
+    optimizer_bytes, gathered_bytes = sum(held.data.nbytes for held in _written(state)), 0
+    weights = _written(model)
+    if sharded and format == "reshardable" and dist.get_rank(engine.topology.data_context_group) == 0:
+        optimizer_bytes = _STATE_BYTES * sum(held.data.numel() for held in weights)
+        gathered_bytes = _STATE_BYTES * sum(buffer.numel_unpadded for ddp in engine.ddp for buffer in ddp.buffers)
+    return Share(weights, optimizer_bytes, gathered_bytes)
+
+
+def _written(state: dict[str, Any]) -> list[ShardedTensor]:
+    """Its tensors of which this rank is the main replica."""
+    apply_factories(state)
+    tensors = (held for held in nested_values(state) if isinstance(held, ShardedTensor))
+    return [held for held in tensors if is_main_replica(held.replica_id)]
 
 
 def _name(step: int) -> str:

@@ -104,7 +104,7 @@ class Engine:
         sharded = parallel.distributed_optimizer and optim.name == "adamw"  # SGD has no state to shard
         self.ddp = wrap_for_training(self.chunks, parallel, sharded)
         self.optimizer = build_optimizer(
-            optim, self.settings.model.dtype, self.ddp, sharded, gloo_groups=self.platform.backend != "gloo"
+            optim, self.settings.model.dtype, self.ddp, sharded, gloo_groups=self.platform.backend == "nccl"
         )
         self.schedule = Schedule(self.optimizer, optim, steps)
         config = self.chunks[0].config  # all chunks share it

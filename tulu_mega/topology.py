@@ -120,7 +120,7 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
-        create_gloo_process_groups=platform.backend != "gloo",  # where gloo carries everything the groups serve as they are
+        create_gloo_process_groups=platform.backend == "nccl",  # where gloo carries everything the groups serve as they are
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Topology(

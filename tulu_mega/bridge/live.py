@@ -303,6 +303,36 @@ class WeightMeta:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Outgoing:
+    """A whole tensor that a pipeline stage would send, known without sending."""
+
+    shape: tuple[int, ...]
+    elements: tuple[int, ...]
+    """that each tensor rank has of it; of a replicated tensor the first rank's alone"""
+
+
+def outgoing(chunks: Sequence[nn.Module], config: Config, family: Family, tp_size: int) -> dict[str, Outgoing]:
+    """What `LiveWeights` of these chunks' stage yields, in its order. No collective: the chunks may lie on the meta device.
+
+    Args:
+        chunks: a rank's model chunks, unwrapped.
+    """
+    shapes = family.hf_shapes(config)
+    items = sorted(_plan_export(chunks, family, config, tp_size), key=lambda item: _layer(item.hf_name, family))
+    return {
+        item.hf_name: Outgoing(
+            shapes[item.hf_name],
+            tuple(sum(_volume(piece.hf_region) for piece in pieces) for pieces in item.pieces),
+        )
+        for item in items
+    }
+
+
+def _volume(region: Region) -> int:
+    return math.prod(stop - start for start, stop in region)
+
+
 class LiveWeights:
     """A running model as a stream of whole Hugging Face tensors, stage by stage at once: vLLM's ``WeightSource`` in structure.
 

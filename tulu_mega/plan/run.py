@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 from tulu_mega.config import RmSettings
+from tulu_mega.dryrun.run import dry_run
+from tulu_mega.dryrun.show import tell
 from tulu_mega.errors import UserError
 from tulu_mega.plan.outlook import Outlook, Question, outlook
 from tulu_mega.plan.picture import draw
@@ -22,6 +24,9 @@ def run(settings: PlanSettings) -> None:
         UserError: with everything that is wrong with the file, or for which the run does not fit.
     """
     question = ask(settings)
+    if settings.dry_run:
+        tell(dry_run(question.settings, question.config, question.trainers), settings.format)
+        return
     results = search(question) if settings.search else [outlook(question)]
     _print(settings, results)
     if settings.picture:

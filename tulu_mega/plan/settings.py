@@ -24,6 +24,8 @@ class PlanSettings(Section):
     """Kind of GPU: a100 (80 GB), h100, h200 or b200, eight to a node."""
     search: bool = False
     """Rank layouts of these GPUs by predicted time instead of planning the file's own."""
+    dry_run: bool = False
+    """Build every distinct rank without memory and check that together they are the model, instead of planning."""
     top: PositiveInt = 10
     """Layouts shown by `search`."""
     format: Literal["table", "json"] = "table"

@@ -23,6 +23,7 @@ from tulu_mega.rollout.protocol import (
     Bucket,
     Checksum,
     Expected,
+    Manifest,
     abandon_message,
     begin_message,
     bucket_message,
@@ -62,6 +63,25 @@ class SyncReport:
         return self.bytes / self.seconds / 1e9
 
 
+def stream_dtype(model: str, servers: str) -> torch.dtype:
+    """What travels: no more bits than either end has.
+
+    Args:
+        model, servers: `model.dtype` and `rollout.dtype`.
+    """
+    return torch.bfloat16 if "bf16" in (model, servers) else torch.float32
+
+
+def sender_buckets(sender: int, names: Sequence[str], manifest: Manifest, limit: int) -> list[Bucket]:
+    """The buckets in which a sender's tensors travel, in their order.
+
+    Args:
+        limit: bytes (`rollout.bucket_mib`); small models have smaller buckets.
+    """
+    limit = min(limit, max(_SMALL_BUCKET, sum(manifest[name].nbytes for name in names) // _BUCKETS))
+    return plan_buckets(sender, names, manifest, limit)
+
+
 class WeightSync:
     """Connection of a trainer's ranks to servers that take its weights. Every rank has one; `connect` makes it."""
 
@@ -87,14 +107,13 @@ class WeightSync:
         """
         place, engine = session.topology, session.engine
         config = engine.hf.to_dict()
-        narrow = "bf16" in (session.settings.model.dtype, settings.dtype)  # no more bits than either end has
         weights = None
         if place.data_rank == 0 and place.context_rank == 0:
             weights = LiveWeights(
                 engine.chunks,
                 config,
                 family_for(config),
-                torch.bfloat16 if narrow else torch.float32,
+                stream_dtype(session.settings.model.dtype, settings.dtype),
                 **place.model_shard,
             )
         made = cls(engine, weights, weights is not None and place.tensor_rank == 0)
@@ -174,8 +193,7 @@ class WeightSync:
             for meta in self.weights.metadata()
         }
         names = self.weights.held_names()
-        limit = min(limit, max(_SMALL_BUCKET, sum(self._manifest[name].nbytes for name in names) // _BUCKETS))
-        self._buckets = plan_buckets(dist.get_rank(), names, self._manifest, limit)
+        self._buckets = sender_buckets(dist.get_rank(), names, self._manifest, limit)
         self._outbox = outbox(kind, max(bucket.nbytes for bucket in self._buckets), device, timeout)
         # Workers take buckets that they map in any order; a broadcast has to be the one that they wait for.
         abreast = SLOTS - 1 if self._outbox.mapped else 1

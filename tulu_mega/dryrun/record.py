@@ -1,0 +1,176 @@
+"""What is found out about ranks that were built without memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Box = tuple[tuple[int, int], ...]
+"""(start, stop) per axis."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parameter of a rank."""
+
+    name: str
+    """megatron-core's, with the layer's number in the whole model, from 0"""
+    shape: tuple[int, ...]
+    itemsize: int
+    cut: bool
+    """marked as cut over tensor ranks, as the gradient's norm is told; otherwise the same on all of them"""
+
+    @property
+    def elements(self) -> int:
+        """Of the shard."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Of the shard."""
+        return self.elements * self.itemsize
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A box of a tensor of the distributed checkpoint that a rank writes."""
+
+    key: str
+    whole: tuple[int, ...]
+    """shape of the tensor in the checkpoint; layers are its first axis"""
+    box: Box
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a rank holds beside its parameters to train them. D = DP x CP ranks share its gradients."""
+
+    sharded: bool
+    """whether the D ranks share the optimizer's state out; otherwise each has all of it"""
+    parameter_buffer: int
+    """bytes; more than the parameters by padding. 0 where parameters have no buffer (no distributed optimizer)"""
+    gradient_buffer: int
+    """bytes, float32"""
+    slice: int
+    """elements of the buffers that each of the D ranks updates, padding included"""
+    held_D: tuple[int, ...]
+    """of these, elements of parameters, rank by rank"""
+    saved_D: tuple[int, ...]
+    """elements of each moment and of the main parameters that each of the D ranks writes at a save"""
+    main: int
+    """elements of the parameters in this rank's own optimizer"""
+    optimizer_bytes: int
+    """this rank's own float32 main parameters (where they are no parameters of the model's) and moments"""
+    gathered: int
+    """bytes of main memory that megatron-core takes on the first of the D ranks to gather what it saves; 0 where it gathers
+    nothing"""
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What a rank sends to the rollout engines, or to the rank that does."""
+
+    tensors: dict[str, int]
+    """Hugging Face name -> bytes, of whole tensors that it sends to every engine, in their order; empty on ranks that do not"""
+    buckets: int
+    buffers: int
+    """bytes of the buffers that it sends from"""
+    to_first: int
+    """bytes that it sends to the first tensor rank of its stage"""
+
+    @property
+    def nbytes(self) -> int:
+        """Sent to each engine."""
+        return sum(self.tensors.values())
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """A rank that was built."""
+
+    rank: int
+    stage: int
+    """pipeline rank"""
+    tensor_rank: int
+    copy: int
+    """which of the DP x CP ranks that hold the same parameters"""
+    layers: tuple[int, ...]
+    """transformer layers of each chunk"""
+    shards: tuple[Shard, ...]
+    stored: tuple[Stored, ...]
+    """of the model's weights"""
+    weights_saved: int
+    """bytes of the model's weights that it writes at a save"""
+    optimizer_saved: int
+    """bytes of optimizer state that it writes at a save"""
+    beside: int
+    """bytes of the parameters of models that are held for scoring only"""
+    training: Training | None
+    sending: Sending | None
+
+    @property
+    def parameters(self) -> int:
+        """Elements of its parameters."""
+        return sum(shard.elements for shard in self.shards)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of its parameters, without padding of buffers."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @classmethod
+    def read(cls, told: dict[str, Any]) -> RankReport:
+        """From JSON."""
+        shards = tuple(Shard(each["name"], tuple(each["shape"]), each["itemsize"], each["cut"]) for each in told["shards"])
+        stored = tuple(
+            Stored(each["key"], tuple(each["whole"]), tuple((start, stop) for start, stop in each["box"]))
+            for each in told["stored"]
+        )
+        training = told["training"] and Training(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in told["training"].items()}
+        )
+        sending = told["sending"] and Sending(**told["sending"])
+        own = {"shards": shards, "stored": stored, "training": training, "sending": sending, "layers": tuple(told["layers"])}
+        return cls(**{**told, **own})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes along the axes."""
+
+    tensor: int
+    pipeline: int
+    virtual: int
+    context: int
+    data: int
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return self.tensor * self.pipeline * self.copies
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same parameters."""
+        return self.context * self.data
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A layout of which every distinct rank was built."""
+
+    layout: Layout
+    ranks: tuple[RankReport, ...]
+    """those of the first copy, by stage and tensor rank"""
+    replicas: int
+    """ranks of the last copy that were built to see that they are the same"""
+    hf_tensors: int
+    hf_parameters: int
+    """elements of the model, as Hugging Face's transformers builds it"""
+    problems: tuple[str, ...]
+    seconds: float
+    peak_bytes: int
+    """of memory, of the process that built the ranks"""

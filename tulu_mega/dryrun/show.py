@@ -1,0 +1,98 @@
+"""A dry run for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+
+from tulu_mega.dryrun.record import DryRun, RankReport
+from tulu_mega.errors import UserError
+
+_GIB = 2**30
+
+
+def as_json(found: DryRun) -> dict[str, Any]:
+    """Everything but the lists of parameters and of the checkpoint's boxes; sizes in bytes, lengths in elements."""
+    whole = asdict(found) | {"layout": asdict(found.layout) | {"world": found.layout.world}}
+    for told, report in zip(whole["ranks"], found.ranks, strict=True):
+        del told["shards"], told["stored"]
+        told |= {"parameters": report.parameters, "parameter_bytes": report.parameter_bytes}
+        if report.sending:
+            told["sending"] |= {"tensors": len(report.sending.tensors), "bytes": report.sending.nbytes}
+    return whole
+
+
+def table(found: DryRun) -> Group:
+    """A row for each pipeline rank, the largest of its tensor ranks, and a line of what was looked at."""
+    trains = any(report.training for report in found.ranks)
+    sends = any(report.sending for report in found.ranks)
+    drawn = Table(box=box.SIMPLE_HEAD, title="What a rank holds, writes and sends, GiB")
+    for column in ("stage", "layers", "parameters, M", "weights"):
+        drawn.add_column(column, justify="right")
+    if trains:
+        for column in ("gradients", "optimizer", "writes at a save", "gathers for it"):
+            drawn.add_column(column, justify="right")
+    if sends:
+        for column in ("to each engine", "its buffers"):
+            drawn.add_column(column, justify="right")
+    for stage in range(found.layout.pipeline):
+        drawn.add_row(*_row([report for report in found.ranks if report.stage == stage], trains, sends))
+    return Group(drawn, summary(found))
+
+
+def summary(found: DryRun) -> str:
+    """One line."""
+    layout = found.layout
+    if found.problems:
+        return f"{len(found.ranks)} distinct of {layout.world:,} ranks were built: {len(found.problems)} problems"
+    return (
+        f"{found.hf_parameters:,} parameters in {found.hf_tensors:,} tensors of transformers' model, each held once by "
+        f"{len(found.ranks)} distinct of {layout.world:,} ranks (TP{layout.tensor} PP{layout.pipeline} VPP{layout.virtual} "
+        f"CP{layout.context} DP{layout.data}); copies compared: {found.replicas}; nothing wrong found; {found.seconds:.0f} s, "
+        f"{found.peak_bytes / _GIB:.2f} GiB"
+    )
+
+
+def _row(group: Sequence[RankReport], trains: bool, sends: bool) -> list[str]:
+    first = group[0]
+    largest = max(report.parameters for report in group)
+    cells = [
+        str(first.stage),
+        " + ".join(map(str, first.layers)) if len(first.layers) < 5 else f"{len(first.layers)} chunks, {sum(first.layers)}",
+        f"{largest / 1e6:,.1f}",
+        _gib(max(report.parameter_bytes + report.beside for report in group)),
+    ]
+    if trains:
+        cells += [
+            _gib(max(report.training.gradient_buffer for report in group)),
+            _gib(max(report.training.optimizer_bytes for report in group)),
+            _gib(max(report.weights_saved + report.optimizer_saved for report in group)),
+            _gib(max(report.training.gathered for report in group)),
+        ]
+    if sends:
+        cells += [_gib(first.sending.nbytes), _gib(first.sending.buffers)]
+    return cells
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:,.2f}"
+
+
+def tell(found: DryRun, format: Literal["table", "json"] = "table") -> None:
+    """Writes it to standard output.
+
+    Raises:
+        UserError: with the dry run's problems, after all else.
+    """
+    if format == "json":
+        print(json.dumps(as_json(found), indent=2))
+    else:
+        Console().print(table(found))
+    if found.problems:
+        raise UserError(found.problems)

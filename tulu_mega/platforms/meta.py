@@ -1,0 +1,32 @@
+"""No device at all: megatron-core builds models, gradient buffers and optimizer of any size, and nothing of them takes memory.
+
+For a process of its own that computes nothing: it is of no other use afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tulu_mega.platforms import Platform, adam, cpu
+
+_META = torch.device("meta")
+
+
+def install() -> Platform:
+    """Makes torch's meta device what megatron-core takes for the current CUDA device. The back end of collectives is torch's fake
+    one.
+
+    Raises:
+        RuntimeError: where CUDA is available.
+    """
+    cpu.install()
+    torch.cuda.current_device = lambda: _META
+    plain_type = torch.Tensor.type
+
+    def cuda_type(self, *args, **kwargs):  # torch.cuda.meta.FloatTensor otherwise, which the optimizers do not know
+        told = plain_type(self, *args, **kwargs)
+        return told.replace(".meta.", ".") if isinstance(told, str) else told
+
+    torch.Tensor.type = cuda_type
+    adam.install()
+    return Platform(_META, "fake")
