@@ -112,7 +112,8 @@ def main() -> None:
     sides: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for side in ("full", "chunked", "masked"):
-            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--side", side, "--results", f"{folder}/{side}.pt"]
+            of_side = ["--side", side, "--results", f"{folder}/{side}.pt"]
+            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], *of_side]
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             sides[side] = json.loads(out.splitlines()[-1])
         full, chunked = (torch.load(f"{folder}/{side}.pt", weights_only=True) for side in ("full", "chunked"))
