@@ -25,23 +25,29 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def words(ignored: str) -> int:
+    """Of the vocabulary; so few that two of four ranks hold nothing but padding, with "padded ranks"."""
+    return 9 if ignored == "padded ranks" else VOCAB
+
+
 def case(ranks: int, ignored: str):
     from tulu_mega.bridge.rules import padded_vocab
     from tulu_mega.records import IGNORE
 
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(TOKENS + (-TOKENS) % ranks, HIDDEN, dtype=torch.float64, generator=generator)
-    padded = padded_vocab(VOCAB, ranks)
+    vocabulary = words(ignored)
+    padded = padded_vocab(vocabulary, ranks)
     weight = torch.randn(padded, HIDDEN, dtype=torch.float64, generator=generator)
-    weight[VOCAB:] = 9.0  # padding that would win the softmax if it took part
-    labels = torch.randint(0, VOCAB, (len(hidden),), generator=generator)
-    labels[{"some": slice(None, None, 3), "all": slice(None), "none": slice(0, 0)}[ignored]] = IGNORE
+    weight[vocabulary:] = 9.0  # padding that would win the softmax if it took part
+    labels = torch.randint(0, vocabulary, (len(hidden),), generator=generator)
+    labels[{"some": slice(None, None, 3), "all": slice(None)}.get(ignored, slice(0, 0))] = IGNORE
     upstream = torch.randn(2, len(hidden), dtype=torch.float64, generator=generator)  # for log-probabilities and entropies
     return hidden, weight, labels, upstream
 
 
-def ours(sequence_parallel: bool, workspace: int, ignored: str, temperature: float = 1.0, entropy: str = "no"):
-    """`entropy`: no | value | gradient, of it alone with "alone"."""
+def ours(sequence_parallel: bool, workspace: int, ignored: str, temperature: float = 1.0, entropy: str = "no", kernels="torch"):
+    """`entropy`: no | value | gradient, of it alone with "alone". `kernels`: "triton" means its interpreter."""
     import os
 
     from tulu_mega import platforms, topology
@@ -57,8 +63,8 @@ def ours(sequence_parallel: bool, workspace: int, ignored: str, temperature: flo
     shard = weight.chunk(size)[rank].clone().requires_grad_()
     with Largest() as seen:
         logp, entropies = token_logprobs(
-            mine, shard, labels, vocab_size=VOCAB, tensor_group=place.tensor_group, sequence_parallel=sequence_parallel,
-            temperature=temperature, entropy=entropy != "no", workspace=workspace,
+            mine, shard, labels, vocab_size=words(ignored), tensor_group=place.tensor_group, sequence_parallel=sequence_parallel,
+            temperature=temperature, entropy=entropy != "no", workspace=workspace, kernels=kernels,
         )  # fmt: skip
         loss = upstream[0] @ logp if entropy != "alone" else 0
         if entropy in ("gradient", "alone"):
@@ -68,12 +74,12 @@ def ours(sequence_parallel: bool, workspace: int, ignored: str, temperature: flo
     return logp.detach().numpy(), mine.grad.squeeze(1).numpy(), shard.grad.numpy(), given, seen.numel
 
 
-def truth(ranks: int, ignored: str, temperature: float = 1.0, entropy: str = "no"):
+def truth(ranks: int, ignored: str, temperature: float = 1.0, entropy: str = "no", kernels="torch"):
     from tulu_mega.records import IGNORE
 
     hidden, weight, labels, upstream = case(ranks, ignored)
     hidden.requires_grad_(), weight.requires_grad_()
-    full = (hidden @ weight[:VOCAB].t() / temperature).log_softmax(-1)
+    full = (hidden @ weight[: words(ignored)].t() / temperature).log_softmax(-1)
     logp = full.gather(1, labels.clamp(min=0)[:, None]).squeeze(1) * (labels != IGNORE)
     entropies = -(full.exp() * full).sum(-1) * (labels != IGNORE)
     weights = {"no": (1, 0), "value": (1, 0), "gradient": (1, 1), "alone": (0, 1)}[entropy]
@@ -84,7 +90,7 @@ def truth(ranks: int, ignored: str, temperature: float = 1.0, entropy: str = "no
 def compare(ranks, sequence_parallel, rows_a_chunk, ignored, *asked):
     from tulu_mega.bridge.rules import padded_vocab
 
-    local = padded_vocab(VOCAB, ranks) // ranks
+    local = padded_vocab(words(ignored), ranks) // ranks
     answers = world.run(ranks, ours, sequence_parallel, 4 * local * rows_a_chunk, ignored, *asked)
     answers = [[None if array is None else torch.from_numpy(array) for array in answer[:4]] for answer in answers]
     logp, d_hidden, d_weight, entropies = truth(ranks, ignored, *asked)
@@ -95,7 +101,7 @@ def compare(ranks, sequence_parallel, rows_a_chunk, ignored, *asked):
     got = torch.cat([a[1] for a in answers]) if sequence_parallel else answers[0][1]
     torch.testing.assert_close(got.double(), d_hidden, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(torch.cat([a[2] for a in answers]).double(), d_weight, rtol=1e-4, atol=2e-5)
-    assert (torch.cat([a[2] for a in answers])[VOCAB:] == 0).all()
+    assert (torch.cat([a[2] for a in answers])[words(ignored) :] == 0).all()
     return answers
 
 
@@ -108,6 +114,7 @@ def compare(ranks, sequence_parallel, rows_a_chunk, ignored, *asked):
         (2, False, 1000, "none"),
         (4, True, 3, "some"),
         (2, True, 5, "all"),
+        (4, True, 5, "padded ranks"),
     ],
 )
 def test_values_and_gradients(ranks, sequence_parallel, rows_a_chunk, ignored):
@@ -130,6 +137,19 @@ def test_values_and_gradients(ranks, sequence_parallel, rows_a_chunk, ignored):
 def test_entropy_and_temperature(ranks, sequence_parallel, rows_a_chunk, ignored, temperature, entropy):
     answers = compare(ranks, sequence_parallel, rows_a_chunk, ignored, temperature, entropy)
     assert all((answer[3] is None) == (entropy == "no") for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sequence_parallel", "rows_a_chunk", "ignored", "entropy"),
+    [
+        (2, True, 5, "some", "gradient"),
+        (2, True, 5, "all", "gradient"),
+        (4, True, 3, "some", "no"),
+        (4, False, 1000, "padded ranks", "gradient"),
+    ],
+)
+def test_triton_in_its_interpreter(ranks, sequence_parallel, rows_a_chunk, ignored, entropy):
+    compare(ranks, sequence_parallel, rows_a_chunk, ignored, 0.6, entropy, "triton")
 
 
 @pytest.mark.parametrize(("ranks", "rows_a_chunk"), [(1, 5), (1, 1000), (4, 5)])

@@ -50,6 +50,8 @@ class ModelSettings(Section):
     """Precision of parameters and activations while training; bf16 keeps fp32 main parameters."""
     spec: Literal["auto", "local", "te"] = "auto"
     """Layer implementation: Transformer Engine (`te`), our own over torch SDPA (`local`), or TE when importable."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Our own kernels: Triton's on GPUs where it can be imported and torch elsewhere (`auto`), or one of them everywhere."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: nothing, the attention core, or whole layers."""
     trust_remote_code: bool = False

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
+from tulu_kernels.dispatch import Backend
 
 from tulu_mega.bridge.rules import padded_vocab
 from tulu_mega.config import EngineSettings, ParallelSettings
@@ -35,8 +36,11 @@ def build_model(
     transformer_engine = use_transformer_engine(settings.model.spec, platform)
     config = transformer_config(hf, settings, transformer_engine)
     if topology.virtual == 1:
-        return [_chunk(hf, config, transformer_engine, topology, platform, reward, None)]
-    return [_chunk(hf, config, transformer_engine, topology, platform, reward, vp_stage) for vp_stage in range(topology.virtual)]
+        return [_chunk(hf, config, transformer_engine, topology, platform, reward, settings.model.kernels, None)]
+    return [
+        _chunk(hf, config, transformer_engine, topology, platform, reward, settings.model.kernels, vp_stage)
+        for vp_stage in range(topology.virtual)
+    ]
 
 
 def _chunk(
@@ -46,6 +50,7 @@ def _chunk(
     topology: Topology,
     platform: Platform,
     reward: bool,
+    kernels: Backend,
     vp_stage: int | None,
 ) -> PolicyModel | RewardModel:
     arguments = dict(
@@ -62,7 +67,10 @@ def _chunk(
         model = RewardModel(**arguments)
     else:
         model = PolicyModel(
-            **arguments, real_vocab_size=hf.vocab_size, share_embeddings_and_output_weights=hf.tie_word_embeddings
+            **arguments,
+            real_vocab_size=hf.vocab_size,
+            kernels=kernels,
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
         )
     # megatron-core knows Llama 3's scaling with its published constants only, and one embedding for all layers
     model.rotary_pos_emb.inv_freq = ropes(hf).frequencies.to(platform.device)

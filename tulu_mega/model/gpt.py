@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
+from tulu_kernels.dispatch import Backend
 
 from tulu_mega.logprobs import token_logprobs
 
@@ -28,11 +29,13 @@ class PolicyModel(GPTModel):
 
     Args:
         real_vocab_size: entries of the tokenizer's vocabulary; `vocab_size` is padded to divide over tensor ranks.
+        kernels: what the log-prob step runs on, see `tulu_kernels.dispatch`.
         The rest is GPTModel's.
     """
 
-    def __init__(self, *args, real_vocab_size: int, **kwargs):
+    def __init__(self, *args, real_vocab_size: int, kernels: Backend = "auto", **kwargs):
         super().__init__(*args, **kwargs)
+        self.kernels = kernels
         self.real_vocab_size = real_vocab_size
         self.temperature = 1.0
         self.gives_entropy = False
@@ -55,5 +58,6 @@ class PolicyModel(GPTModel):
             sequence_parallel=self.config.sequence_parallel,
             temperature=self.temperature,
             entropy=self.gives_entropy,
+            kernels=self.kernels,
         )
         return logp_T[None] if entropy_T is None else (logp_T[None], entropy_T[None])
