@@ -4,7 +4,7 @@ Nothing heavy is imported before it is needed, so that ``--help`` answers at onc
 code as ``module:attribute`` strings.
 
 Exit status: 0 done · 2 the user can mend it (each problem on standard error as ``error: ...``) · 130 interrupted ·
-143 terminated · otherwise the status of the rank that failed.
+143 asked to end (SIGTERM, SIGUSR1; a run that trains has saved then) · otherwise the status of the rank that failed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tulu_mega import __version__, launcher
-from tulu_mega.errors import UserError, nearest
+from tulu_mega.errors import Stopped, UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         launcher.report(error.problems)
         return 2
+    except Stopped as stopped:
+        launcher.report_stop(stopped)
+        return stopped.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `tulu-mega ... | head`

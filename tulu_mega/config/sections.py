@@ -257,6 +257,8 @@ class CheckpointSettings(Section):
     no rank gathers another's part, and resumes under the same tensor, pipeline and context sizes, stages and buckets only."""
     asynchronous: bool = False
     """Write while training goes on, from copies in main memory; one save at a time, the next waits for it."""
+    grace: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that the launcher, when it is asked to end (SIGTERM, SIGUSR1), leaves its ranks to end their step and save it."""
     export: bool = True
     """Write the trained model in Hugging Face format to RUN_DIR/hf at the end."""
     export_dtype: Literal["model", "bf16", "fp32"] = "model"

@@ -12,7 +12,9 @@ from typing import Any
 from tulu_mega import checkpoint
 from tulu_mega.config import CheckpointSettings
 from tulu_mega.data.loader import PackedLoader, StepData
+from tulu_mega.ending import Ending
 from tulu_mega.engine import BatchLoss, Engine, Objective
+from tulu_mega.errors import Stopped
 from tulu_mega.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.recipes.run import Skips
 
@@ -57,6 +59,7 @@ class Fit:
     """of a whole step"""
     log: MetricsLog | None
     """rank 0's"""
+    ending: Ending
     heldout: HeldOut | None = None
     first: FirstLoss | None = None
     _saving: float = field(default=0.0, init=False)
@@ -66,49 +69,54 @@ class Fit:
 
         Raises:
             UserError: a checkpoint cannot be written, or too many steps in a row are not finite.
+            Stopped: on every rank, after a step at whose end one of them had been asked to end.
         """
         saver = checkpoint.Saver(
             self.engine, self.directory, self.settings.keep, self.settings.format, self.settings.asynchronous
         )
-        for step in range(start, self.loader.steps):
-            began = time.perf_counter()
-            data = self.loader.batches(step)
-            packed = time.perf_counter()
-            loss = self.engine.forward_backward(data.micro_batches, self.objective)
-            computed = time.perf_counter()
-            if self.first and step == 0:
-                self.first(loss)
-            update = self.engine.optimizer_step(step, loss.loss)
-            ended = time.perf_counter()
-            seconds = StepSeconds(packed - began, computed - packed, ended - computed, self._saving)
-            self._saving = 0.0
-            self.skips.note(
-                update.applied, step + 1, loss.loss, update.grad_norm, functools.partial(self._told, data), self.log is not None
-            )
-            heldout = self._evaluated(step + 1)
-            if self.log:
-                self.log.step(
-                    StepRecord(
-                        step=step + 1,
-                        loss=loss.loss,
-                        grad_norm=update.grad_norm,
-                        lr=update.lr,
-                        tokens=data.tokens,
-                        supervised_tokens=data.supervised_tokens,
-                        padding=data.padding,
-                        flops=self.flops(data),
-                        seconds=seconds,
-                        extra={
-                            **loss.metrics,
-                            **heldout,
-                            "sequences": data.sequences,
-                            "schedule_efficiency": data.schedule_efficiency,
-                            "skipped_steps": self.skips.total,
-                        },
-                    )
-                )
-            self._save_if_due(saver, step + 1)
+        with self.ending:
+            for step in range(start, self.loader.steps):
+                self._step(step, saver)
         saver.finish()
+
+    def _step(self, step: int, saver: checkpoint.Saver) -> None:
+        began = time.perf_counter()
+        data = self.loader.batches(step)
+        packed = time.perf_counter()
+        loss = self.engine.forward_backward(data.micro_batches, self.objective)
+        computed = time.perf_counter()
+        if self.first and step == 0:
+            self.first(loss)
+        update = self.engine.optimizer_step(step, loss.loss)
+        ended = time.perf_counter()
+        seconds = StepSeconds(packed - began, computed - packed, ended - computed, self._saving)
+        self._saving = 0.0
+        self.skips.note(
+            update.applied, step + 1, loss.loss, update.grad_norm, functools.partial(self._told, data), self.log is not None
+        )
+        heldout = self._evaluated(step + 1)
+        if self.log:
+            self.log.step(
+                StepRecord(
+                    step=step + 1,
+                    loss=loss.loss,
+                    grad_norm=update.grad_norm,
+                    lr=update.lr,
+                    tokens=data.tokens,
+                    supervised_tokens=data.supervised_tokens,
+                    padding=data.padding,
+                    flops=self.flops(data),
+                    seconds=seconds,
+                    extra={
+                        **loss.metrics,
+                        **heldout,
+                        "sequences": data.sequences,
+                        "schedule_efficiency": data.schedule_efficiency,
+                        "skipped_steps": self.skips.total,
+                    },
+                )
+            )
+        self._save_if_due(saver, step + 1, asked=self.ending.asked())
 
     def _told(self, data: StepData) -> list[dict[str, Any]]:
         return [{"row": row, "where": self.where(row)} for row in data.rows]
@@ -121,10 +129,13 @@ class Fit:
             self.log.evaluated(done, found)
         return found
 
-    def _save_if_due(self, saver: checkpoint.Saver, done: int) -> None:
+    def _save_if_due(self, saver: checkpoint.Saver, done: int, asked: bool) -> None:
         saver.poll()
         every = self.settings.every
-        if done == self.loader.steps or (every and done % every == 0):
+        if asked or done == self.loader.steps or (every and done % every == 0):
             began = time.perf_counter()
             saver.save(done, self.skips.state)
             self._saving = time.perf_counter() - began
+        if asked:
+            saver.finish()
+            raise Stopped(done)

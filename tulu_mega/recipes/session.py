@@ -20,7 +20,7 @@ from tulu_mega.bridge.live import export_hf, load_hf
 from tulu_mega.config import EngineSettings
 from tulu_mega.data.packing import Alignment
 from tulu_mega.engine import Engine
-from tulu_mega.errors import UserError
+from tulu_mega.errors import Stopped, UserError
 from tulu_mega.launcher import World
 from tulu_mega.model.hf_config import load_config
 from tulu_mega.model.reward import HEAD
@@ -137,7 +137,11 @@ def opened(settings: EngineSettings, world: World, seed: int, reward: bool | Non
     """
     platform = platforms.install(world.local_rank)
     place = topology.start(settings.parallel, platform, seed)
-    yield _session(settings, place, platform, seed, reward)
+    try:
+        yield _session(settings, place, platform, seed, reward)
+    except Stopped:  # on every rank
+        topology.stop()
+        raise
     topology.stop()  # after an error the others may be waiting in a collective: the process ends instead
 
 

@@ -13,6 +13,7 @@ from tulu_mega.config import DataSettings, PreferenceStageSettings, StageSetting
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.loader import PackedLoader, StepData
 from tulu_mega.data.store import REJECTS, TokenStore
+from tulu_mega.ending import Ending
 from tulu_mega.engine import Objective
 from tulu_mega.launcher import World
 from tulu_mega.planner.flops import head_columns, training_flops
@@ -60,6 +61,7 @@ class Stage(Run):
 
         Raises:
             UserError: on every rank, for whatever the user can mend.
+            Stopped: on every rank, when one was asked to end.
         """
         loader.check()
         found = self.weights(loader.steps)
@@ -89,6 +91,7 @@ class Stage(Run):
                 where=self.store.where,
                 flops=flops,
                 log=log,
+                ending=Ending(engine.platform.device),
                 heldout=heldout,
                 first=first,
             )
