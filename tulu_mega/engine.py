@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -92,6 +92,8 @@ class Engine:
         """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
         self.temperature = 1.0
         """logits are divided by it, in training and in scoring: for policies, whose responses are drawn at it"""
+        self.at: Callable[[str], None] = _unmarked
+        """told of what this rank is about whenever it makes progress; see `watchdog.Watchdog.at`"""
         self.ddp: list[DistributedDataParallel] = []
         self.optimizer: MegatronOptimizer | None = None
 
@@ -146,6 +148,7 @@ class Engine:
             step: from 0; decides the learning rate.
             loss: of the batch the gradients are of.
         """
+        self.at("update")
         lr = self.schedule.set(step)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
@@ -261,6 +264,7 @@ class Engine:
         return whole_T
 
     def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+        self.at("forward and backward" if model.training else "forward")
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens_S1,
@@ -319,6 +323,10 @@ class Engine:
         (loss, count), *rest = sums.view(-1, 2).tolist()
         metrics = {name: total / max(n, 1) for name, (total, n) in zip(names, rest, strict=True)}
         return BatchLoss(loss / max(count, 1), int(count), metrics | dict(zip(objective.largest, largest.tolist(), strict=True)))
+
+
+def _unmarked(_what: str) -> None:
+    """Where nobody watches."""
 
 
 def _stacked(values: Sequence[Tensor | float], device: torch.device) -> Tensor:

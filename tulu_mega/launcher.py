@@ -223,9 +223,7 @@ def _start_world(
     return status
 
 
-def _one_world(
-    size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], grace: float
-) -> tuple[int, bool]:
+def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], grace: float) -> tuple[int, bool]:
     """The exit status of a world, and whether another one would fare no better."""
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tulu_mega_")))

@@ -33,6 +33,7 @@ from tulu_mega.config.sections import (
     Section,
     TrainSettings,
     WandbSettings,
+    WatchdogSettings,
 )
 from tulu_mega.config.source import describe, load
 
@@ -70,6 +71,7 @@ __all__ = [
     "StageSettings",
     "TrainSettings",
     "WandbSettings",
+    "WatchdogSettings",
     "describe",
     "load",
 ]

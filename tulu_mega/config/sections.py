@@ -265,6 +265,18 @@ class CheckpointSettings(Section):
     """Precision of the exported model; `model` keeps the training precision."""
 
 
+class WatchdogSettings(Section):
+    alone: ClassVar[str] = "timeout"
+    timeout: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds a rank may go without progress (a micro-batch, an update, a checkpoint, a round of generation); then each rank
+    prints where it is and which ranks it waits for, and the run ends. 0: wait for ever."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return {"timeout": value} if isinstance(value, int | float) else value
+
+
 class WandbSettings(Section):
     mode: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "tulu_mega"

@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,8 @@ def run(settings: GrpoSettings, world: World) -> None:
 class _Step:
     """What a step has come to so far."""
 
+    at: Callable[[str], None]
+    """told of each part that begins"""
     groups: list[list[Response]] = field(default_factory=list)
     rollouts: StepRollouts | None = None
     """rank 0's"""
@@ -91,6 +93,7 @@ class _Step:
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Adds what the block takes to a name's seconds."""
+        self.at(name)
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
@@ -122,8 +125,10 @@ class Policy:
     log: MetricsLog | None = None
     """rank 0's"""
     empty_in_a_row: int = 0
-    now: _Step = field(default_factory=_Step)
     _saving: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.now = _Step(self.session.watch.at)
 
     @property
     def session(self) -> Session:
@@ -131,7 +136,8 @@ class Policy:
 
     def collect(self, step: int) -> None:
         """Responses of the newest weights, judged; every rank gets those that are trained on."""
-        self.now = _Step()
+        self.session.watch.step(step + 1)
+        self.now = _Step(self.session.watch.at)
         with self.now.timed("collecting"):
             self.now.groups = self.crew.share(partial(self._rollouts, step))
 

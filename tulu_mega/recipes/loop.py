@@ -17,6 +17,7 @@ from tulu_mega.engine import BatchLoss, Engine, Objective
 from tulu_mega.errors import Stopped
 from tulu_mega.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.recipes.run import Skips
+from tulu_mega.watchdog import Watchdog
 
 FirstLoss = Callable[[BatchLoss], None]
 """Looks at the loss of the first step before its update; raises UserError, on every rank, when it cannot be right."""
@@ -60,6 +61,7 @@ class Fit:
     log: MetricsLog | None
     """rank 0's"""
     ending: Ending
+    watch: Watchdog
     heldout: HeldOut | None = None
     first: FirstLoss | None = None
     _saving: float = field(default=0.0, init=False)
@@ -80,6 +82,7 @@ class Fit:
         saver.finish()
 
     def _step(self, step: int, saver: checkpoint.Saver) -> None:
+        self.watch.step(step + 1)
         began = time.perf_counter()
         data = self.loader.batches(step)
         packed = time.perf_counter()

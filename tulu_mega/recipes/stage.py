@@ -92,6 +92,7 @@ class Stage(Run):
                 flops=flops,
                 log=log,
                 ending=Ending(engine.platform.device),
+                watch=self.session.watch,
                 heldout=heldout,
                 first=first,
             )
