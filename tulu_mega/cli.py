@@ -10,6 +10,7 @@ Exit status: 0 done · 2 the user can mend it (each problem on standard error as
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import textwrap
@@ -211,19 +212,25 @@ def _check(arguments: list[str]) -> int:
     """``check [COMMAND] config.toml [flags]``: prints the resolved settings and everything that is wrong."""
     if not arguments or any(flag in HELP for flag in arguments):
         print(
-            f"usage: tulu-mega check [COMMAND] [config.toml] [--section.key value ...]\n\n{CHECK_SUMMARY}.\n"
+            f"usage: tulu-mega check [--cluster] [COMMAND] [config.toml] [--section.key value ...]\n\n{CHECK_SUMMARY}.\n"
+            "--cluster looks at what differs or fails between machines; started on each of them as the run is (docs/launch.md).\n"
             f"COMMAND is {', '.join(COMMANDS)}; sft when left out. Exit status 0: nothing is wrong; 2: something is."
         )
         return 0
+    cluster, arguments = "--cluster" in arguments, [argument for argument in arguments if argument != "--cluster"]
     name = "sft"
     if _name(arguments)[0] in COMMANDS:
         name, arguments = _name(arguments)
     settings = _settings(COMMANDS[name], arguments)
+    if cluster:
+        nodes = launcher.resolve("tulu_mega.cluster:check")(settings)
+        if int(os.environ["RANK"]):
+            return 0
     print(as_toml(settings.model_dump()))
     problems = launcher.resolve("tulu_mega.preflight:check")(settings)
     if problems:
         raise UserError(problems)
-    print(f"# {name}: nothing wrong found")
+    print(f"# {name}: nothing wrong found{f' on {nodes} nodes' if cluster else ''}")
     return 0
 
 

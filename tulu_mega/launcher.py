@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _LAUNCHER_PID = "TULU_MEGA_LAUNCHER_PID"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun gives one to each of its ranks and shows what is in it; so do we
 _TAIL_LINES = 20
+_AGENT_SECONDS = 5.0
 ASKS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to end (SIGUSR1 is for Slurm's --signal): handed on to the ranks, which may save. Others end them at once."""
 
@@ -172,8 +173,10 @@ def report_stop(stopped: Stopped) -> None:
     _record(str(stopped), {"stopped": stopped.step})
     if os.environ.get("RANK") == "0":
         print(stopped, file=sys.stderr, flush=True)
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0":
-        os.kill(os.getppid(), signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if os.environ.get("LOCAL_RANK") == "0":
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(_AGENT_SECONDS)  # it ends us; before it was asked, it would take our end for a failure
 
 
 def record_crash(error: BaseException) -> None:

@@ -113,6 +113,7 @@ def test_one_rank_of_each_node_asks_a_foreign_torchrun(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
     from tulu_mega import launcher
 
+    monkeypatch.setattr(launcher, "_AGENT_SECONDS", 0.0)
     for rank, local in (("0", "0"), ("1", "1"), ("2", "0")):
         for name, value in {"RANK": rank, "LOCAL_RANK": local, "TORCHELASTIC_RUN_ID": "x"}.items():
             monkeypatch.setenv(name, value)
