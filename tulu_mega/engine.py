@@ -71,7 +71,8 @@ class Update:
     """global, before clipping"""
     lr: float
     applied: bool
-    """False when loss or gradient was not finite: parameters and optimizer state stay as they were"""
+    """False when loss or gradient was not finite, or not allowed: parameters and optimizer state stay as they were"""
+    finite: bool = True
 
 
 class Engine:
@@ -141,25 +142,27 @@ class Engine:
         with self._evaluating():
             return self._losses(micro_batches, objective, forward_only=True)
 
-    def optimizer_step(self, step: int, loss: float) -> Update:
+    def optimizer_step(self, step: int, loss: float, allow: Callable[[float, float], bool] | None = None) -> Update:
         """Clips by the global norm and updates, unless loss or norm is not finite.
 
         Args:
             step: from 0; decides the learning rate.
             loss: of the batch the gradients are of.
+            allow: of loss and norm, when they are finite, whether to update; the same on every rank.
         """
         self.at("update")
         lr = self.schedule.set(step)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        applied = math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        applied = finite and (allow is None or allow(loss, norm))
         if applied:
             if self.optim.clip > 0:
                 parameters = self.optimizer_parameters()
                 if parameters:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self.optim.clip, total_norm=norm)
             self.optimizer.step_with_ready_grads()
-        return Update(norm, lr, applied)
+        return Update(norm, lr, applied, finite)
 
     def optimizer_parameters(self) -> list[Tensor]:
         """The (main) parameters this rank's optimizer updates."""

@@ -151,6 +151,16 @@ class ParallelSettings(Section):
         return self
 
 
+class SpikeSettings(Section):
+    alone: ClassVar[str] = "action"
+    action: Literal["warn", "skip", "stop"] = "warn"
+    """When loss or gradient norm leap: say so; leave the update out as well; or save what was before it and stop."""
+    factor: Annotated[float, Field(ge=0)] = 10.0
+    """How many times the median of the last steps is a leap; 0 looks for none."""
+    window: PositiveInt = 50
+    """Steps that the median is of."""
+
+
 class TrainSettings(Section):
     steps: PositiveInt | None = None
     """Optimizer steps; unset, the steps that `epochs` take."""
@@ -162,6 +172,7 @@ class TrainSettings(Section):
     """Packed micro-batches a step on each data-parallel rank; the fewest that hold the batch when unset."""
     max_skipped: PositiveInt = 5
     """Stop after this many steps in a row whose loss or gradient is not finite."""
+    spike: SpikeSettings = SpikeSettings()
     log_every: PositiveInt = 1
     """Steps between console lines (metrics.jsonl has every step)."""
 

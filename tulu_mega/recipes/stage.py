@@ -22,6 +22,7 @@ from tulu_mega.recipes.loop import FirstLoss, Fit, HeldOut
 from tulu_mega.recipes.run import Run
 from tulu_mega.recipes.session import opened, write_settings
 from tulu_mega.run_lock import locked
+from tulu_mega.spikes import Spikes
 
 
 @dataclass
@@ -67,8 +68,11 @@ class Stage(Run):
         found = self.weights(loader.steps)
         start = found.step if found else 0
         skips = self.skips(self.settings.train.max_skipped)
+        spikes = Spikes(self.settings.train.spike)
         if found:
             skips.restore(found.state)
+            if "spikes" in found.state:  # not in checkpoints of before they were looked for
+                spikes.restore(found.state["spikes"])
         engine, lead = self.session.engine, self.session.lead
         config = engine.hf.to_dict()
 
@@ -93,6 +97,7 @@ class Stage(Run):
                 log=log,
                 ending=Ending(engine.platform.device),
                 watch=self.session.watch,
+                spikes=spikes,
                 heldout=heldout,
                 first=first,
             )
