@@ -125,6 +125,10 @@ def check(settings: Section) -> int:
     if rank == 0:
         store.set("found", json.dumps(found))
     found = json.loads(store.get("found"))
+    store.set(f"told/{rank}", "")
+    if rank == 0:  # the store may be this process's
+        with contextlib.suppress(dist.DistError):
+            store.wait([f"told/{each}" for each in range(size)], timedelta(seconds=10))
     if not found:
         found = _collective(store, rank, size)
     if found:
