@@ -126,6 +126,7 @@ class Saver:
             UserError: on every rank, when this save (or, asynchronously, the one before) fails; earlier ones are untouched.
         """
         self.finish()
+        self._engine.at("checkpoint")
         engine, directory = self._engine, self._directory
         partial = directory / from_lead(f"{_name(step)}.partial-{uuid.uuid4().hex[:8]}")
         what = f"checkpoint of step {step} could not be written to {directory}"
@@ -166,6 +167,7 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        self._engine.at("checkpoint")
         failure = None
         try:
             pending.writing.result() if pending.writing else pending.sharded.write()

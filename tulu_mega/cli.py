@@ -4,12 +4,13 @@ Nothing heavy is imported before it is needed, so that ``--help`` answers at onc
 code as ``module:attribute`` strings.
 
 Exit status: 0 done · 2 the user can mend it (each problem on standard error as ``error: ...``) · 130 interrupted ·
-143 terminated · otherwise the status of the rank that failed.
+143 asked to end (SIGTERM, SIGUSR1; a run that trains has saved then) · otherwise the status of the rank that failed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tulu_mega import __version__, launcher
-from tulu_mega.errors import UserError, nearest
+from tulu_mega.errors import Stopped, UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         launcher.report(error.problems)
         return 2
+    except Stopped as stopped:
+        launcher.report_stop(stopped)
+        return stopped.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `tulu-mega ... | head`
@@ -215,19 +219,25 @@ def _check(arguments: list[str]) -> int:
     """``check [COMMAND] config.toml [flags]``: prints the resolved settings and everything that is wrong."""
     if not arguments or any(flag in HELP for flag in arguments):
         print(
-            f"usage: tulu-mega check [COMMAND] [config.toml] [--section.key value ...]\n\n{CHECK_SUMMARY}.\n"
+            f"usage: tulu-mega check [--cluster] [COMMAND] [config.toml] [--section.key value ...]\n\n{CHECK_SUMMARY}.\n"
+            "--cluster looks at what differs or fails between machines; started on each of them as the run is (docs/launch.md).\n"
             f"COMMAND is {', '.join(COMMANDS)}; sft when left out. Exit status 0: nothing is wrong; 2: something is."
         )
         return 0
+    cluster, arguments = "--cluster" in arguments, [argument for argument in arguments if argument != "--cluster"]
     name = "sft"
     if _name(arguments)[0] in COMMANDS:
         name, arguments = _name(arguments)
     settings = _settings(COMMANDS[name], arguments)
+    if cluster:
+        nodes = launcher.resolve("tulu_mega.cluster:check")(settings)
+        if int(os.environ["RANK"]):
+            return 0
     print(as_toml(settings.model_dump()))
     problems = launcher.resolve("tulu_mega.preflight:check")(settings)
     if problems:
         raise UserError(problems)
-    print(f"# {name}: nothing wrong found")
+    print(f"# {name}: nothing wrong found{f' on {nodes} nodes' if cluster else ''}")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -71,7 +71,8 @@ class Update:
     """global, before clipping"""
     lr: float
     applied: bool
-    """False when loss or gradient was not finite: parameters and optimizer state stay as they were"""
+    """False when loss or gradient was not finite, or not allowed: parameters and optimizer state stay as they were"""
+    finite: bool = True
 
 
 class Engine:
@@ -92,6 +93,8 @@ class Engine:
         """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
         self.temperature = 1.0
         """logits are divided by it, in training and in scoring: for policies, whose responses are drawn at it"""
+        self.at: Callable[[str], None] = _unmarked
+        """told of what this rank is about whenever it makes progress; see `watchdog.Watchdog.at`"""
         self.ddp: list[DistributedDataParallel] = []
         self.optimizer: MegatronOptimizer | None = None
 
@@ -139,24 +142,27 @@ class Engine:
         with self._evaluating():
             return self._losses(micro_batches, objective, forward_only=True)
 
-    def optimizer_step(self, step: int, loss: float) -> Update:
+    def optimizer_step(self, step: int, loss: float, allow: Callable[[float, float], bool] | None = None) -> Update:
         """Clips by the global norm and updates, unless loss or norm is not finite.
 
         Args:
             step: from 0; decides the learning rate.
             loss: of the batch the gradients are of.
+            allow: of loss and norm, when they are finite, whether to update; the same on every rank.
         """
+        self.at("update")
         lr = self.schedule.set(step)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        applied = math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        applied = finite and (allow is None or allow(loss, norm))
         if applied:
             if self.optim.clip > 0:
                 parameters = self.optimizer_parameters()
                 if parameters:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self.optim.clip, total_norm=norm)
             self.optimizer.step_with_ready_grads()
-        return Update(norm, lr, applied)
+        return Update(norm, lr, applied, finite)
 
     def optimizer_parameters(self) -> list[Tensor]:
         """The (main) parameters this rank's optimizer updates."""
@@ -261,6 +267,7 @@ class Engine:
         return whole_T
 
     def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+        self.at("forward and backward" if model.training else "forward")
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens_S1,
@@ -319,6 +326,10 @@ class Engine:
         (loss, count), *rest = sums.view(-1, 2).tolist()
         metrics = {name: total / max(n, 1) for name, (total, n) in zip(names, rest, strict=True)}
         return BatchLoss(loss / max(count, 1), int(count), metrics | dict(zip(objective.largest, largest.tolist(), strict=True)))
+
+
+def _unmarked(_what: str) -> None:
+    """Where nobody watches."""
 
 
 def _stacked(values: Sequence[Tensor | float], device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one exception users see as a message instead of a traceback."""
+"""The exceptions that users see as a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -21,6 +21,21 @@ class UserError(Exception):
 
     def __reduce__(self):  # crosses process boundaries (broadcast from rank 0, worker pools)
         return type(self), (self.problems,)
+
+
+class Stopped(Exception):
+    """A run was asked to end and did so after a step that it has saved: the same command goes on from there.
+
+    Args:
+        step: steps done.
+    """
+
+    status = 143
+    """Exit status, whichever signal asked: that of a process which SIGTERM ended."""
+
+    def __init__(self, step: int):
+        self.step = step
+        super().__init__(f"asked to end: stopped after step {step}, which is saved; the same command goes on from there")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega.errors import UserError
+from tulu_mega.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import PContext
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 _LAUNCHER_PID = "TULU_MEGA_LAUNCHER_PID"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun gives one to each of its ranks and shows what is in it; so do we
 _TAIL_LINES = 20
+_AGENT_SECONDS = 5.0
+ASKS = (signal.SIGTERM, signal.SIGUSR1)
+"""What asks a run to end (SIGUSR1 is for Slurm's --signal): handed on to the ranks, which may save. Others end them at once."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ def run(target: str, settings: EngineSettings, program: Sequence[str], prepare: 
         if hasattr(settings, "rollout") and not settings.rollout.urls:
             beside = resolve("tulu_mega.rollout.beside:servers")(settings, trainers=size)
             environ = stack.enter_context(beside).for_ranks  # they start while the ranks do
-        return _start_world(size, getattr(settings, "run_dir", None), list(program), environ, getattr(settings, "restarts", 0))
+        grace = settings.checkpoint.grace if hasattr(settings, "checkpoint") else 10.0
+        starts = 1 + getattr(settings, "restarts", 0)
+        return _start_world(size, getattr(settings, "run_dir", None), list(program), environ, starts, grace)
 
 
 def joined_world(parallel: ParallelSettings, env: Mapping[str, str]) -> World:
@@ -160,6 +165,20 @@ def report(problems: Sequence[str]) -> None:
         print(f"{prefix}error: {problem}", file=sys.stderr, flush=True)
 
 
+def report_stop(stopped: Stopped) -> None:
+    """In a rank that was asked to end, and has: says so, once for the whole world, to the user and to whoever started the ranks.
+
+    torchrun starts ranks again that end as these do, on every node that was not asked itself: one rank of each node asks it.
+    """
+    _record(str(stopped), {"stopped": stopped.step})
+    if os.environ.get("RANK") == "0":
+        print(stopped, file=sys.stderr, flush=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if os.environ.get("LOCAL_RANK") == "0":
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(_AGENT_SECONDS)  # it ends us; before it was asked, it would take our end for a failure
+
+
 def record_crash(error: BaseException) -> None:
     """In a rank: notes an exception that nobody expected, so that the launcher can tell which rank failed first."""
     if "RANK" in os.environ:
@@ -195,17 +214,19 @@ def _check_devices(parallel: ParallelSettings, size: int) -> None:
         )
 
 
-def _start_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], restarts: int) -> int:
-    """Starts the ranks, and again when one fails for a reason that the user cannot mend, at most `restarts` times."""
-    for attempt in range(restarts + 1):
-        status, final = _one_world(size, run_dir, program, environ)
-        if final or attempt == restarts:
+def _start_world(
+    size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], starts: int, grace: float
+) -> int:
+    """Starts the ranks, and again when one fails for a reason that the user cannot mend; at most `starts` times."""
+    for start in range(1, starts + 1):
+        status, final = _one_world(size, run_dir, program, environ, grace)
+        if final or start == starts:
             break
-        print(f"the ranks are started again ({attempt + 1} of {restarts} times)", file=sys.stderr, flush=True)
+        print(f"the ranks are started again ({start} of {starts - 1} times)", file=sys.stderr, flush=True)
     return status
 
 
-def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str]) -> tuple[int, bool]:
+def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], grace: float) -> tuple[int, bool]:
     """The exit status of a world, and whether another one would fare no better."""
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tulu_mega_")))
@@ -216,7 +237,7 @@ def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapp
             raise UserError(f"run_dir: {logs} cannot be made: {error.strerror}; choose a directory you may write") from None
         store = _loopback_store()
         stack.enter_context(_signals_restored())
-        return _wait(_ranks(size, program, store.port, logs, scratch, environ), size, scratch)
+        return _wait(_ranks(size, program, store.port, logs, scratch, environ), size, scratch, grace)
 
 
 def _loopback_store():
@@ -268,29 +289,44 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
         for rank in range(size)
     }
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say what failed
-    return start_processes("tulu_mega", program[0], {rank: tuple(program[1:]) for rank in range(size)}, envs, RankLogs())
+    ranks = start_processes("tulu_mega", program[0], {rank: tuple(program[1:]) for rank in range(size)}, envs, RankLogs())
+    signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))  # elastic has taken that over
+    return ranks
 
 
 def _error_file(scratch: Path, rank: int) -> Path:
     return scratch / f"rank_{rank}.error.json"
 
 
-def _wait(context: PContext, size: int, scratch: Path) -> tuple[int, bool]:
+def _wait(context: PContext, size: int, scratch: Path, grace: float) -> tuple[int, bool]:
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     try:
         result = context.wait(period=0.1)
     except SignalException as asked:
+        if asked.sigval not in ASKS:
+            context.close(death_sig=signal.SIGKILL, timeout=5)
+            return 128 + asked.sigval, True
+        ends = time.monotonic() + grace
         try:
-            context.close(death_sig=signal.SIGTERM, timeout=10)
+            context.close(death_sig=asked.sigval, timeout=grace)
         except SignalException:  # asked again
             context.close(death_sig=signal.SIGKILL, timeout=5)
-        return 128 + asked.sigval, True
+        if time.monotonic() > ends:
+            print(
+                f"warning: the ranks did not end within {grace:g} s and were killed; what was done since the last checkpoint is "
+                "lost. checkpoint.grace sets how long they have; it should cover a step and a save",
+                file=sys.stderr,
+                flush=True,
+            )
+        return Stopped.status, True
     if not result.is_failed():
         return 0, True
     codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
     records = {rank: _read_record(_error_file(scratch, rank)) for rank in codes}
     rank = _first_failure(codes, records)
+    if "stopped" in records[rank]:  # a rank was asked, not the launcher
+        return codes[rank], True
     if "problems" in records[rank]:
         report(records[rank]["problems"])
         return codes[rank], True
@@ -344,7 +380,8 @@ def _tail(file: str) -> list[str]:
 @contextlib.contextmanager
 def _signals_restored() -> Iterator[None]:
     """Elastic takes these signals over when it starts processes; afterwards they do again what they did."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    taken = (*ASKS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in taken}
     try:
         yield
     finally:

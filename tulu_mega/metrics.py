@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tulu_mega.config import RunSettings, WandbSettings
+from tulu_mega.errors import Stopped
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ class MetricsLog:
         return self
 
     def __exit__(self, exception_type, *_: object) -> None:
-        self.close(failed=exception_type is not None)
+        self.close(failed=exception_type not in (None, Stopped))
 
     def step(self, record: StepRecord) -> None:
         """Reports one step; its line is on disk when this returns (with the operating system, not yet synced)."""

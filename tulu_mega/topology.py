@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -112,6 +113,7 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         UserError: when the layout does not fit the world.
     """
     if not dist.is_initialized():
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")  # the flight recorder, for whoever looks into a hang
         device_id = platform.device if platform.backend == "nccl" else None
         dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
     data = data_parallel_size(parallel, dist.get_world_size())
@@ -142,3 +144,22 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def groups() -> dict[str, tuple[int, ...]]:
+    """The ranks of every process group that this rank is in, by the group's name."""
+    known = dist.distributed_c10d._world.pg_group_ranks  # torch lists them nowhere else
+    return {group.group_name: tuple(sorted(ranks)) for group, ranks in known.items() if isinstance(group, ProcessGroup)}
+
+
+def recorded_collectives() -> bytes:
+    """What torch's flight recorder holds, as JSON: this rank's last collectives. NCCL has a recorder of its own."""
+    from torch._C import _distributed_c10d as c10d
+
+    own = getattr(c10d, "_dump_nccl_trace_json", None) if dist.get_backend() == "nccl" else None
+    return (own or c10d._dump_fr_trace_json)()
+
+
+def store() -> dist.Store:
+    """A connection of its own to the store through which the ranks met."""
+    return dist.distributed_c10d._get_default_store().clone()

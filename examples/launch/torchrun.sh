@@ -3,29 +3,35 @@
 #
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 examples/launch/torchrun.sh sft examples/tulu3/8b/sft.toml --optim.lr 4e-6
 #
-# Under SLURM the four variables come from the job: srun --ntasks-per-node=1 examples/launch/torchrun.sh sft config.toml
-# The run directory and the model must be on a file system that all machines see. The rendezvous listens on MASTER_PORT of
-# the first machine: keep the machines on a private network.
+# The run directory and the model must be on a file system that all machines see; look first with
+#   ... examples/launch/torchrun.sh check --cluster sft examples/tulu3/8b/sft.toml
+# The rendezvous listens on MASTER_PORT of the machine with NODE_RANK 0: keep the machines on a private network.
+#
+# MAX_RESTARTS  times that the ranks are started again after one failed; they go on from the newest checkpoint (3)
+# GRACE         seconds the ranks have to end a step and save it after SIGTERM or SIGUSR1 (300)
+# LOCAL_ADDR    this machine's address, where its host name does not lead to it
+# Exit status: 0 done, 2 something you can mend, 143 asked to end and saved; see docs/launch.md.
 set -euo pipefail
 
 if [ $# -lt 1 ]; then
   echo "usage: $0 COMMAND [config.toml] [--section.key value ...]   (see the comment in this file)" >&2
   exit 2
 fi
-if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-  MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-fi
-NNODES=${NNODES:-${SLURM_NNODES:-1}}
-NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
+RUN_ID=${RUN_ID:-tulu-mega}
 PYTHON=${PYTHON:-python3}
 GPUS_PER_NODE=${GPUS_PER_NODE:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)')}
 
 # Tensor-parallel communication overlaps with computation only when kernels start in the order they are queued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
-exec "$PYTHON" -m torch.distributed.run \
-  --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE" \
-  --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --max-restarts 0 \
+# c10d is the rendezvous that survives restarts: the machines meet again before their ranks start anew.
+host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)
+exec "$PYTHON" -m tulu_mega.agent \
+  --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "${MAX_RESTARTS:-3}" \
+  --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$RUN_ID" --rdzv-conf "is_host=$host" \
+  --shutdown-timeout "${GRACE:-300}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
   -m tulu_mega "$@"

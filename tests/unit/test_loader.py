@@ -99,3 +99,17 @@ def test_a_step_that_does_not_fit_is_found_before_the_run(store):
     with pytest.raises(UserError, match="cannot hold"):
         list(tight)
     assert all(len(step.micro_batches) == 5 for step in loader(store, micro_batches=5))
+
+
+@pytest.mark.parametrize("start", [1, 4])
+def test_the_order_of_the_data_outlives_a_restart_under_another_number_of_ranks(store, start):
+    """A step's rows depend on its number alone: not on where the run was taken up, nor on the data-parallel size."""
+    undisturbed = [loader(store).rows(step) for step in range(loader(store).steps)]
+    for ranks in (2, 4):
+        shares = [loader(store, rank, ranks) for rank in range(ranks)]
+        for step in range(start, len(undisturbed)):
+            held = [
+                row for each in shares for pack in each.batches(step).micro_batches for row in pack.rows_S.tolist() if row >= 0
+            ]
+            assert sorted(held) == sorted(undisturbed[step])
+            assert all(each.rows(step) == undisturbed[step] for each in shares)

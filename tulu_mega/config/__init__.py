@@ -31,8 +31,10 @@ from tulu_mega.config.sections import (
     PreferenceSettings,
     ReferenceSettings,
     Section,
+    SpikeSettings,
     TrainSettings,
     WandbSettings,
+    WatchdogSettings,
 )
 from tulu_mega.config.source import describe, load
 
@@ -67,9 +69,11 @@ __all__ = [
     "Section",
     "ServeSettings",
     "SftSettings",
+    "SpikeSettings",
     "StageSettings",
     "TrainSettings",
     "WandbSettings",
+    "WatchdogSettings",
     "describe",
     "load",
 ]

@@ -23,6 +23,7 @@ from tulu_mega.config.sections import (
     SftTrainSettings,
     TrainSettings,
     WandbSettings,
+    WatchdogSettings,
 )
 
 
@@ -33,6 +34,7 @@ class EngineSettings(Section):
     parallel: ParallelSettings = ParallelSettings()
     megatron: dict[str, Any] = {}
     """Fields of megatron-core's TransformerConfig that no setting of ours names."""
+    watchdog: WatchdogSettings = WatchdogSettings()
 
     @field_validator("megatron")
     @classmethod

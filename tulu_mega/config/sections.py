@@ -153,6 +153,16 @@ class ParallelSettings(Section):
         return self
 
 
+class SpikeSettings(Section):
+    alone: ClassVar[str] = "action"
+    action: Literal["warn", "skip", "stop"] = "warn"
+    """When loss or gradient norm leap: say so; leave the update out as well; or save what was before it and stop."""
+    factor: Annotated[float, Field(ge=0)] = 10.0
+    """How many times the median of the last steps is a leap; 0 looks for none."""
+    window: PositiveInt = 50
+    """Steps that the median is of."""
+
+
 class TrainSettings(Section):
     steps: PositiveInt | None = None
     """Optimizer steps; unset, the steps that `epochs` take."""
@@ -164,6 +174,7 @@ class TrainSettings(Section):
     """Packed micro-batches a step on each data-parallel rank; the fewest that hold the batch when unset."""
     max_skipped: PositiveInt = 5
     """Stop after this many steps in a row whose loss or gradient is not finite."""
+    spike: SpikeSettings = SpikeSettings()
     log_every: PositiveInt = 1
     """Steps between console lines (metrics.jsonl has every step)."""
 
@@ -259,10 +270,24 @@ class CheckpointSettings(Section):
     no rank gathers another's part, and resumes under the same tensor, pipeline and context sizes, stages and buckets only."""
     asynchronous: bool = False
     """Write while training goes on, from copies in main memory; one save at a time, the next waits for it."""
+    grace: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that the launcher, when it is asked to end (SIGTERM, SIGUSR1), leaves its ranks to end their step and save it."""
     export: bool = True
     """Write the trained model in Hugging Face format to RUN_DIR/hf at the end."""
     export_dtype: Literal["model", "bf16", "fp32"] = "model"
     """Precision of the exported model; `model` keeps the training precision."""
+
+
+class WatchdogSettings(Section):
+    alone: ClassVar[str] = "timeout"
+    timeout: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds a rank may go without progress (a micro-batch, an update, a checkpoint, a round of generation); then each rank
+    prints where it is and which ranks it waits for, and the run ends. 0: wait for ever."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return {"timeout": value} if isinstance(value, int | float) else value
 
 
 class WandbSettings(Section):

@@ -87,9 +87,7 @@ class PolicyObjective:
         logp_T = output.values_T.double()
         old_logp_T = logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T.double()
         sampler_logp_T, advantages_T = batch.sampler_logp_T.double(), batch.advantages_T.double()
-        corrected = importance.weights(
-            self.importance, old_logp_T, sampler_logp_T, self.importance_cap, self.mask_above, output
-        )
+        corrected = importance.weights(self.importance, old_logp_T, sampler_logp_T, self.importance_cap, self.mask_above, output)
         ratio_T = self._ratio(logp_T - old_logp_T, output)
         loss_T = -self._surrogate(ratio_T, advantages_T, logp_T) * corrected.weight_T
         metrics = {"ratio": ratio_T, "entropy": output.entropy_T} | self._clipped(ratio_T, advantages_T)

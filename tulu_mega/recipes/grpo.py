@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from torch import Tensor
 from tulu_mega import checkpoint
 from tulu_mega.collective import Crew, from_lead, gathered_at_lead
 from tulu_mega.config import GrpoSettings
+from tulu_mega.ending import Ending
 from tulu_mega.engine import BatchLoss
-from tulu_mega.errors import UserError
+from tulu_mega.errors import Stopped, UserError
 from tulu_mega.launcher import World
 from tulu_mega.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.objectives.policy import PolicyObjective
@@ -49,17 +50,19 @@ def run(settings: GrpoSettings, world: World) -> None:
 
     Raises:
         UserError: on every rank, for whatever the user can mend.
+        Stopped: on every rank, when one was asked to end.
     """
     with opened_policy(settings, world) as policy:
         policy.sync(policy.done)
         policy.evaluate(policy.done)
-        for step in range(policy.done, policy.steps):
-            policy.collect(step)
-            policy.learn(step)
-            policy.sync(step + 1)
-            policy.evaluate(step + 1)
-            policy.report(step + 1)
-            policy.save(step + 1)
+        with policy.ending:
+            for step in range(policy.done, policy.steps):
+                policy.collect(step)
+                policy.learn(step)
+                policy.sync(step + 1)
+                policy.evaluate(step + 1)
+                policy.report(step + 1)
+                policy.save(step + 1)
         policy.finish()
 
 
@@ -67,6 +70,8 @@ def run(settings: GrpoSettings, world: World) -> None:
 class _Step:
     """What a step has come to so far."""
 
+    at: Callable[[str], None]
+    """told of each part that begins"""
     groups: list[list[Response]] = field(default_factory=list)
     rollouts: StepRollouts | None = None
     """rank 0's"""
@@ -88,6 +93,7 @@ class _Step:
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Adds what the block takes to a name's seconds."""
+        self.at(name)
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
@@ -114,12 +120,15 @@ class Policy:
     objective: PolicyObjective
     saver: checkpoint.Saver
     skips: Skips
+    ending: Ending
     done: int = 0
     log: MetricsLog | None = None
     """rank 0's"""
     empty_in_a_row: int = 0
-    now: _Step = field(default_factory=_Step)
     _saving: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.now = _Step(self.session.watch.at)
 
     @property
     def session(self) -> Session:
@@ -127,7 +136,8 @@ class Policy:
 
     def collect(self, step: int) -> None:
         """Responses of the newest weights, judged; every rank gets those that are trained on."""
-        self.now = _Step()
+        self.session.watch.step(step + 1)
+        self.now = _Step(self.session.watch.at)
         with self.now.timed("collecting"):
             self.now.groups = self.crew.share(partial(self._rollouts, step))
 
@@ -179,14 +189,22 @@ class Policy:
         self.log.step(self._record(done))
 
     def save(self, done: int) -> None:
-        """A checkpoint, when it is time: weights, optimizer, place among the prompts."""
+        """A checkpoint, when it is time: weights, optimizer, place among the prompts.
+
+        Raises:
+            Stopped: on every rank, when one was asked to end; after a checkpoint then.
+        """
         self.saver.poll()
+        asked = self.ending.asked()
         every = self.settings.checkpoint.every
-        if done == self.steps or (every and done % every == 0):
+        if asked or done == self.steps or (every and done % every == 0):
             began = time.perf_counter()
             prompts = from_lead(self.scheduler.state if self.session.lead else None)
             self.saver.save(done, {**self.skips.state, "prompts": prompts, "empty_in_a_row": self.empty_in_a_row})
             self._saving = time.perf_counter() - began
+        if asked:
+            self.saver.finish()
+            raise Stopped(done)
 
     def finish(self) -> None:
         """The last checkpoint on disk, and the model in Hugging Face format."""
@@ -356,6 +374,7 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
                 settings.checkpoint.asynchronous,
             ),
             skips=skips,
+            ending=Ending(session.engine.platform.device),
         )  # fmt: skip
         if found:
             policy.done, policy.empty_in_a_row = found.step, found.state["empty_in_a_row"]

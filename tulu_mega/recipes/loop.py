@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,9 +13,13 @@ from typing import Any
 from tulu_mega import checkpoint
 from tulu_mega.config import CheckpointSettings
 from tulu_mega.data.loader import PackedLoader, StepData
+from tulu_mega.ending import Ending
 from tulu_mega.engine import BatchLoss, Engine, Objective
+from tulu_mega.errors import Stopped, UserError
 from tulu_mega.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.recipes.run import Skips
+from tulu_mega.spikes import Spikes
+from tulu_mega.watchdog import Watchdog
 
 FirstLoss = Callable[[BatchLoss], None]
 """Looks at the loss of the first step before its update; raises UserError, on every rank, when it cannot be right."""
@@ -57,6 +62,9 @@ class Fit:
     """of a whole step"""
     log: MetricsLog | None
     """rank 0's"""
+    ending: Ending
+    watch: Watchdog
+    spikes: Spikes
     heldout: HeldOut | None = None
     first: FirstLoss | None = None
     _saving: float = field(default=0.0, init=False)
@@ -66,49 +74,76 @@ class Fit:
 
         Raises:
             UserError: a checkpoint cannot be written, or too many steps in a row are not finite.
+            Stopped: on every rank, after a step at whose end one of them had been asked to end.
         """
         saver = checkpoint.Saver(
             self.engine, self.directory, self.settings.keep, self.settings.format, self.settings.asynchronous
         )
-        for step in range(start, self.loader.steps):
-            began = time.perf_counter()
-            data = self.loader.batches(step)
-            packed = time.perf_counter()
-            loss = self.engine.forward_backward(data.micro_batches, self.objective)
-            computed = time.perf_counter()
-            if self.first and step == 0:
-                self.first(loss)
-            update = self.engine.optimizer_step(step, loss.loss)
-            ended = time.perf_counter()
-            seconds = StepSeconds(packed - began, computed - packed, ended - computed, self._saving)
-            self._saving = 0.0
-            self.skips.note(
-                update.applied, step + 1, loss.loss, update.grad_norm, functools.partial(self._told, data), self.log is not None
-            )
-            heldout = self._evaluated(step + 1)
-            if self.log:
-                self.log.step(
-                    StepRecord(
-                        step=step + 1,
-                        loss=loss.loss,
-                        grad_norm=update.grad_norm,
-                        lr=update.lr,
-                        tokens=data.tokens,
-                        supervised_tokens=data.supervised_tokens,
-                        padding=data.padding,
-                        flops=self.flops(data),
-                        seconds=seconds,
-                        extra={
-                            **loss.metrics,
-                            **heldout,
-                            "sequences": data.sequences,
-                            "schedule_efficiency": data.schedule_efficiency,
-                            "skipped_steps": self.skips.total,
-                        },
-                    )
-                )
-            self._save_if_due(saver, step + 1)
+        with self.ending:
+            for step in range(start, self.loader.steps):
+                self._step(step, saver)
         saver.finish()
+
+    def _step(self, step: int, saver: checkpoint.Saver) -> None:
+        self.watch.step(step + 1)
+        began = time.perf_counter()
+        data = self.loader.batches(step)
+        packed = time.perf_counter()
+        loss = self.engine.forward_backward(data.micro_batches, self.objective)
+        computed = time.perf_counter()
+        if self.first and step == 0:
+            self.first(loss)
+        update = self.engine.optimizer_step(step, loss.loss, self.spikes.allow)
+        ended = time.perf_counter()
+        seconds = StepSeconds(packed - began, computed - packed, ended - computed, self._saving)
+        self._saving = 0.0
+        self.skips.note(
+            update.finite, step + 1, loss.loss, update.grad_norm, functools.partial(self._told, data), self.log is not None
+        )
+        self._look_at_spike(step, data, saver)
+        heldout = self._evaluated(step + 1)
+        if self.log:
+            self.log.step(
+                StepRecord(
+                    step=step + 1,
+                    loss=loss.loss,
+                    grad_norm=update.grad_norm,
+                    lr=update.lr,
+                    tokens=data.tokens,
+                    supervised_tokens=data.supervised_tokens,
+                    padding=data.padding,
+                    flops=self.flops(data),
+                    seconds=seconds,
+                    extra={
+                        **loss.metrics,
+                        **heldout,
+                        "sequences": data.sequences,
+                        "schedule_efficiency": data.schedule_efficiency,
+                        "skipped_steps": self.skips.total,
+                        "spikes": self.spikes.total,
+                    },
+                )
+            )
+        self._save_if_due(saver, step + 1, asked=self.ending.asked())
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        return {**self.skips.state, "spikes": self.spikes.state}
+
+    def _look_at_spike(self, step: int, data: StepData, saver: checkpoint.Saver) -> None:
+        """Says so when the step leapt; on every rank ends the run where that is wanted, with the state before its update."""
+        if not self.spikes.found:
+            return
+        told, self.spikes.found = self.spikes.found, ""
+        if self.spikes.stops_for(told):
+            saver.save(step, self._state)
+            saver.finish()
+            raise UserError(
+                f"stopped before the update of step {step + 1}: {told}. The state before it is saved; its rows begin with "
+                f"{self.where(data.rows[0])}. Look at them, then go on with --train.spike skip or warn"
+            )
+        if self.log:
+            print(f"warning: step {step + 1}: {told}", file=sys.stderr, flush=True)
 
     def _told(self, data: StepData) -> list[dict[str, Any]]:
         return [{"row": row, "where": self.where(row)} for row in data.rows]
@@ -121,10 +156,13 @@ class Fit:
             self.log.evaluated(done, found)
         return found
 
-    def _save_if_due(self, saver: checkpoint.Saver, done: int) -> None:
+    def _save_if_due(self, saver: checkpoint.Saver, done: int, asked: bool) -> None:
         saver.poll()
         every = self.settings.every
-        if done == self.loader.steps or (every and done % every == 0):
+        if asked or done == self.loader.steps or (every and done % every == 0):
             began = time.perf_counter()
-            saver.save(done, self.skips.state)
+            saver.save(done, self._state)
             self._saving = time.perf_counter() - began
+        if asked:
+            saver.finish()
+            raise Stopped(done)

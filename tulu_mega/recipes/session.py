@@ -20,7 +20,7 @@ from tulu_mega.bridge.live import export_hf, load_hf
 from tulu_mega.config import EngineSettings
 from tulu_mega.data.packing import Alignment
 from tulu_mega.engine import Engine
-from tulu_mega.errors import UserError
+from tulu_mega.errors import Stopped, UserError
 from tulu_mega.launcher import World
 from tulu_mega.model.hf_config import load_config
 from tulu_mega.model.reward import HEAD
@@ -28,6 +28,7 @@ from tulu_mega.planner.layout import pack_alignment, pipeline_of
 from tulu_mega.planner.schedule import Pipeline
 from tulu_mega.platforms import Platform
 from tulu_mega.topology import Topology
+from tulu_mega.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Session:
     """directory the model came from"""
     seed: int
     """of what is drawn rather than loaded"""
+    watch: Watchdog
 
     @property
     def lead(self) -> bool:
@@ -65,6 +67,7 @@ class Session:
         Raises:
             UserError: with everything that does not fit.
         """
+        self.engine.at("loading weights")
         family = family_for(_config(self.source))
         drawn = (HEAD,) if self.engine.reward and not family.reward else ()
         if is_megatron(self.source):
@@ -94,7 +97,7 @@ class Session:
             parallel=self.settings.parallel,
             megatron=self.settings.megatron,
         )
-        made = _session(settings, self.topology, self.engine.platform, self.seed, reward)
+        made = _session(settings, self.topology, self.engine.platform, self.seed, reward, self.watch)
         if reward and not family_for(_config(made.source)).reward:
             raise UserError(f"{path}: not a reward model but a language model; tulu-mega rm makes reward models")
         made.load_weights()
@@ -107,6 +110,7 @@ class Session:
             UserError: the directory cannot be used.
         """
         place = self.topology
+        self.engine.at("export")
         self.engine.settle()
         config = _config(self.source)
         if self.engine.reward:
@@ -137,11 +141,18 @@ def opened(settings: EngineSettings, world: World, seed: int, reward: bool | Non
     """
     platform = platforms.install(world.local_rank)
     place = topology.start(settings.parallel, platform, seed)
-    yield _session(settings, place, platform, seed, reward)
+    with Watchdog(settings.watchdog.timeout) as watch:
+        try:
+            yield _session(settings, place, platform, seed, reward, watch)
+        except Stopped:  # on every rank
+            topology.stop()
+            raise
     topology.stop()  # after an error the others may be waiting in a collective: the process ends instead
 
 
-def _session(settings: EngineSettings, place: Topology, platform: Platform, seed: int, reward: bool | None) -> Session:
+def _session(
+    settings: EngineSettings, place: Topology, platform: Platform, seed: int, reward: bool | None, watch: Watchdog
+) -> Session:
     source = model_directory(settings.model.path)
     hf = load_config(settings.model.model_copy(update={"path": str(source)}))
     family = family_for(hf.to_dict())
@@ -150,7 +161,8 @@ def _session(settings: EngineSettings, place: Topology, platform: Platform, seed
     if reward or family.reward:
         hf.update(reward_fields(family, hf.to_dict()))
     engine = Engine(hf, settings, place, platform, reward=family.reward if reward is None else reward)
-    return Session(settings, place, engine, source, seed)
+    engine.at = watch.at
+    return Session(settings, place, engine, source, seed, watch)
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tulu_mega.config import DataSettings, PreferenceStageSettings, StageSetting
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.loader import PackedLoader, StepData
 from tulu_mega.data.store import REJECTS, TokenStore
+from tulu_mega.ending import Ending
 from tulu_mega.engine import Objective
 from tulu_mega.launcher import World
 from tulu_mega.planner.flops import head_columns, training_flops
@@ -21,6 +22,7 @@ from tulu_mega.recipes.loop import FirstLoss, Fit, HeldOut
 from tulu_mega.recipes.run import Run
 from tulu_mega.recipes.session import opened, write_settings
 from tulu_mega.run_lock import locked
+from tulu_mega.spikes import Spikes
 
 
 @dataclass
@@ -60,13 +62,17 @@ class Stage(Run):
 
         Raises:
             UserError: on every rank, for whatever the user can mend.
+            Stopped: on every rank, when one was asked to end.
         """
         loader.check()
         found = self.weights(loader.steps)
         start = found.step if found else 0
         skips = self.skips(self.settings.train.max_skipped)
+        spikes = Spikes(self.settings.train.spike)
         if found:
             skips.restore(found.state)
+            if "spikes" in found.state:  # not in checkpoints of before they were looked for
+                spikes.restore(found.state["spikes"])
         engine, lead = self.session.engine, self.session.lead
         config = engine.hf.to_dict()
 
@@ -89,6 +95,9 @@ class Stage(Run):
                 where=self.store.where,
                 flops=flops,
                 log=log,
+                ending=Ending(engine.platform.device),
+                watch=self.session.watch,
+                spikes=spikes,
                 heldout=heldout,
                 first=first,
             )

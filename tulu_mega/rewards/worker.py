@@ -24,7 +24,8 @@ def main() -> None:
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; it closes our input
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # for the process that asks; it closes our input
+        signal.signal(number, signal.SIG_IGN)
 
     def answer(value: dict[str, Any]) -> None:
         answers.write(json.dumps(value).encode() + b"\n")

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# One stage over the machines of a host file, by SSH: the first of them meets the others.
+#
+#   examples/launch/ssh.sh HOSTFILE sft examples/tulu3/8b/sft.toml
+#
+# HOSTFILE has a machine a line, as ssh wants it (user@host, or a name of ~/.ssh/config); # begins a comment. You must be able to log in
+# without a password, and this directory must be there on each of them, at the same path. SIGTERM or Ctrl-C here, and a connection
+# that breaks, ask the run to end: it saves first. PYTHON, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS, GRACE, and what begins
+# with NCCL_ or GLOO_, are handed on. So is TULU_MEGA_ROLLOUT_KEY, over standard input: command lines can be read by anybody there.
+# Exit status: that of the first machine that did not end with 0.
+set -euo pipefail
+
+if [ $# -lt 2 ]; then
+  echo "usage: $0 HOSTFILE COMMAND [config.toml] [--section.key value ...]   (see the comment in this file)" >&2
+  exit 2
+fi
+[ -r "$1" ] || { echo "error: $1: no host file that can be read" >&2; exit 2; }
+mapfile -t hosts < <(sed 's/#.*//' "$1" | awk 'NF {print $1}')
+shift
+[ ${#hosts[@]} -gt 0 ] || { echo "error: the host file names no machine; give one a line" >&2; exit 2; }
+
+export NNODES=${#hosts[@]} MASTER_ADDR=${MASTER_ADDR:-${hosts[0]#*@}}
+handed=()
+while IFS= read -r name; do
+  handed+=("$name=${!name}")
+done < <(compgen -e | grep -E '^(NCCL_|GLOO_)|^(NNODES|MASTER_ADDR|MASTER_PORT|PYTHON|GPUS_PER_NODE|MAX_RESTARTS|GRACE|LOCAL_ADDR)$')
+
+# On the machine: the end of standard input asks the run to end.
+read -r -d '' remote <<'REMOTE' || true
+cd "$1" || exit 2
+shift
+IFS= read -r TULU_MEGA_ROLLOUT_KEY && [ -n "$TULU_MEGA_ROLLOUT_KEY" ] && export TULU_MEGA_ROLLOUT_KEY || unset TULU_MEGA_ROLLOUT_KEY
+exec 3<&0
+env "$@" </dev/null 3<&- & run=$!
+{ cat <&3 >/dev/null; kill -TERM "$run" 2>/dev/null; } & watch=$!
+exec 3<&-
+wait "$run"; status=$?
+kill "$watch" 2>/dev/null
+exit "$status"
+REMOTE
+
+inputs=() runs=()
+end() {
+  for input in "${inputs[@]}"; do
+    { exec {input}>&-; } 2>/dev/null || true
+  done
+  inputs=()
+}
+for node in "${!hosts[@]}"; do
+  host=${hosts[$node]}
+  words=$(printf ' %q' "$remote" ssh "$PWD" "${handed[@]}" "NODE_RANK=$node" examples/launch/torchrun.sh "$@")
+  exec {input}> >(
+    trap '' TERM INT USR1  # the run ends when its input does
+    for other in "${inputs[@]}"; do exec {other}>&-; done
+    ssh -T -o BatchMode=yes -o ServerAliveInterval=30 "$host" "bash -c$words" 2>&1 | sed -u "s/^/[$host] /"
+  )
+  runs+=($!) inputs+=("$input")
+  printf '%s\n' "${TULU_MEGA_ROLLOUT_KEY:-}" >&"$input"
+done
+trap end TERM INT USR1 HUP
+
+# The exit status of a process, whatever signals of ours come meanwhile.
+await() {
+  local ended again
+  while true; do
+    ended=0 again=0
+    wait "$1" || ended=$?
+    kill -0 "$1" 2>/dev/null || break
+  done
+  wait "$1" 2>/dev/null || again=$?  # 127: known already
+  [ "$again" -eq 127 ] || ended=$again
+  return "$ended"
+}
+
+status=0
+for run in "${runs[@]}"; do
+  ended=0
+  await "$run" || ended=$?
+  if [ "$ended" -ne 0 ] && [ "$status" -eq 0 ]; then
+    status=$ended
+    end  # the others cannot go on alone
+  fi
+done
+exit "$status"

@@ -1,0 +1,72 @@
+"""What the ranks' accounts say together."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+from tulu_mega import hang
+from tulu_mega.hang import Account, Collective
+
+ALL = Collective("gloo:all_reduce", "0", (0, 1, 2, 3), 9)
+
+
+def waiting(what: Collective, begun: int) -> Account:
+    return Account("step 5: update", 3, "in torch.distributed's all_reduce", what, {what.group: begun})
+
+
+def test_an_account_survives_the_store():
+    for account in (waiting(ALL, 9), Account("start", 1)):
+        assert Account.loads(account.dumps()) == account
+
+
+def test_a_rank_that_does_not_answer_is_named_first_and_who_waits_for_it():
+    accounts = {0: waiting(ALL, 9), 1: Account("step 5: data", 7), 2: waiting(ALL, 9), 3: waiting(ALL, 9)}
+    assert hang.together(accounts, [1]) == [
+        "rank 1 does not answer: stopped, swapped out or dead; last heard of in 'step 5: data'",
+        "rank 1 has not come to gloo:all_reduce number 9 of ranks 0-3, where ranks 0, 2-3 wait",
+        "ranks 0, 2-3: in 'step 5: update', waiting in gloo:all_reduce number 9 of ranks 0-3, in torch.distributed's all_reduce",
+    ]
+    assert hang.together({}, [4]) == ["rank 4 does not answer: stopped, swapped out or dead"]
+
+
+def test_a_rank_that_is_elsewhere_is_told_from_those_that_have_come():
+    elsewhere = Account("step 5: data", 7, "in no collective but in sleep (x.py:3)", None, {"0": 8})
+    late = Account("step 5: forward", 7, begun={"0": 8})
+    lines = hang.together({0: waiting(ALL, 9), 1: elsewhere, 2: waiting(ALL, 9), 3: late}, [])
+    assert lines[:2] == [
+        "rank 1 has not come to gloo:all_reduce number 9 of ranks 0-3, where ranks 0, 2 wait",
+        "rank 3 has not come to gloo:all_reduce number 9 of ranks 0-3, where ranks 0, 2 wait",
+    ]
+    assert "rank 1: in 'step 5: data', in no collective but in sleep (x.py:3)" in lines
+    assert "rank 3: not stuck, in 'step 5: forward'" in lines
+
+
+def test_ranks_in_short():
+    assert [hang.spelt(ranks) for ranks in ([], [3], [2, 0, 1], [0, 1, 4, 6, 7])] == ["", "3", "0-2", "0-1, 4, 6-7"]
+
+
+def entry(number: int, retired: bool, group: str = "7", p2p: bool = False) -> dict:
+    return {
+        "collective_seq_id": number, "is_p2p": p2p, "process_group": [group, "tp"], "retired": retired,
+        "profiling_name": f"gloo:{'recv' if p2p else 'all_reduce'}",
+    }  # fmt: skip
+
+
+def test_the_flight_recorder_is_read():
+    found = {"entries": [entry(1, True), entry(2, True), entry(5, True, "8"), entry(3, False), entry(4, False)]}
+    groups = {"7": (0, 2), "8": (0, 1)}
+    waits, begun = hang.collectives(json.dumps(found), groups)
+    assert waits == Collective("gloo:all_reduce", "7", (0, 2), 3)  # the first that has not ended
+    assert begun == {"7": 4, "8": 5}
+    waits, begun = hang.collectives(json.dumps({"entries": [entry(0, False, p2p=True)]}).encode(), groups)
+    assert str(waits) == "gloo:recv of ranks 0, 2" and begun == {}
+    assert hang.collectives("{}", groups) == (None, {})
+
+
+def test_the_main_threads_stack():
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(hang.main_stack()))
+    thread.start()
+    thread.join()
+    assert seen[0].startswith("in no collective but in ") and "threading.py" in seen[0]
