@@ -135,7 +135,7 @@ def test_host_memory_of_a_save():
 
 
 def test_constants_are_those_of_what_is_planned_for():
-    assert memory.LOGITS == WORKSPACE
+    assert WORKSPACE["cuda"] == memory.LOGITS
     assert memory.SLOTS == SLOTS
 
 

@@ -25,7 +25,7 @@ from tulu_mega.planner.schedule import peak_held
 RESERVED = 3 * 2**30
 """Bytes beside torch's allocations: the CUDA context and its modules (0.5 GiB), NCCL's buffers for about ten groups (1.5 GiB),
 cuBLAS' and Transformer Engine's workspaces, and what the allocator cannot use. An estimate, not measured here."""
-LOGITS = 64 * 2**20
+LOGITS = 512 * 2**20
 """Bytes of float32 logits that the log-prob step makes at a time, as `logprobs` does."""
 SLOTS = 3
 """Buckets that a sender of weights keeps, as `rollout.protocol` does."""
