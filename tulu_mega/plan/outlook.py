@@ -309,8 +309,8 @@ def _unfit(result: Outlook) -> list[str]:
     if result.servers and not result.servers.tokens:
         found.append(
             f"a server's weights take {result.servers.weights / gib:.1f} GiB of each of its GPUs; with "
-            f"{result.servers.working / gib:.0f} GiB to work in that is more than rollout.gpu_memory leaves of "
-            f"{room / gib:.1f} GiB; raise rollout.tensor"
+            f"{result.servers.working / gib:.0f} GiB to work in that is more than rollout.gpu_memory leaves of {room / gib:.1f} "
+            "GiB; raise rollout.tensor"
         )
     return found
 
