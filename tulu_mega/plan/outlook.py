@@ -38,6 +38,7 @@ class Question:
         gpu, gpus: the cluster, GPUs that generate among them; what the layout takes when `gpus` is None.
         rows: of the data, where it is known.
         mean_length, response_length: mean tokens, as in `PlanSettings`.
+        rollout_gpu: of the servers; the trainers' kind when None.
     """
 
     stage: str
@@ -48,6 +49,7 @@ class Question:
     rows: int | None = None
     mean_length: int | None = None
     response_length: int | None = None
+    rollout_gpu: Gpu | None = None
 
     @cached_property
     def servers(self) -> Servers | None:
@@ -58,7 +60,7 @@ class Question:
         return Servers(
             count=len(rollout.urls) or rollout.servers,
             tensor=rollout.tensor,
-            gpu=self.gpu,
+            gpu=self.rollout_gpu or self.gpu,
             concurrency=rollout.concurrency,
             share=rollout.gpu_memory,
             itemsize=ITEMSIZE[model.dtype if rollout.dtype == "model" else rollout.dtype],

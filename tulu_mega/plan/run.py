@@ -39,14 +39,25 @@ def ask(settings: PlanSettings) -> Question:
     """What is asked about. Raises UserError for what is wrong with the file, the model or the GPU."""
     stage, said = read_stage(settings)
     gpu = gpu_named(settings.gpu)
+    rollout_gpu = gpu_named(settings.rollout_gpu) if settings.rollout_gpu else None
     config = read_architecture(said.model, reward=isinstance(said, RmSettings))
-    return Question(stage, said, config, gpu, settings.gpus, settings.rows, settings.mean_length, settings.response_length)
+    return Question(
+        stage,
+        said,
+        config,
+        gpu,
+        settings.gpus,
+        settings.rows,
+        settings.mean_length,
+        settings.response_length,
+        rollout_gpu,
+    )
 
 
 def _print(settings: PlanSettings, results: list[Outlook]) -> None:
     if settings.format == "json":
         made = [as_json(each) for each in results[: settings.top]]
-        print(json.dumps(made if settings.search else made[0], indent=2, allow_nan=True))
+        print(json.dumps(made if settings.search else made[0], indent=2, allow_nan=False))
         return
     from rich.console import Console
 

@@ -22,6 +22,8 @@ class PlanSettings(Section):
     """GPUs of the whole run, those that generate among them; what the layout takes when unset."""
     gpu: str = "h100"
     """Kind of GPU: a100 (80 GB), h100, h200 or b200, eight to a node."""
+    rollout_gpu: str | None = None
+    """Kind of GPU that generates, where it is another."""
     search: bool = False
     """Rank layouts of these GPUs by predicted time instead of planning the file's own."""
     dry_run: bool = False

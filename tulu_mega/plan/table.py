@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,49 +38,60 @@ def layout(result: Outlook) -> str:
 
 
 def as_json(result: Outlook) -> dict[str, Any]:
-    """Everything that is known, in bytes and seconds."""
+    """Everything that is known, in bytes and seconds; null for what would never end, as generation by servers that do not fit."""
     job, servers, hours = result.job, result.servers, result.hours
-    return {
-        "stage": result.question.stage,
-        "parameters": model_parameters(result.question.config),
-        "gpu": job.gpu.name,
-        "gpus": result.gpus,
-        "trainers": job.world,
-        "layout": {
-            "tensor": job.parallel.tensor,
-            "pipeline": job.parallel.pipeline,
-            "virtual_pipeline": job.parallel.virtual_pipeline,
-            "context": job.parallel.context,
-            "data": job.data,
-            "recompute": job.recompute,
-            "layers": list(job.layers),
-        },
-        "micro_batches": len(job.packs[0]),
-        "padding": result.padding,
-        "fits": result.fits,
-        "memory": {
-            "of_gpu": job.gpu.memory,
-            "ranks": [{"rank": rank.rank, **rank.parts, "total": rank.total} for rank in result.memory],
-            "host_of_save": result.host,
-            "server": None if servers is None else vars(servers),
-        },
-        "seconds": {
-            **result.step.parts,
-            "scoring": result.scoring,
-            "generation": result.generation,
-            "sync": result.sync,
-            "step": result.seconds,
-            "before": result.once,
-        },
-        "tokens_per_second_per_gpu": result.step.tokens / result.seconds / result.gpus,
-        "tflops_per_gpu": result.step.flops_per_gpu / 1e12,
-        "steps": result.question.steps,
-        "hours": hours,
-        "gpu_hours": None if hours is None else hours * result.gpus,
-        "rates": vars(RATES),
-        "problems": result.problems,
-        "warnings": result.warnings,
-    }
+    return _finite(
+        {
+            "stage": result.question.stage,
+            "parameters": model_parameters(result.question.config),
+            "gpu": job.gpu.name,
+            "gpus": result.gpus,
+            "trainers": job.world,
+            "layout": {
+                "tensor": job.parallel.tensor,
+                "pipeline": job.parallel.pipeline,
+                "virtual_pipeline": job.parallel.virtual_pipeline,
+                "context": job.parallel.context,
+                "data": job.data,
+                "recompute": job.recompute,
+                "layers": list(job.layers),
+            },
+            "micro_batches": len(job.packs[0]),
+            "padding": result.padding,
+            "fits": result.fits,
+            "memory": {
+                "of_gpu": job.gpu.memory,
+                "ranks": [{"rank": rank.rank, **rank.parts, "total": rank.total} for rank in result.memory],
+                "host_of_save": result.host,
+                "server": None if servers is None else vars(servers),
+            },
+            "seconds": {
+                **result.step.parts,
+                "scoring": result.scoring,
+                "generation": result.generation,
+                "sync": result.sync,
+                "step": result.seconds,
+                "before": result.once,
+            },
+            "tokens_per_second_per_gpu": result.step.tokens / result.seconds / result.gpus,
+            "tflops_per_gpu": result.step.flops_per_gpu / 1e12,
+            "steps": result.question.steps,
+            "hours": hours,
+            "gpu_hours": None if hours is None else hours * result.gpus,
+            "rates": vars(RATES),
+            "problems": result.problems,
+            "warnings": result.warnings,
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_table(result: Outlook) -> Group:
