@@ -91,7 +91,7 @@ def end(process: subprocess.Popen, log: Path) -> int:
             print(log.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_two_nodes_by_ssh_saved_on_request_and_resumed(material, tmp_path, shell):  # noqa: F811
     """Two machines of a host file train; Ctrl-C's like makes them save; the same command by torchrun.sh on each goes on."""
     undisturbed(material, tmp_path / "reference", 6, every=100)
@@ -123,7 +123,7 @@ def test_two_nodes_by_ssh_saved_on_request_and_resumed(material, tmp_path, shell
     expect_same(run_dir, tmp_path / "reference")
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_slurm_job_is_queued_again_when_its_time_is_over(material, tmp_path, shell):  # noqa: F811
     run_dir, log = tmp_path / "run", tmp_path / "slurm.log"
     env = shell | {
@@ -170,6 +170,7 @@ def test_a_slurm_job_with_rollout_nodes_hands_over_addresses_and_a_key(tmp_path,
     assert "requeue" not in "".join(lines)
 
 
+@pytest.mark.acceptance  # seconds on an idle machine; on a busy one the agents have not met within PATIENCE
 @pytest.mark.skipif(not shutil.which("ip"), reason="needs iproute2's ip for network namespaces")
 def test_two_nodes_in_network_namespaces(tmp_path, shell):
     """Each node has a network of its own: only its address is reachable, its loopback is not the other's."""
