@@ -161,7 +161,7 @@ def _same(settings: Section) -> dict[str, str]:
         same[f"setting {name}"] = json.dumps(value)
     if hasattr(settings, "model"):
         config = Path(settings.model.path) / "config.json"
-        same[f"{config}"] = _digest([config]) if config.is_file() else "not there"
+        same[str(config)] = _digest([config]) if config.is_file() else "not there"
     if torch.cuda.is_available():
         same |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
         same["GPUs"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
@@ -259,7 +259,7 @@ def _collective(store: dist.Store, rank: int, size: int) -> list[str]:
         if int(total.item()) != size:
             raise RuntimeError(f"a sum of ones over {size} processes gave {total.item()}")
         dist.destroy_process_group()
-    except Exception as error:
+    except (RuntimeError, OSError) as error:  # torch's own errors are of the first kind
         return [f"node {socket.gethostname()} (rank {rank}): a first sum over all processes by {backend} failed: {error}"]
     return []
 

@@ -19,11 +19,10 @@ class Spikes:
 
     Args:
         settings: how far is too far, and what is done then.
-        losses: whether losses count too; those of policies do not, which lie around 0.
     """
 
-    def __init__(self, settings: SpikeSettings, losses: bool = True):
-        self._settings, self._losses = settings, losses
+    def __init__(self, settings: SpikeSettings):
+        self._settings = settings
         self._known: dict[str, list[float]] = {"loss": [], "grad_norm": []}
         self.found = ""
         """what leaps in the step looked at last; empty when nothing does"""
@@ -49,7 +48,7 @@ class Spikes:
             loss: of the global batch.
             norm: of its gradient, before clipping.
         """
-        values = {"loss": loss, "grad_norm": norm} if self._losses else {"grad_norm": norm}
+        values = {"loss": loss, "grad_norm": norm}
         told = [self._leap(name, value) for name, value in values.items()]
         self.found = "; ".join(filter(None, told))
         self.total += bool(self.found)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.distributed import jobs, world
+from tests.distributed import jobs, sft_runs, world
 from tests.distributed.layouts import LR, STEPS
 from tests.distributed.truths import Truths
 
@@ -17,3 +19,9 @@ def truth(tmp_path_factory):
         return world.run(1, jobs.hugging_face, model, reduction, STEPS, LR, trained)[0]
 
     return Truths(tmp_path_factory, jobs.make_model, answers)
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory) -> Path:
+    """What `sft_runs.arguments` trains, and on what."""
+    return sft_runs.make_material(tmp_path_factory.mktemp("sft_runs"))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import world
+from tests.distributed.sft_runs import EXAMPLE, arguments, expect_same, run_sft, steps_done, undisturbed
 from tests.distributed.test_launcher import LAUNCHER, wait_until, write_rank
-from tests.distributed.test_resume import EXAMPLE, arguments, expect_same, material, run_sft, steps_done, undisturbed  # noqa: F401
 from tulu_mega import checkpoint, preflight
 from tulu_mega.config import SftSettings, load
 from tulu_mega.data.loader import PackedLoader
@@ -38,7 +38,7 @@ def asked(settings: SftSettings, rank: int, number: int, step: int) -> int:
     return caught.value.step
 
 
-def test_any_rank_that_is_asked_ends_all_after_the_same_step(material, tmp_path):  # noqa: F811
+def test_any_rank_that_is_asked_ends_all_after_the_same_step(material, tmp_path):
     undisturbed(material, tmp_path / "reference", STEPS, every=4)
     run_dir = tmp_path / "run"
     settings = load(SftSettings, str(EXAMPLE), arguments(material, run_dir, STEPS, every=4)[1:])

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.distributed import world
-from tests.distributed.test_resume import EXAMPLE, arguments, expect_same, material, saving, steps_done  # noqa: F401
+from tests.distributed.sft_runs import EXAMPLE, arguments, expect_same, saving, steps_done
 from tulu_mega import checkpoint, preflight
 from tulu_mega.config import SftSettings, load
 from tulu_mega.launcher import World
@@ -67,7 +67,7 @@ def kill_one(agent: subprocess.Popen, run_dir: Path, draw: random.Random, number
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(7200)
-def test_thirty_kills_at_random_moments_under_torchrun(material, tmp_path):  # noqa: F811
+def test_thirty_kills_at_random_moments_under_torchrun(material, tmp_path):
     wanted = int(os.environ.get("KILLS", "30"))
     steps = max(4, STEPS * wanted // 30)
     flags = [*arguments(material, tmp_path / "reference", steps, every=1), *LAYOUT]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.sft_runs import EXAMPLE, arguments, expect_same, steps_done, undisturbed
 from tests.distributed.test_launcher import wait_until
-from tests.distributed.test_resume import EXAMPLE, arguments, expect_same, material, saving, steps_done, undisturbed  # noqa: F401
 from tulu_mega import checkpoint
 
 ROOT = EXAMPLE.parents[1]
@@ -92,7 +92,7 @@ def end(process: subprocess.Popen, log: Path) -> int:
 
 
 @pytest.mark.acceptance
-def test_two_nodes_by_ssh_saved_on_request_and_resumed(material, tmp_path, shell):  # noqa: F811
+def test_two_nodes_by_ssh_saved_on_request_and_resumed(material, tmp_path, shell):
     """Two machines of a host file train; Ctrl-C's like makes them save; the same command by torchrun.sh on each goes on."""
     undisturbed(material, tmp_path / "reference", 6, every=100)
     run_dir, log = tmp_path / "run", tmp_path / "ssh.log"
@@ -124,7 +124,7 @@ def test_two_nodes_by_ssh_saved_on_request_and_resumed(material, tmp_path, shell
 
 
 @pytest.mark.acceptance
-def test_a_slurm_job_is_queued_again_when_its_time_is_over(material, tmp_path, shell):  # noqa: F811
+def test_a_slurm_job_is_queued_again_when_its_time_is_over(material, tmp_path, shell):
     run_dir, log = tmp_path / "run", tmp_path / "slurm.log"
     env = shell | {
         "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "MASTER_ADDR": "127.0.0.1",

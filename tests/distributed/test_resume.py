@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
 import random
 import shutil
@@ -20,56 +18,8 @@ import psutil
 import pytest
 
 from tests.distributed import world
-from tulu_mega import preflight
+from tests.distributed.sft_runs import EXAMPLE, PATIENCE, arguments, expect_same, run_sft, saving, steps_done, undisturbed
 from tulu_mega.config import SftSettings, load
-from tulu_mega.launcher import World
-from tulu_mega.quickstart import task, tiny_model
-
-EXAMPLE = Path(__file__).parents[2] / "examples/sft_tiny.toml"
-PATIENCE = 180
-"""Seconds; a start takes some 20 of them where four processes import torch on two cores."""
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("resume")
-    tiny_model.make(directory / "model", seed=0)
-    rows = itertools.islice(task.demonstrations(seed=0), 48)
-    (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return directory
-
-
-def arguments(material: Path, run_dir: Path, steps: int, every: int) -> list[str]:
-    values = {
-        "run_dir": run_dir,
-        "model.path": material / "model",
-        "data.train": material / "train.jsonl",
-        "train.steps": steps,
-        "train.global_batch": 8,
-        "checkpoint.every": every,
-    }
-    return [str(EXAMPLE), *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
-
-
-def run_sft(settings: SftSettings) -> None:
-    from tulu_mega.recipes.sft import run
-
-    rank = int(os.environ["RANK"])
-    run(settings, World(rank, 2, rank, 2, 1))
-
-
-def undisturbed(material: Path, run_dir: Path, steps: int, every: int) -> None:
-    """The run without a launcher, on the tests' ranks."""
-    settings = load(SftSettings, str(EXAMPLE), arguments(material, run_dir, steps, every)[1:])
-    preflight.ready(settings)
-    world.run(2, run_sft, settings, timeout=PATIENCE)
-
-
-def outcome(run_dir: Path) -> tuple[list[tuple[int, float, float]], dict[str, str]]:
-    """Step, loss and gradient norm of every step; digests of the exported files."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (run_dir / "hf").iterdir()}
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows], files
 
 
 class Run:
@@ -135,20 +85,6 @@ class Run:
         for process in left:
             process.kill()
         assert not commands, f"left behind: {commands}"
-
-
-def steps_done(run_dir: Path) -> int:
-    file = run_dir / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-def saving(run_dir: Path) -> bool:
-    return any((run_dir / "checkpoints").glob("*.partial-*"))
-
-
-def expect_same(run_dir: Path, reference: Path) -> None:
-    assert outcome(run_dir) == outcome(reference)
-    assert not saving(run_dir) and not list(run_dir.glob(".*.partial*"))
 
 
 @pytest.mark.slow

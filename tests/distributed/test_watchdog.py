@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import world
-from tests.distributed.test_resume import EXAMPLE, arguments, material, run_sft  # noqa: F401
+from tests.distributed.sft_runs import EXAMPLE, arguments, run_sft
 from tulu_mega import preflight, watchdog
 from tulu_mega.config import SftSettings, load
 from tulu_mega.data.loader import PackedLoader
@@ -43,7 +43,7 @@ def hang(settings: SftSettings, how: str, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["stopped", "asleep"])
-def test_a_rank_that_hangs_is_named(material, tmp_path, how):  # noqa: F811
+def test_a_rank_that_hangs_is_named(material, tmp_path, how):
     flags = ["--watchdog.timeout", str(TIMEOUT), "--parallel.tensor", "1", "--parallel.data", "2"]
     settings = load(SftSettings, str(EXAMPLE), [*arguments(material, tmp_path / "run", 4, every=4)[1:], *flags])
     preflight.ready(settings)

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +28,6 @@ from tulu_mega.collective import together
 from tulu_mega.errors import UserError
 
 _SLAB_BYTES = 32 * 2**20
-_CACHED_BYTES = 2**20
-"""What a core's own cache holds: a slab of this size is read again at no cost after it was written."""
 
 
 def global_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -93,23 +91,11 @@ def _box(tensor: Tensor, region: Region) -> Tensor:
     return tensor[tuple(slice(start, stop) for start, stop in region)]
 
 
-def _copy_in_slabs(target: Tensor, source: Tensor, written: Callable[[Tensor], None] | None = None) -> None:
-    """A copy whose temporaries (another device, another type) stay small whatever the size of the tensor.
-
-    Args:
-        written: called with each slab of the target, in order, when it is there.
-    """
-    rows = _rows_of(source, _CACHED_BYTES if written else _SLAB_BYTES)
+def _copy_in_slabs(target: Tensor, source: Tensor) -> None:
+    """A copy whose temporaries (another device, another type) stay small whatever the size of the tensor."""
+    rows = max(1, _SLAB_BYTES // max(1, source[0].nbytes)) if len(source) else 1
     for at in range(0, len(source), rows):
-        slab = target[at : at + rows]
-        slab.copy_(source[at : at + rows])
-        if written:
-            written(slab)
-
-
-def _rows_of(tensor: Tensor, nbytes: int) -> int:
-    """Rows that take so many bytes, and at least one."""
-    return max(1, nbytes // max(1, tensor[0].nbytes)) if len(tensor) else 1
+        target[at : at + rows].copy_(source[at : at + rows])
 
 
 @dataclass(frozen=True)
@@ -249,21 +235,12 @@ def _check_complete(stages: Sequence[Mapping[str, TensorInfo]], family: Family, 
         raise RuntimeError(f"the pipeline stages do not make up the model: missing {missing}, held twice {twice}")
 
 
-def _gather(
-    item: _Item, full: Tensor, tp_group: dist.ProcessGroup | None, written: Callable[[Tensor], None] | None = None
-) -> Tensor:
-    """On TP rank 0: fills the whole tensor, on whichever device it is, from the boxes of all ranks, one rank's at a time.
-
-    Args:
-        written: called with parts of the tensor that make it up in order: each when it is there, where this rank has them all and
-            they come in order, else all at the end.
-    """
-    in_order = written is not None and _row_by_row(item, full.shape)
+def _gather(item: _Item, full: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """On TP rank 0: fills the whole tensor, on whichever device it is, from the boxes of all ranks, one rank's at a time."""
     for rank, pieces in enumerate(item.pieces):
         if rank == 0:
             for piece in pieces:
-                into = _box(full, piece.hf_region)
-                _copy_in_slabs(into, _box(item.parameter, piece.local_region), written if in_order else None)
+                _copy_in_slabs(_box(full, piece.hf_region), _box(item.parameter, piece.local_region))
         elif pieces:
             sizes = [_box(full, piece.hf_region).numel() for piece in pieces]
             received = torch.empty(sum(sizes), dtype=full.dtype, device=item.parameter.device)
@@ -271,20 +248,7 @@ def _gather(
             for piece, part in zip(pieces, received.split(sizes), strict=True):
                 box = _box(full, piece.hf_region)
                 box.copy_(part.view(box.shape))
-    if written and not in_order:
-        written(full)
     return full
-
-
-def _row_by_row(item: _Item, shape: Sequence[int]) -> bool:
-    """Whether rank 0 has all of a tensor, in pieces of whole rows from the first to the last."""
-    at = 0
-    for piece in item.pieces[0]:
-        (start, stop), *rest = piece.hf_region
-        if start != at or any(span != (0, extent) for span, extent in zip(rest, shape[1:], strict=True)):
-            return False
-        at = stop
-    return at == shape[0]
 
 
 def _send(item: _Item, dtype: torch.dtype, tp_group: dist.ProcessGroup | None, tp_rank: int) -> None:
@@ -404,23 +368,22 @@ class LiveWeights:
         for names in self.groups():
             yield names, [next(pairs)[1] for _ in names]
 
-    def fill(self, name: str, whole: Tensor | None, written: Callable[[Tensor], None] | None = None) -> None:
+    def fill(self, name: str, whole: Tensor | None) -> None:
         """Writes one of this stage's tensors into memory that is there. All TP ranks call it, for one tensor after the other.
 
         Args:
-            whole: on TP rank 0, of the tensor's shape and the stream's type, on any device, contiguous.
-            written: called with contiguous parts that make up the tensor in order, if possible each right after it was written.
+            whole: on TP rank 0, of the tensor's shape and the stream's type, on any device.
         """
-        self._pass(self._by_name[name], whole, written)
+        self._pass(self._by_name[name], whole)
 
     @cached_property
     def _by_name(self) -> dict[str, _Item]:
         return {item.hf_name: item for item in self._items}
 
     @torch.no_grad()
-    def _pass(self, item: _Item, whole: Tensor | None, written: Callable[[Tensor], None] | None = None) -> None:
+    def _pass(self, item: _Item, whole: Tensor | None) -> None:
         if self._tp_rank == 0:
-            _gather(item, whole, self._tp_group, written)
+            _gather(item, whole, self._tp_group)
         else:
             _send(item, self._dtype, self._tp_group, self._tp_rank)
 

@@ -141,34 +141,10 @@ def checksum(data: Tensor) -> str:
     Args:
         data: contiguous.
     """
-    if data.device.type != "cpu":
-        return _device_checksum(_flat(data))
-    whole = Checksum()
-    whole.update(data)
-    return whole.hexdigest()
-
-
-class Checksum:
-    """`checksum` of a tensor on the CPU, part by part, each while it is still in the processor's cache."""
-
-    def __init__(self) -> None:
-        self._hash = xxhash.xxh3_128()
-
-    def update(self, part: Tensor) -> None:
-        """Takes the next bytes.
-
-        Args:
-            part: contiguous.
-        """
-        self._hash.update(_flat(part).numpy())
-
-    def hexdigest(self) -> str:
-        """Of all parts so far."""
-        return self._hash.hexdigest()
-
-
-def _flat(data: Tensor) -> Tensor:
-    return data.reshape(-1).view(torch.uint8)
+    flat = data.reshape(-1).view(torch.uint8)
+    if data.device.type == "cpu":
+        return xxhash.xxh3_128(flat.numpy()).hexdigest()
+    return _device_checksum(flat)
 
 
 _STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, as signed

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.live import LiveWeights
@@ -21,7 +20,6 @@ from tulu_mega.rollout.failure import ServerFailure
 from tulu_mega.rollout.protocol import (
     SLOTS,
     Bucket,
-    Checksum,
     Expected,
     Manifest,
     abandon_message,
@@ -93,6 +91,7 @@ class WeightSync:
         self._outbox: Outbox | None = None
         self._controls: dict[str, ServerControl] = {}
         self._lanes: dict[str, ThreadPoolExecutor] = {}
+        self._hasher = ThreadPoolExecutor(1, "checksums")
         self._lost: dict[str, str] = {}
         """servers that never attached, and why"""
 
@@ -137,7 +136,7 @@ class WeightSync:
 
     def close(self) -> None:
         """Lets go of buffers and connections; the servers stay as they are."""
-        for lane in self._lanes.values():
+        for lane in (*self._lanes.values(), self._hasher):
             lane.shutdown(wait=True)
         for control in self._controls.values():
             control.close()
@@ -248,29 +247,23 @@ class WeightSync:
                 self.weights.fill(name, None)
             return {}, {}
         failed: dict[str, str] = {}
-        checksums: dict[str, str] = {}
+        hashes: dict[str, Future[str]] = {}
         under_way: list[list[Future]] = [[] for _ in range(SLOTS)]
         try:
             for bucket in self._buckets:
                 self._arrived(under_way[bucket.slot], failed)
                 buffer = self._outbox.buffer(bucket.slot)
                 for place in bucket.places:
-                    checksums[place.name] = self._fill(place.name, view(buffer, place, self._manifest[place.name]))
+                    tensor = view(buffer, place, self._manifest[place.name])
+                    self.weights.fill(place.name, tensor)
+                    hashes[place.name] = self._hasher.submit(checksum, tensor)
                 left = [control.url for control in self._left(lost | failed)]
-                under_way[bucket.slot] = [self._lanes[url].submit(self._send, url, version, bucket) for url in left]
+                sending = [self._lanes[url].submit(self._send, url, version, bucket) for url in left]
+                under_way[bucket.slot] = [*sending, *(hashes[place.name] for place in bucket.places)]
         finally:
             for slot in under_way:
                 self._arrived(slot, failed)
-        return checksums, failed
-
-    def _fill(self, name: str, tensor: Tensor) -> str:
-        """Writes a tensor into its place in a buffer and says what was written."""
-        if tensor.device.type != "cpu":
-            self.weights.fill(name, tensor)
-            return checksum(tensor)
-        written = Checksum()
-        self.weights.fill(name, tensor, written.update)
-        return written.hexdigest()
+        return {name: each.result() for name, each in hashes.items()}, failed
 
     @staticmethod
     def _arrived(futures: list[Future], failed: dict[str, str]) -> None:
