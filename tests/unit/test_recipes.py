@@ -16,6 +16,9 @@ from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, SftSettings,
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.packing import Alignment, plan_step
 from tulu_mega.errors import UserError
+from tulu_mega.plan.outlook import outlook
+from tulu_mega.plan.run import ask
+from tulu_mega.plan.settings import PlanSettings
 from tulu_mega.planner.layout import pack_alignment, pipeline_of
 from tulu_mega.planner.schedule import simulate
 from tulu_mega.preflight import layout_problems
@@ -66,6 +69,19 @@ def test_a_recipe_fits_its_model(file):
     align, pack = pack_alignment(settings), settings.data.pack_length or longest
     assert align == Alignment(sequence=1, total=pack_alignment(settings).total) and pack % align.total == 0
     assert settings.run_dir == f"runs/{file.parts[-3]}_{file.parts[-2]}_{file.stem}"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=named)
+def test_a_recipe_fits_its_gpus(file):
+    """On the GPUs its head names: the layout's own, or eight; 405B generates on H200s."""
+    recipe, size = file.parts[-3:-1]
+    asked = {"config": [str(file)], "model": str(EXAMPLES / "architectures" / MODELS[recipe, size])}
+    if (recipe, size) == ("tulu3", "8b"):
+        asked["gpus"] = 8
+    if (size, stage(file)) == ("405b", "grpo"):
+        asked["rollout_gpu"] = "h200"
+    found = outlook(ask(PlanSettings(**asked)), sampled=1)
+    assert found.problems == [] and found.fits
 
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]

@@ -92,4 +92,4 @@ def _timeline(axes: Axes, result: Outlook) -> None:
     axes.set_ylabel("pipeline rank")
     axes.set_yticks(range(pipeline))
     axes.invert_yaxis()
-    axes.legend(fontsize=7.5, loc="lower right")
+    axes.legend(fontsize=7.5, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)
