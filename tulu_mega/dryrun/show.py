@@ -15,6 +15,8 @@ from tulu_mega.dryrun.record import DryRun, RankReport
 from tulu_mega.errors import UserError
 
 _GIB = 2**30
+_WIDTH = 96
+"""Characters that all columns take; narrower terminals break lines rather than lose a column."""
 
 
 def as_json(found: DryRun) -> dict[str, Any]:
@@ -32,15 +34,13 @@ def table(found: DryRun) -> Group:
     """A row for each pipeline rank, the largest of its tensor ranks, and a line of what was looked at."""
     trains = any(report.training for report in found.ranks)
     sends = any(report.sending for report in found.ranks)
-    drawn = Table(box=box.SIMPLE_HEAD, title="What a rank holds, writes and sends, GiB")
-    for column in ("stage", "layers", "parameters, M", "weights"):
-        drawn.add_column(column, justify="right")
-    if trains:
-        for column in ("gradients", "optimizer", "writes at a save", "gathers for it"):
-            drawn.add_column(column, justify="right")
-    if sends:
-        for column in ("to each engine", "its buffers"):
-            drawn.add_column(column, justify="right")
+    columns = ["stage", "layers", "elements (M)", "weights"]
+    columns += ["gradients", "optimizer", "writes at a save", "gathers for it"] if trains else []
+    columns += ["to each engine", "its buffers"] if sends else []
+    title = "What a rank holds, writes and sends, GiB"
+    drawn = Table(box=box.SIMPLE_HEAD, title=title, pad_edge=False, collapse_padding=True)
+    for column in columns:  # a heading may break between words, not within
+        drawn.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for stage in range(found.layout.pipeline):
         drawn.add_row(*_row([report for report in found.ranks if report.stage == stage], trains, sends))
     return Group(drawn, summary(found))
@@ -93,6 +93,7 @@ def tell(found: DryRun, format: Literal["table", "json"] = "table") -> None:
     if format == "json":
         print(json.dumps(as_json(found), indent=2))
     else:
-        Console().print(table(found))
+        console = Console()
+        console.print(table(found), width=max(console.width, _WIDTH), crop=False)
     if found.problems:
         raise UserError(found.problems)
