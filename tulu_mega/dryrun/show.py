@@ -64,7 +64,7 @@ def _row(group: Sequence[RankReport], trains: bool, sends: bool) -> list[str]:
     largest = max(report.parameters for report in group)
     cells = [
         str(first.stage),
-        " + ".join(map(str, first.layers)) if len(first.layers) < 5 else f"{len(first.layers)} chunks, {sum(first.layers)}",
+        " + ".join(map(str, first.layers)) if len(first.layers) < 5 else f"{sum(first.layers)} in {len(first.layers)}",
         f"{largest / 1e6:,.1f}",
         _gib(max(report.parameter_bytes + report.beside for report in group)),
     ]
