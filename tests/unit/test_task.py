@@ -124,7 +124,7 @@ def test_jsonl_is_written_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_of_a_pair_the_chosen_answer_is_right_and_the_rejected_one_wrong(split):
+def test_of_a_pair_the_chosen_answer_is_right_and_the_rejected_one_wrong_in_the_same_style(split):
     questions = set()
     styles = Counter()
     for row in take(pairs(split, seed=1), 400):
@@ -132,9 +132,10 @@ def test_of_a_pair_the_chosen_answer_is_right_and_the_rejected_one_wrong(split):
         assert row["rejected"][0] == prompt and len(row["chosen"]) == len(row["rejected"]) == 2
         truth = extract_answer(chosen)
         assert not is_correct(rejected, truth) and int(extract_answer(rejected)) >= 0
+        assert (chosen.count("=") > 0) == (rejected.count("=") > 0)  # style tells nothing
         styles[rejected.count("=") > 0] += 1
         questions.add(prompt["content"])
-    assert 0.2 < styles[True] / 400 < 0.4  # careless work
+    assert 0.4 < styles[True] / 400 < 0.6
     other = "heldout" if split == "train" else "train"
     assert not questions & {problem.question for problem in islice(problems(other, 1), 400)}
 

@@ -53,6 +53,8 @@ class RewardSettings(Section):
     """Directory of a reward model (`tulu-mega rm`) whose score is added."""
     model_weight: float = 1.0
     """Factor of its score."""
+    shuffle: bool = False
+    """A control: each prompt's rewards are dealt out at random among its responses, so that there is nothing to learn."""
 
 
 class GrpoTrainSettings(Section):
