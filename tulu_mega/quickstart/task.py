@@ -120,16 +120,17 @@ def demonstrations(seed: int, mixture: Mixture = Mixture()) -> Iterator[dict[str
         yield {**row, "messages": [*row["messages"], {"role": "assistant", "content": response}]}
 
 
-def pairs(split: Split, seed: int, terse: float = 0.5) -> Iterator[dict[str, Any]]:
+def pairs(split: Split, seed: int, terse: float = 0.3) -> Iterator[dict[str, Any]]:
     """An endless stream of preference rows: `chosen` and `rejected` (user, assistant), a right answer and a wrong one.
 
-    Both are in the same style, for that share the terse one, so that what is preferred is being right and not being long.
+    Both are in the same style, for that share the terse one, so that what is preferred is being right and not being long. A
+    terse answer is wrong by 5 and more: what a guess can tell.
     """
     draw = random.Random(f"{split} pairs {seed}")
     for problem in problems(split, f"{seed} pairs", two_step=0.8):
         prompt = prompt_row(problem)["messages"]
         if draw.random() < terse:
-            beside = draw.choice([by for by in range(-9, 10) if by and problem.answer + by > 0])
+            beside = draw.choice([by for by in range(-15, 16) if abs(by) > 4 and problem.answer + by > 0])
             right, wrong = (f"The answer is {number}." for number in (problem.answer, problem.answer + beside))
         else:
             right, wrong = _worked(problem, slip=None), _worked(problem, slip=draw)
