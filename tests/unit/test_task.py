@@ -135,7 +135,7 @@ def test_of_a_pair_the_chosen_answer_is_right_and_the_rejected_one_wrong_in_the_
         assert (chosen.count("=") > 0) == (rejected.count("=") > 0)  # style tells nothing
         styles[rejected.count("=") > 0] += 1
         questions.add(prompt["content"])
-    assert 0.6 < styles[True] / 400 < 0.8
+    assert 0.4 < styles[True] / 400 < 0.6
     other = "heldout" if split == "train" else "train"
     assert not questions & {problem.question for problem in islice(problems(other, 1), 400)}
 

@@ -120,7 +120,7 @@ def demonstrations(seed: int, mixture: Mixture = Mixture()) -> Iterator[dict[str
         yield {**row, "messages": [*row["messages"], {"role": "assistant", "content": response}]}
 
 
-def pairs(split: Split, seed: int, terse: float = 0.3) -> Iterator[dict[str, Any]]:
+def pairs(split: Split, seed: int, terse: float = 0.5) -> Iterator[dict[str, Any]]:
     """An endless stream of preference rows: `chosen` and `rejected` (user, assistant), a right answer and a wrong one.
 
     Both are in the same style, for that share the terse one, so that what is preferred is being right and not being long. A
