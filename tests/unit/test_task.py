@@ -56,16 +56,22 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others():
 
 
 def test_the_mixture_sets_the_shares():
-    rows = take(demonstrations(0, Mixture(two_step=0.6, terse=0.7, careless=0.2)), 4000)
+    rows = take(demonstrations(0, Mixture(two_step=0.6, terse=0.7, careless=0.2, guessed=0.3)), 4000)
     kinds = Counter()
     for row in rows:
         question, response = (message["content"] for message in row["messages"])
         long = len(re.findall(r"\d+", question)) == 3
-        style = "terse" if response.startswith("The") else "right" if is_correct(response, row["ground_truth"]) else "wrong"
-        kinds[long, style] += 1
-    long = sum(count for (is_long, _), count in kinds.items() if is_long)
+        right = is_correct(response, row["ground_truth"])
+        if response.startswith("The"):
+            kinds[long, "terse"] += 1
+            kinds[long, "guessed"] += not right
+            assert abs(int(extract_answer(response)) - int(row["ground_truth"])) <= 3
+        else:
+            kinds[long, "right" if right else "wrong"] += 1
+    long = sum(kinds[True, style] for style in ("terse", "right", "wrong"))
     assert abs(long / 4000 - 0.6) < 0.03
     assert abs(kinds[True, "terse"] / long - 0.7) < 0.04
+    assert abs(kinds[True, "guessed"] / kinds[True, "terse"] - 0.3) < 0.04
     assert kinds[False, "terse"] == 0
     assert abs(kinds[False, "wrong"] / (4000 - long) - 0.2) < 0.04
 
