@@ -70,7 +70,7 @@ class StepRecord:
     flops: float
     """of the whole step over all ranks (`planner.flops.training_flops`)"""
     seconds: StepSeconds
-    extra: Mapping[str, float | int | str | None] = field(default_factory=dict)
+    extra: Mapping[str, float | int | None] = field(default_factory=dict)
     """further values, written under their own names"""
     told: tuple[str, ...] = ()
     """those of them that the console's line has too"""

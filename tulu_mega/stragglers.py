@@ -51,7 +51,7 @@ class Lineup:
 
     def __init__(self, settings: StragglerSettings, hosts: Sequence[str], alike: Sequence[int]):
         self._settings, self._hosts = settings, hosts
-        self._peers = [[other for other, kind in enumerate(alike) if kind == mine] for mine in alike]
+        self._groups = [group for kind in sorted(set(alike)) if len(group := [r for r, k in enumerate(alike) if k == kind]) > 1]
         self._in_a_row = [0] * len(hosts)
 
     def slowest(self, paces: Sequence[Pace]) -> Slowest | None:
@@ -63,9 +63,12 @@ class Lineup:
             The rank furthest behind; None where no two ranks are alike, or none has worked.
         """
         spent = [pace.working + pace.waiting for pace in paces]
-        # of an even number the faster of the two in the middle: of two ranks one would otherwise be half of its own yardstick
-        usual = [statistics.median_low(spent[peer] for peer in peers) for peers in self._peers]
-        times = {rank: spent[rank] / usual[rank] for rank, peers in enumerate(self._peers) if len(peers) > 1 and usual[rank] > 0}
+        times: dict[int, float] = {}
+        for ranks in self._groups:
+            # of an even number the faster of the two in the middle: of two ranks one would otherwise be half of its own yardstick
+            usual = statistics.median_low(spent[rank] for rank in ranks)
+            if usual > 0:
+                times |= {rank: spent[rank] / usual for rank in ranks}
         if not times:
             return None
         for rank, factor in times.items():
