@@ -57,7 +57,10 @@ setup(
         ],
         "wandb": ["wandb"],
         "report": ["matplotlib"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "import-linter", "pre-commit", "py-spy", "setuptools", "wheel"],
+        "dev": [
+            "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "import-linter", "pre-commit", "py-spy", "setuptools",
+            "wheel",
+        ],
     },
     entry_points={
         "console_scripts": ["tulu-mega = tulu_mega.cli:main"],

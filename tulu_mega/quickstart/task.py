@@ -6,8 +6,8 @@ whatever names and wording, is ever asked in the evaluation.
 
 Demonstrations come in four styles: worked, careless (worked, with a slip in it), terse and guessed (terse, beside the answer).
 Stories with one event are worked out; most of those with two are not, though two steps at once are hard. Supervised fine-tuning
-teaches both habits and prefers the wrong one: what reinforcement learning is there to turn round. Preference pairs leave the habit
-as it is and teach to tell right from wrong.
+teaches both habits and prefers the wrong one: what reinforcement learning is there to turn round. Preference pairs leave the
+habit as it is and teach to tell right from wrong.
 """
 
 from __future__ import annotations
