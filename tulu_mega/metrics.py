@@ -192,6 +192,10 @@ def _json_number(value: Any) -> Any:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
+_BEHIND = 1.1
+"""times the median's: what the console tells of; less is the weather"""
+
+
 class _Console:
     """One readable line every few steps; on a terminal a progress bar below them."""
 
@@ -221,7 +225,8 @@ class _Console:
             return
         mfu = f"  mfu {values['mfu']:.1%}" if values["mfu"] is not None else ""
         more = "".join(f"{name.replace('_', ' ')} {values[name]:.3g}  " for name in told)
-        slow = f"slowest rank {slowest.rank} ({slowest.host}) {slowest.times:.2f}x  " if slowest else ""
+        behind = slowest and slowest.times >= _BEHIND
+        slow = f"slowest rank {slowest.rank} ({slowest.host}) {slowest.times:.2f}x  " if behind else ""
         line = (
             f"step {step:>{len(str(self._total))}}/{self._total}  {more}loss {values['loss']:.4f}  "
             f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "

@@ -14,7 +14,7 @@ class QuickstartSettings(Section):
     """Optimizer steps of fine-tuning, 64 demonstrations each."""
     rm_steps: PositiveInt = 90
     """Optimizer steps of the reward model, 64 pairs each."""
-    dpo_steps: PositiveInt = 40
+    dpo_steps: PositiveInt = 60
     """Optimizer steps of preference tuning, 64 pairs each."""
-    grpo_steps: PositiveInt = 55
+    grpo_steps: PositiveInt = 40
     """Steps of reinforcement learning, 32 prompts of 16 responses each."""
