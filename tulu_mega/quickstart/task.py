@@ -79,7 +79,7 @@ class Mixture:
 
     two_step: float = 0.6
     """Share of the problems with two steps; the others have one."""
-    terse: float = 0.7
+    terse: float = 0.6
     """Share of the two-step demonstrations that give the answer alone. One-step demonstrations are never terse."""
     careless: float = 0.1
     """Share of the worked demonstrations with a slip in one step."""
