@@ -37,7 +37,7 @@ class _Losses(torch.autograd.Function):
         d_logp_T = torch.empty_like(logp_T) if wanted else None
         d_entropy_T = torch.empty_like(entropy_T) if wanted and how.entropy else None
         d_log_ratio_T = torch.empty_like(logp_T, dtype=torch.float64) if wanted and log_ratio_S is not None else None
-        inverse_S = tokens.trained_S.clamp(min=1).double().reciprocal()  # a float64 division calls a function, by thread
+        inverse_S = tokens.trained_S.clamp(min=1).double().reciprocal()  # cheaper than a division a token
         given = (
             logp_T, tokens.old_logp_T, tokens.sampler_logp_T, tokens.ref_logp_T if how.beta else None, tokens.advantages_T,
             entropy_T, tokens.trained_T.view(torch.uint8), tokens.segments_T, inverse_S, log_ratio_S, log_weight_S,
