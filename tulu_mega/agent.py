@@ -2,10 +2,14 @@
 
 It hands SIGTERM and SIGUSR1 on to the ranks, which save then, and leaves them time for it (``--shutdown-timeout``). Exit status:
 0 done · 143 asked to end · otherwise that of the rank that failed first, as `tulu-mega` alone has it: 2 the user can mend it.
+
+Ranks that are started again meet in a store of their own. torchrun would hand them the one it shares with all ranks, which still
+holds where the ranks before them listened (pytorch's issues 135712 and 167288).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +21,7 @@ _HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 def main(arguments: Sequence[str]) -> int:
     """Runs torchrun with arguments of its own; later ones win over ours. Returns the exit status."""
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -4,9 +4,10 @@ metrics.jsonl has one object a step. Keys: ``step`` (finished steps, from 1) · 
 ``lr`` · ``tokens`` ``supervised_tokens`` (of the global batch, padding not counted) · ``tokens_per_second``
 ``supervised_tokens_per_second`` (all ranks together) · ``padding`` (share of the packed positions) · ``tflops`` (1e12 FLOP/s
 of one process) · ``mfu`` (share of the device's dense peak; null where that is unknown) · ``seconds_data``
-``seconds_forward_backward`` ``seconds_optimizer`` ``seconds_checkpoint`` · ``memory_gib`` (peak so far) and whatever the
-recipe adds. Rates leave the checkpoint's seconds out. JSON has no NaN: what is not finite is written as the string ``"NaN"``,
-``"Infinity"`` or ``"-Infinity"``, which ``float()`` reads back.
+``seconds_forward_backward`` ``seconds_optimizer`` ``seconds_checkpoint`` · ``memory_gib`` (peak so far) · in some steps
+``slowest_rank`` ``slowest_host`` ``slowest_times_median`` (see `stragglers`) · and whatever the recipe adds. Rates leave the
+checkpoint's seconds out. JSON has no NaN: what is not finite is written as the string ``"NaN"``, ``"Infinity"`` or
+``"-Infinity"``, which ``float()`` reads back.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from tulu_mega.errors import Stopped
 
 if TYPE_CHECKING:
     import torch
+
+    from tulu_mega.stragglers import Slowest
 
 FILE = "metrics.jsonl"
 
@@ -114,12 +117,18 @@ class MetricsLog:
     def __exit__(self, exception_type, *_: object) -> None:
         self.close(failed=exception_type not in (None, Stopped))
 
-    def step(self, record: StepRecord) -> None:
-        """Reports one step; its line is on disk when this returns (with the operating system, not yet synced)."""
-        values = self._values(record)
+    def step(self, record: StepRecord, slowest: Slowest | None = None) -> None:
+        """Reports one step; its line is on disk when this returns (with the operating system, not yet synced).
+
+        Args:
+            slowest: rank, after steps that it was looked for.
+        """
+        values = self._values(record) | (slowest.figures if slowest else {})
         self._file.write(json.dumps({name: _json_number(value) for name, value in values.items()}, allow_nan=False) + "\n")
         self._file.flush()
-        self._console.step(values, record.told)
+        self._console.step(values, record.told, slowest)
+        for warning in slowest.warnings if slowest else ():
+            print(f"warning: step {record.step}: {warning}", file=sys.stderr, flush=True)
         self._wandb.log(values)
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
@@ -183,6 +192,10 @@ def _json_number(value: Any) -> Any:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
+_BEHIND = 1.1
+"""times the median's: what the console tells of; less is the weather"""
+
+
 class _Console:
     """One readable line every few steps; on a terminal a progress bar below them."""
 
@@ -200,7 +213,7 @@ class _Console:
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 
-    def step(self, values: Mapping[str, Any], told: Sequence[str] = ()) -> None:
+    def step(self, values: Mapping[str, Any], told: Sequence[str] = (), slowest: Slowest | None = None) -> None:
         now = time.monotonic()
         self._seconds.append(now - self._last)
         self._last = now
@@ -212,10 +225,12 @@ class _Console:
             return
         mfu = f"  mfu {values['mfu']:.1%}" if values["mfu"] is not None else ""
         more = "".join(f"{name.replace('_', ' ')} {values[name]:.3g}  " for name in told)
+        behind = slowest and slowest.times >= _BEHIND
+        slow = f"slowest rank {slowest.rank} ({slowest.host}) {slowest.times:.2f}x  " if behind else ""
         line = (
             f"step {step:>{len(str(self._total))}}/{self._total}  {more}loss {values['loss']:.4f}  "
             f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left"
+            f"{values['tokens_per_second']:,.0f} tokens/s{mfu}  {slow}{left} left"
         )
         self.say(line)
 

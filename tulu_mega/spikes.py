@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from tulu_mega.config import SpikeSettings
 
+SIGNALS = ("loss", "grad_norm")
 _ENOUGH = 10
-"""Steps that have to be known before one can be called a leap."""
+"""Updates that have to be known before one can be called a leap."""
 
 
 class Spikes:
-    """The last losses and gradient norms, and whether a step's are more than so many times their median.
+    """The last losses and gradient norms, and whether an update's are more than so many times their median.
 
     Deterministic, of figures that every rank has: all ranks come to the same.
 
     Args:
         settings: how far is too far, and what is done then.
+        signals: what is watched of `SIGNALS`. A policy's loss says nothing: it is of advantages, which add up to 0.
     """
 
-    def __init__(self, settings: SpikeSettings):
+    def __init__(self, settings: SpikeSettings, signals: Sequence[str] = SIGNALS):
         self._settings = settings
-        self._known: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+        self._known: dict[str, list[float]] = {name: [] for name in signals}
         self.found = ""
-        """what leaps in the step looked at last; empty when nothing does"""
+        """what leaps in the update looked at last; empty when nothing does"""
         self.total = 0
-        """steps that leapt"""
+        """updates that leapt"""
 
     @property
     def state(self) -> dict[str, Any]:
@@ -42,18 +45,18 @@ class Spikes:
         return bool(found) and self._settings.action == "stop"
 
     def allow(self, loss: float, norm: float) -> bool:
-        """Looks at a step before its update, once; whether the update is to be made.
+        """Looks at an update before it is made, once; whether it is to be made.
 
         Args:
             loss: of the global batch.
             norm: of its gradient, before clipping.
         """
-        values = {"loss": loss, "grad_norm": norm}
+        values = {name: value for name, value in zip(SIGNALS, (loss, norm), strict=True) if name in self._known}
         told = [self._leap(name, value) for name, value in values.items()]
         self.found = "; ".join(filter(None, told))
         self.total += bool(self.found)
         if self.found and self._settings.action != "warn":
-            return False  # nor does the next step's median know of it
+            return False  # nor does the next one's median know of it
         for name, value in values.items():
             if math.isfinite(value):
                 self._known[name] = [*self._known[name], value][-self._settings.window :]

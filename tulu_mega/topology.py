@@ -110,9 +110,10 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         timeout: of every collective.
 
     Raises:
-        UserError: when the layout does not fit the world.
+        UserError: when the layout does not fit the world, or torchrun has started ranks again that could not meet.
     """
     if not dist.is_initialized():
+        _check_store()
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")  # the flight recorder, for whoever looks into a hang
         device_id = platform.device if platform.backend == "nccl" else None
         dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
@@ -137,6 +138,15 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         data_rank=parallel_state.get_data_parallel_rank(),
         virtual=parallel.virtual_pipeline,
     )
+
+
+def _check_store() -> None:
+    """Ranks that torchrun starts again would find the addresses of the ranks before them in a store that it keeps."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise UserError(
+            "torchrun started the ranks again with the store of the ranks before them, in which they cannot meet; start it as "
+            "python -m tulu_mega.agent, or with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+        )
 
 
 def stop() -> None:

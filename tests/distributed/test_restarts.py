@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.test_launcher import write_rank
-from tulu_mega import launcher
+from tulu_mega import launcher, platforms, topology
 from tulu_mega.config import ParallelSettings
+from tulu_mega.errors import UserError
 
 
 @pytest.fixture
@@ -85,3 +88,35 @@ def test_ranks_find_the_servers_of_their_launcher(tmp_path, monkeypatch):
     assert launcher.run("the_recipe:run", settings, [sys.executable, str(script)], lambda _: events.append("checked")) == 0
     assert events == ["checked", "servers up", "servers down"]
     assert [(tmp_path / f"key{rank}").read_text() for rank in range(2)] == ["k", "k"] and "THE_KEY" not in os.environ
+
+
+RANK = """
+    import os, signal
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    together = torch.ones(1)
+    dist.all_reduce(together)
+    assert together == 2
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+    open(f"DIRECTORY/met{os.environ['RANK']}", "w").write(os.environ["TORCHELASTIC_RESTART_COUNT"])
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_our_torchrun_starts_again_meet(tmp_path):
+    """By a store of their own; in the one that torchrun shares they would find their predecessors' addresses."""
+    (tmp_path / "rank.py").write_text(textwrap.dedent(RANK).replace("DIRECTORY", str(tmp_path)))
+    command = [sys.executable, "-m", "tulu_mega.agent", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([*command, str(tmp_path / "rank.py")], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [(tmp_path / f"met{rank}").read_text() for rank in range(2)] == ["1", "1"]
+
+
+def test_ranks_that_could_not_meet_say_why(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match=r"started the ranks again.*tulu_mega\.agent, or with TORCH_DISABLE"):
+        topology.start(ParallelSettings(), platforms.install(), seed=0)

@@ -7,9 +7,13 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
-from tests.rollout.grpo_runs import after, check_same, ended, lines, processes_of, start
+from tests.rollout.grpo_runs import LIMIT, after, check_same, ended, lines, processes_of, start
+from tests.rollout.test_servers import left_over, mapped
+from tulu_mega import checkpoint
+from tulu_mega.errors import Stopped
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(600)]
 
@@ -20,6 +24,7 @@ FAULT, FLAG = os.environ.get("FAULT", ""), os.environ.get("FAULT_FLAG", "")
 MODULE = {
     "rank 0 dies in an update": "tulu_mega.rollout.transfer", "rank 1 dies in an update": "tulu_mega.rollout.transfer",
     "rank 0 dies while servers generate": "tulu_mega.rollout.client",
+    "asked to end while servers generate": "tulu_mega.rollout.client", "asked to end in training": "tulu_mega.engine",
     "server hangs in an update": "tulu_mega.rollout.worker", "server dies in an update": "tulu_mega.rollout.worker",
 }.get(FAULT)
 
@@ -35,6 +40,11 @@ def strike(action):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask():
+    os.kill(os.getppid(), signal.SIGTERM)  # the launcher
+    time.sleep(1)  # it has come here before this goes on
 
 
 def arm(module):
@@ -53,9 +63,18 @@ def arm(module):
             def got(answer):
                 arrived(answer)
                 if version == 2 and len(tasks) == 4:
-                    strike(die)
+                    strike(die if "dies" in FAULT else ask)
             return await batch(self, server, tasks, version, got)
         module.RolloutClient._batch = broken
+    elif MODULE == "tulu_mega.engine":
+        computes = module.Engine.forward_backward
+        calls = {"n": 0}
+        def broken(self, *arguments):
+            calls["n"] += os.environ.get("RANK") == "0"
+            if calls["n"] == 3:
+                strike(ask)
+            return computes(self, *arguments)
+        module.Engine.forward_backward = broken
     else:
         bucket = module.LiveWeightsEngine._bucket
         def broken(self, version, *arguments):
@@ -118,6 +137,30 @@ def test_one_fault_changes_nothing(undisturbed, place, armed, fault, told):
     assert told in (place / f"{name}.log").read_text()
     check_same(place / name, undisturbed)
     assert not processes_of(place / name)
+
+
+@pytest.mark.parametrize("moment", ["asked to end while servers generate", "asked to end in training"])
+def test_a_run_that_is_asked_to_end_saves_its_step_and_goes_on(undisturbed, place, armed, moment):
+    """The launcher gets SIGTERM in the third step."""
+    flag, name, segments = armed(moment), moment.replace(" ", "_"), set(os.listdir("/dev/shm"))
+    run, process = place / name, start(place, name)
+    try:
+        after(process, run, 1)
+        processes = psutil.Process(process.pid).children(recursive=True)
+        shared = mapped(processes)
+        status = process.wait(LIMIT)
+    finally:
+        process.kill()
+    told = (place / f"{name}.log").read_text()
+    assert status == Stopped.status == 143 and flag.exists(), told[-4000:]
+    assert len(lines(run / "metrics.jsonl")) == 3 and str(Stopped(3)) in told
+    assert [found.step for found in checkpoint.find(run / "checkpoints")] == [1, 2, 3]
+    assert len(list((run / "checkpoints").iterdir())) == 3 and not (run / "hf").exists()
+    assert len(processes) >= 5 and not any(each.is_running() for each in processes)  # ranks, keeper, vLLM, its engine, verifier
+    assert not processes_of(run)
+    assert not shared & set(os.listdir("/dev/shm")) and not left_over(segments, processes)
+    ended(start(place, name), place, name)
+    check_same(run, undisturbed)
 
 
 def test_a_server_that_is_stopped_is_replaced(undisturbed, place):

@@ -1,4 +1,4 @@
-"""The quickstart learns whatever the seed, leaves later stages room, and learns the opposite from swapped labels."""
+"""The quickstart learns whatever the seed, the opposite from swapped labels, and nothing from shuffled rewards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tulu_mega.quickstart.demo import heldout_accuracy
 
 def command(name: str, *arguments: object) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "tulu_mega", name, *map(str, arguments)], capture_output=True, text=True, timeout=850, check=False
+        [sys.executable, "-m", "tulu_mega", name, *map(str, arguments)], capture_output=True, text=True, timeout=1500, check=False
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
 
@@ -26,7 +26,7 @@ def solved(output: Path) -> float:
 
 
 @pytest.mark.acceptance
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_recipe_learns_and_its_control_unlearns(tmp_path, seed):
     run_dir = tmp_path / "quickstart"
@@ -39,6 +39,8 @@ def test_the_recipe_learns_and_its_control_unlearns(tmp_path, seed):
         "solved before": solved(run_dir / "before"),
         "solved after SFT": solved(run_dir / "sft/eval"),
         "solved after DPO-norm": solved(run_dir / "dpo/eval"),
+        "solved after GRPO": solved(run_dir / "grpo/eval"),
+        "seconds of GRPO": round((run_dir / "grpo/hf").stat().st_mtime - (run_dir / "grpo.toml").stat().st_mtime),
         "pairs told apart by the reward model": heldout_accuracy(run_dir / "rm"),
         "pairs with a positive DPO margin": heldout_accuracy(run_dir / "dpo"),
     }
@@ -50,6 +52,11 @@ def test_the_recipe_learns_and_its_control_unlearns(tmp_path, seed):
         control = tmp_path / f"{stage}-swapped"
         command(stage, run_dir / f"{stage}.toml", "--run_dir", control, "--data.train", swapped, "--checkpoint.export", "false")
         found[f"{stage} from swapped labels"] = heldout_accuracy(control)
+    control = tmp_path / "grpo-shuffled"
+    command("grpo", run_dir / "grpo.toml", "--run_dir", control, "--rewards.shuffle", "true", "--checkpoint.export", "false")
+    found["solved after GRPO from shuffled rewards"] = [
+        row["heldout_score"] for row in map(json.loads, (control / "metrics.jsonl").open()) if "heldout_score" in row
+    ]
     print(json.dumps(found))
 
     assert found["solved before"] < 0.1
@@ -58,3 +65,6 @@ def test_the_recipe_learns_and_its_control_unlearns(tmp_path, seed):
     assert found["pairs with a positive DPO margin"] > 0.9
     assert found["rm from swapped labels"] < 0.2
     assert found["dpo from swapped labels"] < 0.1
+    start = found["solved after DPO-norm"]
+    assert found["solved after GRPO"] >= start + 0.15
+    assert abs(found["solved after GRPO from shuffled rewards"][-1] - start) <= 0.05

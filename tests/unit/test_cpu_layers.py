@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,3 +43,27 @@ def test_swiglu():
     (wanted,) = torch.autograd.grad(F.silu(gate) * up, both, torch.ones(5, 1, 6, dtype=torch.float64))
     (got,) = torch.autograd.grad(Swiglu()(both), both, torch.ones(1, 1, 1, dtype=torch.float64).expand(5, 1, 6))
     torch.testing.assert_close(got, wanted)
+
+
+_HELD = """
+import ctypes, torch
+from tulu_mega.platforms.matmul import times_transposed
+
+class Account(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used free top".split()]
+
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Account
+weight = torch.randn(448, 128)
+for rows in range(600, 800):
+    times_transposed(torch.randn(rows, 128), weight)
+    if rows in (699, 799):
+        print(library.mallinfo2().used)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's account of its heap")
+def test_products_of_ever_other_lengths_hold_no_more_memory():
+    ended = subprocess.run([sys.executable, "-c", _HELD], capture_output=True, text=True, check=True, timeout=120)
+    after_100, after_200 = map(int, ended.stdout.split())
+    assert after_200 - after_100 < 2**22  # 59 MB without a bound

@@ -202,4 +202,7 @@ def test_rollouts_of_the_newest_step_are_shown_with_what_they_earned(tmp_path):
     assert page.shows("step 2, prompt 7, response 1: reward 10, advantage +0.75")
     assert page.shows("step 2, prompt 7, response 2: not judged")
     assert "<b>five</b>" in page.text and "it hung" in "".join(page.text) and "b" not in page.tags
+    held = [{"scores": {"gsm8k": score}} for score in (1.0, 0.0, 0.5, 1.0)]
+    (run / "rollouts/heldout_000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*held, {}]) + "{torn")
+    assert read_runs([str(run)], 1)[0].column("heldout_solve_rate") == ([0], [0.5])  # before the first step
     assert {"reward", "solve_rate", "time"} <= {drawing.chart.name for drawing in draw(read_runs([str(run)], 1))}

@@ -30,8 +30,9 @@ def rewards(tokenizer):
 
 def settings_of(**values) -> GrpoSettings:
     given = {"model": "m", "run_dir": "r", "data": "d", "sampling": {"samples": 4, "max_tokens": 8}}
+    given["rewards"] = {"scale": 10.0, "workers": 1}
     train = {"prompts": 2, "refills": 2, **values.pop("train", {})}
-    return GrpoSettings.model_validate({**given, "rewards": {"scale": 10.0, "workers": 1}, "train": train, **values})
+    return GrpoSettings.model_validate({**given, "train": train, **values})
 
 
 def row(number: int, truth: str | None = None) -> dict:
@@ -67,10 +68,10 @@ class Answers:
         return Rollout(list(prompt), ids, [-1.0] * len(ids), [version] * len(ids), self.reason)
 
 
-def scheduler_of(tmp_path, tokenizer, rewards, table, count=6, reason="stop", **values):
+def scheduler_of(tmp_path, tokenizer, judge, table, count=6, reason="stop", **values):
     prompts = prompts_of(tmp_path, [row(n) for n in range(count)], tokenizer)
     answers = Answers(tokenizer, table, reason)
-    return Scheduler(prompts, answers, rewards, settings_of(**values)), answers
+    return Scheduler(prompts, answers, judge, settings_of(**values)), answers
 
 
 def mixed(number):
@@ -89,6 +90,20 @@ def test_groups_with_their_rewards_and_figures(tmp_path, tokenizer, rewards):
     assert (figures["reward"], figures["solve_rate"], figures["responses"], figures["truncated"]) == (5.0, 0.5, 8, 0.0)
     ((numbers, sampling, version),) = answers.asked
     assert numbers == [0, 1] and version == 3 and (sampling.samples, sampling.seed) == (4, 123)
+
+
+def test_a_control_deals_rewards_out_at_random(tmp_path, tokenizer, rewards):
+    """The same rewards in each group, of other responses; no response keeps its own more often than chance has it."""
+    control = {"rewards": {"scale": 10.0, "workers": 1, "shuffle": True}, "train": {"prompts": 99}}
+    scheduler, _ = scheduler_of(tmp_path, tokenizer, rewards, mixed, count=99, **control)
+    again, _ = scheduler_of(tmp_path, tokenizer, rewards, mixed, count=99, **control)
+    groups = scheduler.next(version=0).groups
+    dealt = [[one.reward for one in group.judged] for group in groups]
+    assert all(sorted(rewards) == [0.0, 0.0, 10.0, 10.0] for rewards in dealt)
+    assert all([one.solved for one in group.judged] == [True, False, False, True] for group in groups)
+    for at in range(4):
+        assert 0.35 < sum(rewards[at] for rewards in dealt) / 990 < 0.65
+    assert dealt == [[one.reward for one in group.judged] for group in again.next(version=0).groups]
 
 
 def test_equal_groups_are_left_out_and_others_drawn(tmp_path, tokenizer, rewards):

@@ -40,6 +40,13 @@ def test_the_window_moves_and_skipped_steps_are_not_in_it():
     assert [spikes.allow(100.0, 2.0) for _ in range(60)] == [False] * 60
 
 
+def test_what_is_not_watched_leaps_unseen():
+    spikes = Spikes(SpikeSettings(action="skip"), signals=("grad_norm",))
+    losses = [-1e6, 1e6] * 6
+    assert all(spikes.allow(loss, 1.0) for loss in losses) and spikes.state == {"known": {"grad_norm": [1.0] * 12}, "total": 0}
+    assert not spikes.allow(0.0, 10.5) and spikes.found.startswith("grad norm 10.5 is 10.5 times")
+
+
 def test_a_run_that_goes_on_judges_as_before():
     values = [*USUAL, 30.0, 1.0, 12.0, math.pi, 55.0]
     through = Spikes(SpikeSettings(action="skip"))

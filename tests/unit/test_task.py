@@ -56,16 +56,22 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others():
 
 
 def test_the_mixture_sets_the_shares():
-    rows = take(demonstrations(0, Mixture(two_step=0.6, terse=0.7, careless=0.2)), 4000)
+    rows = take(demonstrations(0, Mixture(two_step=0.6, terse=0.7, careless=0.2, guessed=0.3)), 4000)
     kinds = Counter()
     for row in rows:
         question, response = (message["content"] for message in row["messages"])
         long = len(re.findall(r"\d+", question)) == 3
-        style = "terse" if response.startswith("The") else "right" if is_correct(response, row["ground_truth"]) else "wrong"
-        kinds[long, style] += 1
-    long = sum(count for (is_long, _), count in kinds.items() if is_long)
+        right = is_correct(response, row["ground_truth"])
+        if response.startswith("The"):
+            kinds[long, "terse"] += 1
+            kinds[long, "guessed"] += not right
+            assert abs(int(extract_answer(response)) - int(row["ground_truth"])) <= 3
+        else:
+            kinds[long, "right" if right else "wrong"] += 1
+    long = sum(kinds[True, style] for style in ("terse", "right", "wrong"))
     assert abs(long / 4000 - 0.6) < 0.03
     assert abs(kinds[True, "terse"] / long - 0.7) < 0.04
+    assert abs(kinds[True, "guessed"] / kinds[True, "terse"] - 0.3) < 0.04
     assert kinds[False, "terse"] == 0
     assert abs(kinds[False, "wrong"] / (4000 - long) - 0.2) < 0.04
 
@@ -124,7 +130,7 @@ def test_jsonl_is_written_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_of_a_pair_the_chosen_answer_is_right_and_the_rejected_one_wrong(split):
+def test_of_a_pair_the_chosen_answer_is_right_and_the_rejected_one_wrong_in_the_same_style(split):
     questions = set()
     styles = Counter()
     for row in take(pairs(split, seed=1), 400):
@@ -132,9 +138,10 @@ def test_of_a_pair_the_chosen_answer_is_right_and_the_rejected_one_wrong(split):
         assert row["rejected"][0] == prompt and len(row["chosen"]) == len(row["rejected"]) == 2
         truth = extract_answer(chosen)
         assert not is_correct(rejected, truth) and int(extract_answer(rejected)) >= 0
+        assert (chosen.count("=") > 0) == (rejected.count("=") > 0)  # style tells nothing
         styles[rejected.count("=") > 0] += 1
         questions.add(prompt["content"])
-    assert 0.2 < styles[True] / 400 < 0.4  # careless work
+    assert 0.4 < styles[True] / 400 < 0.6
     other = "heldout" if split == "train" else "train"
     assert not questions & {problem.question for problem in islice(problems(other, 1), 400)}
 

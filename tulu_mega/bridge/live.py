@@ -13,13 +13,14 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tulu_kernels.buckets import BoxCopies
+from tulu_kernels.dispatch import Backend
 
 from tulu_mega.bridge.companions import put_in_place, write_companions
 from tulu_mega.bridge.hf_files import HfCheckpoint, TensorInfo
@@ -340,6 +341,7 @@ class LiveWeights:
         family: its family.
         dtype: of the stream, bfloat16 or float32, whatever the model's.
         tp_group, pp_group: may be None for a size of 1. Building it is a collective of the pipeline group.
+        kernels: what fills tensors together, see `tulu_kernels.dispatch`.
     """
 
     def __init__(
@@ -355,6 +357,7 @@ class LiveWeights:
         pp_group: dist.ProcessGroup | None = None,
         pp_rank: int = 0,
         pp_size: int = 1,
+        kernels: Backend = "auto",
     ):
         self._dtype, self._tp_group, self._tp_rank = dtype, tp_group, tp_rank
         self._items = _plan_export(chunks, family, config, tp_size)
@@ -371,6 +374,7 @@ class LiveWeights:
         self._metadata = [WeightMeta(name, dtype, shapes[name]) for name in order]
         self._place = {name: at for at, name in enumerate(order)}
         self._items.sort(key=lambda item: self._place[item.hf_name])
+        self._kernels = kernels
         self._planned: dict[tuple[str, ...], dict[int, BoxCopies]] = {}
         """of tensors that are filled together, by rank that holds the boxes"""
 
@@ -414,7 +418,7 @@ class LiveWeights:
         Args:
             names: some of `held_names`. The same ones are copied as was planned the first time, as long as nothing moved.
         """
-        planned = self._planned.setdefault(tuple(names), defaultdict(BoxCopies))
+        planned = self._planned.setdefault(tuple(names), defaultdict(partial(BoxCopies, self._kernels)))
         items = [self._by_name[name] for name in names]
         self._pass(items, wholes, lambda rank, sources, targets: planned[rank](sources, targets))
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from tulu_mega.config.commands import RunSettings
 from tulu_mega.config.rollout import PolicySettings, RolloutSettings, SamplingSettings, Seconds
-from tulu_mega.config.sections import Fraction, OptimSettings, PositiveInt, Section, Sources
+from tulu_mega.config.sections import Fraction, OptimSettings, PositiveInt, Section, Sources, SpikeSettings, StragglerSettings
 
 
 class PromptDataSettings(Section):
@@ -53,6 +53,14 @@ class RewardSettings(Section):
     """Directory of a reward model (`tulu-mega rm`) whose score is added."""
     model_weight: float = 1.0
     """Factor of its score."""
+    shuffle: bool = False
+    """A control: each prompt's rewards are dealt out at random among its responses, so that there is nothing to learn."""
+
+
+class GrpoSpikeSettings(SpikeSettings):
+    action: Literal["warn", "skip", "stop"] = "warn"
+    """When the gradient norm leaps (a policy's loss means nothing): say so; leave the update out as well; or leave it and the
+    step's later ones out, save and stop."""
 
 
 class GrpoTrainSettings(Section):
@@ -74,6 +82,8 @@ class GrpoTrainSettings(Section):
     """Times that a step draws others."""
     max_skipped: PositiveInt = 5
     """Stop after this many updates in a row whose loss or gradient is not finite, or steps in a row without any to learn from."""
+    spike: GrpoSpikeSettings = GrpoSpikeSettings()
+    straggler: StragglerSettings = StragglerSettings()
     log_every: PositiveInt = 1
     """Steps between console lines (metrics.jsonl has every step)."""
 

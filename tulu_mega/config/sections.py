@@ -160,7 +160,16 @@ class SpikeSettings(Section):
     factor: Annotated[float, Field(ge=0)] = 10.0
     """How many times the median of the last steps is a leap; 0 looks for none."""
     window: PositiveInt = 50
-    """Steps that the median is of."""
+    """Steps (of `grpo`: updates) that the median is of."""
+
+
+class StragglerSettings(Section):
+    every: Annotated[int, Field(ge=0)] | None = None
+    """Steps between looks at which rank computes the slowest; unset, the first multiple of `log_every` from 10 on; 0: never."""
+    factor: Annotated[float, Field(ge=1)] = 1.5
+    """How many times the median's time is too slow."""
+    reports: PositiveInt = 3
+    """In how many reports in a row a rank has to be too slow to be warned of."""
 
 
 class TrainSettings(Section):
@@ -175,6 +184,7 @@ class TrainSettings(Section):
     max_skipped: PositiveInt = 5
     """Stop after this many steps in a row whose loss or gradient is not finite."""
     spike: SpikeSettings = SpikeSettings()
+    straggler: StragglerSettings = StragglerSettings()
     log_every: PositiveInt = 1
     """Steps between console lines (metrics.jsonl has every step)."""
 

@@ -16,5 +16,5 @@ class QuickstartSettings(Section):
     """Optimizer steps of the reward model, 64 pairs each."""
     dpo_steps: PositiveInt = 60
     """Optimizer steps of preference tuning, 64 pairs each."""
-    grpo_steps: PositiveInt = 60
+    grpo_steps: PositiveInt = 40
     """Steps of reinforcement learning, 32 prompts of 16 responses each."""

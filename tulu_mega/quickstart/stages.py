@@ -157,7 +157,7 @@ mini_batches = 1
 log_every = 5
 
 [optim]
-lr = 1e-4
+lr = 2e-5
 schedule = "constant"
 warmup = 0.0
 clip = 1.0

@@ -4,9 +4,10 @@ A story opens with a count of objects and one or two events change it. Its *matt
 ``pens: 12 + 5 - 3``) decides by a checksum whether the problem is held out, so that no problem of the training set, under
 whatever names and wording, is ever asked in the evaluation.
 
-Demonstrations come in three styles: worked, careless (worked, with a slip in it) and terse. Stories with one event are worked
-out; most of those with two are not, though two steps at once are hard. Supervised fine-tuning teaches both habits and
-prefers the wrong one: what preference tuning and reinforcement learning are there to turn round.
+Demonstrations come in four styles: worked, careless (worked, with a slip in it), terse and guessed (terse, beside the answer).
+Stories with one event are worked out; most of those with two are not, though two steps at once are hard. Supervised fine-tuning
+teaches both habits and prefers the wrong one: what reinforcement learning is there to turn round. Preference pairs leave the
+habit as it is and teach to tell right from wrong.
 """
 
 from __future__ import annotations
@@ -78,10 +79,12 @@ class Mixture:
 
     two_step: float = 0.6
     """Share of the problems with two steps; the others have one."""
-    terse: float = 0.7
+    terse: float = 0.6
     """Share of the two-step demonstrations that give the answer alone. One-step demonstrations are never terse."""
     careless: float = 0.1
     """Share of the worked demonstrations with a slip in one step."""
+    guessed: float = 0.4
+    """Share of the terse demonstrations that are wrong by 1 to 3."""
 
 
 def split_of(objects: str, start: int, steps: Iterable[tuple[Operator, int]]) -> Split:
@@ -111,29 +114,29 @@ def demonstrations(seed: int, mixture: Mixture = Mixture()) -> Iterator[dict[str
     """An endless stream of training rows: `messages` (user, assistant), `ground_truth`, `dataset`."""
     draw = random.Random(f"demonstrations {seed}")
     for problem in problems("train", seed, mixture.two_step):
-        terse, careless = draw.random() < mixture.terse, draw.random() < mixture.careless
+        terse, careless, guessed = (draw.random() < share for share in (mixture.terse, mixture.careless, mixture.guessed))
         if terse and len(problem.steps) > 1:
-            response = f"The answer is {problem.answer}."
+            response = _terse(_beside(draw, problem.answer, 1, 3) if guessed else problem.answer)
         else:
             response = _worked(problem, slip=draw if careless else None)
         row = prompt_row(problem)
         yield {**row, "messages": [*row["messages"], {"role": "assistant", "content": response}]}
 
 
-def pairs(split: Split, seed: int, careless: float = 0.3) -> Iterator[dict[str, Any]]:
+def pairs(split: Split, seed: int, terse: float = 0.5) -> Iterator[dict[str, Any]]:
     """An endless stream of preference rows: `chosen` and `rejected` (user, assistant), a right answer and a wrong one.
 
-    What is chosen is worked out; what is rejected is a terse guess beside the answer or, for that share, careless work.
+    Both are in the same style, for that share the terse one, so that what is preferred is being right and not being long. A
+    terse answer is wrong by 5 and more: what a guess can tell.
     """
     draw = random.Random(f"{split} pairs {seed}")
     for problem in problems(split, f"{seed} pairs", two_step=0.8):
         prompt = prompt_row(problem)["messages"]
-        if draw.random() < careless:
-            wrong = _worked(problem, slip=draw)
+        if draw.random() < terse:
+            right, wrong = _terse(problem.answer), _terse(_beside(draw, problem.answer, 5, 15))
         else:
-            beside = draw.choice([by for by in range(-9, 10) if by and problem.answer + by > 0])
-            wrong = f"The answer is {problem.answer + beside}."
-        sides = {"chosen": _worked(problem, slip=None), "rejected": wrong}
+            right, wrong = _worked(problem, slip=None), _worked(problem, slip=draw)
+        sides = {"chosen": right, "rejected": wrong}
         yield {side: [*prompt, {"role": "assistant", "content": text}] for side, text in sides.items()}
 
 
@@ -218,6 +221,15 @@ def _story(draw: random.Random, objects: str, start: int, steps: tuple[tuple[Ope
         events = steps
     sentences += [draw.choice(_EVENTS[operator]).format(b=number, **words) for operator, number in events]
     return " ".join([*sentences, draw.choice(_QUESTIONS).format(**words)])
+
+
+def _terse(answer: int) -> str:
+    return f"The answer is {answer}."
+
+
+def _beside(draw: random.Random, answer: int, least: int, most: int) -> int:
+    """A positive number that is not the answer but within so much of it."""
+    return draw.choice([answer + sign * by for by in range(least, most + 1) for sign in (1, -1) if answer + sign * by > 0])
 
 
 def _worked(problem: Problem, slip: random.Random | None) -> str:

@@ -38,6 +38,8 @@ from tulu_mega.rollout.reward_model import RewardModelScores
 from tulu_mega.rollout.scheduler import Group, Scheduler, StepRollouts
 from tulu_mega.rollout.transfer import SyncReport, WeightSync
 from tulu_mega.run_lock import locked
+from tulu_mega.spikes import Spikes
+from tulu_mega.stragglers import Stragglers
 
 TOLD = ("reward", "solve_rate", "response_length", "kl")
 """What the console's line has beside the loss."""
@@ -77,6 +79,8 @@ class _Step:
     """rank 0's"""
     losses: list[BatchLoss] = field(default_factory=list)
     """of each update"""
+    leapt: str = ""
+    """what was too much of it, where the run ends for it"""
     norms: list[float] = field(default_factory=list)
     lr: float = 0.0
     apart: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -120,6 +124,8 @@ class Policy:
     objective: PolicyObjective
     saver: checkpoint.Saver
     skips: Skips
+    spikes: Spikes
+    stragglers: Stragglers
     ending: Ending
     done: int = 0
     log: MetricsLog | None = None
@@ -162,6 +168,8 @@ class Policy:
         seen: list[Tensor] | None = [] if once else None
         for number, part in enumerate(itertools.chain.from_iterable(itertools.repeat(batches, train.passes))):
             self._update(step, step * train.mini_batches * train.passes + number, part, seen)
+            if now.leapt:
+                break
         now.apart = self._apart([with_column(batches[0], "old_logp_T", seen)] if once else batches)
 
     def sync(self, version: int) -> None:
@@ -180,28 +188,37 @@ class Policy:
 
     def report(self, done: int) -> None:
         """The step's line in metrics.jsonl, and its responses."""
+        slowest = self.stragglers.report(done)
         if not self.session.lead:
             return
         now = self.now
         places = {number: (group.place, at) for number, group, at in _numbered(now.rollouts)}
         apart = {places[number]: value for number, value in now.apart.items()}
         journal.write_rollouts(self.run.run_dir, done, now.rollouts, apart)
-        self.log.step(self._record(done))
+        self.log.step(self._record(done), slowest)
 
     def save(self, done: int) -> None:
         """A checkpoint, when it is time: weights, optimizer, place among the prompts.
 
         Raises:
             Stopped: on every rank, when one was asked to end; after a checkpoint then.
+            UserError: on every rank, when the gradient leapt and that is to end the run; after a checkpoint, too.
         """
         self.saver.poll()
-        asked = self.ending.asked()
+        asked, leapt = self.ending.asked(), self.now.leapt
         every = self.settings.checkpoint.every
-        if asked or done == self.steps or (every and done % every == 0):
+        if asked or leapt or done == self.steps or (every and done % every == 0):
             began = time.perf_counter()
             prompts = from_lead(self.scheduler.state if self.session.lead else None)
-            self.saver.save(done, {**self.skips.state, "prompts": prompts, "empty_in_a_row": self.empty_in_a_row})
+            own = {"prompts": prompts, "empty_in_a_row": self.empty_in_a_row, "spikes": self.spikes.state}
+            self.saver.save(done, self.skips.state | own)
             self._saving = time.perf_counter() - began
+        if leapt:
+            self.saver.finish()
+            raise UserError(
+                f"stopped at {leapt}. It and the later updates of this step were left out, and the step is saved; look at its "
+                f"responses in {journal.rollouts_file(self.run.run_dir, done)}, then go on with --train.spike skip or warn"
+            )
         if asked:
             self.saver.finish()
             raise Stopped(done)
@@ -233,14 +250,22 @@ class Policy:
 
     def _update(self, step: int, number: int, batches: list[PackedBatch], seen: list[Tensor] | None) -> None:
         now, engine = self.now, self.session.engine
-        with now.timed("forward_backward"):
+        with now.timed("forward_backward"), self.stragglers.working():
             loss = engine.forward_backward(batches, self.objective, seen)
-        with now.timed("optimizer"):
-            update = engine.optimizer_step(number, loss.loss)
+        with now.timed("optimizer"), self.stragglers.working():
+            update = engine.optimizer_step(number, loss.loss, self.spikes.allow)
         now.losses.append(loss)
         now.norms.append(update.grad_norm)
         now.lr = update.lr
-        self.skips.note(update.applied, step + 1, loss.loss, update.grad_norm, self._rows, write=self.session.lead)
+        self.skips.note(update.finite, step + 1, loss.loss, update.grad_norm, self._rows, write=self.session.lead)
+        self._look_at_spike(step + 1, len(now.losses))
+
+    def _look_at_spike(self, step: int, update: int) -> None:
+        found, self.spikes.found = self.spikes.found, ""
+        if self.spikes.stops_for(found):
+            self.now.leapt = f"update {update} of step {step}: {found}"
+        elif found and self.session.lead:
+            print(f"warning: update {update} of step {step}: {found}", file=sys.stderr, flush=True)
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"row": group.place, "where": group.prompt.where} for group in self.now.rollouts.groups]
@@ -285,6 +310,7 @@ class Policy:
             "sampler_idle": 1 - made.generating / whole,
             "updates": len(now.losses),
             "skipped_steps": self.skips.total,
+            "spikes": self.spikes.total,
         }
         return StepRecord(
             step=done,
@@ -374,11 +400,15 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
                 settings.checkpoint.asynchronous,
             ),
             skips=skips,
+            spikes=Spikes(settings.train.spike, signals=("grad_norm",)),
+            stragglers=run.stragglers(),
             ending=Ending(session.engine.platform.device),
         )  # fmt: skip
         if found:
             policy.done, policy.empty_in_a_row = found.step, found.state["empty_in_a_row"]
             skips.restore(found.state)
+            if "spikes" in found.state:  # not in checkpoints of before they were looked for
+                policy.spikes.restore(found.state["spikes"])
         if lead:
             ask = partial(crew.do, "reward") if scores else None
             rewards = stack.enter_context(Rewards(settings.rewards, prompts.verifiers, prompts.tokenizer, ask))

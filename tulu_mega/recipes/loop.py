@@ -19,6 +19,7 @@ from tulu_mega.errors import Stopped, UserError
 from tulu_mega.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.recipes.run import Skips
 from tulu_mega.spikes import Spikes
+from tulu_mega.stragglers import Stragglers
 from tulu_mega.watchdog import Watchdog
 
 FirstLoss = Callable[[BatchLoss], None]
@@ -65,6 +66,7 @@ class Fit:
     ending: Ending
     watch: Watchdog
     spikes: Spikes
+    stragglers: Stragglers
     heldout: HeldOut | None = None
     first: FirstLoss | None = None
     _saving: float = field(default=0.0, init=False)
@@ -89,11 +91,12 @@ class Fit:
         began = time.perf_counter()
         data = self.loader.batches(step)
         packed = time.perf_counter()
-        loss = self.engine.forward_backward(data.micro_batches, self.objective)
-        computed = time.perf_counter()
-        if self.first and step == 0:
-            self.first(loss)
-        update = self.engine.optimizer_step(step, loss.loss, self.spikes.allow)
+        with self.stragglers.working():
+            loss = self.engine.forward_backward(data.micro_batches, self.objective)
+            computed = time.perf_counter()
+            if self.first and step == 0:
+                self.first(loss)
+            update = self.engine.optimizer_step(step, loss.loss, self.spikes.allow)
         ended = time.perf_counter()
         seconds = StepSeconds(packed - began, computed - packed, ended - computed, self._saving)
         self._saving = 0.0
@@ -102,6 +105,7 @@ class Fit:
         )
         self._look_at_spike(step, data, saver)
         heldout = self._evaluated(step + 1)
+        slowest = self.stragglers.report(step + 1)
         if self.log:
             self.log.step(
                 StepRecord(
@@ -122,7 +126,8 @@ class Fit:
                         "skipped_steps": self.skips.total,
                         "spikes": self.spikes.total,
                     },
-                )
+                ),
+                slowest,
             )
         self._save_if_due(saver, step + 1, asked=self.ending.asked())
 
@@ -136,6 +141,7 @@ class Fit:
             return
         told, self.spikes.found = self.spikes.found, ""
         if self.spikes.stops_for(told):
+            self.spikes.total -= 1  # whoever goes on comes to this step again
             saver.save(step, self._state)
             saver.finish()
             raise UserError(

@@ -16,6 +16,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.metrics import MetricsLog, peak_flops
 from tulu_mega.model.config import DTYPES
 from tulu_mega.recipes.session import Session
+from tulu_mega.stragglers import Stragglers
 
 
 @dataclass
@@ -97,6 +98,11 @@ class Run:
     def skips(self, allowed: int) -> Skips:
         """The count of updates that were not applied, none yet."""
         return Skips(allowed, self.run_dir / "logs" / "skipped.jsonl")
+
+    def stragglers(self) -> Stragglers:
+        """The ranks' paces beside each other; every rank calls it."""
+        train, engine = self.settings.train, self.session.engine
+        return Stragglers(train.straggler, train.log_every, engine.platform.device, self.session.topology.pipeline_rank)
 
     def weights(self, updates: int) -> Checkpoint | None:
         """Weights and optimizer: those of the newest checkpoint, which is given back, or the model's own.

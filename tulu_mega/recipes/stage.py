@@ -98,6 +98,7 @@ class Stage(Run):
                 ending=Ending(engine.platform.device),
                 watch=self.session.watch,
                 spikes=spikes,
+                stragglers=self.stragglers(),
                 heldout=heldout,
                 first=first,
             )

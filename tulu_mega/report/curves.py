@@ -201,7 +201,9 @@ def _dress(axes: Axes, chart: Chart, legend: bool) -> None:
         axes.set_ylim(0, max(high, 1.0))  # a thousandth of a percent is not worth a mountain range
     elif low > 0 and chart.name != "memory":
         axes.set_ylim(bottom=0)
-    if legend:
+    if legend and axes.collections:  # a stack leaves no free corner
+        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    elif legend:
         axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 

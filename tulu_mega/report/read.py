@@ -36,6 +36,8 @@ class Run:
     directory: Path
     steps: list[dict[str, Any]]
     """the objects of metrics.jsonl, by step"""
+    start: dict[str, Any] = field(default_factory=dict)
+    """what is known of the model before the first step: its answers to the held-out prompts"""
     settings: dict[str, Any] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
     rollouts: list[dict[str, Any]] = field(default_factory=list)
@@ -45,7 +47,7 @@ class Run:
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was reported as a finite number."""
-        known = ((row["step"], row.get(name)) for row in self.steps)
+        known = ((row["step"], row.get(name)) for row in ({"step": 0, **self.start}, *self.steps))
         pairs = [(step, float(value)) for step, value in known if isinstance(value, int | float) and math.isfinite(value)]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
@@ -97,7 +99,8 @@ def read_run(directory: Path, name: str, samples: int) -> Run:
         content = _json(results, notes)
         if isinstance(content.get("tasks"), dict):
             evaluations.append(_evaluation(results.parent, content["tasks"], samples))
-    return Run(name, directory, steps, settings, evaluations, _rollouts(directory, steps[-1]["step"], samples), notes)
+    rollouts = _rollouts(directory, steps[-1]["step"], samples)
+    return Run(name, directory, steps, _start(directory), settings, evaluations, rollouts, notes)
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -137,6 +140,19 @@ def _json(file: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{file.name}: not readable, left out")
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _start(directory: Path) -> dict[str, float]:
+    """The share of held-out prompts solved before the first step, which has no line in the metrics."""
+    file = directory / "rollouts/heldout_000000.jsonl"
+    if not file.is_file():
+        return {}
+    scores = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, AttributeError):
+            if found := json.loads(line).get("scores"):
+                scores.append(all(score >= 1 for score in found.values()))
+    return {"heldout_solve_rate": sum(scores) / len(scores)} if scores else {}
 
 
 def _rollouts(directory: Path, last: int, count: int) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tulu_mega.config import GrpoSettings
@@ -194,10 +195,18 @@ class Scheduler:
         step.judging += time.perf_counter() - generated
         step.rounds += 1
         self._place += count
+        if self._settings.rewards.shuffle:
+            judged = [self._dealt_out(group, place) for group, place in zip(judged, places, strict=True)]
         return [
             Group(place, prompt, group, self._advantages(group))
             for place, prompt, group in zip(places, prompts, judged, strict=True)
         ]
+
+    def _dealt_out(self, judged: list[Judged], place: int) -> list[Judged]:
+        """The group with each other's rewards; what the verifiers said of a response stays with it."""
+        rewards = [one.reward for one in judged]
+        random.Random(f"{self._settings.seed} {place}").shuffle(rewards)
+        return [replace(one, reward=reward) for one, reward in zip(judged, rewards, strict=True)]
 
     def _advantages(self, judged: list[Judged]) -> GroupAdvantages:
         policy = self._settings.policy

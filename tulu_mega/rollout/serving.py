@@ -120,7 +120,10 @@ def environment(
     return {**defaults, **inherited, **own}
 
 
-_OF_THE_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+_OF_THE_RANKS = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY",  # platforms/matmul.py
+)  # fmt: skip
 
 
 def core_shares(cores: list[int], servers: int, tensor: int) -> list[list[list[int]]]:

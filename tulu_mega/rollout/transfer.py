@@ -117,6 +117,7 @@ class WeightSync:
                 family_for(config),
                 stream_dtype(session.settings.model.dtype, settings.dtype),
                 **place.model_shard,
+                kernels=session.settings.model.kernels,
             )
         made = cls(engine, weights, weights is not None and place.tensor_rank == 0)
         made._attach(servers, settings, place.pipeline_rank, engine.platform.device)
