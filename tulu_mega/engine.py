@@ -210,7 +210,7 @@ class Engine:
                 outputs.append(out)
                 if seen is not None:
                     shares.append((output[0] if isinstance(output, tuple) else output)[0].detach())
-                count = torch.tensor(out.count, dtype=torch.int32, device=self.platform.device)
+                count = torch.as_tensor(out.count, dtype=torch.int32, device=self.platform.device)
                 return out.loss_sum.float(), count, {}
 
             return self._forward(model, batch), loss
@@ -223,7 +223,9 @@ class Engine:
     def _loss(self, output: Tensor | tuple[Tensor, Tensor], batch: PackedBatch, objective: Objective) -> LossOutput:
         """This rank's share of a micro-batch's loss."""
         values, entropy = output if isinstance(output, tuple) else (output, None)
-        tokens = TokenOutput(values[0], None if entropy is None else entropy[0], batch, self._over_context)
+        tokens = TokenOutput(
+            values[0], None if entropy is None else entropy[0], batch, self._over_context, self.settings.model.kernels
+        )
         if objective.needs not in ("sequence_logp", "sequence_score"):
             return objective(tokens, batch)
         # log-probabilities are 0 where not trained

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tulu_kernels.dispatch import Backend
+from tulu_kernels.segment_sums import segment_sums
 
 IGNORE = -100
 """Label of a token that is not trained, as in Hugging Face."""
@@ -105,9 +107,10 @@ class PackedBatch:
         return int((self.rows_S >= 0).sum()) if self.context_rank == 0 else 0
 
     @property
-    def num_trained_sequences(self) -> int:
-        """Sequences of which anything is trained; 0 on all shares but the first, as ``num_sequences``."""
-        return int((self.trained_S > 0).sum()) if self.context_rank == 0 else 0
+    def num_trained_sequences(self) -> Tensor | int:
+        """Sequences of which anything is trained, counted where the batch is; 0 on all shares but the first, as
+        ``num_sequences``."""
+        return (self.trained_S > 0).sum() if self.context_rank == 0 else 0
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
@@ -127,6 +130,8 @@ class TokenOutput:
     """what it is of"""
     over_context: Callable[[Tensor], Tensor] = lambda share: share
     """sums over the context-parallel ranks, forward and backward"""
+    kernels: Backend = "auto"
+    """what is made of it runs on Triton kernels or torch, see `tulu_kernels.dispatch`"""
 
     def segment_sums(self, values_T: Tensor) -> Tensor:
         """Sums over whole segments, of this rank's tokens and those that other context-parallel ranks hold.
@@ -139,8 +144,8 @@ class TokenOutput:
         Returns:
             float64 [S], the same on all context-parallel ranks.
         """
-        sums_S = values_T.new_zeros(len(self.batch.rows_S), dtype=torch.float64)
-        return self.over_context(sums_S.index_add(0, self.batch.segments_T, values_T.double()))
+        batch = self.batch
+        return self.over_context(segment_sums(values_T, batch.segments_T, len(batch.rows_S), backend=self.kernels))
 
 
 @dataclass(frozen=True)
@@ -153,8 +158,8 @@ class LossOutput:
 
     loss_sum: Tensor
     """scalar, differentiable"""
-    count: int
-    """this micro-batch's share of the global denominator: tokens, sequences or pairs"""
+    count: Tensor | int
+    """this micro-batch's share of the global denominator: tokens, sequences or pairs; a whole number"""
     metrics: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
     """name -> (sum, count) for each of the objective's ``reported``; the ratio of the sums over the global batch is logged"""
     largest: dict[str, Tensor | float] = field(default_factory=dict)

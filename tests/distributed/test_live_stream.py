@@ -31,6 +31,8 @@ def streamed(directory: str, layout: dict[str, Any], dtype: str, passes: int) ->
                     for name, whole in zip(names, tensors, strict=True)
                 },
                 filled(made.topology.tensor_rank == 0, weights),
+                filled_together(made.topology.tensor_rank == 0, weights),
+                *(sent(sync, together) for together in (False, True)),
             ]
             meta = [(each.name, str(each.dtype), each.shape) for each in weights.metadata()]
             found = meta, weights.held_names(), weights.groups(), sums[:passes]
@@ -54,6 +56,25 @@ def filled(receives: bool, weights: LiveWeights) -> dict[str, str | None]:
     return sums
 
 
+def sent(sync: WeightSync, together: bool) -> dict[str, str | None]:
+    """What the sender would tell its servers of the bytes in its buckets, filled tensor by tensor or, as on GPUs, as a whole."""
+    sync._together = together
+    return dict.fromkeys(sync.weights.held_names()) | sync._stream(1, {})[0]
+
+
+def filled_together(receives: bool, weights: LiveWeights) -> dict[str, str | None]:
+    """The same, of buckets of seven tensors; twice, so that what is planned at first is used again."""
+    names = weights.held_names()
+    made = {each.name: each for each in weights.metadata()}
+    sums: dict[str, str | None] = {}
+    for at in [*range(0, len(names), 7)] * 2:
+        part = names[at : at + 7]
+        wholes = [torch.empty(made[name].shape, dtype=made[name].dtype).fill_(torch.nan) if receives else None for name in part]
+        weights.fill_together(part, wholes)
+        sums |= {name: whole if whole is None else checksum(whole) for name, whole in zip(part, wholes, strict=True)}
+    return sums
+
+
 @pytest.mark.parametrize(
     ("family", "layout", "dtype"),
     [
@@ -66,7 +87,7 @@ def filled(receives: bool, weights: LiveWeights) -> dict[str, str | None]:
 def test_the_stream_is_the_files(tmp_path, family, layout, dtype):
     model = str(tmp_path / "model")
     world.run(1, families.make_language_model, model, family)
-    ranks = world.run(size(LAYOUTS[layout]), streamed, model, LAYOUTS[layout], dtype, 3)
+    ranks = world.run(size(LAYOUTS[layout]), streamed, model, LAYOUTS[layout], dtype, 6)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     files = {name: tensor.to(kind) for name, tensor in load_file(f"{model}/model.safetensors").items()}
     want = {name: checksum(tensor) for name, tensor in files.items()}
@@ -83,7 +104,7 @@ def test_the_stream_is_the_files(tmp_path, family, layout, dtype):
         assert [name for group in groups for name in group] == held
         for each in sums:
             assert list(each) == held
-    for once in range(3):
+    for once in range(6):
         whole = [(name, value) for _, _, _, sums in senders for name, value in sums[once].items() if value is not None]
         assert len(whole) == len(want)
         assert dict(whole) == want

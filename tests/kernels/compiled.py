@@ -17,6 +17,7 @@ class Compiled:
     loads: set[str]
     """of global memory, such as ``ld.global.v4.b32``"""
     stores: set[str]
+    atomics: set[str]
 
 
 def compiled(kernel, signature: dict[str, str], constants: dict[str, object], warps: int, aligned: bool = True) -> Compiled:
@@ -46,4 +47,5 @@ def compiled(kernel, signature: dict[str, str], constants: dict[str, object], wa
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
     found = set(re.findall(r"(?:ld|st)\.global(?:\.[\w:]+)*", made.asm["ptx"]))
-    return Compiled(registers, stack + local, {f for f in found if f[:2] == "ld"}, {f for f in found if f[:2] == "st"})
+    atomics = set(re.findall(r"(?:atom|red)\.(?:[\w:]+\.)*global[\w.:]*", made.asm["ptx"]))
+    return Compiled(registers, stack + local, {f for f in found if f[:2] == "ld"}, {f for f in found if f[:2] == "st"}, atomics)

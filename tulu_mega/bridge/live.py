@@ -10,15 +10,17 @@ import itertools
 import math
 import os
 import shutil
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tulu_kernels.buckets import BoxCopies
+from tulu_kernels.dispatch import Backend
 
 from tulu_mega.bridge.companions import put_in_place, write_companions
 from tulu_mega.bridge.hf_files import HfCheckpoint, TensorInfo
@@ -172,7 +174,7 @@ def export_hf(
                     _write_stage(ShardWriter(partial, files[pp_rank]), items, tensors, dtype, tp_group)
                 else:
                     for item in items:
-                        _send(item, dtype, tp_group, tp_rank)
+                        _send([item], dtype, tp_group, tp_rank)
         with together(what):
             if is_first:
                 write_index(partial, files)
@@ -196,7 +198,8 @@ def _write_stage(
     failure: OSError | None = None
     with writer:
         for item in items:
-            full = _gather(item, torch.empty(tensors[item.hf_name].shape, dtype=dtype), tp_group)
+            full = torch.empty(tensors[item.hf_name].shape, dtype=dtype)
+            _gather([item], [full], tp_group)
             if failure is None:
                 try:
                     writer.add(item.hf_name, full)
@@ -235,27 +238,55 @@ def _check_complete(stages: Sequence[Mapping[str, TensorInfo]], family: Family, 
         raise RuntimeError(f"the pipeline stages do not make up the model: missing {missing}, held twice {twice}")
 
 
-def _gather(item: _Item, full: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """On TP rank 0: fills the whole tensor, on whichever device it is, from the boxes of all ranks, one rank's at a time."""
-    for rank, pieces in enumerate(item.pieces):
+Copies = Callable[[int, Sequence[Tensor], Sequence[Tensor]], None]
+"""Copies boxes, which a tensor rank holds, to boxes."""
+
+
+def _copy_each(_rank: int, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        _copy_in_slabs(target, source)
+
+
+def _gather(
+    items: Sequence[_Item], wholes: Sequence[Tensor], tp_group: dist.ProcessGroup | None, copies: Copies = _copy_each
+) -> None:
+    """On TP rank 0: fills whole tensors, on whichever device they are, from the boxes of all ranks, one rank's at a time."""
+    for rank in range(max(len(item.pieces) for item in items)):
+        boxes = _boxes(items, rank)
+        targets = [_box(wholes[at], piece.hf_region) for at, piece in boxes]
         if rank == 0:
-            for piece in pieces:
-                _copy_in_slabs(_box(full, piece.hf_region), _box(item.parameter, piece.local_region))
-        elif pieces:
-            sizes = [_box(full, piece.hf_region).numel() for piece in pieces]
-            received = torch.empty(sum(sizes), dtype=full.dtype, device=item.parameter.device)
+            copies(rank, [_box(items[at].parameter, piece.local_region) for at, piece in boxes], targets)
+        elif boxes:
+            received = torch.empty(_size(boxes), dtype=wholes[0].dtype, device=items[0].parameter.device)
             dist.recv(received, group=tp_group, group_src=rank)
-            for piece, part in zip(pieces, received.split(sizes), strict=True):
-                box = _box(full, piece.hf_region)
-                box.copy_(part.view(box.shape))
-    return full
+            copies(rank, _side_by_side(received, boxes), targets)
 
 
-def _send(item: _Item, dtype: torch.dtype, tp_group: dist.ProcessGroup | None, tp_rank: int) -> None:
+def _send(
+    items: Sequence[_Item], dtype: torch.dtype, tp_group: dist.ProcessGroup | None, tp_rank: int, copies: Copies = _copy_each
+) -> None:
     """On the other TP ranks: this rank's boxes to rank 0, in one message."""
-    if tp_rank < len(item.pieces) and item.pieces[tp_rank]:
-        boxes = [_box(item.parameter, piece.local_region).to(dtype).reshape(-1) for piece in item.pieces[tp_rank]]
-        dist.send(torch.cat(boxes), group=tp_group, group_dst=0)
+    if boxes := _boxes(items, tp_rank):
+        message = torch.empty(_size(boxes), dtype=dtype, device=items[0].parameter.device)
+        own = [_box(items[at].parameter, piece.local_region) for at, piece in boxes]
+        copies(tp_rank, own, _side_by_side(message, boxes))
+        dist.send(message, group=tp_group, group_dst=0)
+
+
+def _boxes(items: Sequence[_Item], rank: int) -> list[tuple[int, Piece]]:
+    """What a TP rank holds of some tensors: the tensor's place among them, and the box."""
+    return [(at, piece) for at, item in enumerate(items) if rank < len(item.pieces) for piece in item.pieces[rank]]
+
+
+def _size(boxes: Sequence[tuple[int, Piece]]) -> int:
+    return sum(_volume(piece.hf_region) for _, piece in boxes)
+
+
+def _side_by_side(message: Tensor, boxes: Sequence[tuple[int, Piece]]) -> list[Tensor]:
+    """The boxes in a message."""
+    regions = [piece.hf_region for _, piece in boxes]
+    parts = message.split([_volume(region) for region in regions])
+    return [part.view([stop - start for start, stop in region]) for part, region in zip(parts, regions, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -310,6 +341,7 @@ class LiveWeights:
         family: its family.
         dtype: of the stream, bfloat16 or float32, whatever the model's.
         tp_group, pp_group: may be None for a size of 1. Building it is a collective of the pipeline group.
+        kernels: what fills tensors together, see `tulu_kernels.dispatch`.
     """
 
     def __init__(
@@ -325,6 +357,7 @@ class LiveWeights:
         pp_group: dist.ProcessGroup | None = None,
         pp_rank: int = 0,
         pp_size: int = 1,
+        kernels: Backend = "auto",
     ):
         self._dtype, self._tp_group, self._tp_rank = dtype, tp_group, tp_rank
         self._items = _plan_export(chunks, family, config, tp_size)
@@ -341,6 +374,9 @@ class LiveWeights:
         self._metadata = [WeightMeta(name, dtype, shapes[name]) for name in order]
         self._place = {name: at for at, name in enumerate(order)}
         self._items.sort(key=lambda item: self._place[item.hf_name])
+        self._kernels = kernels
+        self._planned: dict[tuple[str, ...], dict[int, BoxCopies]] = {}
+        """of tensors that are filled together, by rank that holds the boxes"""
 
     def metadata(self) -> list[WeightMeta]:
         """Every tensor of the whole model: embedding, layers in order, the rest; the same on all ranks."""
@@ -359,7 +395,7 @@ class LiveWeights:
         for item in self._items:
             shape = self._metadata[self._place[item.hf_name]].shape
             whole = torch.empty(shape, dtype=self._dtype) if self._tp_rank == 0 else None
-            self._pass(item, whole)
+            self._pass([item], [whole])
             yield item.hf_name, whole
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor | None]]]:
@@ -374,18 +410,28 @@ class LiveWeights:
         Args:
             whole: on TP rank 0, of the tensor's shape and the stream's type, on any device.
         """
-        self._pass(self._by_name[name], whole)
+        self._pass([self._by_name[name]], [whole])
+
+    def fill_together(self, names: Sequence[str], wholes: Sequence[Tensor | None]) -> None:
+        """The same for tensors that lie on the parameters' device, with one message a rank and, on a GPU, a few launches.
+
+        Args:
+            names: some of `held_names`. The same ones are copied as was planned the first time, as long as nothing moved.
+        """
+        planned = self._planned.setdefault(tuple(names), defaultdict(partial(BoxCopies, self._kernels)))
+        items = [self._by_name[name] for name in names]
+        self._pass(items, wholes, lambda rank, sources, targets: planned[rank](sources, targets))
 
     @cached_property
     def _by_name(self) -> dict[str, _Item]:
         return {item.hf_name: item for item in self._items}
 
     @torch.no_grad()
-    def _pass(self, item: _Item, whole: Tensor | None) -> None:
+    def _pass(self, items: Sequence[_Item], wholes: Sequence[Tensor | None], copies: Copies = _copy_each) -> None:
         if self._tp_rank == 0:
-            _gather(item, whole, self._tp_group)
+            _gather(items, wholes, self._tp_group, copies)
         else:
-            _send(item, self._dtype, self._tp_group, self._tp_rank)
+            _send(items, self._dtype, self._tp_group, self._tp_rank, copies)
 
 
 def _number(hf_name: str) -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.live import LiveWeights
@@ -89,6 +90,8 @@ class WeightSync:
         self._lead = dist.get_rank() == 0
         self._manifest: dict[str, Expected] = {}
         self._buckets: list[Bucket] = []
+        self._together = False
+        """whether buckets lie on a GPU, as the parameters do: then each is filled as a whole"""
         self._outbox: Outbox | None = None
         self._controls: dict[str, ServerControl] = {}
         self._lanes: dict[str, ThreadPoolExecutor] = {}
@@ -115,6 +118,7 @@ class WeightSync:
                 family_for(config),
                 stream_dtype(session.settings.model.dtype, settings.dtype),
                 **place.model_shard,
+                kernels=session.settings.model.kernels,
             )
         made = cls(engine, weights, weights is not None and place.tensor_rank == 0)
         made._attach(servers, settings, place.pipeline_rank, engine.platform.device)
@@ -154,13 +158,14 @@ class WeightSync:
                 self._controls[server.url] = ServerControl(server.url, server.key, timeout)
         local = not self._sends or all(is_local(server.url) for server in servers)
         told = gathered((stage, dist.get_rank(), local) if self._sends else None)
-        ranks = {at: rank for at, rank, _ in filter(None, told)}
         kind = _transport(settings.transport, device, all(near for _, _, near in filter(None, told)))
+        if self.weights is not None:
+            self._plan({at: rank for at, rank, _ in filter(None, told)}, settings.bucket_mib * 2**20, kind)
         workers, lost = from_lead(self._each(self._controls, ServerControl.world_size) if self._lead else None)
         endpoints, problem = {}, None
         if self._sends:
             try:
-                endpoints = self._open(kind, ranks, settings.bucket_mib * 2**20, device, timeout, workers)
+                endpoints = self._open(kind, device, timeout, workers)
             except (OSError, RuntimeError) as error:
                 problem = f"rank {dist.get_rank()}: the buffers for sending weights cannot be set up: {reason(error)}"
         every = gathered((dist.get_rank(), endpoints, problem) if self._sends else None)
@@ -183,17 +188,22 @@ class WeightSync:
             refused = attaching.result()[1] if attaching else {}
         self._lost = _first_reasons(gathered({**lost, **refused, **unreached}))
 
-    def _open(
-        self, kind: str, ranks: dict[int, int], limit: int, device: torch.device, timeout: float, workers: dict[str, int]
-    ) -> dict[str, dict[str, Any]]:
-        """Plans this sender's buckets and makes its buffers; url -> what that server's workers need to attach."""
+    def _plan(self, ranks: dict[int, int], limit: int, kind: str) -> None:
+        """What goes into which bucket, the same on all tensor ranks of a stage.
+
+        Args:
+            ranks: stage -> rank that sends it.
+        """
         stage_of = self.weights.stage_of
         self._manifest = {
             meta.name: Expected(meta.shape, str(meta.dtype).removeprefix("torch."), ranks[stage_of[meta.name]])
             for meta in self.weights.metadata()
         }
-        names = self.weights.held_names()
-        self._buckets = sender_buckets(dist.get_rank(), names, self._manifest, limit)
+        self._buckets = sender_buckets(dist.get_rank(), self.weights.held_names(), self._manifest, limit)
+        self._together = kind in ("nccl", "ipc")
+
+    def _open(self, kind: str, device: torch.device, timeout: float, workers: dict[str, int]) -> dict[str, dict[str, Any]]:
+        """Makes this sender's buffers; url -> what that server's workers need to attach."""
         self._outbox = outbox(kind, max(bucket.nbytes for bucket in self._buckets), device, timeout)
         # Workers take buckets that they map in any order; a broadcast has to be the one that they wait for.
         abreast = SLOTS - 1 if self._outbox.mapped else 1
@@ -244,8 +254,9 @@ class WeightSync:
         if self.weights is None:
             return {}, {}
         if not self._sends:
-            for name in self.weights.held_names():
-                self.weights.fill(name, None)
+            for bucket in self._buckets:
+                for _ in self._filled(bucket):
+                    pass
             return {}, {}
         failed: dict[str, str] = {}
         hashes: dict[str, Future[str]] = {}
@@ -253,11 +264,8 @@ class WeightSync:
         try:
             for bucket in self._buckets:
                 self._arrived(under_way[bucket.slot], failed)
-                buffer = self._outbox.buffer(bucket.slot)
-                for place in bucket.places:
-                    tensor = view(buffer, place, self._manifest[place.name])
-                    self.weights.fill(place.name, tensor)
-                    hashes[place.name] = self._hasher.submit(checksum, tensor)
+                for name, tensor in self._filled(bucket):
+                    hashes[name] = self._hasher.submit(checksum, tensor)
                 left = [control.url for control in self._left(lost | failed)]
                 sending = [self._lanes[url].submit(self._send, url, version, bucket) for url in left]
                 under_way[bucket.slot] = [*sending, *(hashes[place.name] for place in bucket.places)]
@@ -265,6 +273,20 @@ class WeightSync:
             for slot in under_way:
                 self._arrived(slot, failed)
         return {name: each.result() for name, each in hashes.items()}, failed
+
+    def _filled(self, bucket: Bucket) -> Iterator[tuple[str, Tensor | None]]:
+        """Fills a bucket and gives its tensors as they become whole; None for each on all tensor ranks but the first."""
+        names = [place.name for place in bucket.places]
+        wholes: list[Tensor | None] = [None] * len(names)
+        if self._sends:
+            buffer = self._outbox.buffer(bucket.slot)
+            wholes = [view(buffer, place, self._manifest[place.name]) for place in bucket.places]
+        if self._together:
+            self.weights.fill_together(names, wholes)
+        for name, whole in zip(names, wholes, strict=True):
+            if not self._together:
+                self.weights.fill(name, whole)
+            yield name, whole
 
     @staticmethod
     def _arrived(futures: list[Future], failed: dict[str, str]) -> None:
