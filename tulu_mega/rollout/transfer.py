@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 _SMALL_BUCKET = 16 * 2**20
 _BUCKETS = 64
-"""A model smaller than this many of the largest buckets has smaller ones: filling and loading overlap, and what was just filled is
-hashed from the cache rather than from memory."""
+"""A model smaller than this many of the largest buckets has smaller ones: filling and loading overlap, and what was just filled
+is hashed from the cache rather than from memory."""
 
 
 @dataclass(frozen=True)
