@@ -113,6 +113,7 @@ class WeightSync:
                 config,
                 family_for(config),
                 stream_dtype(session.settings.model.dtype, settings.dtype),
+                fp8=settings.quantization == "fp8",
                 **place.model_shard,
             )
         made = cls(engine, weights, weights is not None and place.tensor_rank == 0)
