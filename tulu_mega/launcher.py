@@ -70,6 +70,8 @@ def run(target: str, settings: EngineSettings, program: Sequence[str], prepare: 
     Raises:
         UserError: when the layout does not fit the world or the machine; whatever `prepare` raises.
     """
+    for name, value in settings.precision.environment.items():  # read when libraries are imported, which no rank has done yet
+        os.environ.setdefault(name, value)
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         world = joined_world(settings.parallel, os.environ)
         if world.rank == 0 and not _started_by_launcher():

@@ -31,6 +31,7 @@ from tulu_mega.config import (
 from tulu_mega.data import scoring
 from tulu_mega.data.store import TokenStore, prepare
 from tulu_mega.errors import UserError
+from tulu_mega.planner.precision import fp8_problems, rollout_fp8_problems
 from tulu_mega.planner.schedule import Pipeline
 from tulu_mega.planner.stages import stage_layers
 from tulu_mega.rollout.prompting import read
@@ -41,9 +42,9 @@ CONFIG = "config.json"
 DATA = "data"
 HELDOUT = "heldout"
 _MATHEMATICS = (
-    "model.path", "model.dtype", "megatron", "seed", "data", "optim", "preference",
+    "model.path", "model.dtype", "precision", "megatron", "seed", "data", "optim", "preference",
     "train.global_batch", "train.reduction", "train.steps", "train.epochs", "sampling", "policy", "rewards", "rollout.dtype",
-    "train.prompts", "train.mini_batches", "train.passes", "train.filter_equal", "train.refills",
+    "rollout.quantization", "train.prompts", "train.mini_batches", "train.passes", "train.filter_equal", "train.refills",
 )  # fmt: skip
 _FOR_REWARD_MODELS = (RmSettings, ScoreSettings)
 """Commands that a reward model's directory can be given to."""
@@ -110,6 +111,7 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
     if not isinstance(settings, EngineSettings):
         collect(lambda: _generating(settings.model.path) if hasattr(settings, "model") else None)
         return problems
+    collect(lambda: _fp8(settings))
     config = collect(lambda: _model(settings))
     if config and not isinstance(settings, _FOR_REWARD_MODELS):
         collect(lambda: check_language_model(settings.model.path, config["architectures"]))
@@ -167,6 +169,16 @@ def _generating(path: str) -> None:
         check_language_model(path, config.get("architectures"))
 
 
+def _fp8(settings: EngineSettings) -> None:
+    """This machine can train in FP8, if that is asked for."""
+    if settings.precision.recipe is None:
+        return
+    from tulu_mega.platforms.fp8 import obstacles, this_machine
+
+    if problems := obstacles(settings.precision.recipe, this_machine()):
+        raise UserError(problems)
+
+
 def _model(settings: EngineSettings) -> dict[str, Any]:
     """The model's config.json, its weights found whole and of the shapes that it asks for, dividing by the layout."""
     directory = model_directory(settings.model.path)
@@ -177,7 +189,8 @@ def _model(settings: EngineSettings) -> dict[str, Any]:
         config = checkpoint.config
         family = family_for(config)
         problems = checkpoint.check(family.hf_shapes(config), family.ignorable(config))
-    problems += layout_problems(config, settings.parallel)
+    undivided = layout_problems(config, settings.parallel)
+    problems += undivided or fp8_problems(config, settings)
     if problems:
         raise UserError(problems)
     return config
@@ -200,7 +213,11 @@ def _converted(directory: Path) -> tuple[dict[str, Any], list[str]]:
 def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
     """What vLLM would find out when it starts, and rollouts when they are asked for."""
     check_vllm()
-    problems = []
+    problems = rollout_fp8_problems(config, settings.rollout) if config else []
+    if settings.rollout.quantization == "fp8" and not settings.rollout.urls:
+        from tulu_mega.platforms.fp8 import server_obstacles
+
+        problems += server_obstacles()
     limit = (config or {}).get("max_position_embeddings")
     if limit and settings.longest > limit:
         problems.append(
@@ -220,7 +237,8 @@ def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
 def _scoring(settings: GrpoSettings, policy: Mapping[str, Any] | None) -> None:
     """The reward model has the policy's tokens."""
     model = settings.model.model_copy(update={"path": settings.rewards.model})
-    config = _model(EngineSettings(model=model, parallel=settings.parallel, megatron=settings.megatron))
+    parts = dict(parallel=settings.parallel, precision=settings.precision, megatron=settings.megatron)
+    config = _model(EngineSettings(model=model, **parts))
     if not family_for(config).reward:
         raise UserError(f"rewards.model = {settings.rewards.model}: a language model; expected what tulu-mega rm makes")
     if policy and config["vocab_size"] != policy["vocab_size"]:

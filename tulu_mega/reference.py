@@ -105,7 +105,7 @@ def content_key(weights: str, dtype: str, megatron: dict, store: TokenStore) -> 
     Args:
         weights: see :func:`weights_digest`.
         dtype: precision of the forward pass.
-        megatron: the settings' table of that name.
+        megatron: fields of megatron-core's config, of `precision` and `[megatron]`.
         store: tokens and labels, by their own content's key.
     """
     parts = [VERSION, QUANTITY, weights, dtype, megatron, store.key, len(store)]

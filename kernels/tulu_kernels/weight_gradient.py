@@ -11,9 +11,17 @@ def add_product(into_MK: Tensor, upstream_NM: Tensor, input_NK: Tensor) -> None:
 
     On CUDA cuBLAS reads bf16 and adds to float32 in one pass (torch 2.8 or newer). A CPU has no such product: the factors are
     converted first.
+
+    Raises:
+        ValueError: the buffer is neither of the factors' type nor of a higher precision.
     """
     if into_MK.dtype == upstream_NM.dtype:
         into_MK.addmm_(upstream_NM.t(), input_NK)
+    elif into_MK.itemsize <= upstream_NM.itemsize:
+        raise ValueError(
+            f"a buffer of {into_MK.dtype} for factors of {upstream_NM.dtype}: expected the factors' type or one of higher "
+            "precision; accumulate gradients in float32"
+        )
     elif into_MK.is_cuda:
         torch.addmm(into_MK, upstream_NM.t(), input_NK, out_dtype=into_MK.dtype, out=into_MK)
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,53 @@ def case():
     return [torch.randn(BOUNDS[-1], heads, SIZE, generator=generator) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
 
 
-def ours(window: int | None, scale: float | None, tensor: int):
+def spans_one_by_one(query, key, value, cu_q, cu_k, max_q, max_k, scale, window):
+    """What the fused kernels compute, from their documentation: the last query of a span is as far as its last key."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and max_q == int(cu_q.diff().max()) and max_k == int(cu_k.diff().max())
+    assert cu_q[-1] == len(query) and cu_k[-1] == len(key) == len(value)
+    outputs = []
+    for (q, r), (k, m) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
+        back = torch.arange(m - k - (r - q), m - k)[:, None] - torch.arange(m - k)
+        seen = (back >= -window[1]) & ((back <= window[0]) | (window[0] < 0))
+        keys, values = (x[k:m].repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[q:r], keys) * (scale or query.shape[2] ** -0.5)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values))
+    return torch.cat(outputs)
+
+
+def stand_in(kernel: str) -> None:
+    """The fused kernel's function, with its arguments as its library has them, computed on the CPU."""
+    if kernel == "varlen":
+        from torch.nn.attention import varlen
+
+        real = inspect.signature(varlen.varlen_attn)
+
+        def varlen_attn(*args, **kwargs):
+            call = real.bind(*args, **kwargs)
+            call.apply_defaults()
+            given = SimpleNamespace(**call.arguments)
+            assert given.enable_gqa and given.window_size[1] == 0
+            packed = (given.query, given.key, given.value, given.cu_seq_q, given.cu_seq_k, given.max_q, given.max_k)
+            return spans_one_by_one(*packed, given.scale, given.window_size)
+
+        varlen.varlen_attn = varlen_attn
+    elif kernel != "sdpa":
+
+        def flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale=None, causal=False,
+            window_size=(-1, -1), deterministic=False,
+        ):  # fmt: skip
+            assert causal and not deterministic
+            packed = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            out = spans_one_by_one(*packed, softmax_scale, window_size)
+            return (out, None) if kernel == "flash3" else out
+
+        module = ModuleType({"flash3": "flash_attn_interface", "flash2": "flash_attn"}[kernel])
+        module.flash_attn_varlen_func = flash_attn_varlen_func
+        sys.modules[module.__name__] = module
+
+
+def ours(window: int | None, scale: float | None, tensor: int, kernel: str = "sdpa"):
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -28,6 +76,7 @@ def ours(window: int | None, scale: float | None, tensor: int):
     from tulu_mega.config import ParallelSettings
     from tulu_mega.model.attention import PackedAttention
 
+    stand_in(kernel)
     size = int(os.environ["WORLD_SIZE"]) // tensor
     place = topology.start(ParallelSettings(tensor=tensor, context=size), platforms.install(), seed=0)
     # layers 1 and 2 of 3 have the window; megatron-core counts layers from 1
@@ -35,12 +84,14 @@ def ours(window: int | None, scale: float | None, tensor: int):
     answers = []
     for layer in (2, 3):
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        attention = PackedAttention(config, layer, None, "self", softmax_scale=scale, pg_collection=groups)
+        attention = PackedAttention(config, layer, None, "self", softmax_scale=scale, pg_collection=groups, kernel=kernel)
         rows = context_rows(torch.tensor(BOUNDS), place.context_rank, size) if size > 1 else slice(None)
         query, key, value, upstream = (x[rows].clone() for x in case())
         inputs = [x.requires_grad_() for x in (query, key, value)]
         bounds = torch.tensor(BOUNDS, dtype=torch.int32)
-        out = attention(*inputs, None, packed_seq_params=PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds))
+        longest = int(bounds.diff().max())
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, max_seqlen_q=longest)
+        out = attention(*inputs, None, packed_seq_params=packed)
         out.backward(upstream.reshape(out.shape))
         answers.append([x.detach().numpy() for x in (out.view(-1, HEADS, SIZE), query.grad, key.grad, value.grad)])
     return (rows.numpy() if size > 1 else None), answers
@@ -60,11 +111,15 @@ def truth(window: int | None, scale: float | None):
 
 
 @pytest.mark.parametrize(
-    ("size", "window", "scale", "tensor"),
-    [(1, None, None, 1), (1, 5, 0.3, 1), (2, None, 0.3, 1), (2, 5, None, 1), (4, 17, None, 1), (2, 1, None, 2)],
-)
-def test_values_and_gradients(size, window, scale, tensor):
-    ranks = world.run(size * tensor, ours, window, scale, tensor)
+    ("size", "window", "scale", "tensor", "kernel"),
+    [
+        (1, None, None, 1, "sdpa"), (1, 5, 0.3, 1, "sdpa"), (2, None, 0.3, 1, "sdpa"), (2, 5, None, 1, "sdpa"),
+        (4, 17, None, 1, "sdpa"), (2, 1, None, 2, "sdpa"),
+        (1, 5, 0.3, 1, "varlen"), (2, 5, None, 1, "flash3"), (2, 17, 0.3, 1, "flash2"), (4, 1, None, 1, "varlen"),
+    ],
+)  # fmt: skip
+def test_values_and_gradients(size, window, scale, tensor, kernel):
+    ranks = world.run(size * tensor, ours, window, scale, tensor, kernel)
     for layer, reach in enumerate((window, None)):
         whole = [torch.zeros_like(x) for x in truth(reach, scale)]
         for rows, answers in ranks:

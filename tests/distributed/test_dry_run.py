@@ -103,6 +103,10 @@ def test_the_ranks_make_up_the_model(models, tmp_path, capsys, family, stage, la
         assert (report.sending is not None) == (stage == "grpo")
         assert report.beside == (report.parameter_bytes if stage == "grpo" else 0)
     if stage == "grpo":
+        quantized = forked(tmp_path, settings(stage, parallel, rollout={"quantization": "fp8"}), models[family], ranks)
+        assert quantized.problems == ()
+        lighter = [sum(report.sending.nbytes for report in each.ranks) for each in (quantized, found)]
+        assert 0.5 < lighter[0] / lighter[1] < 0.95
         tensors = [name for report in found.ranks for name in report.sending.tensors]
         assert len(tensors) == len(set(tensors)) == found.hf_tensors
         assert sum(report.sending.nbytes for report in found.ranks) == 2 * found.hf_parameters

@@ -90,7 +90,7 @@ def test_the_layout_is_what_a_run_would_have(run, tmp_path):
     assert packing.micro_batches == (3, 3.0, 3)
     assert 0 < packing.padding[0] <= packing.padding[1] < 1 and 0 < packing.balance[1] <= packing.balance[0] < 1
     assert pack_alignment(settings) == alignment(2, True, 1)
-    fp8 = load(DataInspectSettings, None, flags({**run, **wide, "megatron.fp8": "hybrid", "megatron.fp8_recipe": "blockwise"}))
+    fp8 = load(DataInspectSettings, None, flags({**run, **wide, "precision": "blockwise"}))
     assert pack_alignment(fp8) == alignment(2, True, 1, "blockwise")
     assert pipeline_of(CONFIG, settings).ranks == 2
     with pytest.raises(UserError, match=r"train\.micro_batches"):

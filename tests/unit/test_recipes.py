@@ -20,7 +20,9 @@ from tulu_mega.plan.outlook import outlook
 from tulu_mega.plan.run import ask
 from tulu_mega.plan.settings import PlanSettings
 from tulu_mega.planner.layout import pack_alignment, pipeline_of
+from tulu_mega.planner.precision import fp8_problems
 from tulu_mega.planner.schedule import simulate
+from tulu_mega.platforms import fp8
 from tulu_mega.preflight import layout_problems
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -59,7 +61,7 @@ def named(file: Path) -> str:
 def test_a_recipe_fits_its_model(file):
     settings = load(STAGES[stage(file)], str(file))
     config = architecture(file)
-    assert layout_problems(config, settings.parallel) == []
+    assert layout_problems(config, settings.parallel) == [] and fp8_problems(config, settings) == []
     family_for(config).hf_shapes(config)
     pipeline = pipeline_of(config, settings)
     if count := getattr(settings.train, "micro_batches", None):
@@ -121,6 +123,7 @@ def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
         return config
 
     monkeypatch.setattr(preflight, "_model", model)
+    monkeypatch.setattr(fp8, "this_machine", lambda: fp8.Machine((9, 0), (12, 9), (2, 8)))  # what recipes in FP8 are for
     rows = str(local / f"{stage(file)}.jsonl")
     flags = ["--data.train", rows, "--data.tokenizer", str(local / "tokenizer"), "--run_dir", str(tmp_path / "run")]
     flags += ["--heldout.data", rows] if stage(file) == "rm" else []
@@ -190,7 +193,7 @@ def test_a_recipe_has_the_published_values(file):
 def test_fp8_is_the_same_run_but_for_its_matrix_products():
     plain = load(SftSettings, str(EXAMPLES / "tulu3/405b/sft.toml")).model_dump()
     fp8 = load(SftSettings, str(EXAMPLES / "tulu3/405b/sft_fp8.toml")).model_dump()
-    assert fp8.pop("megatron").keys() >= {"fp8", "fp8_recipe"} and not plain.pop("megatron")
+    assert fp8.pop("precision")["fp8"] == "tensorwise" and plain.pop("precision")["fp8"] == "off"
     assert fp8.pop("run_dir") != plain.pop("run_dir")
     assert fp8 == plain
 

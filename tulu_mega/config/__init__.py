@@ -19,6 +19,7 @@ from tulu_mega.config.grpo import (
     PromptHeldOutSettings,
     RewardSettings,
 )
+from tulu_mega.config.precision import PrecisionSettings
 from tulu_mega.config.rollout import PolicySettings, RolloutSettings, SamplingSettings, ServeSettings
 from tulu_mega.config.sections import (
     CheckpointSettings,
@@ -55,6 +56,7 @@ __all__ = [
     "OptimSettings",
     "ParallelSettings",
     "PolicySettings",
+    "PrecisionSettings",
     "PreferenceDataSettings",
     "PreferenceSettings",
     "PreferenceStageSettings",

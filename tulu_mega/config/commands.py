@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tulu_mega.config.megatron_fields import check_megatron_table
+from tulu_mega.config.precision import PrecisionSettings
 from tulu_mega.config.sections import (
     CheckpointSettings,
     DataSettings,
@@ -32,6 +33,7 @@ class EngineSettings(Section):
 
     model: ModelSettings
     parallel: ParallelSettings = ParallelSettings()
+    precision: PrecisionSettings = PrecisionSettings()
     megatron: dict[str, Any] = {}
     """Fields of megatron-core's TransformerConfig that no setting of ours names."""
     watchdog: WatchdogSettings = WatchdogSettings()
@@ -41,6 +43,19 @@ class EngineSettings(Section):
     def _known_fields(cls, table: dict[str, Any]) -> dict[str, Any]:
         check_megatron_table(table)
         return table
+
+    @model_validator(mode="after")
+    def _fp8_has_its_layers(self) -> EngineSettings:
+        if self.precision.recipe is None:
+            return self
+        needs = []
+        if self.model.dtype != "bf16":
+            needs.append(f"model.dtype = 'bf16', got {self.model.dtype!r}")
+        if self.model.spec == "local":
+            needs.append("Transformer Engine's layers, but model.spec = 'local'; set it to 'auto' or 'te'")
+        if needs:
+            raise ValueError(f"precision.fp8 = {self.precision.fp8!r} needs {'; and '.join(needs)}")
+        return self
 
 
 class RunSettings(EngineSettings):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tulu_mega.config.commands import RunSettings
-from tulu_mega.config.rollout import PolicySettings, RolloutSettings, SamplingSettings, Seconds
+from tulu_mega.config.rollout import PolicySettings, RolloutSettings, SamplingSettings, Seconds, check_servers
 from tulu_mega.config.sections import Fraction, OptimSettings, PositiveInt, Section, Sources, SpikeSettings, StragglerSettings
 
 
@@ -127,6 +127,11 @@ class GrpoSettings(RunSettings):
     optim: _GrpoOptim = _GrpoOptim()
     restarts: Annotated[int, Field(ge=0)] = 0
     """Times that the launcher starts the ranks anew after one died; they go on from the newest checkpoint, the servers stay."""
+
+    @model_validator(mode="after")
+    def _servers_can_be(self) -> GrpoSettings:
+        check_servers(self.model, self.rollout)
+        return self
 
     @property
     def longest(self) -> int:

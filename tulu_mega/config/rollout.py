@@ -21,6 +21,9 @@ class RolloutSettings(Section):
     TULU_MEGA_ROLLOUT_KEY."""
     dtype: Literal["model", "bf16", "fp32"] = "model"
     """Precision of the servers' weights; `model` is `model.dtype`."""
+    quantization: Literal["none", "fp8"] = "none"
+    """`fp8`: the servers' layers compute in FP8 with scales for blocks of 128 x 128 weights, quantized by the trainer as it sends
+    them; the trainer's own precision is its own (`precision.fp8`). Needs servers in bf16."""
     max_model_len: PositiveInt | None = None
     """Longest prompt and response together; what [data] and [sampling] may need when unset."""
     gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -51,6 +54,20 @@ class RolloutSettings(Section):
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: expected URLs such as http://10.0.0.5:8000")
         return [url.rstrip("/") for url in urls]
+
+
+def check_servers(model: ModelSettings, rollout: RolloutSettings) -> None:
+    """What model and servers ask of one another.
+
+    Raises:
+        ValueError: FP8 layers in servers of another precision than bf16.
+    """
+    dtype = model.dtype if rollout.dtype == "model" else rollout.dtype
+    if rollout.quantization == "fp8" and dtype != "bf16":
+        raise ValueError(
+            f"rollout.quantization = 'fp8' needs servers in bf16, got {dtype!r} (rollout.dtype = {rollout.dtype!r}, "
+            f"model.dtype = {model.dtype!r}); set rollout.dtype to 'bf16'"
+        )
 
 
 class SamplingSettings(Section):
@@ -129,4 +146,5 @@ class ServeSettings(Section):
     def _own_servers(self) -> ServeSettings:
         if self.rollout.urls:
             raise ValueError("rollout.urls is for the trainer: serve starts servers, it does not attach to any; leave it out")
+        check_servers(self.model, self.rollout)
         return self

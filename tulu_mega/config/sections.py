@@ -49,7 +49,10 @@ class ModelSettings(Section):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of parameters and activations while training; bf16 keeps fp32 main parameters."""
     spec: Literal["auto", "local", "te"] = "auto"
-    """Layer implementation: Transformer Engine (`te`), our own over torch SDPA (`local`), or TE when importable."""
+    """Layer implementation: Transformer Engine (`te`), our own (`local`), or TE when importable."""
+    attention: Literal["auto", "te", "flash3", "flash2", "varlen", "sdpa"] = "auto"
+    """Attention: Transformer Engine's (in its own layers only), FlashAttention 3 or 2, torch's for packed rows (`varlen`) or
+    segment by segment (`sdpa`); `auto` takes the fastest of them that is there and can do it."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """Our own kernels: Triton's on GPUs where it can be imported and torch elsewhere (`auto`), or one of them everywhere."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -15,7 +15,8 @@ from tulu_mega.planner.schedule import Pipeline, shortest_order
 
 Bins = list[list[int]]
 
-_FP8_MULTIPLE = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
+FP8_MULTIPLE = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
+"""What every extent of an FP8 product is a multiple of, by recipe."""
 _EXCHANGES = 32
 _NO_PIPELINE = Pipeline()
 
@@ -49,7 +50,7 @@ def alignment(
     """
     pieces = 2 * context if context > 1 else 1
     shards = tensor if sequence_parallel else 1
-    return Alignment(sequence=pieces, total=math.lcm(pieces, context * shards * _FP8_MULTIPLE[fp8]))
+    return Alignment(sequence=pieces, total=math.lcm(pieces, context * shards * FP8_MULTIPLE[fp8]))
 
 
 def plan_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+from tulu_mega.bridge.fp8_blocks import is_quantized, scales_name
 from tulu_mega.bridge.rules import Config, Family
 from tulu_mega.config import ParallelSettings
 from tulu_mega.dryrun.cover import uncovered
@@ -153,13 +154,15 @@ def _checkpoint(first: Sequence[RankReport]) -> Iterator[str]:
 
 
 def _streams(first: Sequence[RankReport], hf_shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """The rollout engines get every tensor once."""
+    """The rollout engines get every tensor once; in FP8, the scales of every matrix too."""
     sending = [report.sending for report in first if report.sending]
     if not sending:
         return
     times = Counter(name for each in sending for name in each.tensors)
-    for name in sorted(times.keys() | hf_shapes.keys()):
-        if name not in hf_shapes:
+    scales = {scales_name(name) for name in hf_shapes if is_quantized(name)}
+    expected = hf_shapes.keys() | (scales if times.keys() & scales else set())
+    for name in sorted(times.keys() | expected):
+        if name not in expected:
             yield f"{name}: sent to the rollout engines, but transformers' model has no such tensor"
         elif times[name] != 1:
             yield f"{name}: sent to the rollout engines {times[name]} times, expected once"

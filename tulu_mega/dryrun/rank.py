@@ -130,12 +130,11 @@ def _sending(engine: Engine, dtype: str, rollout: RolloutSettings) -> Sending:
     here, config = engine.topology, engine.hf.to_dict()
     if here.data_rank or here.context_rank:
         return Sending({}, 0, 0, 0)
-    kind = stream_dtype(dtype, rollout.dtype)
-    out = outgoing(engine.chunks, config, family_for(config), here.tensor)
+    kind, fp8 = stream_dtype(dtype, rollout.dtype), rollout.quantization == "fp8"
+    out = outgoing(engine.chunks, config, family_for(config), here.tensor, kind, fp8)
     if here.tensor_rank:
-        mine = (each.elements[here.tensor_rank] for each in out.values() if here.tensor_rank < len(each.elements))
-        return Sending({}, 0, 0, kind.itemsize * sum(mine))
-    manifest = {name: Expected(each.shape, str(kind).removeprefix("torch."), here.rank) for name, each in out.items()}
+        return Sending({}, 0, 0, sum(each.sent[here.tensor_rank] for each in out.values() if here.tensor_rank < len(each.sent)))
+    manifest = {name: Expected(each.shape, str(each.dtype).removeprefix("torch."), here.rank) for name, each in out.items()}
     buckets = sender_buckets(here.rank, list(manifest), manifest, rollout.bucket_mib * 2**20)
     buffers = SLOTS * max(bucket.nbytes for bucket in buckets)
     return Sending({name: each.nbytes for name, each in manifest.items()}, len(buckets), buffers, 0)

@@ -1,8 +1,9 @@
-"""Attention of the local spec, where Transformer Engine is not: packed sequences, sliding windows, context parallelism."""
+"""Attention where Transformer Engine's is not taken: packed sequences, sliding windows, context parallelism."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -16,13 +17,19 @@ from torch import Tensor
 
 from tulu_mega.data.batch import context_rows
 from tulu_mega.errors import UserError
+from tulu_mega.model.attention_choice import Attention
+from tulu_mega.model.varlen import Spans, attend
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal grouped-query attention within each segment of a packed row, by torch's SDPA.
+    """Causal grouped-query attention within each segment of a packed row.
 
     Layers that megatron-core's config gives a window (``window_size``, ``window_attn_skip_freq``) see that many tokens to the
     left. Under context parallelism keys and values are gathered from all ranks and this rank's queries attend to them.
+
+    Args:
+        kernel: ``sdpa``, torch's, one segment after another; or one that takes all segments at once, see `varlen.attend`.
+        The rest is what megatron-core gives to every core attention.
     """
 
     def __init__(
@@ -33,13 +40,15 @@ class PackedAttention(torch.nn.Module):
         attention_type: str,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        kernel: Attention = "sdpa",
         **_unused,
     ):
         super().__init__()
         if config.attention_dropout:
             raise UserError(
-                f"[megatron] attention_dropout = {config.attention_dropout}: the local layers attend without dropout; set it to 0"
+                f"[megatron] attention_dropout = {config.attention_dropout}: this attention has no dropout; set it to 0"
             )
+        self.kernel = kernel
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         left = config.window_size[0] if windowed else -1
         self.reach = left if left >= 0 else None
@@ -65,11 +74,19 @@ class PackedAttention(torch.nn.Module):
         Returns:
             [T, 1, heads * head_dim].
         """
-        bounds = tuple(packed_seq_params.cu_seqlens_q.tolist())
         rank, size = self.context_group.rank(), self.context_group.size()
+        if self.kernel != "sdpa" and size == 1:  # the pack's own boundaries serve, and nobody waits for the device
+            bounds_S1, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+            spans = Spans(bounds_S1, bounds_S1, longest, longest)
+            return attend(self.kernel, query, key, value, spans, self.reach, self.scale).reshape(query.shape[0], 1, -1)
+        bounds = tuple(packed_seq_params.cu_seqlens_q.tolist())
         if size > 1:
             key, value = self._whole_pack(key, value, bounds, size)
         pieces = _pieces(bounds, rank, size, self.reach)
+        if self.kernel != "sdpa":
+            spans, rows = _spans(bounds, rank, size, self.reach, query.device)
+            held = (query, key.index_select(0, rows), value.index_select(0, rows))
+            return attend(self.kernel, *held, spans, self.reach, self.scale).reshape(query.shape[0], 1, -1)
         outputs = []
         for rows, piece in zip(query.split([piece.rows for piece in pieces]), pieces, strict=True):
             parts = (rows, key[piece.begin : piece.end], value[piece.begin : piece.end])
@@ -121,6 +138,16 @@ def _places(bounds: tuple[int, ...], size: int) -> Tensor:
     """Where each row of the pack is among the shares of all ranks end to end."""
     cu_seqlens = torch.tensor(bounds)
     return torch.cat([context_rows(cu_seqlens, rank, size) for rank in range(size)]).argsort()
+
+
+@lru_cache(maxsize=64)
+def _spans(bounds: tuple[int, ...], rank: int, size: int, reach: int | None, device: torch.device) -> tuple[Spans, Tensor]:
+    """The pieces as spans, and which rows of the pack are their keys: what two pieces look at is there twice."""
+    pieces = _pieces(bounds, rank, size, reach)
+    queries, keys = [piece.rows for piece in pieces], [piece.end - piece.begin for piece in pieces]
+    cu_queries, cu_keys = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (queries, keys))
+    rows = torch.cat([torch.arange(piece.begin, piece.end) for piece in pieces]).to(device)
+    return Spans(cu_queries, cu_keys, max(queries), max(keys)), rows
 
 
 def _mask(piece: _Piece, reach: int | None, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from tulu_kernels.dispatch import Backend
 
 from tulu_mega.bridge.rules import padded_vocab
 from tulu_mega.config import EngineSettings, ParallelSettings
+from tulu_mega.model.attention_choice import Attention, choose_attention, situation
 from tulu_mega.model.config import transformer_config
 from tulu_mega.model.gpt import PolicyModel
 from tulu_mega.model.reward import RewardModel
@@ -35,11 +36,19 @@ def build_model(
     """
     transformer_engine = use_transformer_engine(settings.model.spec, platform)
     config = transformer_config(hf, settings, transformer_engine)
-    if topology.virtual == 1:
-        return [_chunk(hf, config, transformer_engine, topology, platform, reward, settings.model.kernels, None)]
+    here = situation(
+        platform.device,
+        config.params_dtype,
+        config.kv_channels,
+        config.window_size is not None,
+        topology.context,
+        transformer_engine,
+    )
+    attention = choose_attention(here, settings.model.attention)
+    stages = [None] if topology.virtual == 1 else range(topology.virtual)
     return [
-        _chunk(hf, config, transformer_engine, topology, platform, reward, settings.model.kernels, vp_stage)
-        for vp_stage in range(topology.virtual)
+        _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model.kernels, stage)
+        for stage in stages
     ]
 
 
@@ -47,6 +56,7 @@ def _chunk(
     hf: PretrainedConfig,
     config: TransformerConfig,
     transformer_engine: bool,
+    attention: Attention,
     topology: Topology,
     platform: Platform,
     reward: bool,
@@ -55,7 +65,7 @@ def _chunk(
 ) -> PolicyModel | RewardModel:
     arguments = dict(
         config=config,
-        transformer_layer_spec=block_spec(config, hf, transformer_engine, vp_stage),
+        transformer_layer_spec=block_spec(config, hf, transformer_engine, attention, vp_stage),
         vocab_size=padded_vocab(hf.vocab_size, topology.tensor),
         max_sequence_length=hf.max_position_embeddings,
         pre_process=topology.first_stage and not vp_stage,

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from tulu_mega.errors import UserError
 from tulu_mega.model.attention import PackedAttention
+from tulu_mega.model.attention_choice import Attention
 from tulu_mega.model.hf_config import layer_needs
 from tulu_mega.model.linear import ColumnLinear, RowLinear
 from tulu_mega.model.norms import AddNormed, ProjectionNorm, RMSNorm
@@ -38,15 +39,25 @@ def use_transformer_engine(spec: Literal["auto", "local", "te"], platform: Platf
 
 
 def block_spec(
-    config: TransformerConfig, hf: PretrainedConfig, transformer_engine: bool, vp_stage: int | None = None
+    config: TransformerConfig,
+    hf: PretrainedConfig,
+    transformer_engine: bool,
+    attention: Attention,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Layers and final norm of this pipeline stage, or of the chunk `vp_stage` of it."""
-    layer, norm = layer_spec(config, hf, transformer_engine)
+    layer, norm = layer_spec(config, hf, transformer_engine, attention)
     return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
 
 
-def layer_spec(config: TransformerConfig, hf: PretrainedConfig, transformer_engine: bool) -> tuple[ModuleSpec, type]:
-    """A layer as the model's family needs it, and the class of its norms."""
+def layer_spec(
+    config: TransformerConfig, hf: PretrainedConfig, transformer_engine: bool, attention: Attention
+) -> tuple[ModuleSpec, type]:
+    """A layer as the model's family needs it, and the class of its norms.
+
+    Args:
+        attention: of `choose_attention`.
+    """
     needs = layer_needs(hf)
     per_head = needs.qk_norm == "head"
     if transformer_engine:
@@ -61,22 +72,23 @@ def layer_spec(config: TransformerConfig, hf: PretrainedConfig, transformer_engi
         layer, norm, plain_linear = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm, ColumnLinear
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
-        attention.core_attention = PackedAttention
-        attention.linear_qkv = mlp.linear_fc1 = ColumnLinear
-        attention.linear_proj = mlp.linear_fc2 = RowLinear
+        attending, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+        attending.linear_qkv = mlp.linear_fc1 = ColumnLinear
+        attending.linear_proj = mlp.linear_fc2 = RowLinear
         mlp.activation_func = Swiglu
-    parts, attention = layer.submodules, layer.submodules.self_attention
+    parts, attending = layer.submodules, layer.submodules.self_attention
+    if attention != "te":
+        attending.submodules.core_attention = ModuleSpec(PackedAttention, {"kernel": attention})
     if per_head:
-        attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
+        attending.submodules.q_layernorm = attending.submodules.k_layernorm = norm
     if needs.qk_norm == "projection":
-        attention.submodules.q_layernorm = ModuleSpec(ProjectionNorm, {"heads": config.num_attention_heads})
-        attention.submodules.k_layernorm = ModuleSpec(ProjectionNorm, {"heads": config.num_query_groups})
+        attending.submodules.q_layernorm = ModuleSpec(ProjectionNorm, {"heads": config.num_attention_heads})
+        attending.submodules.k_layernorm = ModuleSpec(ProjectionNorm, {"heads": config.num_query_groups})
     if needs.norms == "after":
         parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-        attention.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = plain_linear  # Transformer Engine's have the norm in
+        attending.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = plain_linear  # Transformer Engine's have the norm in
         parts.self_attn_bda = parts.mlp_bda = ModuleSpec(AddNormed, {"config": config, "norm": norm})
     if needs.ropes:
-        attention.module = OwnRopeAttention
-        attention.params = attention.params | {"ropes": ropes(hf)}
+        attending.module = OwnRopeAttention
+        attending.params = attending.params | {"ropes": ropes(hf)}
     return layer, norm

@@ -17,6 +17,7 @@ from tulu_mega.planner.job import Job, Pack
 from tulu_mega.planner.layout import pack_alignment, pipeline_of
 from tulu_mega.planner.memory import RankMemory, checkpoint_host_bytes, memory_by_rank
 from tulu_mega.planner.parameters import ITEMSIZE
+from tulu_mega.planner.precision import fp8_problems, rollout_fp8_problems
 from tulu_mega.planner.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
 from tulu_mega.planner.timing import Step, score_seconds, train_step
 from tulu_mega.planner.workload import LABELLED, MEAN_LENGTH, ROWS, draw_lengths, pack_step
@@ -65,6 +66,7 @@ class Question:
             share=rollout.gpu_memory,
             itemsize=ITEMSIZE[model.dtype if rollout.dtype == "model" else rollout.dtype],
             bucket=rollout.bucket_mib * 2**20,
+            fp8=rollout.quantization == "fp8",
         )
 
     @cached_property
@@ -121,8 +123,7 @@ class Question:
             packs,
             dtype=settings.model.dtype,
             recompute=settings.model.recompute,
-            fp8=bool(settings.megatron.get("fp8")),
-            fp8_weights=bool(settings.megatron.get("fp8_param")),
+            fp8=settings.precision.recipe is not None,
             entropy=isinstance(settings, GrpoSettings) and settings.policy.entropy > 0,
         )
 
@@ -291,6 +292,10 @@ def _divisions(question: Question) -> list[str]:
             wrong.append(f"parallel.tensor = {parallel.tensor} does not divide the model's {name} = {count}; choose a divisor")
     if config["intermediate_size"] % parallel.tensor:
         wrong.append(f"parallel.tensor = {parallel.tensor} does not divide intermediate_size = {config['intermediate_size']}")
+    if not wrong:
+        wrong += fp8_problems(config, question.settings)
+        if isinstance(question.settings, GrpoSettings):
+            wrong += rollout_fp8_problems(config, question.settings.rollout)
     try:
         _ = question.trainers
     except UserError as error:

@@ -15,9 +15,9 @@ from tulu_mega.planner.stages import stage_layers
 
 def pack_alignment(settings: EngineSettings) -> Alignment:
     """What the layout and the FP8 recipe ask of lengths."""
-    megatron, parallel = settings.megatron, settings.parallel
-    fp8 = (megatron.get("fp8_recipe", "delayed") if megatron.get("fp8") else None) or None
-    return alignment(parallel.tensor, parallel.sequence and parallel.tensor > 1, parallel.context, fp8)
+    parallel = settings.parallel
+    sequence = parallel.sequence and parallel.tensor > 1
+    return alignment(parallel.tensor, sequence, parallel.context, settings.precision.recipe)
 
 
 def pipeline_of(config: Mapping[str, Any], settings: EngineSettings) -> Pipeline:

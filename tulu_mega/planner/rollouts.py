@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tulu_mega.planner.costs import Rates
-from tulu_mega.planner.flops import matmul_parameters
+from tulu_mega.planner.flops import head_columns, matmul_parameters
 from tulu_mega.planner.hardware import Gpu
 from tulu_mega.planner.job import Job, sizes_of
 from tulu_mega.planner.memory import SLOTS
@@ -41,6 +41,8 @@ class Servers:
     """bytes of a weight, and of a key or value"""
     bucket: int
     """bytes of a bucket of weights"""
+    fp8: bool = False
+    """the layers' matrices take a byte an element"""
 
     @property
     def gpus(self) -> int:
@@ -68,7 +70,7 @@ def server_memory(config: Mapping[str, Any], servers: Servers) -> ServerMemory:
     Args:
         config: Hugging Face's config.json.
     """
-    weights = model_parameters(config) * servers.itemsize / servers.tensor
+    weights = _weight_bytes(config, servers) / servers.tensor
     sync = SLOTS * servers.bucket
     cache = servers.share * servers.gpu.memory - weights - WORKING
     return ServerMemory(weights, cache, WORKING, sync, max(0, int(cache // cache_bytes(config, servers))))
@@ -79,6 +81,17 @@ def cache_bytes(config: Mapping[str, Any], servers: Servers) -> float:
     size = sizes_of(config)
     head = size.queries // size.heads
     return 2 * config["num_hidden_layers"] * max(head, size.keys / servers.tensor) * servers.itemsize
+
+
+def _weight_bytes(config: Mapping[str, Any], servers: Servers) -> float:
+    """Of a whole model, as a server has it and as it travels; scales are a 4,000th of what they are for."""
+    return model_parameters(config) * servers.itemsize - _saved(config, servers)
+
+
+def _saved(config: Mapping[str, Any], servers: Servers) -> float:
+    """Bytes that the layers' matrices are short of `itemsize` an element."""
+    matrices = matmul_parameters(config) - config["hidden_size"] * head_columns(config)
+    return (servers.itemsize - 1) * matrices if servers.fp8 else 0.0
 
 
 def generation_seconds(
@@ -109,8 +122,8 @@ def _served(
     """One server: from event (a response ends, the next begins) to event, with as many decoding steps between as there are."""
     gpu, size = servers.gpu, sizes_of(config)
     memory = rates.memory * gpu.bandwidth
-    arithmetic = 2 * matmul_parameters(config) / servers.tensor / (rates.products * gpu.bf16)
-    once = STEP + matmul_parameters(config) * servers.itemsize / servers.tensor / memory
+    arithmetic = 2 * matmul_parameters(config) / servers.tensor / (rates.products * (gpu.fp8 if servers.fp8 else gpu.bf16))
+    once = STEP + (matmul_parameters(config) * servers.itemsize - _saved(config, servers)) / servers.tensor / memory
     if servers.tensor > 1:
         once += 2 * config["num_hidden_layers"] * COLLECTIVE
     token = cache_bytes(config, servers) / memory
@@ -141,7 +154,8 @@ def sync_seconds(job: Job, servers: Servers, rates: Rates) -> float:
     gpu = job.gpu
     near = job.world + servers.gpus <= gpu.per_node
     rate = rates.links * (gpu.nvlink if near else gpu.network)
-    stages = [held.total * job.parallel.tensor * servers.itemsize for held in job.held]
-    whole = model_parameters(job.config) * servers.itemsize
+    whole = _weight_bytes(job.config, servers)
+    each = whole / model_parameters(job.config)
+    stages = [held.total * job.parallel.tensor * each for held in job.held]
     gathered = max(stages) / (rates.links * gpu.nvlink) if job.parallel.tensor > 1 else 0.0
     return max(gathered, max(stages) / rate, whole / rate)

@@ -51,7 +51,8 @@ def _reference(stage: Stage, weights: str, store: TokenStore) -> dict[str, np.nd
         weights: their digest.
     """
     settings = stage.settings
-    key = reference.content_key(weights, settings.model.dtype, settings.megatron, store)
+    computed = settings.precision.megatron | settings.megatron
+    key = reference.content_key(weights, settings.model.dtype, computed, store)
     root = Path(settings.reference.cache).expanduser() if settings.reference.cache else stage.run_dir / REFERENCE
     cache = reference.ReferenceCache.under(root, key, len(store))
     if missing := reference.missing_parts(cache):

@@ -95,6 +95,7 @@ class Session:
         settings = EngineSettings(
             model=self.settings.model.model_copy(update={"path": path}),
             parallel=self.settings.parallel,
+            precision=self.settings.precision,
             megatron=self.settings.megatron,
         )
         made = _session(settings, self.topology, self.engine.platform, self.seed, reward, self.watch)

@@ -54,6 +54,7 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
         gpu_memory=rollout.gpu_memory,
         cpu_cache_gib=rollout.cpu_cache_gib,
         trust_remote_code=model.trust_remote_code,
+        fp8=rollout.quantization == "fp8",
         random_weights=is_megatron(directory),  # vLLM cannot read it, and is sent the weights
         extra=extra,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import platform
 import sys
@@ -15,6 +16,8 @@ from tulu_mega.rollout.auth import INCARNATION, KEY
 MIN_BATCHED_TOKENS = 8192
 """Prompt tokens that a forward pass takes, as with vLLM's own `LLM`; a server's default of 2,048 splits batches of prompts."""
 LOOPBACK = "127.0.0.1"
+FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+"""What config.json says of a checkpoint in FP8 blocks, such as `bridge.fp8_blocks` makes."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class ServerOptions:
     gpu_memory: float = 0.9
     cpu_cache_gib: int = 1
     trust_remote_code: bool = False
+    fp8: bool = False
+    """layers of FP8 blocks, whose weights somebody sends"""
     random_weights: bool = False
     """do not read the model's weights, somebody sends others before anything is asked"""
     host: str = LOOPBACK
@@ -73,7 +78,9 @@ def command(options: ServerOptions, port: int, on_cpu: bool) -> list[str]:
             words += ["--distributed-executor-backend", "uni"]
     if options.trust_remote_code:
         words.append("--trust-remote-code")
-    if options.random_weights:
+    if options.fp8:  # as a checkpoint that was quantized so: vLLM makes places for numbers and scales
+        words += ["--hf-overrides", json.dumps({"quantization_config": FP8_BLOCKS})]
+    if options.random_weights or options.fp8:
         words += ["--load-format", "dummy"]
     # The last middleware is the outermost: the key is asked for before anything else looks at a request.
     batches, door = ("--middleware", "tulu_mega.rollout.batch.Batches"), ("--middleware", "tulu_mega.rollout.auth.Door")

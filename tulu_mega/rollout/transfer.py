@@ -117,6 +117,7 @@ class WeightSync:
                 config,
                 family_for(config),
                 stream_dtype(session.settings.model.dtype, settings.dtype),
+                fp8=settings.quantization == "fp8",
                 **place.model_shard,
                 kernels=session.settings.model.kernels,
             )

@@ -153,7 +153,7 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
         if load:
             self._broken = self._torn = f"update {version} was begun and has not been committed"
             initialize_layerwise_reload(self.model)
-            self._expected = {name for name, _ in self.model.named_parameters()} - self._tied.keys()
+            self._expected = {name for name, _ in self.model.named_parameters()} - self._tied.keys() - _cache_scales(self.model)
 
     def _bucket(self, version: int, bucket: Bucket) -> None:
         account = self._account
@@ -284,6 +284,17 @@ def _tied_layers(model: nn.Module) -> dict[str, nn.Module]:
             tied[name] = model.get_submodule(name.rpartition(".")[0])
         seen.add(id(parameter))
     return tied
+
+
+def _cache_scales(model: nn.Module) -> set[str]:
+    """What attention of a quantized model has beside its projections: scales of cached keys and values, which no trainer has.
+    vLLM keeps those that it has."""
+    return {
+        f"{name}.{scale}"
+        for name, layer in model.named_modules()
+        if is_deferred_attention_layer(layer)
+        for scale, _ in layer.named_parameters(recurse=False)
+    }
 
 
 def _noting(tensors: list[tuple[str, Tensor]], taken: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,112 @@
+"""Weights on their way to a rollout engine as FP8 blocks: quantized by the ranks that hold them, or else once gathered.
+
+A matrix of a layer's projections becomes two tensors, as block-quantized checkpoints have them and vLLM's ``fp8`` loaders expect
+them: E4M3 numbers under its own name, and float32 scales of blocks of 128 x 128 under that name with ``_scale_inv`` behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tulu_kernels.dispatch import Backend
+from tulu_kernels.fp8_blocks import BLOCK, Box, NotAligned, PackPlan, pack, plan_pack
+
+from tulu_mega.bridge.rules import Piece
+
+NUMBERS = torch.float8_e4m3fn
+SCALES = torch.float32
+
+
+def is_quantized(hf_name: str) -> bool:
+    """Whether a tensor is one of those that vLLM has in FP8: matrices of the layers' projections. Embedding, head, norms and
+    biases are not."""
+    return hf_name.endswith("_proj.weight") and any(part.isdigit() for part in hf_name.split("."))
+
+
+def scales_name(hf_name: str) -> str:
+    """Of the tensor with the scales of a matrix."""
+    return f"{hf_name}_scale_inv"
+
+
+def scales_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Blocks down and across; those at the lower and right edges may be cut off."""
+    rows, columns = shape
+    return -(-rows // BLOCK), -(-columns // BLOCK)
+
+
+def shard_plans(hf_name: str, shape: Sequence[int], pieces: Sequence[Sequence[Piece]]) -> list[PackPlan] | None:
+    """For each tensor rank how it packs its boxes of a matrix; None where some block is spread over several of them.
+
+    Args:
+        pieces: of each rank.
+    """
+    whole = (shape[0], shape[1])
+    try:
+        return [plan_pack([Box(hf_name, whole, each.hf_region, each.local_region) for each in rank]) for rank in pieces]
+    except NotAligned:
+        return None
+
+
+def message_bytes(plan: PackPlan) -> int:
+    """Bytes in which a rank's numbers and then its scales travel."""
+    return plan.bytes + plan.scales * SCALES.itemsize
+
+
+def packed(parameter: Tensor, plan: PackPlan, backend: Backend = "auto") -> Tensor:
+    """A rank's boxes as such a message, uint8 on the parameter's device."""
+    message = torch.empty(message_bytes(plan), dtype=torch.uint8, device=parameter.device)
+    pack(parameter.detach(), plan, message, message[plan.bytes :].view(SCALES), backend=backend)
+    return message
+
+
+def unpack(message: Tensor, plan: PackPlan, numbers: Tensor, scales: Tensor) -> None:
+    """Puts a rank's boxes where they belong in the whole tensors.
+
+    Args:
+        message: of `packed`.
+        numbers: E4M3 [rows, columns], on any device.
+        scales: float32, of `scales_shape`.
+    """
+    of_blocks, into = message[plan.bytes :].view(SCALES), numbers.view(torch.uint8)
+    for box, offset, first in zip(plan.boxes, plan.offsets, plan.scale_offsets, strict=True):
+        (top, bottom), (left, right) = box.region
+        into[top:bottom, left:right] = message[offset : offset + box.rows * box.columns].view(box.rows, box.columns)
+        down, across = scales_shape((box.rows, box.columns))
+        grid = of_blocks[first : first + down * across].view(down, across)
+        row, column = top // BLOCK, left // BLOCK
+        scales[row : row + down, column : column + across] = grid
+
+
+def gather(
+    parameter: Tensor,
+    plans: Sequence[PackPlan],
+    numbers: Tensor,
+    scales: Tensor,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """On tensor rank 0: fills both tensors from the boxes of all ranks, one rank's at a time."""
+    for rank, plan in enumerate(plans):
+        if rank == 0:
+            message = packed(parameter, plan)
+        elif plan.boxes:
+            message = torch.empty(message_bytes(plan), dtype=torch.uint8, device=parameter.device)
+            dist.recv(message, group=group, group_src=rank)
+        else:
+            continue
+        unpack(message, plan, numbers, scales)
+
+
+def send(parameter: Tensor, plans: Sequence[PackPlan], group: dist.ProcessGroup | None, rank: int) -> None:
+    """On the other tensor ranks: this rank's boxes to rank 0."""
+    if rank < len(plans) and plans[rank].boxes:
+        dist.send(packed(parameter, plans[rank]), group=group, group_dst=0)
+
+
+def quantize_whole(weight: Tensor, numbers: Tensor, scales: Tensor) -> None:
+    """Fills both tensors from a matrix that is whole."""
+    extent = ((0, weight.shape[0]), (0, weight.shape[1]))
+    plan = plan_pack([Box("", (weight.shape[0], weight.shape[1]), extent, extent)])
+    unpack(packed(weight, plan), plan, numbers, scales)
