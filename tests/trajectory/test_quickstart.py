@@ -45,10 +45,10 @@ def test_the_recipe_learns_and_its_control_unlearns(tmp_path, seed):
         "pairs with a positive DPO margin": heldout_accuracy(run_dir / "dpo"),
     }
 
-    swapped = tmp_path / "swapped.jsonl"
-    pairs = map(json.loads, (run_dir / "data/pairs.jsonl").read_text().splitlines())
-    swapped.write_text("".join(json.dumps({"chosen": row["rejected"], "rejected": row["chosen"]}) + "\n" for row in pairs))
-    for stage in ("rm", "dpo"):
+    for stage, data in (("rm", "rm_pairs"), ("dpo", "pairs")):
+        swapped = tmp_path / f"swapped_{data}.jsonl"
+        pairs = map(json.loads, (run_dir / f"data/{data}.jsonl").read_text().splitlines())
+        swapped.write_text("".join(json.dumps({"chosen": row["rejected"], "rejected": row["chosen"]}) + "\n" for row in pairs))
         control = tmp_path / f"{stage}-swapped"
         command(stage, run_dir / f"{stage}.toml", "--run_dir", control, "--data.train", swapped, "--checkpoint.export", "false")
         found[f"{stage} from swapped labels"] = heldout_accuracy(control)

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import islice
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,9 @@ def run(settings: QuickstartSettings) -> None:
     make_data(directory / "data", settings.seed)
     _once(model, lambda: _make_model(model, settings.seed))
     console.print(
-        f"{DEMONSTRATIONS:,} demonstrations, {PAIRS:,} pairs of a right and a wrong answer, {PROMPTS:,} problems to practise on, "
-        f"{HELDOUT_PROBLEMS} held-out problems and {HELDOUT_PAIRS} held-out pairs: {directory}/data; model: {model}"
+        f"{DEMONSTRATIONS:,} demonstrations, {PAIRS:,} pairs of a right and a wrong answer for each of two stages, {PROMPTS:,} "
+        f"problems to practise on, {HELDOUT_PROBLEMS} held-out problems and {HELDOUT_PAIRS} held-out pairs: {directory}/data; "
+        f"model: {model}"
     )
 
     console.rule("2. vLLM answers the held-out problems, before")
@@ -98,9 +100,10 @@ def make_data(directory: Path, seed: int) -> None:
     practice = directory / "prompts.jsonl"
     asked = islice(task.problems("train", f"{seed} practice", HELDOUT_TWO_STEP), PROMPTS)
     _once(practice, lambda: task.write_jsonl(map(task.prompt_row, asked), practice))
-    for file, split, count in (("pairs.jsonl", "train", PAIRS), ("heldout_pairs.jsonl", "heldout", HELDOUT_PAIRS)):
-        pairs = directory / file
-        _once(pairs, lambda to=pairs, split=split, count=count: task.write_jsonl(islice(task.pairs(split, seed), count), to))
+    sides: tuple[tuple[task.Split, str, int], ...] = (("train", "", PAIRS), ("heldout", "heldout_", HELDOUT_PAIRS))
+    for (split, side, count), (kind, slips) in product(sides, (("pairs", task.SLIPS), ("rm_pairs", task.COARSE_SLIPS))):
+        file, rows = directory / f"{side}{kind}.jsonl", islice(task.pairs(split, seed, slips=slips), count)
+        _once(file, partial(task.write_jsonl, rows, file))
 
 
 def evaluated(model: Path, questions: Path, output: Path) -> dict[str, Any]:

@@ -50,13 +50,13 @@ dtype = "fp32"
 data = 2
 
 [data]
-train = "{run_dir}/data/pairs.jsonl"
+train = "{run_dir}/data/{pairs}.jsonl"
 template = "tulu"
 max_length = 512
 pack_length = 4096                 # 32 pairs of some 100 tokens
 
 [heldout]
-data = "{run_dir}/data/heldout_pairs.jsonl"
+data = "{run_dir}/data/heldout_{pairs}.jsonl"
 every = 30
 """
 
@@ -173,4 +173,5 @@ def stage_settings(command: str, run_dir: str, **values: int) -> str:
     Args:
         values: seed and steps, by the names of :class:`tulu_mega.quickstart.settings.QuickstartSettings`.
     """
-    return TEMPLATES[command].format(run_dir=run_dir, **values)
+    pairs = "rm_pairs" if command == "rm" else "pairs"
+    return TEMPLATES[command].format(run_dir=run_dir, pairs=pairs, **values)

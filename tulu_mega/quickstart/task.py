@@ -17,7 +17,7 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,11 @@ Split = Literal["train", "heldout"]
 
 VERIFIER = "gsm8k"
 """The `dataset` column: which verifier judges the answer (the last number, string equality)."""
+
+SLIPS = (-10, -2, -1, 1, 2, 10)
+"""What a step of careless work is wrong by."""
+COARSE_SLIPS = (-10, 10)
+"""Those of them that a reward model of a million parameters sees: of slips by 1 and 2 it tells 53 to 61%."""
 
 _HELDOUT_SHARE = 8  # one problem in eight
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kim", "Leo")
@@ -123,11 +128,14 @@ def demonstrations(seed: int, mixture: Mixture = Mixture()) -> Iterator[dict[str
         yield {**row, "messages": [*row["messages"], {"role": "assistant", "content": response}]}
 
 
-def pairs(split: Split, seed: int, terse: float = 0.5) -> Iterator[dict[str, Any]]:
+def pairs(split: Split, seed: int, terse: float = 0.5, slips: Sequence[int] = SLIPS) -> Iterator[dict[str, Any]]:
     """An endless stream of preference rows: `chosen` and `rejected` (user, assistant), a right answer and a wrong one.
 
     Both are in the same style, for that share the terse one, so that what is preferred is being right and not being long. A
     terse answer is wrong by 5 and more: what a guess can tell.
+
+    Args:
+        slips: what a step of careless work may be wrong by; one of them positive.
     """
     draw = random.Random(f"{split} pairs {seed}")
     for problem in problems(split, f"{seed} pairs", two_step=0.8):
@@ -135,7 +143,7 @@ def pairs(split: Split, seed: int, terse: float = 0.5) -> Iterator[dict[str, Any
         if draw.random() < terse:
             right, wrong = _terse(problem.answer), _terse(_beside(draw, problem.answer, 5, 15))
         else:
-            right, wrong = _worked(problem, slip=None), _worked(problem, slip=draw)
+            right, wrong = _worked(problem, slip=None), _worked(problem, slip=draw, slips=slips)
         sides = {"chosen": right, "rejected": wrong}
         yield {side: [*prompt, {"role": "assistant", "content": text}] for side, text in sides.items()}
 
@@ -232,7 +240,7 @@ def _beside(draw: random.Random, answer: int, least: int, most: int) -> int:
     return draw.choice([answer + sign * by for by in range(least, most + 1) for sign in (1, -1) if answer + sign * by > 0])
 
 
-def _worked(problem: Problem, slip: random.Random | None) -> str:
+def _worked(problem: Problem, slip: random.Random | None, slips: Sequence[int] = SLIPS) -> str:
     """Every step and the answer; with a slip, one step goes wrong and those after it build on the wrong count."""
     wrong = slip.randrange(len(problem.steps)) if slip else None
     value, lines = problem.start, []
@@ -240,7 +248,7 @@ def _worked(problem: Problem, slip: random.Random | None) -> str:
         result = _apply(value, operator, number)
         if index == wrong:
             taken = sum(number for operator, number in problem.steps[index + 1 :] if operator == "-")
-            result += slip.choice([by for by in (-10, -2, -1, 1, 2, 10) if result + by >= taken])  # no count below 0
+            result += slip.choice([by for by in slips if result + by >= taken])  # no count below 0
         lines.append(f"{value}{operator}{number}={result}.")
         value = result
     return " ".join([*lines, f"The answer is {value}."])
