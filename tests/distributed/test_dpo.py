@@ -84,7 +84,7 @@ def test_the_first_step_is_at_the_reference_and_layouts_agree(material, undistur
     assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert found[0]["margin"] == pytest.approx(0, abs=1e-6)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    assert found[-1]["loss"] < 0.5  # it learns
+    assert found[-1]["loss"] < 0.6  # it learns
     for row, same in zip(found, undisturbed[1], strict=True):
         assert row["loss"] == pytest.approx(same["loss"], rel=1e-4)
         assert row["sequences"] == 16
