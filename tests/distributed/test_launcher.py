@@ -29,8 +29,8 @@ RANK = """
 
     import types
     module = types.ModuleType("the_recipe"); module.run = recipe; sys.modules["the_recipe"] = module
-    from tulu_mega.config import ParallelSettings
-    settings = types.SimpleNamespace(parallel=ParallelSettings(tensor=2))
+    from tulu_mega.config import EngineSettings
+    settings = EngineSettings.model_validate({"model": "m", "parallel": {"tensor": 2}})
     try:
         sys.exit(launcher.run("the_recipe:run", settings, [], prepare=None))
     except UserError as error:

@@ -13,8 +13,14 @@ import pytest
 
 from tests.distributed.test_launcher import write_rank
 from tulu_mega import launcher, platforms, topology
-from tulu_mega.config import ParallelSettings
+from tulu_mega.config import ParallelSettings, PrecisionSettings
 from tulu_mega.errors import UserError
+
+
+def settings_of(directory: Path, **more) -> types.SimpleNamespace:
+    """What the launcher reads of a command's settings."""
+    parts = {"parallel": ParallelSettings(tensor=2), "precision": PrecisionSettings(), "run_dir": str(directory / "run")}
+    return types.SimpleNamespace(**parts, **more)
 
 
 @pytest.fixture
@@ -23,7 +29,7 @@ def start(tmp_path):
 
     def start(body: str, restarts: int = 2) -> tuple[int, int]:
         script = write_rank(tmp_path, f"open({str(tmp_path / 'starts')!r} + str(world.rank), 'a').write('.')\n" + body)
-        settings = types.SimpleNamespace(parallel=ParallelSettings(tensor=2), run_dir=str(tmp_path / "run"), restarts=restarts)
+        settings = settings_of(tmp_path, restarts=restarts)
         status = launcher.run("the_recipe:run", settings, [sys.executable, str(script)], lambda _: None)
         return status, len((tmp_path / "starts0").read_text())
 
@@ -84,7 +90,7 @@ def test_ranks_find_the_servers_of_their_launcher(tmp_path, monkeypatch):
     body = f"open({str(tmp_path / 'key')!r} + str(world.rank), 'w').write(os.environ['THE_KEY'])"
     script = write_rank(tmp_path, body)
     rollout = types.SimpleNamespace(urls=[])
-    settings = types.SimpleNamespace(parallel=ParallelSettings(tensor=2), run_dir=str(tmp_path / "run"), rollout=rollout)
+    settings = settings_of(tmp_path, rollout=rollout)
     assert launcher.run("the_recipe:run", settings, [sys.executable, str(script)], lambda _: events.append("checked")) == 0
     assert events == ["checked", "servers up", "servers down"]
     assert [(tmp_path / f"key{rank}").read_text() for rank in range(2)] == ["k", "k"] and "THE_KEY" not in os.environ
