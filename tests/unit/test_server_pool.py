@@ -203,8 +203,9 @@ def test_somebody_else_on_its_port_is_never_spoken_to(stub, tmp_path):
 
 
 LAUNCHER = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     from tulu_mega.rollout import server
     from tulu_mega.rollout.serving import ServerOptions
     server.command = lambda _options, port, on_cpu: [sys.executable, sys.argv[1], str(port)]
@@ -223,6 +224,8 @@ def test_no_process_and_no_segment_outlives_the_launcher(stub, tmp_path, number)
     launcher = subprocess.Popen([sys.executable, str(script), str(tmp_path / "stub.py"), str(tmp_path)])
     try:
         assert until((tmp_path / "told").exists)
+        # until its exec is done a tracker looks like the engine that it came from, and would be killed as that
+        assert until(lambda: any("resource_tracker" in " ".join(each.cmdline()) for each in session_of(tmp_path)))
         processes = session_of(tmp_path)
         assert len(processes) == 4 and segments()
     finally:
