@@ -191,6 +191,7 @@ def _explain(settings: type[BaseModel], error: dict[str, Any]) -> str:
         case "missing":
             return f"{where}: required, but not given; set it in the file or with --{where}"
         case "value_error":
-            return f"{where}: {error['ctx']['error']}"
+            told = str(error["ctx"]["error"])
+            return f"{where}: {told}" if where else told  # of the command's settings as a whole
         case _:
             return f"{where}: {error['msg'].lower()}, got {error['input']!r} ({type(error['input']).__name__})"
