@@ -157,7 +157,8 @@ def test_servers_in_fp8_are_in_bf16():
         GrpoSettings: [*GRPO, "--rollout.dtype=fp32"],
         ServeSettings: ["--model=dir", "--rollout.quantization=fp8", "--model.dtype=fp32"],
     }.items():
-        with pytest.raises(UserError, match=r"^rollout.quantization = 'fp8' needs servers in bf16, got 'fp32'.*set rollout.dtype to 'bf16'"):
+        want = r"^rollout.quantization = 'fp8' needs servers in bf16, got 'fp32'.*set rollout.dtype to 'bf16'"
+        with pytest.raises(UserError, match=want):
             load(kind, None, flags)
 
 
