@@ -40,9 +40,8 @@ if TYPE_CHECKING:
     from tulu_mega.rollout.addresses import ServerAddress
 
 _SMALL_BUCKET = 16 * 2**20
-_BUCKETS = 64
-"""A model smaller than this many of the largest buckets has smaller ones: filling and loading overlap, and what was just filled
-is hashed from the cache rather than from memory."""
+_BUCKETS = 8
+"""A model smaller than this many of the largest buckets has smaller ones: or else filling and loading would not overlap."""
 
 
 @dataclass(frozen=True)
