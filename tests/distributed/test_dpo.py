@@ -35,9 +35,16 @@ def material(tmp_path_factory):
     directory = tmp_path_factory.mktemp("dpo")
     for seed, name in enumerate(("model", "other")):
         tiny_model.make(directory / name, seed=seed)
-    task.write_jsonl(itertools.islice(task.pairs("train", 0), 40), directory / "pairs.jsonl")
-    task.write_jsonl(itertools.islice(task.pairs("heldout", 0), 12), directory / "heldout.jsonl")
+    task.write_jsonl(itertools.islice(plain_pairs(0), 40), directory / "pairs.jsonl")
+    task.write_jsonl(itertools.islice(plain_pairs(1), 12), directory / "heldout.jsonl")
     return directory
+
+
+def plain_pairs(seed: int):
+    """Worked answers before guesses: what a few steps on random weights learn."""
+    worked, guessed = task.Mixture(1.0, terse=0.0, careless=0.0), task.Mixture(1.0, terse=1.0, guessed=1.0)
+    sides = zip(task.demonstrations(seed, worked), task.demonstrations(seed, guessed), strict=True)
+    return ({"chosen": right["messages"], "rejected": wrong["messages"]} for right, wrong in sides)
 
 
 def settings(material: Path, run_dir: Path, **sections) -> DpoSettings:
@@ -84,7 +91,7 @@ def test_the_first_step_is_at_the_reference_and_layouts_agree(material, undistur
     assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert found[0]["margin"] == pytest.approx(0, abs=1e-6)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    assert found[-1]["loss"] < 0.6  # it learns
+    assert found[-1]["loss"] < 0.5  # it learns
     for row, same in zip(found, undisturbed[1], strict=True):
         assert row["loss"] == pytest.approx(same["loss"], rel=1e-4)
         assert row["sequences"] == 16
