@@ -15,7 +15,7 @@ from tulu_mega.quickstart.demo import heldout_accuracy
 
 def command(name: str, *arguments: object) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "tulu_mega", name, *map(str, arguments)], capture_output=True, text=True, timeout=1500, check=False
+        [sys.executable, "-m", "tulu_mega", name, *map(str, arguments)], capture_output=True, text=True, timeout=850, check=False
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
 
@@ -26,7 +26,7 @@ def solved(output: Path) -> float:
 
 
 @pytest.mark.acceptance
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_recipe_learns_and_its_control_unlearns(tmp_path, seed):
     run_dir = tmp_path / "quickstart"
