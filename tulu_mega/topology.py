@@ -64,7 +64,7 @@ class Topology:
 
     @property
     def model_shard(self) -> dict[str, Any]:
-        """Group, rank and size along the two axes that cut the weights, by the names that `bridge.live` has for them."""
+        """Group, rank and size along the two axes that cut the weights, by the names that the bridge has for them."""
         return {
             "tp_group": self.tensor_group,
             "tp_rank": self.tensor_rank,

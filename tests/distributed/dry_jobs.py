@@ -12,7 +12,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from tests.distributed import jobs
 from tulu_mega import checkpoint
 from tulu_mega.bridge.families import family_for
-from tulu_mega.bridge.live import LiveWeights, global_parameters
+from tulu_mega.bridge.shards import global_parameters
+from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import OptimSettings
 
 

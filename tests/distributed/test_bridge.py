@@ -12,7 +12,8 @@ from tests.distributed.world import run
 from tulu_mega.bridge import live
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.hf_files import HfCheckpoint
-from tulu_mega.bridge.live import export_hf, global_parameters, load_hf
+from tulu_mega.bridge.live import export_hf, load_hf
+from tulu_mega.bridge.shards import global_parameters
 from tulu_mega.config import EngineSettings, ParallelSettings
 from tulu_mega.errors import UserError
 

@@ -17,8 +17,9 @@ from tests.distributed import jobs, world
 from tests.distributed.layouts import LAYOUTS, size
 from tulu_mega.bridge import fp8_blocks
 from tulu_mega.bridge.families import family_for
-from tulu_mega.bridge.live import global_parameters, outgoing
 from tulu_mega.bridge.rules import padded_vocab
+from tulu_mega.bridge.shards import global_parameters
+from tulu_mega.bridge.stream import outgoing
 from tulu_mega.config import RolloutSettings
 from tulu_mega.rollout.protocol import checksum
 from tulu_mega.rollout.transfer import WeightSync

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.distributed import families, jobs, world
 from tests.distributed.layouts import LAYOUTS, size
-from tulu_mega.bridge.live import LiveWeights
+from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import RolloutSettings
 from tulu_mega.rollout.protocol import checksum
 from tulu_mega.rollout.transfer import WeightSync

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from tulu_mega import checkpoint, topology
 from tulu_mega.bridge.families import family_for
-from tulu_mega.bridge.live import global_parameters, outgoing
+from tulu_mega.bridge.shards import global_parameters
+from tulu_mega.bridge.stream import outgoing
 from tulu_mega.config import EngineSettings, GrpoSettings, RolloutSettings, RunSettings
 from tulu_mega.dryrun.record import Layout, RankReport, Sending, Shard, Stored, Training
 from tulu_mega.engine import Engine

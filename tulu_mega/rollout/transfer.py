@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tulu_mega.bridge.families import family_for
-from tulu_mega.bridge.live import LiveWeights
+from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.collective import from_lead, gathered, reason
 from tulu_mega.errors import UserError
 from tulu_mega.rollout.control import ServerControl

@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-from tulu_mega.bridge.live import LiveWeights
+from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.rollout.gate import BACKEND
 from tulu_mega.rollout.transfer import WeightSync
 

@@ -1,0 +1,248 @@
+"""A running model as a stream of whole Hugging Face tensors, for rollout engines."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tulu_kernels.buckets import BoxCopies
+from tulu_kernels.dispatch import Backend
+
+from tulu_mega.bridge import fp8_blocks
+from tulu_mega.bridge.rules import Config, Family
+from tulu_mega.bridge.shards import Copies, Outbound, announced, check_complete, copy_each, gather, outbound, send, volume
+
+
+@dataclass(frozen=True)
+class WeightMeta:
+    """What a tensor is on its way out: vLLM's ``ParamMeta`` in structure."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A whole tensor that a pipeline stage would send, known without sending."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    sent: tuple[int, ...]
+    """bytes that each tensor rank has of it to give, of a replicated tensor the first alone; scales go with their matrix"""
+
+
+def outgoing(
+    chunks: Sequence[nn.Module], config: Config, family: Family, tp_size: int, dtype: torch.dtype, fp8: bool = False
+) -> dict[str, Outgoing]:
+    """What `LiveWeights` of these chunks' stage yields, in its order. No collective: the chunks may lie on the meta device.
+
+    Args:
+        chunks: a rank's model chunks, unwrapped.
+        dtype, fp8: as of `LiveWeights`.
+    """
+    shapes = family.hf_shapes(config)
+    items = sorted(outbound(chunks, family, config, tp_size), key=lambda item: _layer(item.hf_name, family))
+    found = {}
+    for item in items:
+        name, shape = item.hf_name, shapes[item.hf_name]
+        volumes = [sum(volume(piece.hf_region) for piece in pieces) for pieces in item.pieces]
+        if fp8 and fp8_blocks.is_quantized(name):
+            plans = fp8_blocks.shard_plans(name, shape, item.pieces)
+            itemsize = item.parameter.itemsize
+            sent = map(fp8_blocks.message_bytes, plans) if plans else (volume * itemsize for volume in volumes)
+            found[name] = Outgoing(fp8_blocks.NUMBERS, shape, tuple(sent))
+            found[fp8_blocks.scales_name(name)] = Outgoing(fp8_blocks.SCALES, fp8_blocks.scales_shape(shape), (0,))
+        else:
+            found[name] = Outgoing(dtype, shape, tuple(volume * dtype.itemsize for volume in volumes))
+    return found
+
+
+class LiveWeights:
+    """A running model as a stream of whole Hugging Face tensors, stage by stage at once: vLLM's ``WeightSource`` in structure.
+
+    Every rank of one replica (data and context parallel rank 0) has one, and all of a tensor parallel group walk through it
+    together: rank 0 gathers, the others send. Importing vLLM's own base class would cost every trainer rank seconds and some
+    270 MB; `rollout.vllm_trainer` has the true subclass.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped; read anew in each pass.
+        config: the model's config.json.
+        family: its family.
+        dtype: of the stream, bfloat16 or float32, whatever the model's.
+        fp8: whether matrices of the layers travel as FP8 blocks, each as two tensors, the scales right behind the numbers
+            (`bridge.fp8_blocks`); made of the model's weights as they are.
+        tp_group, pp_group: may be None for a size of 1. Building it is a collective of the pipeline group.
+        kernels: what fills tensors together, see `tulu_kernels.dispatch`.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        config: Config,
+        family: Family,
+        dtype: torch.dtype,
+        *,
+        fp8: bool = False,
+        tp_group: dist.ProcessGroup | None = None,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        pp_group: dist.ProcessGroup | None = None,
+        pp_rank: int = 0,
+        pp_size: int = 1,
+        kernels: Backend = "auto",
+    ):
+        self._dtype, self._tp_group, self._tp_rank = dtype, tp_group, tp_rank
+        self._items = outbound(chunks, family, config, tp_size)
+        mine = announced(self._items, family, config, dtype)
+        stages = [mine]
+        if pp_size > 1:
+            stages = [{} for _ in range(pp_size)]
+            dist.all_gather_object(stages, mine, group=pp_group)
+        check_complete(stages, family, config)
+        shapes = {name: info.shape for tensors in stages for name, info in tensors.items()}
+        order = sorted(shapes, key=lambda name: _layer(name, family))
+        place = {name: at for at, name in enumerate(order)}
+        self._items.sort(key=lambda item: place[item.hf_name])
+        self._metadata: dict[str, WeightMeta] = {}
+        self.stage_of: dict[str, int] = {}
+        """pipeline stage that sends each tensor"""
+        stage_of = {name: stage for stage, tensors in enumerate(stages) for name in tensors}
+        self._tensors = {name: _tensors(name, shapes[name], dtype, fp8) for name in order}
+        """of each of the model's, those that travel"""
+        for name, tensors in self._tensors.items():
+            for meta in tensors:
+                self._metadata[meta.name], self.stage_of[meta.name] = meta, stage_of[name]
+        self._packing = {
+            item.hf_name: fp8_blocks.shard_plans(item.hf_name, shapes[item.hf_name], item.pieces)
+            for item in self._items
+            if len(self._tensors[item.hf_name]) > 1
+        }
+        """of matrices that are quantized: by tensor rank how it packs its boxes; None for those that are gathered first"""
+        self._scales: dict[str, Tensor | None] = {}
+        """of matrices that were quantized, until they are asked for"""
+        self._kernels = kernels
+        self._planned: dict[tuple[str, ...], dict[int, BoxCopies]] = {}
+        """of tensors that are filled together, by rank that holds the boxes"""
+
+    def metadata(self) -> list[WeightMeta]:
+        """Every tensor of the whole model: embedding, layers in order, the rest; the same on all ranks."""
+        return list(self._metadata.values())
+
+    def held_names(self) -> list[str]:
+        """The tensors that this stage yields, in their order."""
+        return [meta.name for item in self._items for meta in self._tensors[item.hf_name]]
+
+    def groups(self) -> list[list[str]]:
+        """The same, a group for each layer; what comes before and after the layers is a group each."""
+        return [list(names) for _, names in itertools.groupby(self.held_names(), key=_number)]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        """A fresh pass: name and whole tensor, in new memory on the CPU; None for the tensor on all TP ranks but the first."""
+        for name in self.held_names():
+            meta = self._metadata[name]
+            whole = torch.empty(meta.shape, dtype=meta.dtype) if self._tp_rank == 0 else None
+            self.fill(name, whole)
+            yield name, whole
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor | None]]]:
+        """The same, a batch for each of `groups`."""
+        pairs = iter(self)
+        for names in self.groups():
+            yield names, [next(pairs)[1] for _ in names]
+
+    def fill(self, name: str, whole: Tensor | None) -> None:
+        """Writes one of this stage's tensors into memory that is there. All TP ranks call it, for one tensor after the other;
+        scales after their matrix.
+
+        Args:
+            whole: on TP rank 0, of the tensor's shape and type (`metadata`), on any device.
+        """
+        if name in self._by_name:
+            item = self._by_name[name]
+            if name in self._packing:
+                self._pass_blocks(item, whole)
+            else:
+                self._pass([item], [whole])
+            return
+        scales = self._scales.pop(name)
+        if scales is not None:
+            whole.copy_(scales)
+
+    def fill_together(self, names: Sequence[str], wholes: Sequence[Tensor | None]) -> None:
+        """The same for tensors that lie on the parameters' device, with one message a rank and, on a GPU, a few launches.
+
+        What travels as FP8 blocks goes one after the other.
+
+        Args:
+            names: some of `held_names`. The same ones are copied as was planned the first time, as long as nothing moved.
+        """
+        pairs = list(zip(names, wholes, strict=True))
+        plain = [pair for pair in pairs if pair[0] in self._by_name and pair[0] not in self._packing]
+        if plain:
+            planned = self._planned.setdefault(tuple(name for name, _ in plain), defaultdict(partial(BoxCopies, self._kernels)))
+            items, whole = [self._by_name[name] for name, _ in plain], [whole for _, whole in plain]
+            self._pass(items, whole, lambda rank, sources, targets: planned[rank](sources, targets))
+        for name, whole in pairs:
+            if name in self._packing or name not in self._by_name:
+                self.fill(name, whole)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Outbound]:
+        return {item.hf_name: item for item in self._items}
+
+    @torch.no_grad()
+    def _pass(self, items: Sequence[Outbound], wholes: Sequence[Tensor | None], copies: Copies = copy_each) -> None:
+        if self._tp_rank == 0:
+            gather(items, wholes, self._tp_group, copies)
+        else:
+            send(items, self._dtype, self._tp_group, self._tp_rank, copies)
+
+    @torch.no_grad()
+    def _pass_blocks(self, item: Outbound, numbers: Tensor | None) -> None:
+        """A matrix's numbers; its scales are kept for the next call."""
+        of_numbers, of_scales = self._tensors[item.hf_name]
+        plans, scales = self._packing[item.hf_name], None
+        if self._tp_rank:
+            if plans:
+                fp8_blocks.send(item.parameter, plans, self._tp_group, self._tp_rank)
+            else:
+                send([item], item.parameter.dtype, self._tp_group, self._tp_rank)
+        else:
+            scales = torch.empty(of_scales.shape, dtype=of_scales.dtype, device=item.parameter.device)
+            if plans:
+                fp8_blocks.gather(item.parameter, plans, numbers, scales, self._tp_group)
+            else:
+                whole = torch.empty(of_numbers.shape, dtype=item.parameter.dtype, device=item.parameter.device)
+                gather([item], [whole], self._tp_group)
+                fp8_blocks.quantize_whole(whole, numbers, scales)
+        self._scales[of_scales.name] = scales
+
+
+def _tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, fp8: bool) -> list[WeightMeta]:
+    """One of the model's tensors as it travels."""
+    if not (fp8 and fp8_blocks.is_quantized(name)):
+        return [WeightMeta(name, dtype, shape)]
+    scales = WeightMeta(fp8_blocks.scales_name(name), fp8_blocks.SCALES, fp8_blocks.scales_shape(shape))
+    return [WeightMeta(name, fp8_blocks.NUMBERS, shape), scales]
+
+
+def _number(hf_name: str) -> tuple[str, ...]:
+    """What a tensor's group goes by: all before its layer's number, and that."""
+    parts = hf_name.split(".")
+    found = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    return () if found is None else tuple(parts[: found + 1])
+
+
+def _layer(hf_name: str, family: Family) -> float:
+    """Where a tensor comes in the stream."""
+    if number := _number(hf_name):
+        return int(number[-1])
+    return -1 if hf_name == family.embedding else math.inf
