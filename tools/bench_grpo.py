@@ -37,16 +37,16 @@ PROMPT = 24
 """Words of the longest prompt."""
 
 
-def ours(pack: int = 1024, ranks: int = 1) -> Entry:
-    return Entry("ours", OURS, "racer_grpo.py", {"pack": pack, "importance": "none"}, ranks)
+def ours(pack: int = 4096, servers: int = 2) -> Entry:
+    return Entry("ours", OURS, "racer_grpo.py", {"pack": pack, "servers": servers, "importance": "none"})
 
 
-def trl(micro: int, ranks: int = 1) -> Entry:
-    return Entry("trl", PEERS, "peers/trl_grpo.py", {"micro": micro}, ranks)
+def trl(micro: int) -> Entry:
+    return Entry("trl", PEERS, "peers/trl_grpo.py", {"micro": micro})
 
 
 BEST = {"equal": (ours(), trl(8)), "tail": (ours(), trl(8))}
-SEARCH = [*(ours(pack) for pack in (512, 1024, 2048, 4096)), *(trl(micro) for micro in (4, 8, 16, 32))]
+SEARCH = [*(ours(pack, servers) for pack in (1024, 4096) for servers in (1, 2)), *(trl(micro) for micro in (4, 8, 16, 32))]
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ def main() -> None:
                 "train": wanted["prompts"], "max_prompt": wanted["max_prompt"], "template": "tokenizer",
                 "pack_length": wanted["pack"],
             },
+            "rollout": {"servers": wanted["servers"]},
             "sampling": {"samples": wanted["samples"], "max_tokens": wanted["cap"]},
             "policy": {"beta": 0.0, "overlong": "keep", "aggregation": "sequence", "importance": wanted["importance"]},
             "rewards": {"scale": 1.0, "custom": {"odd": "grpo_reward:judge"}, "workers": 1},

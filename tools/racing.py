@@ -1,7 +1,8 @@
 """Races of this project against its peers: the same model and texts, racers that wait for one another, alternating laps.
 
 A racer is a set of processes (ranks) in one environment that stays up; see laps.py for its side. While one runs a lap the others
-sleep. The environment of all of them is the same: threads, OpenMP library, allocator.
+are stopped: gloo's threads, a dozen in a process, wake up a hundred times a second each. The environment of all of them is the
+same: threads, OpenMP library, allocator.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -94,6 +96,7 @@ class Racer:
         racer = cls(entry, processes, log)
         try:
             racer.facts = racer._answers()[0]
+            racer._signal(signal.SIGSTOP)
         except BaseException:
             racer.stop()
             raise
@@ -101,24 +104,35 @@ class Racer:
 
     def lap(self) -> bool:
         """One lap; whether nobody else used the machine meanwhile."""
+        self._signal(signal.SIGCONT)
         began, busy, used = time.monotonic(), _busy_seconds(), self._used_seconds()
         for process in self.processes:
             process.stdin.write("go\n")
             process.stdin.flush()
         record = self._answers()[0]
         others = (_busy_seconds() - busy - self._used_seconds() + used) / (time.monotonic() - began) / cores_here()
+        self._signal(signal.SIGSTOP)
         self.laps.append({**record, "others": round(others, 3)})
         print(f"{self.entry.name} lap {len(self.laps)}: {record['seconds']:.2f} s, others {others:.1%}", file=sys.stderr)
         return others < CALM
 
     def stop(self) -> None:
         """Ends the processes."""
+        self._signal(signal.SIGCONT)  # what they started is to notice that they are gone
         for process in self.processes:
             with contextlib.suppress(OSError):
                 process.stdin.close()
         for process in self.processes:
             process.kill()
             process.wait()
+
+    def _signal(self, number: int) -> None:
+        """To the ranks and all that they started."""
+        for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for each in _tree(process.pid):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.send_signal(number)
 
     def _used_seconds(self) -> float:
         """CPU time of the ranks and of all that they started and that still runs."""

@@ -88,8 +88,12 @@ class PackedAttention(torch.nn.Module):
             held = (query, key.index_select(0, rows), value.index_select(0, rows))
             return attend(self.kernel, *held, spans, self.reach, self.scale).reshape(query.shape[0], 1, -1)
         outputs = []
-        for rows, piece in zip(query.split([piece.rows for piece in pieces]), pieces, strict=True):
-            parts = (rows, key[piece.begin : piece.end], value[piece.begin : piece.end])
+        counts = [piece.rows for piece in pieces]
+        if size == 1:  # nobody shares keys: backward puts the parts side by side, where slices would each add a whole pack
+            held = [rows.split(counts) for rows in (key, value)]
+        else:
+            held = [[rows[piece.begin : piece.end] for piece in pieces] for rows in (key, value)]
+        for piece, *parts in zip(pieces, query.split(counts), *held, strict=True):
             heads_first = [part.transpose(0, 1).unsqueeze(0) for part in parts]
             mask = None if piece.plain else _mask(piece, self.reach, query.device)
             attended = F.scaled_dot_product_attention(

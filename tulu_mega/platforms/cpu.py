@@ -11,6 +11,7 @@ import importlib
 import types
 
 import torch
+import torch.distributed as dist
 
 _CPU = torch.device("cpu")
 
@@ -69,6 +70,7 @@ def install() -> None:
     _patch_tensors()
     for name in _LITERAL_CUDA:
         importlib.import_module(name).torch = _CpuTorch()
+    _patch_groups_of_one()
 
 
 def _patch_torch_cuda() -> None:
@@ -104,3 +106,20 @@ def _patch_tensors() -> None:
         return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = cuda_type
+
+
+def _patch_groups_of_one() -> None:
+    # gloo copies gradients and parameters, into fresh memory, where a single rank reduces and gathers them in place
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
+
+
+def _unless_alone(collective):
+    def call(output, given, *args, group=None, async_op=False, **kwargs):
+        in_place = output.data_ptr() == given.data_ptr() and output.numel() == given.numel()
+        if in_place and not async_op and dist.get_world_size(group) == 1:
+            return None
+        return collective(output, given, *args, group=group, async_op=async_op, **kwargs)
+
+    return call
