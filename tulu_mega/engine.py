@@ -270,6 +270,9 @@ class Engine:
 
     def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
         self.at("forward and backward" if model.training else "forward")
+        for chunk in self.chunks:
+            if isinstance(chunk, PolicyModel):
+                chunk.labelled_N = batch.labelled_N
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens_S1,

@@ -28,6 +28,7 @@ def token_logprobs(
     head_weight: Tensor,
     labels_T: Tensor,
     *,
+    labelled_N: Tensor | None = None,
     vocab_size: int,
     tensor_group: ProcessGroup,
     sequence_parallel: bool,
@@ -42,6 +43,7 @@ def token_logprobs(
         hidden: [T, 1, H], or [T / TP, 1, H] under sequence parallelism.
         head_weight: [V_l, H], this rank's shard of the output embedding, padding rows last in the last shards.
         labels_T: [T] int64, IGNORE where nothing is asked.
+        labelled_N: int64, ascending, where it is not; where unset it is looked for, for which the host waits for a GPU.
         vocab_size: V without padding.
         tensor_group: the ranks that share the vocabulary.
         temperature: logits are divided by it, in float32.
@@ -57,7 +59,7 @@ def token_logprobs(
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tensor_group)
     else:  # backward: all-reduce of them
         hidden = copy_to_tensor_model_parallel_region(hidden, group=tensor_group)
-    rows = (labels_T != IGNORE).nonzero().squeeze(1)
+    rows = (labels_T != IGNORE).nonzero().squeeze(1) if labelled_N is None else labelled_N
     first = head_weight.shape[0] * tensor_group.rank()
     logp_N, entropy_N = linear_logprob(
         hidden.squeeze(1).index_select(0, rows),

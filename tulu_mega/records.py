@@ -73,6 +73,8 @@ class PackedBatch:
     """int64, restarting at 0 in every sequence"""
     loss_mask_T: Tensor
     """bool, ``labels_T != IGNORE``"""
+    labelled_N: Tensor
+    """int64, the positions that have a label, ascending: known before the batch is on a GPU, which then nobody has to ask"""
     segments_T: Tensor
     """int64, index into ``rows_S``"""
     ends_T: Tensor

@@ -49,6 +49,7 @@ def test_every_sequence_comes_back(rows, piece, times):
         assert batch.tokens_T[begin : begin + len(ids)].tolist() == ids
         assert batch.labels_T[begin:end].tolist() == shifted + [IGNORE] * (end - begin - len(shifted))
     assert batch.loss_mask_T.equal(batch.labels_T != IGNORE)
+    assert batch.labelled_N.tolist() == [at for at, label in enumerate(batch.labels_T.tolist()) if label != IGNORE]
 
 
 @settings(max_examples=100, deadline=None)
@@ -63,6 +64,7 @@ def test_context_shares_are_the_pack_in_other_words(rows, size, tensor):
         assert len(share.tokens_T) * size == len(whole.tokens_T) and len(share.tokens_T) % tensor == 0
         for name in ("tokens_T", "labels_T", "positions_T", "loss_mask_T"):
             assert getattr(share, name).equal(getattr(whole, name)[rows_T])
+        assert share.labelled_N.tolist() == [at for at, label in enumerate(share.labels_T.tolist()) if label != IGNORE]
         assert share.cu_seqlens_S1 is whole.cu_seqlens_S1 and share.max_seqlen == whole.max_seqlen
         # as many pairs of query and key on every rank: what the zigzag is for
         assert int((share.positions_T + 1).sum()) == int((whole.positions_T + 1).sum()) // size

@@ -46,6 +46,7 @@ def pack(sequences: Iterable[Sequence], align: Alignment, pad_token: int = 0) ->
         labels_T=labels_T,
         positions_T=torch.from_numpy(np.concatenate(positions)),
         loss_mask_T=loss_mask_T,
+        labelled_N=loss_mask_T.nonzero().squeeze(1),
         segments_T=segments_T,
         ends_T=torch.from_numpy(np.concatenate(ends)),
         cu_seqlens_S1=torch.tensor(bounds, dtype=torch.int32),
@@ -107,4 +108,5 @@ def context_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
         return batch
     rows = context_rows(batch.cu_seqlens_S1, rank, size)
     per_token = {name: value for name, value in vars(batch).items() if name.endswith("_T") and value is not None}
-    return dataclasses.replace(batch, context_rank=rank, **{name: value[rows] for name, value in per_token.items()})
+    share = {name: value[rows] for name, value in per_token.items()}
+    return dataclasses.replace(batch, context_rank=rank, labelled_N=share["loss_mask_T"].nonzero().squeeze(1), **share)

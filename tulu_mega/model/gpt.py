@@ -24,8 +24,9 @@ class PolicyModel(GPTModel):
     ``forward(..., labels=labels)`` with labels [1, T] returns float32 log-probabilities [1, T] on the last pipeline stage,
     0 where the label is IGNORE; hidden states elsewhere. Without labels the last stage returns its final hidden states.
 
-    Two attributes may be set between forward passes: ``temperature``, which logits are divided by, and ``gives_entropy``, with
-    which a pair is returned: log-probabilities, and entropies [1, T] of the distributions that the labels are drawn from.
+    Attributes may be set between forward passes: ``temperature``, which logits are divided by; ``gives_entropy``, with which a
+    pair is returned: log-probabilities, and entropies [1, T] of the distributions that the labels are drawn from; ``labelled_N``,
+    the positions of the next labels that are not IGNORE, where they are known: a GPU is asked for their number otherwise.
 
     Args:
         real_vocab_size: entries of the tokenizer's vocabulary; `vocab_size` is padded to divide over tensor ranks.
@@ -39,6 +40,7 @@ class PolicyModel(GPTModel):
         self.real_vocab_size = real_vocab_size
         self.temperature = 1.0
         self.gives_entropy = False
+        self.labelled_N: Tensor | None = None
         if self.post_process:
             self.output_layer.__class__ = HiddenThrough
 
@@ -53,6 +55,7 @@ class PolicyModel(GPTModel):
             logits,
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight,
             labels[0],
+            labelled_N=self.labelled_N,
             vocab_size=self.real_vocab_size,
             tensor_group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,
