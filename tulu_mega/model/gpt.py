@@ -26,7 +26,7 @@ class PolicyModel(GPTModel):
 
     Attributes may be set between forward passes: ``temperature``, which logits are divided by; ``gives_entropy``, with which a
     pair is returned: log-probabilities, and entropies [1, T] of the distributions that the labels are drawn from; ``labelled_N``,
-    the positions of the next labels that are not IGNORE, where they are known: a GPU is asked for their number otherwise.
+    for the next pass alone, the positions of its labels that are not IGNORE: unless it is set, a GPU is asked for their number.
 
     Args:
         real_vocab_size: entries of the tokenizer's vocabulary; `vocab_size` is padded to divide over tensor ranks.
@@ -51,11 +51,12 @@ class PolicyModel(GPTModel):
             labels: [1, T].
             logits: hidden states, [T, 1, H] or [T / TP, 1, H] under sequence parallelism.
         """
+        labelled_N, self.labelled_N = self.labelled_N, None  # other labels have others
         logp_T, entropy_T = token_logprobs(
             logits,
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight,
             labels[0],
-            labelled_N=self.labelled_N,
+            labelled_N=labelled_N,
             vocab_size=self.real_vocab_size,
             tensor_group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,

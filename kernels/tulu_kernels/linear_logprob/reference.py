@@ -36,9 +36,8 @@ def statistics(logits_NV: Tensor, labels_N: Tensor, temperature: float, entropy:
     # torch's softmax reads a row before it writes it; its largest is exp(0) / total
     softmax_NV = logits_NV.softmax(-1) if entropy else torch.softmax(logits_NV, -1, out=logits_NV)
     total_N = softmax_NV.amax(-1).reciprocal()
-    moment_N = torch.zeros_like(peak_N)
-    if entropy:  # in place: another tensor of this size costs more in page faults than the arithmetic
-        moment_N = logits_NV.sub_(peak_N[:, None]).mul_(softmax_NV).sum(-1) * total_N
+    # in place: another tensor of this size costs more in page faults than the arithmetic
+    moment_N = logits_NV.sub_(peak_N[:, None]).mul_(softmax_NV).sum(-1) * total_N if entropy else torch.zeros_like(peak_N)
     return torch.stack([peak_N, total_N, target_N, moment_N], -1), softmax_NV
 
 
