@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -24,8 +24,9 @@ from transformers import PretrainedConfig
 
 from tulu_mega.config import EngineSettings, OptimSettings
 from tulu_mega.data.batch import context_rows, context_share
-from tulu_mega.model.build import build_model, wrap_for_training
+from tulu_mega.model.build import attention_of, build_model, wrap_for_training
 from tulu_mega.model.gpt import PolicyModel
+from tulu_mega.model.packed import packed_seq_params
 from tulu_mega.model.reward import RewardModel
 from tulu_mega.optimizer import Schedule, build_optimizer
 from tulu_mega.platforms import Platform
@@ -97,6 +98,11 @@ class Engine:
         """told of what this rank is about whenever it makes progress; see `watchdog.Watchdog.at`"""
         self.ddp: list[DistributedDataParallel] = []
         self.optimizer: MegatronOptimizer | None = None
+
+    @functools.cached_property
+    def shares_prefixes(self) -> bool:
+        """Whether it takes packs whose sequences share prefixes: its own attention does, where each rank has all of a pack."""
+        return self.topology.context == 1 and attention_of(self.hf, self.settings, self.topology, self.platform) != "te"
 
     def prepare_training(self, optim: OptimSettings, steps: int) -> None:
         """Adds gradient buffers, optimizer and schedule. The weights are to be there already."""
@@ -273,19 +279,12 @@ class Engine:
         for chunk in self.chunks:
             if isinstance(chunk, PolicyModel):
                 chunk.labelled_N = batch.labelled_N
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens_S1,
-            cu_seqlens_kv=batch.cu_seqlens_S1,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
         return model(
             input_ids=batch.tokens_T[None],
             position_ids=batch.positions_T[None],
             attention_mask=None,
             labels=batch.labels_T[None],
-            packed_seq_params=packed,
+            packed_seq_params=packed_seq_params(batch),
         )
 
     def _run(

@@ -7,10 +7,11 @@ from collections.abc import Sequence as Series
 from typing import TypeVar
 
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from tulu_mega.collective import gathered_at_lead
 from tulu_mega.data.batch import pack
-from tulu_mega.data.cost import sequence_flops
+from tulu_mega.data.cost import Cost, sequence_flops
 from tulu_mega.data.packing import plan_step
 from tulu_mega.engine import Engine
 from tulu_mega.planner.flops import head_columns
@@ -20,16 +21,20 @@ from tulu_mega.records import PackedBatch, Sequence
 R = TypeVar("R")
 
 
+def flops_of(hf: PretrainedConfig) -> Cost:
+    """What a sequence costs a model, by its Hugging Face config."""
+    return sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, head_columns(hf.to_dict()))
+
+
 def packed_share(engine: Engine, sequences: Series[Sequence], capacity: int) -> list[PackedBatch]:
     """This data-parallel rank's packed micro-batches of sequences that every rank has, levelled over the ranks.
 
     Args:
         capacity: tokens a packed micro-batch may hold (a longer sequence has one of its own).
     """
-    hf, place = engine.hf, engine.topology
-    align, pipeline = pack_alignment(engine.settings), pipeline_of(hf.to_dict(), engine.settings)
-    cost = sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, head_columns(hf.to_dict()))
-    lengths = [len(sequence.input_ids) for sequence in sequences]
+    place = engine.topology
+    align, pipeline = pack_alignment(engine.settings), pipeline_of(engine.hf.to_dict(), engine.settings)
+    lengths, cost = [len(sequence.input_ids) for sequence in sequences], flops_of(engine.hf)
     plan = plan_step(lengths, place.data, capacity, align, cost=cost, multiple=pipeline.multiple, pipeline=pipeline)
     return [pack((sequences[index] for index in bin_), align) for bin_ in plan[place.data_rank]]
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tulu_mega.data.batch import by_token
+from tulu_mega.data.batch import by_token, pack_families
+from tulu_mega.data.sharing import plan_families
 from tulu_mega.engine import Engine
-from tulu_mega.packed_scoring import packed_share
+from tulu_mega.packed_scoring import flops_of
+from tulu_mega.planner.layout import pack_alignment, pipeline_of
 from tulu_mega.records import IGNORE, PackedBatch, Sequence
 
 
@@ -38,20 +40,39 @@ def split(groups: Series[Series[Response]], parts: int) -> list[list[Response]]:
     return [[response for group in groups[a:b] for response in group] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def packed(engine: Engine, responses: Series[Response], capacity: int) -> list[PackedBatch]:
-    """This rank's micro-batches of a mini-batch, with what each token was sampled with and its advantage.
+@dataclass(frozen=True)
+class MiniBatch:
+    """What one optimizer step is made of, as a data-parallel rank has it."""
+
+    packs: list[PackedBatch]
+    """its micro-batches"""
+    own_tokens: int
+    """tokens of these without padding"""
+    repeated: list[int]
+    """lengths of the prompts, on all ranks, that others in the same pack were spared by having them already"""
+
+
+def packed(engine: Engine, responses: Series[Response], capacity: int, share: bool = True) -> MiniBatch:
+    """A mini-batch in packs, with what each token was sampled with and its advantage.
 
     Args:
         responses: the same on every rank.
         capacity: tokens a packed micro-batch may hold.
+        share: whether neighbours with the same prompt have its tokens once, where the engine takes such packs.
     """
-    by_number = {response.number: response for response in responses}
-    logp = {number: response.sampler_logp for number, response in by_number.items()}
-    advantages = {number: [response.advantage] * len(response.response_ids) for number, response in by_number.items()}
-    return [
-        replace(batch, sampler_logp_T=by_token(batch, logp), advantages_T=by_token(batch, advantages))
-        for batch in packed_share(engine, [response.sequence for response in responses], capacity)
-    ]
+    share = share and engine.shares_prefixes
+    align, pipeline = pack_alignment(engine.settings), pipeline_of(engine.hf.to_dict(), engine.settings)
+    sequences = [response.sequence for response in responses]
+    plan = plan_families(sequences, engine.topology.data, capacity, align, flops_of(engine.hf), pipeline, share)
+    logp = {response.number: response.sampler_logp for response in responses}
+    advantages = {response.number: [response.advantage] * len(response.response_ids) for response in responses}
+    own = plan[engine.topology.data_rank]
+    packs = [pack_families(families, align) for families in own]
+    return MiniBatch(
+        [replace(pack, sampler_logp_T=by_token(pack, logp), advantages_T=by_token(pack, advantages)) for pack in packs],
+        sum(family.size for families in own for family in families),
+        [each.shared for rank in plan for families in rank for each in families for _ in each.sequences[1:]],
+    )
 
 
 def scored(engine: Engine, batches: list[PackedBatch], column: str) -> list[PackedBatch]:
@@ -86,9 +107,3 @@ def differences(batches: Iterable[PackedBatch]) -> dict[int, tuple[float, float]
                 apart = apart_T[(batch.segments_T == segment) & batch.loss_mask_T]
                 found[number] = float(apart.mean()), float(apart.max())
     return found
-
-
-def own_tokens(batches: Iterable[Series[PackedBatch]], responses: Iterable[Response]) -> int:
-    """Tokens of a rank's packs without padding."""
-    lengths = {response.number: len(response.prompt_ids) + len(response.response_ids) for response in responses}
-    return sum(lengths[number] for part in batches for pack in part for number in pack.rows_S.tolist() if number >= 0)

@@ -62,6 +62,13 @@ class PackedBatch:
 
     ``labels_T[t]`` is the token that position ``t`` predicts. The last position of a sequence predicts nothing.
 
+    Where sequences share a prefix, its tokens come once, as a segment of row -1. The responses r0 and s0 s1 to the prompt
+    p0 p1, of which all but the last token is shared, read::
+
+        tokens_T      p0 p1 p1 s0        labels_T      -1 r0 s0 s1       the last token of each, which predicts nothing,
+        positions_T    0  1  1  2        cu_seqlens_S1  0  1  2  4       is left out
+        rows_S        -1  7  4           key_rows_K     0  0  1  0  2  3     cu_keys_S1  0  1  3  6
+
     Of pairs, the chosen sequence lies right before the rejected one: segments 2p and 2p + 1 are the pack's pair p.
     """
 
@@ -70,7 +77,7 @@ class PackedBatch:
     labels_T: Tensor
     """int64, IGNORE where nothing is predicted or trained"""
     positions_T: Tensor
-    """int64, restarting at 0 in every sequence"""
+    """int64, restarting at 0 in every sequence; after a shared prefix, at its length"""
     loss_mask_T: Tensor
     """bool, ``labels_T != IGNORE``"""
     labelled_N: Tensor
@@ -99,6 +106,13 @@ class PackedBatch:
     """float32, of the label, 0 where nothing is trained; None where not read"""
     margin_S: Tensor | None = None
     """float64, by how much a chosen sequence is to be better than the one behind it; None where not read"""
+    key_rows_K: Tensor | None = None
+    """int64, the pack's rows that each segment's tokens may see, end to end: those of its prefix, then its own; None where no
+    prefixes are shared"""
+    cu_keys_S1: Tensor | None = None
+    """int32, boundaries of each segment's in ``key_rows_K``"""
+    max_keys: int = 0
+    """the most that a segment has there"""
     context_rank: int = 0
     """Whose share of a pack this is under context parallelism: tensors of shape [T] have the share's tokens only,
     ``cu_seqlens_S1``, ``rows_S`` and ``max_seqlen`` are still the whole pack's."""

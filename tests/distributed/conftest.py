@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import jobs, sft_runs, world
-from tests.distributed.layouts import LR, STEPS
+from tests.distributed.layouts import LR
 from tests.distributed.truths import Truths
 
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """Hugging Face's answers to each kind of Llama (tied or not) and reduction."""
+    """Hugging Face's answers to each kind of Llama (tied or not), reduction and number of steps."""
 
-    def answers(model: str, trained: str, reduction: str):
-        return world.run(1, jobs.hugging_face, model, reduction, STEPS, LR, trained)[0]
+    def answers(model: str, trained: str, reduction: str, steps: int):
+        return world.run(1, jobs.hugging_face, model, reduction, steps, LR, trained)[0]
 
     return Truths(tmp_path_factory, jobs.make_model, answers)
 

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from tulu_mega.config import EngineSettings, OptimSettings
-from tulu_mega.data.batch import pack
+from tulu_mega.data.batch import pack, pack_families
 from tulu_mega.data.packing import plan_step
+from tulu_mega.data.sharing import plan_families
 from tulu_mega.launcher import World
 from tulu_mega.objectives.sft import SftObjective
+from tulu_mega.packed_scoring import flops_of
 from tulu_mega.recipes.session import Session, opened
 from tulu_mega.records import IGNORE, PackedBatch, Sequence
 
@@ -64,6 +66,16 @@ def share(
     multiple = made.pipeline.multiple
     plan = plan_step(lengths, place.data, capacity, made.align, micro_batches, multiple=multiple, together=together)
     return [pack([batch[i] for i in bin_], made.align) for bin_ in plan[place.data_rank]]
+
+
+def share_families(made: Session, batch: list[Sequence], capacity: int = 160) -> list[PackedBatch]:
+    """This rank's packed micro-batches of a global batch whose sequences share what they begin with."""
+    assert made.engine.shares_prefixes
+    place, cost = made.topology, flops_of(made.engine.hf)
+    plan = plan_families(batch, place.data, capacity, made.align, cost, made.pipeline, share=True)
+    packs = [pack_families(families, made.align) for families in plan[place.data_rank]]
+    assert any(one.key_rows_K is not None for one in packs)
+    return packs
 
 
 def make_model(directory: str, tied: bool, vocab: int = 509, heads: int = 8, groups: int = 4, llama3: bool = True) -> None:

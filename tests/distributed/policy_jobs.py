@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +16,8 @@ from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.records import IGNORE, PackedBatch, Sequence
 
 LENGTHS = [40, 16, 64, 9, 33, 5, 21, 50, 8]
+GROUPS = [(0, 1, 2), (3,), (4, 5), (6, 7, 8)]
+"""rows with a prompt in common, of 5, 3, 1 and 2 tokens"""
 UNTRAINED = 3
 """row of a response that is masked for its length: packed, but nothing of it is trained"""
 MAX_TOKENS = 48
@@ -24,14 +26,20 @@ Columns = dict[str, dict[int, list[float]]]
 
 
 def sequences(vocab: int) -> list[Sequence]:
-    """Prompts of a third and responses of the rest."""
+    """Responses to four prompts, in groups."""
     made = jobs.sequences(vocab, LENGTHS)
-    return [dataclasses.replace(s, labels=[IGNORE] * len(s.labels)) if s.row == UNTRAINED else s for s in made]
+    for group in GROUPS:
+        prompt = made[group[0]].input_ids[: min(LENGTHS[row] for row in group) // 3]
+        for row in group:
+            ids = prompt + made[row].input_ids[len(prompt) :]
+            made[row] = Sequence(row, ids, [IGNORE] * len(prompt) + ids[len(prompt) :])
+    made[UNTRAINED] = dataclasses.replace(made[UNTRAINED], labels=[IGNORE] * LENGTHS[UNTRAINED])
+    return made
 
 
 def columns(directory: str) -> Columns:
     """Advantages, and what other weights and another program might have given: the model's own, moved a little."""
-    model, generator = _model(directory), torch.Generator().manual_seed(11)
+    model, generator = _model(directory), torch.Generator().manual_seed(17)
     found: Columns = {name: {} for name in ("old_logp_T", "sampler_logp_T", "ref_logp_T", "advantages_T")}
     with torch.no_grad():
         for sequence in sequences(model.config.vocab_size):
@@ -120,11 +128,21 @@ def hugging_face(directory: str, objectives: dict[str, dict[str, Any]], given: C
 
 
 def engine(
-    directory: str, layout: dict[str, Any], micro_batches: int | None, objectives: dict[str, dict[str, Any]], given: Columns
+    directory: str,
+    layout: dict[str, Any],
+    micro_batches: int | Literal["shared"] | None,
+    objectives: dict[str, dict[str, Any]],
+    given: Columns,
 ) -> dict[str, Any]:
-    """The same by the engine, and the loss that `evaluate` gives; without a name, metrics of the policy before its update."""
+    """The same by the engine, and the loss that `evaluate` gives; without a name, metrics of the policy before its update.
+
+    Args:
+        micro_batches: ``shared``: as many as there are, of sequences that share their prompts.
+    """
     with jobs.session(directory, layout) as made:
-        micro = [_filled(one, given) for one in jobs.share(made, sequences(made.engine.hf.vocab_size), micro_batches, 256)]
+        batch = sequences(made.engine.hf.vocab_size)
+        whole = jobs.share_families(made, batch) if micro_batches == "shared" else jobs.share(made, batch, micro_batches, 256)
+        micro = [_filled(one, given) for one in whole]
         made.engine.prepare_training(OptimSettings(name="sgd", lr=0.0, schedule="constant", warmup=0.0, clip=0.0), MAX_STEPS)
         found: dict[str, Any] = {}
         for name, settings in objectives.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import sys
 from types import ModuleType, SimpleNamespace
@@ -15,6 +16,8 @@ from tulu_mega.data.batch import context_rows
 
 BOUNDS = [0, 24, 32, 72, 80]
 HEADS, GROUPS, SIZE = 4, 2, 8
+SHARED = {1: 0, 2: 0}
+"""segments that see another one's keys before their own, where prefixes are shared"""
 
 
 def case():
@@ -68,7 +71,20 @@ def stand_in(kernel: str) -> None:
         sys.modules[module.__name__] = module
 
 
-def ours(window: int | None, scale: float | None, tensor: int, kernel: str = "sdpa"):
+def shared_params():
+    """Of the case's pack when some segments share a prefix."""
+    from tulu_mega.model.packed import SharedSeqParams
+    from tulu_mega.model.varlen import Spans
+
+    segments = [torch.arange(a, b) for a, b in itertools.pairwise(BOUNDS)]
+    rows = [torch.cat([segments[SHARED[at]], own]) if at in SHARED else own for at, own in enumerate(segments)]
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    cu_keys = torch.tensor([0, *itertools.accumulate(map(len, rows))], dtype=torch.int32)
+    spans = Spans(bounds, cu_keys, int(bounds.diff().max()), int(cu_keys.diff().max()))
+    return SharedSeqParams("thd", spans=spans, key_rows_K=torch.cat(rows))
+
+
+def ours(window: int | None, scale: float | None, tensor: int, kernel: str = "sdpa", shared: bool = False):
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -90,19 +106,26 @@ def ours(window: int | None, scale: float | None, tensor: int, kernel: str = "sd
         inputs = [x.requires_grad_() for x in (query, key, value)]
         bounds = torch.tensor(BOUNDS, dtype=torch.int32)
         longest = int(bounds.diff().max())
-        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, max_seqlen_q=longest)
+        packed = shared_params() if shared else PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, max_seqlen_q=longest)
         out = attention(*inputs, None, packed_seq_params=packed)
         out.backward(upstream.reshape(out.shape))
         answers.append([x.detach().numpy() for x in (out.view(-1, HEADS, SIZE), query.grad, key.grad, value.grad)])
     return (rows.numpy() if size > 1 else None), answers
 
 
-def truth(window: int | None, scale: float | None):
+def truth(window: int | None, scale: float | None, shared: bool = False):
     query, key, value, upstream = (x.double() for x in case())
     inputs = [x.requires_grad_() for x in (query, key, value)]
     segment = torch.bucketize(torch.arange(BOUNDS[-1]), torch.tensor(BOUNDS), right=True)
     back = torch.arange(BOUNDS[-1])[:, None] - torch.arange(BOUNDS[-1])
-    seen = (segment[:, None] == segment) & (back >= 0) & (back < (window or BOUNDS[-1]))
+    seen = segment[:, None] == segment
+    if shared:
+        place = torch.arange(BOUNDS[-1]) - torch.tensor(BOUNDS)[segment - 1]
+        for after, before in SHARED.items():
+            seen |= (segment[:, None] - 1 == after) & (segment - 1 == before)
+            place[segment - 1 == after] += BOUNDS[before + 1] - BOUNDS[before]
+        back = place[:, None] - place
+    seen = seen & (back >= 0) & (back < (window or BOUNDS[-1]))
     keys, values = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, keys) * (scale or SIZE**-0.5)
     out = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
@@ -127,3 +150,11 @@ def test_values_and_gradients(size, window, scale, tensor, kernel):
                 target[rows if rows is not None else slice(None)] = torch.from_numpy(part).double()
         for got, want in zip(whole, truth(reach, scale), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "kernel"), [(None, "sdpa"), (17, "sdpa"), (5, "varlen"), (None, "flash3"), (17, "flash2")])
+def test_shared_prefixes(window, kernel):
+    [(_, answers)] = world.run(1, ours, window, None, 1, kernel, True)
+    for got, reach in zip(answers, (window, None), strict=True):
+        for part, want in zip(got, truth(reach, None, shared=True), strict=True):
+            torch.testing.assert_close(torch.from_numpy(part).double(), want, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.distributed.layouts import LAYOUTS, check, weights
+from tests.distributed.layouts import LAYOUTS, STEPS, check, weights
 
 PAIRWISE = [  # layout, tied, micro-batches, reduction, recompute
     ("TP1", True, 3, "token_mean", "none"),
@@ -42,7 +42,7 @@ def test_full_grid(truth, tmp_path, name, tied, micro_batches, reduction, recomp
 
 def test_the_truth_is_sensitive(truth):
     """Training moved the model far enough for 1e-5 to mean something."""
-    model, trained, want = truth(False, "sum")
+    model, trained, want = truth(False, "sum", STEPS)
     before, after = weights(model), weights(trained)
     moved = [np.linalg.norm(after[k] - before[k]) / np.linalg.norm(before[k]) for k in before]
     assert min(moved) > 1e-4

@@ -41,12 +41,15 @@ PAIRWISE = [  # layout, tied, micro-batches
     ("TP2xPP2", False, 4),
     ("DP2xCP2", False, 1),
     ("PP2xVPP2", True, 2),
+    ("TP1", False, "shared"),
+    ("TP2xPP2", True, "shared"),
+    ("DP2xTP2", False, "shared"),
 ]
 GRID = [
     (name, tied, micro_batches)
     for name, layout in LAYOUTS.items()
     for tied in (False, True)
-    for micro_batches in ((2, 4) if "virtual_pipeline" in layout else (1, 3, 5))
+    for micro_batches in ((2, 4) if "virtual_pipeline" in layout else (1, 3, 5)) + (() if "context" in layout else ("shared",))
 ]
 
 

@@ -74,6 +74,9 @@ class GrpoTrainSettings(Section):
     """Optimizer steps that a step's responses are split into."""
     passes: PositiveInt = 1
     """Times that a step's responses are trained on."""
+    share_prompts: bool = True
+    """Have the tokens of a prompt once in a pack for all its responses there. Only the attention of this project can: not under
+    context parallelism, nor where attention is Transformer Engine's, where this changes nothing."""
     max_policy_lag: int = 0
     """Steps that the weights which generate may lie behind those that train; only 0, synchronous, is offered yet."""
     filter_equal: bool = True

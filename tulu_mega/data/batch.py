@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Series
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tulu_mega.data.packing import Alignment
+from tulu_mega.data.sharing import Family
 from tulu_mega.records import IGNORE, PackedBatch, Sequence
 
 
@@ -20,40 +22,102 @@ def pack(sequences: Iterable[Sequence], align: Alignment, pad_token: int = 0) ->
     A sequence is padded to ``align.sequence`` inside its own segment; what the total lacks to ``align.total`` is a segment of
     row -1. No sequence at all gives one padding segment of the least total, so that a rank without work keeps step.
     """
-    tokens, labels, positions, ends, rows, bounds = [], [], [], [], [], [0]
-
-    def add(row: int, ids: list[int], targets: list[int], size: int) -> None:
-        fill = size - len(ids)
-        tokens.append(np.pad(np.asarray(ids, np.int64), (0, fill), constant_values=pad_token))
-        # shifted here, inside the sequence: rolling the packed row would make each one predict its neighbour's beginning
-        labels.append(np.pad(np.asarray(targets[1:], np.int64), (0, size - max(len(targets) - 1, 0)), constant_values=IGNORE))
-        positions.append(np.arange(size))
-        trained = np.flatnonzero(np.asarray(targets) != IGNORE)
-        ends.append(np.arange(size) == (trained[-1] if len(trained) else -1))
-        rows.append(row)
-        bounds.append(bounds[-1] + size)
-
+    pack = _Pack(align, pad_token)
     for sequence in sequences:
-        add(sequence.row, sequence.input_ids, sequence.labels, align.padded_sequence(len(sequence.input_ids)))
-    rest = align.padded_total(bounds[-1]) - bounds[-1]
-    if rest:
-        add(-1, [], [], rest)
-    labels_T = torch.from_numpy(np.concatenate(labels))
-    loss_mask_T = labels_T != IGNORE
-    segments_T = torch.repeat_interleave(torch.arange(len(rows)), torch.from_numpy(np.diff(bounds)))
-    return PackedBatch(
-        tokens_T=torch.from_numpy(np.concatenate(tokens)),
-        labels_T=labels_T,
-        positions_T=torch.from_numpy(np.concatenate(positions)),
-        loss_mask_T=loss_mask_T,
-        labelled_N=loss_mask_T.nonzero().squeeze(1),
-        segments_T=segments_T,
-        ends_T=torch.from_numpy(np.concatenate(ends)),
-        cu_seqlens_S1=torch.tensor(bounds, dtype=torch.int32),
-        rows_S=torch.tensor(rows, dtype=torch.int64),
-        max_seqlen=int(np.diff(bounds).max()),
-        trained_S=torch.bincount(segments_T[loss_mask_T], minlength=len(rows)),
-    )
+        pack.add(sequence.row, sequence.input_ids, sequence.labels[1:], ends=sequence.labels)
+    return pack.batch()
+
+
+def pack_families(families: Iterable[Family], align: Alignment, pad_token: int = 0) -> PackedBatch:
+    """As :func:`pack`, but of families, which leave out what a :class:`~tulu_mega.data.sharing.Family` says.
+
+    Shared tokens are a segment of row -1, right before the segments of those that share them (see `PackedBatch.key_rows_K`).
+    """
+    pack = _Pack(align, pad_token)
+    for family in families:
+        shared, before = family.shared, None
+        if shared:
+            before = pack.add(-1, family.sequences[0].input_ids[:shared], [])
+        for one in family.sequences:
+            pack.add(one.row, one.input_ids[shared:-1], one.labels[shared + 1 :], before=before)
+    return pack.batch()
+
+
+class _Pack:
+    """Segments, one behind the other."""
+
+    def __init__(self, align: Alignment, pad_token: int):
+        self.align, self.pad_token = align, pad_token
+        self.tokens, self.labels, self.positions, self.ends = [], [], [], []
+        self.rows: list[int] = []
+        self.bounds = [0]
+        self.before: list[int | None] = []
+
+    def add(
+        self, row: int, ids: Series[int], labels: Series[int], ends: Series[int] = (), before: int | None = None, least: int = 0
+    ) -> int:
+        """A segment; its number.
+
+        Args:
+            labels: what the tokens predict: shifted here, inside the segment, since rolling the packed row would make each
+                sequence predict its neighbour's beginning.
+            ends: labels as they are, of which the last trained one is where a score is read.
+            before: the segment whose tokens come before these.
+            least: tokens that it has at least.
+        """
+        size = max(self.align.padded_sequence(len(ids)), least)
+        start = 0 if before is None else self._size(before)
+        trained = np.flatnonzero(np.asarray(ends) != IGNORE)
+        self.tokens.append(np.pad(np.asarray(ids, np.int64), (0, size - len(ids)), constant_values=self.pad_token))
+        self.labels.append(np.pad(np.asarray(labels, np.int64), (0, size - len(labels)), constant_values=IGNORE))
+        self.positions.append(np.arange(start, start + size))
+        self.ends.append(np.arange(size) == (trained[-1] if len(trained) else -1))
+        self.rows.append(row)
+        self.bounds.append(self.bounds[-1] + size)
+        self.before.append(before)
+        return len(self.rows) - 1
+
+    def batch(self) -> PackedBatch:
+        """Padded to the total that is asked for."""
+        rest = self.align.padded_total(self.bounds[-1]) - self.bounds[-1]
+        if rest:
+            self.add(-1, [], [], least=rest)
+        labels_T = torch.from_numpy(np.concatenate(self.labels))
+        loss_mask_T = labels_T != IGNORE
+        sizes = torch.from_numpy(np.diff(self.bounds))
+        segments_T = torch.repeat_interleave(torch.arange(len(self.rows)), sizes)
+        return PackedBatch(
+            tokens_T=torch.from_numpy(np.concatenate(self.tokens)),
+            labels_T=labels_T,
+            positions_T=torch.from_numpy(np.concatenate(self.positions)),
+            loss_mask_T=loss_mask_T,
+            labelled_N=loss_mask_T.nonzero().squeeze(1),
+            segments_T=segments_T,
+            ends_T=torch.from_numpy(np.concatenate(self.ends)),
+            cu_seqlens_S1=torch.tensor(self.bounds, dtype=torch.int32),
+            rows_S=torch.tensor(self.rows, dtype=torch.int64),
+            max_seqlen=int(sizes.max()),
+            trained_S=torch.bincount(segments_T[loss_mask_T], minlength=len(self.rows)),
+            **self._keys(),
+        )
+
+    def _keys(self) -> dict[str, Tensor | int]:
+        """Which rows each segment's tokens may see, where that is more than their own."""
+        if not any(before is not None for before in self.before):
+            return {}
+        rows, counts = [], []
+        for segment, before in enumerate(self.before):
+            seen = [at for at in (before, segment) if at is not None]
+            rows += [np.arange(self.bounds[at], self.bounds[at + 1]) for at in seen]
+            counts.append(sum(map(self._size, seen)))
+        return {
+            "key_rows_K": torch.from_numpy(np.concatenate(rows)),
+            "cu_keys_S1": torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32),
+            "max_keys": max(counts),
+        }
+
+    def _size(self, segment: int) -> int:
+        return self.bounds[segment + 1] - self.bounds[segment]
 
 
 def by_token(batch: PackedBatch, values: Mapping[int, Series[float]]) -> Tensor:

@@ -88,6 +88,40 @@ def plan_step(
     Raises:
         UserError: ``micro_batches`` cannot hold the batch or is no such multiple, or ``capacity`` is below the alignment.
     """
+    lengths = [int(length) for length in lengths]
+    if lengths and min(lengths) < 1:
+        raise ValueError("a sequence of no tokens cannot be packed")
+    padded = [align.padded_sequence(length) for length in lengths]
+    groups = [padded[start : start + together] for start in range(0, len(padded), together)]
+    sizes = [sum(group) for group in groups]
+    costs = [sum(float(cost(size)) for size in group) for group in groups]
+    plan = plan_groups(sizes, costs, data_parallel, capacity, align, micro_batches, multiple, pipeline)
+    return plan if together == 1 else [[_members(pack, together) for pack in rank] for rank in plan]
+
+
+def plan_groups(
+    sizes: Series[int],
+    costs: Series[float],
+    data_parallel: int,
+    capacity: int,
+    align: Alignment,
+    micro_batches: int | None = None,
+    multiple: int = 1,
+    pipeline: Pipeline = _NO_PIPELINE,
+) -> list[Bins]:
+    """:func:`plan_step` for groups of any make.
+
+    Args:
+        sizes: tokens of each group, aligned.
+        costs: of each group, positive.
+        The rest is plan_step's.
+
+    Returns:
+        As `plan_step`: ascending lists of indices into `sizes`.
+
+    Raises:
+        UserError: as `plan_step`.
+    """
     if micro_batches and micro_batches % multiple:
         raise UserError(
             f"train.micro_batches = {micro_batches} is not a multiple of {multiple}, which this pipeline's schedule asks for; "
@@ -99,13 +133,6 @@ def plan_step(
             f"a micro-batch may hold {capacity} tokens, but this layout aligns it to multiples of {align.total}; "
             f"set data.pack_length to {align.total} or more"
         )
-    lengths = [int(length) for length in lengths]
-    if lengths and min(lengths) < 1:
-        raise ValueError("a sequence of no tokens cannot be packed")
-    padded = [align.padded_sequence(length) for length in lengths]
-    groups = [padded[start : start + together] for start in range(0, len(padded), together)]
-    sizes = [sum(group) for group in groups]
-    costs = [sum(float(cost(size)) for size in group) for group in groups]
     order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     each = micro_batches or _up(math.ceil(len(_best_fit(sizes, order, room)) / data_parallel), multiple)
     plan = _by_rank(sizes, costs, order, room, data_parallel, each)
@@ -114,13 +141,12 @@ def plan_step(
         if bins is None:
             needed = _up(math.ceil(len(_best_fit(sizes, order, room)) / data_parallel), multiple)
             raise UserError(
-                f"train.micro_batches = {micro_batches} cannot hold a batch of {len(lengths)} sequences, {sum(sizes)} tokens, "
+                f"train.micro_batches = {micro_batches} cannot hold a batch of {sum(sizes)} tokens "
                 f"on {data_parallel} data-parallel ranks at {capacity} tokens a micro-batch: "
                 f"it takes {needed}; raise train.micro_batches or data.pack_length"
             )
         plan = _deal(bins, costs, data_parallel, each)
-    plan = [_ordered(rank, costs, pipeline) for rank in plan]
-    return plan if together == 1 else [[_members(pack, together) for pack in rank] for rank in plan]
+    return [_ordered(rank, costs, pipeline) for rank in plan]
 
 
 def _members(pack: list[int], together: int) -> list[int]:

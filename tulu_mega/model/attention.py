@@ -7,7 +7,6 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -18,6 +17,7 @@ from torch import Tensor
 from tulu_mega.data.batch import context_rows
 from tulu_mega.errors import UserError
 from tulu_mega.model.attention_choice import Attention
+from tulu_mega.model.packed import SharedSeqParams
 from tulu_mega.model.varlen import Spans, attend
 
 
@@ -28,7 +28,7 @@ class PackedAttention(torch.nn.Module):
     left. Under context parallelism keys and values are gathered from all ranks and this rank's queries attend to them.
 
     Args:
-        kernel: ``sdpa``, torch's, one segment after another; or one that takes all segments at once, see `varlen.attend`.
+        kernel: see `varlen.attend`.
         The rest is what megatron-core gives to every core attention.
     """
 
@@ -69,38 +69,25 @@ class PackedAttention(torch.nn.Module):
         Args:
             query: [T, heads, head_dim].
             key, value: [T, key-value heads, head_dim].
-            packed_seq_params: boundaries of the whole pack's segments (``cu_seqlens_q``).
+            packed_seq_params: boundaries of the whole pack's segments (``cu_seqlens_q``); or `SharedSeqParams`, where segments
+                see keys of others too: not under context parallelism.
 
         Returns:
             [T, 1, heads * head_dim].
         """
-        rank, size = self.context_group.rank(), self.context_group.size()
-        if self.kernel != "sdpa" and size == 1:  # the pack's own boundaries serve, and nobody waits for the device
+        if isinstance(packed_seq_params, SharedSeqParams):
+            spans, rows = packed_seq_params.spans, packed_seq_params.key_rows_K
+        elif self.context_group.size() == 1:  # the pack's own boundaries serve, and nobody waits for the device
             bounds_S1, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-            spans = Spans(bounds_S1, bounds_S1, longest, longest)
-            return attend(self.kernel, query, key, value, spans, self.reach, self.scale).reshape(query.shape[0], 1, -1)
-        bounds = tuple(packed_seq_params.cu_seqlens_q.tolist())
-        if size > 1:
-            key, value = self._whole_pack(key, value, bounds, size)
-        pieces = _pieces(bounds, rank, size, self.reach)
-        if self.kernel != "sdpa":
-            spans, rows = _spans(bounds, rank, size, self.reach, query.device)
-            held = (query, key.index_select(0, rows), value.index_select(0, rows))
-            return attend(self.kernel, *held, spans, self.reach, self.scale).reshape(query.shape[0], 1, -1)
-        outputs = []
-        counts = [piece.rows for piece in pieces]
-        if size == 1:  # nobody shares keys: backward puts the parts side by side, where slices would each add a whole pack
-            held = [rows.split(counts) for rows in (key, value)]
+            spans, rows = Spans(bounds_S1, bounds_S1, longest, longest), None
         else:
-            held = [[rows[piece.begin : piece.end] for piece in pieces] for rows in (key, value)]
-        for piece, *parts in zip(pieces, query.split(counts), *held, strict=True):
-            heads_first = [part.transpose(0, 1).unsqueeze(0) for part in parts]
-            mask = None if piece.plain else _mask(piece, self.reach, query.device)
-            attended = F.scaled_dot_product_attention(
-                *heads_first, attn_mask=mask, is_causal=piece.plain, scale=self.scale, enable_gqa=True
-            )
-            outputs.append(attended[0].transpose(0, 1))
-        return torch.cat(outputs).reshape(query.shape[0], 1, -1)
+            rank, size = self.context_group.rank(), self.context_group.size()
+            bounds = tuple(packed_seq_params.cu_seqlens_q.tolist())
+            key, value = self._whole_pack(key, value, bounds, size)
+            spans, rows = _spans(bounds, rank, size, self.reach, query.device)
+        if rows is not None:
+            key, value = key.index_select(0, rows), value.index_select(0, rows)
+        return attend(self.kernel, query, key, value, spans, self.reach, self.scale).reshape(query.shape[0], 1, -1)
 
     def _whole_pack(self, key: Tensor, value: Tensor, bounds: tuple[int, ...], size: int) -> list[Tensor]:
         """Keys and values of all ranks in the pack's own order; backward sums what the ranks' queries send back."""
@@ -119,21 +106,17 @@ class _Piece(NamedTuple):
     """first key, in the pack"""
     end: int
     """after the last key, which is the last query's own"""
-    plain: bool
-    """queries and keys are the same tokens and no window cuts in: SDPA's own causal mask serves"""
 
 
-@lru_cache(maxsize=64)
 def _pieces(bounds: tuple[int, ...], rank: int, size: int, reach: int | None) -> list[_Piece]:
     """In the order in which the rank holds its queries."""
     pieces = []
     for segment, after in zip(bounds, bounds[1:], strict=False):
-        count = (after - segment) // (2 * size) if size > 1 else after - segment
-        for number in (rank, 2 * size - 1 - rank) if size > 1 else (0,):
+        count = (after - segment) // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
             first = segment + number * count
             begin = segment if reach is None else max(segment, first - reach)
-            plain = begin == first and (reach is None or count <= reach + 1)
-            pieces.append(_Piece(count, begin, first + count, plain))
+            pieces.append(_Piece(count, begin, first + count))
     return pieces
 
 
@@ -152,10 +135,3 @@ def _spans(bounds: tuple[int, ...], rank: int, size: int, reach: int | None, dev
     cu_queries, cu_keys = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (queries, keys))
     rows = torch.cat([torch.arange(piece.begin, piece.end) for piece in pieces]).to(device)
     return Spans(cu_queries, cu_keys, max(queries), max(keys)), rows
-
-
-def _mask(piece: _Piece, reach: int | None, device: torch.device) -> Tensor:
-    """[queries, keys], True where a query may look: at itself, backwards, no further than `reach`."""
-    keys = piece.end - piece.begin
-    seen = torch.ones(piece.rows, keys, dtype=torch.bool, device=device).tril(keys - piece.rows)
-    return seen if reach is None else seen.triu(keys - piece.rows - reach)

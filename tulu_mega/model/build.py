@@ -15,7 +15,7 @@ from tulu_mega.model.attention_choice import Attention, choose_attention, situat
 from tulu_mega.model.config import transformer_config
 from tulu_mega.model.gpt import PolicyModel
 from tulu_mega.model.reward import RewardModel
-from tulu_mega.model.rope import ropes
+from tulu_mega.model.rope import PlacedRotary, ropes
 from tulu_mega.model.spec import block_spec, use_transformer_engine
 from tulu_mega.platforms import Platform
 from tulu_mega.topology import Topology
@@ -36,6 +36,22 @@ def build_model(
     """
     transformer_engine = use_transformer_engine(settings.model.spec, platform)
     config = transformer_config(hf, settings, transformer_engine)
+    attention = attention_of(hf, settings, topology, platform)
+    stages = [None] if topology.virtual == 1 else range(topology.virtual)
+    return [
+        _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model.kernels, stage)
+        for stage in stages
+    ]
+
+
+def attention_of(hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform) -> Attention:
+    """The attention that a model's layers have under a layout.
+
+    Raises:
+        UserError: when the one asked for cannot be had.
+    """
+    transformer_engine = use_transformer_engine(settings.model.spec, platform)
+    config = transformer_config(hf, settings, transformer_engine)
     here = situation(
         platform.device,
         config.params_dtype,
@@ -44,12 +60,7 @@ def build_model(
         topology.context,
         transformer_engine,
     )
-    attention = choose_attention(here, settings.model.attention)
-    stages = [None] if topology.virtual == 1 else range(topology.virtual)
-    return [
-        _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model.kernels, stage)
-        for stage in stages
-    ]
+    return choose_attention(here, settings.model.attention)
 
 
 def _chunk(
@@ -84,6 +95,7 @@ def _chunk(
         )
     # megatron-core knows Llama 3's scaling with its published constants only, and one embedding for all layers
     model.rotary_pos_emb.inv_freq = ropes(hf).frequencies.to(platform.device)
+    model.rotary_pos_emb.__class__ = PlacedRotary
     return model.to(platform.device)
 
 

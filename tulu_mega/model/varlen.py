@@ -1,10 +1,11 @@
-"""Attention of many short spans in one call: FlashAttention 3 and 2, and torch's own, behind one signature."""
+"""Attention of many spans behind one signature: FlashAttention 3 and 2 and torch's varlen in one call, SDPA span by span."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,7 +21,7 @@ class Spans(NamedTuple):
 
 
 def attend(
-    kernel: Literal["flash3", "flash2", "varlen"],
+    kernel: Literal["flash3", "flash2", "varlen", "sdpa"],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -31,7 +32,7 @@ def attend(
     """Causal attention within each span; its last query is as far as its last key.
 
     Args:
-        query: [queries, heads, head_dim], bf16 or fp16, on CUDA.
+        query: [queries, heads, head_dim]; for all but ``sdpa`` bf16 or fp16, on CUDA.
         key, value: [keys, key-value heads, head_dim].
         reach: tokens that a query sees to the left of itself; None, all of its span's.
         scale: of the products; None, ``head_dim ** -0.5``.
@@ -39,6 +40,8 @@ def attend(
     Returns:
         [queries, heads, head_dim].
     """
+    if kernel == "sdpa":
+        return _span_by_span(query, key, value, spans, reach, scale)
     window = (-1 if reach is None else reach, 0)
     if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
@@ -59,3 +62,23 @@ def attend(
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return attended[0] if isinstance(attended, tuple) else attended  # FlashAttention 3's first releases add the log-sum-exp
+
+
+def _span_by_span(query: Tensor, key: Tensor, value: Tensor, spans: Spans, reach: int | None, scale: float | None) -> Tensor:
+    queries, keys = (bounds_P1.diff().tolist() for bounds_P1 in (spans.cu_queries_P1, spans.cu_keys_P1))
+    outputs = []
+    # split, not slices: backward puts the parts side by side, where every slice would add a gradient of the whole pack
+    for parts in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
+        rows, seen = len(parts[0]), len(parts[1])
+        plain = rows == seen and (reach is None or rows <= reach + 1)  # SDPA's own causal mask serves
+        heads_first = (part.transpose(0, 1).unsqueeze(0) for part in parts)
+        mask = None if plain else _mask(rows, seen, reach, query.device)
+        attended = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=True)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _mask(queries: int, keys: int, reach: int | None, device: torch.device) -> Tensor:
+    """[queries, keys], True where a query may look: at itself, backwards, no further than `reach`."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return seen if reach is None else seen.triu(keys - queries - reach)

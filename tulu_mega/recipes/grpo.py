@@ -25,7 +25,7 @@ from tulu_mega.launcher import World
 from tulu_mega.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.planner.flops import training_flops
-from tulu_mega.policy_batches import Response, differences, own_tokens, packed, scored, split, with_column
+from tulu_mega.policy_batches import Response, differences, packed, scored, split, with_column
 from tulu_mega.preflight import CONFIG
 from tulu_mega.recipes.run import Run, Skips
 from tulu_mega.recipes.session import Session, opened, write_settings
@@ -89,6 +89,8 @@ class _Step:
     """of this data-parallel rank, padding included"""
     own_tokens: int = 0
     """of them without padding"""
+    repeated: list[int] = field(default_factory=list)
+    """lengths of the prompts, of all ranks, that packs had already"""
     seconds: dict[str, float] = field(default_factory=dict)
     sync: SyncReport | None = None
     heldout: dict[str, float] = field(default_factory=dict)
@@ -156,9 +158,11 @@ class Policy:
         self.empty_in_a_row = 0
         with now.timed("data"):
             capacity = self.settings.data.pack_length or self.settings.longest
-            batches = [packed(engine, part, capacity) for part in split(now.groups, train.mini_batches)]
-            now.packed_tokens = sum(len(pack.tokens_T) for part in batches for pack in part)
-            now.own_tokens = own_tokens(batches, now.responses)
+            parts = [packed(engine, part, capacity, train.share_prompts) for part in split(now.groups, train.mini_batches)]
+            batches = [part.packs for part in parts]
+            now.packed_tokens = sum(len(pack.tokens_T) for packs in batches for pack in packs)
+            now.own_tokens = sum(part.own_tokens for part in parts)
+            now.repeated = [length for part in parts for length in part.repeated]
         with now.timed("scoring"):
             if self.reference:
                 batches = [scored(self.reference.engine, part, "ref_logp_T") for part in batches]
@@ -293,7 +297,8 @@ class Policy:
         tokens, trained = sum(lengths), sum(len(one.response_ids) for one in responses)
         passes = self.settings.train.passes
         scorings = ((len(now.losses) > 1) + bool(self.reference)) / 3  # of a forward and backward pass the forward one is a third
-        flops = training_flops(self.session.engine.hf.to_dict(), lengths) * (passes + scorings) if lengths else 0.0
+        hf = self.session.engine.hf.to_dict()
+        flops = (training_flops(hf, lengths) - training_flops(hf, now.repeated)) * (passes + scorings)
         whole = time.perf_counter() - now.began
         computed = sum(seconds.get(name, 0.0) for name in ("data", "scoring", "forward_backward", "optimizer"))
         made = now.rollouts
@@ -308,6 +313,7 @@ class Policy:
             "sync_gigabytes_per_second": now.sync.gigabytes_per_second if now.sync else 0.0,
             "trainer_idle": 1 - computed / whole,
             "sampler_idle": 1 - made.generating / whole,
+            "tokens_spared": sum(now.repeated) / max(tokens, 1),
             "updates": len(now.losses),
             "skipped_steps": self.skips.total,
             "spikes": self.spikes.total,
