@@ -208,7 +208,7 @@ def test_killed_and_started_again(material, undisturbed, tmp_path, monkeypatch, 
         "RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(world._free_port()),
+        "MASTER_PORT": str(world.free_port()),
     }
 
     def start():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import world
 from tests.distributed.sft_runs import EXAMPLE, arguments, expect_same, steps_done, undisturbed
 from tests.distributed.test_launcher import wait_until
 from tulu_mega import checkpoint
@@ -69,14 +70,6 @@ def shell(tmp_path):
     }  # fmt: skip
 
 
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def start(command: list[str], env: dict[str, str], log: Path, cwd: Path = ROOT) -> subprocess.Popen:
     with log.open("w") as file:
         return subprocess.Popen(command, env=env, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -98,7 +91,7 @@ def test_two_nodes_by_ssh_saved_on_request_and_resumed(material, tmp_path, shell
     run_dir, log = tmp_path / "run", tmp_path / "ssh.log"
     again = ["sft", *arguments(material, run_dir, 6, every=100)]
     (tmp_path / "hosts").write_text("# two of them\nme@node1\nnode2  # the second\n")
-    port = free_port()
+    port = str(world.free_port())
     env = shell | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TULU_MEGA_ROLLOUT_KEY": "a-secret", "MAX_RESTARTS": "0"}
     run = start([str(SCRIPTS / "ssh.sh"), str(tmp_path / "hosts"), *again], env, log)
     try:
@@ -128,7 +121,7 @@ def test_a_slurm_job_is_queued_again_when_its_time_is_over(material, tmp_path, s
     run_dir, log = tmp_path / "run", tmp_path / "slurm.log"
     env = shell | {
         "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
+        "MASTER_PORT": str(world.free_port()),
     }  # fmt: skip
     job = start([str(SCRIPTS / "slurm.sbatch"), "sft", *arguments(material, run_dir, 400, every=1000)], env, log)
     try:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from typing import Any
+
+from torch.distributed import TCPStore
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.distributed.warm"])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A port that nobody listens on, from below the range out of which others are given one when they ask for any."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("100 ports between 20000 and 32000 are all taken")
 
 
 def _rank_main(rank: int, size: int, port: int, pipe, function, args) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     try:
         pipe.send((True, function(*args)))
@@ -37,11 +44,11 @@ def run(size: int, function, *args, timeout: float = 240) -> list[Any]:
     Raises:
         AssertionError: with the tracebacks of the ranks that failed or the ranks that did not answer in time.
     """
-    port = _free_port()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # here: rank 0 might find its port taken by then
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = _context.Pipe()
-        process = _context.Process(target=_rank_main, args=(rank, size, port, theirs, function, args))
+        process = _context.Process(target=_rank_main, args=(rank, size, store.port, theirs, function, args))
         process.start()
         theirs.close()
         pipes.append(ours)
