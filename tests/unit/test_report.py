@@ -150,6 +150,22 @@ def test_a_metric_that_only_one_recipe_reports_is_drawn_too(tmp_path):
     assert any(picture["alt"].startswith("Rewards/margin") for picture in page.pictures)
 
 
+def test_what_never_changes_is_told_instead_of_drawn(tmp_path):
+    steps = [step(number, clip_high=0.0, ratio=1.0, refills=number % 2) for number in (1, 2, 3)]
+    run = make(tmp_path / "grpo", steps)
+    page = made(run)
+    assert any("The same at every step: clip high 0, ratio 1." in text for text in page.text)
+    assert (run / "report/refills.png").is_file() and not (run / "report/ratio.png").exists()
+
+
+def test_time_is_all_that_a_step_took(tmp_path):
+    steps = [step(number, seconds_generation=3.0, seconds_evaluation=60.0 if number == 2 else 0.0) for number in (1, 2)]
+    page = made(make(tmp_path / "grpo", steps))
+    assert page.shows("time", "1 min 8 s")
+    (time,) = [picture["alt"] for picture in page.pictures if picture["alt"].startswith("Where the time went")]
+    assert "4000 at step 1" in time and "6.4e+04 at step 2" in time
+
+
 def test_long_runs_are_drawn_quickly(tmp_path):
     import time
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tulu_mega import __version__
 from tulu_mega.errors import UserError
-from tulu_mega.report.curves import Drawing, draw
+from tulu_mega.report.curves import Drawing, constants, draw
 from tulu_mega.report.read import Run, read_runs
 from tulu_mega.report.settings import ReportSettings
 
@@ -61,6 +61,7 @@ def page(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:
         several=len(runs) > 1,
         summary=[{"name": run.name, "figures": summary(run)} for run in runs],
         drawings=[{"data": base64.b64encode(one.png).decode(), "text": one.text} for one in drawings],
+        constants=[f"{title.lower()} {value:.4g}" for title, value in constants(runs).items()],
         scores=[score for run in runs for score in _scores(run)],
         samples=[sample for run in runs for sample in _samples(run, len(runs) > 1)],
         differences=[(name, [one.get(name, "") for one in flat]) for name in names if len({one.get(name) for one in flat}) > 1],
@@ -79,8 +80,8 @@ def summary(run: Run) -> dict[str, str]:
         values = run.column(name)[1]
         return format(median(values[len(values) // 2 :]) * scale, form) if values else "–"
 
-    seconds = sum(sum(run.column(name)[1]) for name in ("seconds_data", "seconds_forward_backward", "seconds_optimizer"))
-    minutes, rest = divmod(round(seconds + sum(run.column("seconds_checkpoint")[1])), 60)
+    parts = {name for row in run.steps for name in row if name.startswith("seconds_")}
+    minutes, rest = divmod(round(sum(sum(run.column(name)[1]) for name in parts)), 60)
     hours, minutes = divmod(minutes, 60)
     tokens = sum(run.column("tokens")[1])
     return {
