@@ -141,7 +141,7 @@ def engine(
     """
     with jobs.session(directory, layout) as made:
         batch = sequences(made.engine.hf.vocab_size)
-        whole = jobs.share_families(made, batch) if micro_batches == "shared" else jobs.share(made, batch, micro_batches, 256)
+        whole = jobs.share_families(made, batch) if micro_batches == "shared" else jobs.share(made, batch, micro_batches, 320)
         micro = [_filled(one, given) for one in whole]
         made.engine.prepare_training(OptimSettings(name="sgd", lr=0.0, schedule="constant", warmup=0.0, clip=0.0), MAX_STEPS)
         found: dict[str, Any] = {}
