@@ -37,7 +37,7 @@ PROMPT = 24
 """Words of the longest prompt."""
 
 
-def ours(pack: int = 4096, servers: int = 2) -> Entry:
+def ours(pack: int = 4096, servers: int = 1) -> Entry:
     return Entry("ours", OURS, "racer_grpo.py", {"pack": pack, "servers": servers, "importance": "none"})
 
 
