@@ -4,10 +4,13 @@
     python tools/bench_sync.py --hidden 1024 --layers 4 --dtype bf16
 
 One trainer rank with a Llama of about 1 GB and one vLLM server, whose worker takes the weights, all on this machine. Rounds of
-four measurements take turns, the best of each counts; prints one JSON line:
+five measurements take turns, the best of each counts; prints one JSON line:
 
     ours, peer, ratio   GB/s from the trainer's parameters to the worker's hands: gathered, sent, received, and hashed at both
-                        ends (a rehearsal: vLLM loads nothing); of a copy in memory, by one thread; the first over the second
+                        ends (a rehearsal: vLLM loads nothing); of a copy in memory, by torch on one thread; the first over the
+                        second
+    one_memcpy          GB/s of the same bytes in one `memcpy` (numpy's copy), which where the C library sees fit passes the
+                        caches by
     update_seconds      a whole update, from pausing the server until it serves again
     loading_seconds     vLLM's `model.load_weights` of as many bytes that lie in the worker's memory, through its layerwise reload
     update_ratio        the first over the second
@@ -75,6 +78,7 @@ def measure(options: argparse.Namespace, root: Path) -> dict:
 
 def race(options: argparse.Namespace, model: str, servers: list) -> dict:
     """Beside a server that runs."""
+    import numpy as np
     import torch
 
     from tulu_mega.config import EngineSettings, RolloutSettings
@@ -92,7 +96,7 @@ def race(options: argparse.Namespace, model: str, servers: list) -> dict:
     rollout = RolloutSettings(transport=options.transport, bucket_mib=options.bucket_mib)
     (server,) = servers
     control = ServerControl(server.url, server.key, 300)
-    best = {"hands": 0.0, "copy": 0.0, "update": float("inf"), "loading": float("inf")}
+    best = {"hands": 0.0, "copy": 0.0, "memcpy": 0.0, "update": float("inf"), "loading": float("inf")}
     worker: dict[str, float] = {}
     with opened(settings, World(0, 1, 0, 1, 1), seed=0) as session:
         with torch.no_grad():
@@ -105,6 +109,7 @@ def race(options: argparse.Namespace, model: str, servers: list) -> dict:
         for version in range(options.rounds):
             best["hands"] = max(best["hands"], nbytes / _good(sync.rehearse()).streaming / 1e9)
             best["copy"] = max(best["copy"], nbytes / _timed(lambda: target.copy_(source)) / 1e9)
+            best["memcpy"] = max(best["memcpy"], nbytes / _timed(lambda: np.copyto(target.numpy(), source.numpy())) / 1e9)
             seconds = _good(sync.push(version + 1)).seconds
             if seconds < best["update"]:
                 best["update"], worker = seconds, control.weights_status()[0]["seconds"]
@@ -117,6 +122,7 @@ def race(options: argparse.Namespace, model: str, servers: list) -> dict:
         "ours": round(best["hands"], 3),
         "peer": round(best["copy"], 3),
         "ratio": round(best["hands"] / best["copy"], 3),
+        "one_memcpy": round(best["memcpy"], 3),
         "update_seconds": round(best["update"], 3),
         "loading_seconds": round(best["loading"], 3),
         "update_ratio": round(best["update"] / best["loading"], 3),

@@ -20,6 +20,8 @@ GROUPS = [(0, 1, 2), (3,), (4, 5), (6, 7, 8)]
 """rows with a prompt in common, of 5, 3, 1 and 2 tokens"""
 UNTRAINED = 3
 """row of a response that is masked for its length: packed, but nothing of it is trained"""
+PACK = 320
+"""Tokens: holds every sequence in one, padded as any layout wants them."""
 MAX_TOKENS = 48
 MAX_STEPS = 1
 Columns = dict[str, dict[int, list[float]]]
@@ -141,7 +143,7 @@ def engine(
     """
     with jobs.session(directory, layout) as made:
         batch = sequences(made.engine.hf.vocab_size)
-        whole = jobs.share_families(made, batch) if micro_batches == "shared" else jobs.share(made, batch, micro_batches, 320)
+        whole = jobs.share_families(made, batch) if micro_batches == "shared" else jobs.share(made, batch, micro_batches, PACK)
         micro = [_filled(one, given) for one in whole]
         made.engine.prepare_training(OptimSettings(name="sgd", lr=0.0, schedule="constant", warmup=0.0, clip=0.0), MAX_STEPS)
         found: dict[str, Any] = {}

@@ -10,7 +10,7 @@ import pytest
 from tulu_mega import cli
 from tulu_mega.errors import UserError
 from tulu_mega.report import report
-from tulu_mega.report.curves import draw
+from tulu_mega.report.curves import _COLOURS, CHARTS, draw
 from tulu_mega.report.read import read_runs
 from tulu_mega.report.settings import ReportSettings
 
@@ -154,8 +154,14 @@ def test_what_never_changes_is_told_instead_of_drawn(tmp_path):
     steps = [step(number, clip_high=0.0, ratio=1.0, refills=number % 2) for number in (1, 2, 3)]
     run = make(tmp_path / "grpo", steps)
     page = made(run)
-    assert any("The same at every step: clip high 0, ratio 1." in text for text in page.text)
+    assert "Never changed: clip high 0, ratio 1." in page.text
     assert (run / "report/refills.png").is_file() and not (run / "report/ratio.png").exists()
+    made(make(tmp_path / "once", [step(1, ratio=1.0)]))
+    assert (tmp_path / "once/report/ratio.png").is_file(), "one value does not say whether it changes"
+
+
+def test_every_part_of_a_chart_has_a_colour():
+    assert max(len(chart.columns) for chart in CHARTS) <= len(_COLOURS)
 
 
 def test_time_is_all_that_a_step_took(tmp_path):

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 1500
 """Points drawn of a curve: more than there are pixels help nobody."""
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito, and grey
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#8c564b")
+"""Those of Okabe and Ito, told apart by all, and two more: as many as the columns of the widest chart."""
 _FEW = 10
 """Values, such as of evaluations, that are each marked."""
 _DASHES = ("-", "--", "-.", ":")
@@ -114,26 +115,27 @@ def draw(runs: Sequence[Run]) -> list[Drawing]:
     return [drawing for chart in [*CHARTS, *_others(runs)] if (drawing := _draw(chart, runs)) is not None]
 
 
-def constants(runs: Sequence[Run]) -> dict[str, float]:
-    """Title and value of the metrics that no chart of ours shows and that were the same at every step of every run."""
-    return {_title(name): next(iter(values)) for name, values in _further(runs).items() if _is_constant(values, runs)}
+def constants(runs: Sequence[Run]) -> list[str]:
+    """Metrics that no chart of ours shows and that never changed, with their value, in words: they are not drawn."""
+    return [f"{_title(name).lower()} {values[0]:.4g}" for name, values in _further(runs).items() if _never_changes(values)]
 
 
 def _others(runs: Sequence[Run]) -> list[Chart]:
-    """A chart for each further metric that a recipe reports and that varies, in the order of their names."""
-    names = [name for name, values in _further(runs).items() if not _is_constant(values, runs)]
+    """A chart for each further metric that a recipe reports and that changes, in the order of their names."""
+    names = [name for name, values in _further(runs).items() if not _never_changes(values)]
     return [Chart(re.sub(r"[^\w.-]+", "_", name), _title(name), "", ((name, name),)) for name in names]
 
 
-def _further(runs: Sequence[Run]) -> dict[str, set[float]]:
-    """Metrics that none of `CHARTS` shows, in the order of their names, with the values they had."""
+def _further(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Metrics that none of `CHARTS` shows, in the order of their names, with all values of all runs."""
     known = _UNDRAWN | {name for chart in CHARTS for name, _ in chart.columns}
     names = {name for run in runs for row in run.steps for name, value in row.items() if isinstance(value, int | float)} - known
-    return {name: {value for run in runs for value in run.column(name)[1]} for name in sorted(names)}
+    return {name: [value for run in runs for value in run.column(name)[1]] for name in sorted(names)}
 
 
-def _is_constant(values: set[float], runs: Sequence[Run]) -> bool:
-    return len(values) == 1 and any(len(run.steps) > 1 for run in runs)
+def _never_changes(values: Sequence[float]) -> bool:
+    """A single value shows neither."""
+    return len(values) > 1 and len(set(values)) == 1
 
 
 def _title(metric: str) -> str:
@@ -176,16 +178,17 @@ def _stack(axes: Axes, chart: Chart, run: Run) -> None:
     """The parts of one run's steps, smoothed, upon one another. A part that never takes time is left out."""
     steps = run.column(chart.columns[0][0])[0]
     thin = _smoothed if len(steps) > 50 else _thinned
-    labels, heights = [], []
-    for name, label in chart.columns:
+    labels, colours, heights = [], [], []
+    for colour, (name, label) in zip(_COLOURS, chart.columns, strict=False):
         known = dict(zip(*run.column(name), strict=True))
         values = [known.get(step, 0.0) * chart.scale for step in steps]
         if any(values):
             positions, height = thin(steps, values)
             labels.append(label)
+            colours.append(colour)
             heights.append(height)
     if heights:
-        axes.stackplot(positions, *heights, labels=labels, colors=_COLOURS, alpha=0.8)
+        axes.stackplot(positions, *heights, labels=labels, colors=colours, alpha=0.8)
 
 
 def _total(chart: Chart, run: Run) -> tuple[list[int], list[float]]:

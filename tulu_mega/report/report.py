@@ -61,7 +61,7 @@ def page(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:
         several=len(runs) > 1,
         summary=[{"name": run.name, "figures": summary(run)} for run in runs],
         drawings=[{"data": base64.b64encode(one.png).decode(), "text": one.text} for one in drawings],
-        constants=[f"{title.lower()} {value:.4g}" for title, value in constants(runs).items()],
+        constants=constants(runs),
         scores=[score for run in runs for score in _scores(run)],
         samples=[sample for run in runs for sample in _samples(run, len(runs) > 1)],
         differences=[(name, [one.get(name, "") for one in flat]) for name in names if len({one.get(name) for one in flat}) > 1],
