@@ -26,6 +26,9 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from tulu_mega.platforms.caches import memcpy_environment
+
+    os.environ.update(memcpy_environment())
     try:
         run.run(run.parse_args(["--signals-to-handle", _HANDLED, "--shutdown-timeout", "120", *arguments]))
     except SignalException as asked:

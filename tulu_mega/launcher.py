@@ -255,6 +255,8 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
     from torch.distributed.elastic.multiprocessing import start_processes
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
+    from tulu_mega.platforms.caches import memcpy_environment
+
     class RankLogs(LogsSpecs):
         """Rank 0 on the console, the others in files."""
 
@@ -281,6 +283,7 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
         "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // size))),
         "PYTHONUNBUFFERED": "1",  # a killed rank's log is whole
+        **memcpy_environment(),
         _LAUNCHER_PID: str(os.getpid()),
         **environ,
     }

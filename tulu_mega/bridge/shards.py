@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -77,10 +78,27 @@ def box(tensor: Tensor, region: Region) -> Tensor:
 
 
 def copy_in_slabs(target: Tensor, source: Tensor) -> None:
-    """A copy whose temporaries (another device, another type) stay small whatever the size of the tensor."""
+    """A copy whose temporaries (another device, another type) stay small whatever the size of the tensor.
+
+    Where there are none it is the C library's, which knows better than torch what not to keep in the cache.
+    """
+    if _same_bytes(target, source):
+        np.copyto(_bytes(target), _bytes(source))
+        return
     rows = max(1, _SLAB_BYTES // max(1, source[0].nbytes)) if len(source) else 1
     for at in range(0, len(source), rows):
         target[at : at + rows].copy_(source[at : at + rows])
+
+
+def _same_bytes(target: Tensor, source: Tensor) -> bool:
+    """Whether a copy of one block of memory makes one the other."""
+    on_cpu = target.device.type == source.device.type == "cpu"
+    same = target.dtype == source.dtype and target.shape == source.shape
+    return on_cpu and same and target.is_contiguous() and source.is_contiguous()
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def volume(region: Region) -> int:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tulu_mega.rollout.addresses import ServerAddress
 
 _SMALL_BUCKET = 16 * 2**20
-_BUCKETS = 8
+_BUCKETS = 5
 """A model smaller than this many of the largest buckets has smaller ones: or else filling and loading would not overlap."""
 
 
