@@ -49,7 +49,7 @@ lint: $(INSTALLED)  ## ruff and the import contracts
 	$(BIN)/lint-imports
 
 test: lint  ## lint, then every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not acceptance and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not acceptance and not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/measurements/
 	@mkdir -p $(LOGS)
