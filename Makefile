@@ -1,4 +1,4 @@
-# The .venv is built from the lock on first use; PYTHON is used by gpu-smoke alone, which wants the machine's own torch.
+# The .venv is built from the lock on first use; PYTHON is used by gpu and gpu-smoke alone, which want the machine's own torch.
 PYTHON ?= python3
 BIN := .venv/bin
 LOCKED := .venv/.locked
@@ -8,7 +8,7 @@ LOGS := docs/measurements
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test acceptance lint gpu-smoke venv peers
+.PHONY: help quickstart test acceptance lint gpu gpu-smoke venv peers
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -58,6 +58,23 @@ acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; l
 	  name=$$(basename "$$bench" .py); echo "== $$name"; \
 	  $(BIN)/python "$$bench" 2>&1 | tee "$(LOGS)/$$name.log"; \
 	done
+
+# Each has its limit, in seconds, and the next one runs even if it fails; some eight minutes in all.
+gpu:  ## what needs a CUDA device: tests, smoke, kernels and training measured; logs under LOGS: make gpu PYTHON=python3
+	@$(PYTHON) -c "import blake3, datasets, httpx, megatron.core, psutil, pydantic, pytest, pytest_timeout, rich, transformers, triton" || \
+	  { echo "error: $(PYTHON) lacks a package of setup.py; pip install it, megatron-core as ==0.16.1" >&2; exit 2; }
+	@mkdir -p $(LOGS); failed=; export PYTHONPATH=kernels$${PYTHONPATH:+:$$PYTHONPATH}; \
+	run() { \
+	  name=$$1 limit=$$2; shift 2; echo "== $$name"; \
+	  timeout "$$limit" $(PYTHON) "$$@" 2>&1 | tee "$(LOGS)/$$name.log" || failed="$$failed $$name"; \
+	}; \
+	run gpu_tests 150 -m pytest tests/gpu tests/kernels tests/unit/test_stragglers.py -m gpu; \
+	run gpu_smoke 150 tools/gpu_smoke.py; \
+	run bench_kernels 200 tools/bench_kernels.py; \
+	run bench_training 200 tools/bench_training.py; \
+	run bench_training_fused 180 tools/bench_training.py --pack 8192 --profile \
+	  --set megatron.gradient_accumulation_fusion=true megatron.bias_activation_fusion=true; \
+	[ -z "$$failed" ] || { echo "failed:$$failed; see $(LOGS)" >&2; exit 1; }
 
 gpu-smoke:  ## train and score on a CUDA device with PYTHON's own packages: make gpu-smoke PYTHON=python3
 	$(PYTHON) tools/gpu_smoke.py

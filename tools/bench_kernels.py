@@ -13,6 +13,9 @@ where it can be imported. Prints a table, then one JSON line:
                logits that are made twice included), of full logits, of those compiled, of Liger; memory at the peak beyond
                what stood before; `of_products` products over ours (0.85 wanted)
     fp8        GB/s read and written while a shard is packed, of a copy of as much, and the first over the second (0.7 wanted)
+    fp8_products  a layer's widest product in bf16, and as FP8 training computes it, by torch's scaled products: milliseconds,
+               TFLOP/s, and relative errors (root mean square): `error` of the float32 product of what was there before it was
+               quantized, `arithmetic` of that of the quantized numbers themselves
     policy     microseconds of the policy loss forward and backward, by kernel and by torch
     buckets    milliseconds to fill a bucket with a layer's boxes, by kernel and a copy each
     graphs     whether each can be captured in a CUDA graph and gives the same bits replayed; what was refused, where not
@@ -43,7 +46,8 @@ from triton.testing import do_bench
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from tulu_kernels.buckets import BoxCopies, plan_bucket
-from tulu_kernels.fp8_blocks import Box, PackPlan, pack, plan_pack
+from tulu_kernels.fp8_blocks import BLOCK, Box, PackPlan, pack, plan_pack, quantize
+from tulu_kernels.fp8_blocks.reference import LARGEST, dequantize
 from tulu_kernels.linear_logprob import WORKSPACE, linear_logprob
 from tulu_kernels.linear_logprob.rows import BYTES
 from tulu_kernels.policy_loss import PolicyLoss, Tokens, policy_loss
@@ -213,6 +217,69 @@ def fp8(bench: Bench) -> dict[str, Any]:
     return {name: round(rate, 1) for name, rate in rates.items()} | {
         "of_copy": round(rates["gigabytes_per_second"] / rates["copy"], 3)
     }
+
+
+def fp8_products(bench: Bench) -> dict[str, Any]:
+    """Gate and up of Llama 3.1 8B forward. Activations in blocks of 1 x 128 and weights of 128 x 128 are `precision.fp8 =
+    "blockwise"`, one scale a tensor is `"tensorwise"`; gradients are E5M2 there (`tensorwise_gradient`)."""
+    rows, inputs, outputs = (8192, 4096, 28672) if bench.on_gpu else (256, 256, 384)
+    x = bench.random(rows, inputs, dtype=torch.bfloat16, seed=16)
+    weight = (bench.random(outputs, inputs, seed=17) / inputs**0.5).bfloat16()
+    exact = x.float() @ weight.float().t()
+
+    def one_scale(values: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        scale = values.abs().max().float() / torch.finfo(kind).max
+        return (values / scale).to(kind), scale
+
+    def tensorwise(kind: torch.dtype) -> tuple[Callable[[], Tensor], Tensor]:
+        (left, left_scale), (right, right_scale) = one_scale(x, kind), one_scale(weight, torch.float8_e4m3fn)
+        return (
+            lambda: torch._scaled_mm(left, right.t(), left_scale, right_scale, out_dtype=torch.bfloat16),
+            (left.float() * left_scale) @ (right.float() * right_scale).t(),
+        )
+
+    def blockwise() -> tuple[Callable[[], Tensor], Tensor]:
+        blocks = x.float().view(rows, -1, BLOCK)
+        left_scales = blocks.abs().amax(-1) / LARGEST
+        left = (blocks / left_scales[:, :, None]).to(torch.float8_e4m3fn).view(rows, inputs)
+        right, right_scales = quantize(weight)
+        truth = (left.float() * left_scales.repeat_interleave(BLOCK, 1)) @ dequantize(right, right_scales).t()
+        # cuBLAS: scales of activations column by column, of weights in rows of multiples of four
+        by_column = left_scales.t().contiguous().t()
+        wide = F.pad(right_scales, (0, -right_scales.shape[1] % 4))
+        kinds = F.ScalingType
+        return (
+            lambda: F.scaled_mm(
+                left, right.t(), by_column, kinds.BlockWise1x128, wide.t(), kinds.BlockWise128x128, output_dtype=torch.bfloat16
+            ),
+            truth,
+        )  # fmt: skip
+
+    sides: dict[str, Callable[[], tuple[Callable[[], Tensor], Tensor]]] = {
+        "bf16": lambda: (lambda: x @ weight.t(), exact),
+        "tensorwise": lambda: tensorwise(torch.float8_e4m3fn),
+        "tensorwise_gradient": lambda: tensorwise(torch.float8_e5m2),
+        "blockwise": blockwise,
+    }
+    found: dict[str, Any] = {}
+    for name, side in sides.items():
+        try:
+            product, of_numbers = side()
+            got, milliseconds = product().float(), bench.milliseconds(product)
+        except (RuntimeError, ValueError, AttributeError) as error:  # this torch or device has no such product
+            found[name] = {"failed": f"{type(error).__name__}: {str(error)[:120]}"}
+            continue
+        found[name] = {
+            "milliseconds": milliseconds,
+            "tflops": round(2 * rows * inputs * outputs / milliseconds / 1e9, 1),
+            "error": round(_rms(got - exact) / _rms(exact), 6),
+            "arithmetic": round(_rms(got - of_numbers) / _rms(of_numbers), 6),
+        }
+    return found
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
 
 
 def _tokens(bench: Bench, count: int, responses: int) -> Tokens:
@@ -395,7 +462,7 @@ def _captured(action: Callable[[], list[Tensor]]) -> bool | str:
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "correct": correct, "fp8": fp8, "policy": policy, "buckets": buckets, "graphs": graphs
+    "correct": correct, "fp8": fp8, "fp8_products": fp8_products, "policy": policy, "buckets": buckets, "graphs": graphs
 }  # fmt: skip
 """All but the log-probabilities, which have sizes."""
 

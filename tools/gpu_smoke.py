@@ -23,7 +23,8 @@ from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+TREES = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = TREES
 
 ROWS, SCORED, SEED = 512, 64, 0
 
@@ -108,7 +109,7 @@ def smoke(inputs: dict[str, Path], work: Path, dtype: str, device: str, steps: i
 
 def command(name: str, flags: dict, device: str) -> None:
     """One `tulu-mega` command as users run it; its output goes to standard error, so that the report stands alone."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*TREES, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     line = [sys.executable, "-m", "tulu_mega", name, *(f"--{flag}={value}" for flag, value in flags.items())]

@@ -100,8 +100,8 @@ class Engine:
         self.optimizer: MegatronOptimizer | None = None
 
     @functools.cached_property
-    def shares_prefixes(self) -> bool:
-        """Whether it takes packs whose sequences share prefixes: its own attention does, where each rank has all of a pack."""
+    def whole_packs(self) -> bool:
+        """Whether attention is our own and each rank has all of a pack: then sequences in a pack may share prefixes."""
         return self.topology.context == 1 and attention_of(self.hf, self.settings, self.topology, self.platform) != "te"
 
     def prepare_training(self, optim: OptimSettings, steps: int) -> None:
@@ -284,7 +284,7 @@ class Engine:
             position_ids=batch.positions_T[None],
             attention_mask=None,
             labels=batch.labels_T[None],
-            packed_seq_params=packed_seq_params(batch),
+            packed_seq_params=packed_seq_params(batch, placed=self.whole_packs),
         )
 
     def _run(

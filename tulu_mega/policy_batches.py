@@ -60,7 +60,7 @@ def packed(engine: Engine, responses: Series[Response], capacity: int, share: bo
         capacity: tokens a packed micro-batch may hold.
         share: whether neighbours with the same prompt have its tokens once, where the engine takes such packs.
     """
-    share = share and engine.shares_prefixes
+    share = share and engine.whole_packs
     align, pipeline = pack_alignment(engine.settings), pipeline_of(engine.hf.to_dict(), engine.settings)
     sequences = [response.sequence for response in responses]
     plan = plan_families(sequences, engine.topology.data, capacity, align, flops_of(engine.hf), pipeline, share)

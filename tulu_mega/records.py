@@ -118,9 +118,10 @@ class PackedBatch:
     ``cu_seqlens_S1``, ``rows_S`` and ``max_seqlen`` are still the whole pack's."""
 
     @property
-    def num_sequences(self) -> int:
-        """Real sequences, padding not counted; 0 on all shares but the first, so that a sum over ranks counts each once."""
-        return int((self.rows_S >= 0).sum()) if self.context_rank == 0 else 0
+    def num_sequences(self) -> Tensor | int:
+        """Real sequences, padding not counted, counted where the batch is; 0 on all shares but the first, so that a sum over
+        ranks counts each once."""
+        return (self.rows_S >= 0).sum() if self.context_rank == 0 else 0
 
     @property
     def num_trained_sequences(self) -> Tensor | int:

@@ -70,7 +70,7 @@ def share(
 
 def share_families(made: Session, batch: list[Sequence], capacity: int = 160) -> list[PackedBatch]:
     """This rank's packed micro-batches of a global batch whose sequences share what they begin with."""
-    assert made.engine.shares_prefixes
+    assert made.engine.whole_packs
     place, cost = made.topology, flops_of(made.engine.hf)
     plan = plan_families(batch, place.data, capacity, made.align, cost, made.pipeline, share=True)
     packs = [pack_families(families, made.align) for families in plan[place.data_rank]]

@@ -40,20 +40,26 @@ def spans_one_by_one(query, key, value, cu_q, cu_k, max_q, max_k, scale, window)
 
 
 def stand_in(kernel: str) -> None:
-    """The fused kernel's function, with its arguments as its library has them, computed on the CPU."""
-    if kernel == "varlen":
+    """The fused kernel's function, with its arguments as its library has them, computed on the CPU; of ``varlen_2.11`` as that
+    torch has them."""
+    if kernel.startswith("varlen"):
         from torch.nn.attention import varlen
 
         real = inspect.signature(varlen.varlen_attn)
+        grouped = kernel == "varlen"
+        if not grouped:
+            real = real.replace(parameters=[each for name, each in real.parameters.items() if name != "enable_gqa"])
 
         def varlen_attn(*args, **kwargs):
             call = real.bind(*args, **kwargs)
             call.apply_defaults()
             given = SimpleNamespace(**call.arguments)
-            assert given.enable_gqa and given.window_size[1] == 0
+            assert given.enable_gqa if grouped else given.query.shape[1] == given.key.shape[1]
+            assert given.window_size[1] == 0
             packed = (given.query, given.key, given.value, given.cu_seq_q, given.cu_seq_k, given.max_q, given.max_k)
             return spans_one_by_one(*packed, given.scale, given.window_size)
 
+        varlen_attn.__signature__ = real
         varlen.varlen_attn = varlen_attn
     elif kernel != "sdpa":
 
@@ -71,17 +77,20 @@ def stand_in(kernel: str) -> None:
         sys.modules[module.__name__] = module
 
 
-def shared_params():
-    """Of the case's pack when some segments share a prefix."""
-    from tulu_mega.model.packed import SharedSeqParams
+def placed_params(shared: bool):
+    """Of the case's pack; where `shared`, some segments share a prefix."""
+    from tulu_mega.model.packed import PlacedSeqParams
     from tulu_mega.model.varlen import Spans
 
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    if not shared:
+        longest = int(bounds.diff().max())
+        return PlacedSeqParams("thd", spans=Spans(bounds, bounds, longest, longest))
     segments = [torch.arange(a, b) for a, b in itertools.pairwise(BOUNDS)]
     rows = [torch.cat([segments[SHARED[at]], own]) if at in SHARED else own for at, own in enumerate(segments)]
-    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
     cu_keys = torch.tensor([0, *itertools.accumulate(map(len, rows))], dtype=torch.int32)
     spans = Spans(bounds, cu_keys, int(bounds.diff().max()), int(cu_keys.diff().max()))
-    return SharedSeqParams("thd", spans=spans, key_rows_K=torch.cat(rows))
+    return PlacedSeqParams("thd", spans=spans, key_rows_K=torch.cat(rows))
 
 
 def ours(window: int | None, scale: float | None, tensor: int, kernel: str = "sdpa", shared: bool = False):
@@ -100,13 +109,13 @@ def ours(window: int | None, scale: float | None, tensor: int, kernel: str = "sd
     answers = []
     for layer in (2, 3):
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        attention = PackedAttention(config, layer, None, "self", softmax_scale=scale, pg_collection=groups, kernel=kernel)
+        attention = PackedAttention(config, layer, None, "self", scale, groups, kernel=kernel.split("_")[0])
         rows = context_rows(torch.tensor(BOUNDS), place.context_rank, size) if size > 1 else slice(None)
         query, key, value, upstream = (x[rows].clone() for x in case())
         inputs = [x.requires_grad_() for x in (query, key, value)]
         bounds = torch.tensor(BOUNDS, dtype=torch.int32)
         longest = int(bounds.diff().max())
-        packed = shared_params() if shared else PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, max_seqlen_q=longest)
+        packed = placed_params(shared) if size == 1 else PackedSeqParams("thd", bounds, max_seqlen_q=longest)
         out = attention(*inputs, None, packed_seq_params=packed)
         out.backward(upstream.reshape(out.shape))
         answers.append([x.detach().numpy() for x in (out.view(-1, HEADS, SIZE), query.grad, key.grad, value.grad)])
@@ -138,7 +147,7 @@ def truth(window: int | None, scale: float | None, shared: bool = False):
     [
         (1, None, None, 1, "sdpa"), (1, 5, 0.3, 1, "sdpa"), (2, None, 0.3, 1, "sdpa"), (2, 5, None, 1, "sdpa"),
         (4, 17, None, 1, "sdpa"), (2, 1, None, 2, "sdpa"),
-        (1, 5, 0.3, 1, "varlen"), (2, 5, None, 1, "flash3"), (2, 17, 0.3, 1, "flash2"), (4, 1, None, 1, "varlen"),
+        (1, 5, 0.3, 1, "varlen"), (2, 5, None, 1, "flash3"), (2, 17, 0.3, 1, "flash2"), (4, 1, None, 1, "varlen_2.11"),
     ],
 )  # fmt: skip
 def test_values_and_gradients(size, window, scale, tensor, kernel):

@@ -13,9 +13,9 @@ HEADS, GROUPS, SIZE = 8, 2, 64
 
 def attend(kernel: str, dtype: torch.dtype, window: int | None) -> list[torch.Tensor]:
     """Output and gradients of query, key and value."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
     from tulu_mega.model.attention import PackedAttention
+    from tulu_mega.model.packed import PlacedSeqParams
+    from tulu_mega.model.varlen import Spans
 
     config = SimpleNamespace(window_size=window and (window - 1, 0), window_attn_skip_freq=None, attention_dropout=0.0)
     alone = SimpleNamespace(cp=SimpleNamespace(rank=lambda: 0, size=lambda: 1))
@@ -25,7 +25,8 @@ def attend(kernel: str, dtype: torch.dtype, window: int | None) -> list[torch.Te
     inputs = [x.bfloat16().to("cuda", dtype).requires_grad_() for x in made]
     upstream = torch.randn(BOUNDS[-1], 1, HEADS * SIZE, generator=generator).bfloat16().to("cuda", dtype)
     bounds = torch.tensor(BOUNDS, dtype=torch.int32, device="cuda")
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, max_seqlen_q=int(bounds.diff().max()))
+    longest = int(bounds.diff().max())
+    packed = PlacedSeqParams("thd", spans=Spans(bounds, bounds, longest, longest))
     out = attention(*inputs, None, packed_seq_params=packed)
     out.backward(upstream)
     return [out.detach(), *(x.grad for x in inputs)]

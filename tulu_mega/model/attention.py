@@ -17,7 +17,7 @@ from torch import Tensor
 from tulu_mega.data.batch import context_rows
 from tulu_mega.errors import UserError
 from tulu_mega.model.attention_choice import Attention
-from tulu_mega.model.packed import SharedSeqParams
+from tulu_mega.model.packed import PlacedSeqParams
 from tulu_mega.model.varlen import Spans, attend
 
 
@@ -69,17 +69,14 @@ class PackedAttention(torch.nn.Module):
         Args:
             query: [T, heads, head_dim].
             key, value: [T, key-value heads, head_dim].
-            packed_seq_params: boundaries of the whole pack's segments (``cu_seqlens_q``); or `SharedSeqParams`, where segments
-                see keys of others too: not under context parallelism.
+            packed_seq_params: `PlacedSeqParams`; under context parallelism boundaries of the whole pack's segments
+                (``cu_seqlens_q``).
 
         Returns:
             [T, 1, heads * head_dim].
         """
-        if isinstance(packed_seq_params, SharedSeqParams):
+        if isinstance(packed_seq_params, PlacedSeqParams):
             spans, rows = packed_seq_params.spans, packed_seq_params.key_rows_K
-        elif self.context_group.size() == 1:  # the pack's own boundaries serve, and nobody waits for the device
-            bounds_S1, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-            spans, rows = Spans(bounds_S1, bounds_S1, longest, longest), None
         else:
             rank, size = self.context_group.rank(), self.context_group.size()
             bounds = tuple(packed_seq_params.cu_seqlens_q.tolist())

@@ -36,7 +36,7 @@ class Situation:
     te_layers: bool
     """whether the layers are Transformer Engine's"""
     installed: frozenset[Attention]
-    """of ``flash3``, ``flash2`` and ``varlen`` (a torch that knows windows and grouped queries there)"""
+    """of ``flash3``, ``flash2`` and ``varlen`` (a torch that knows windows there)"""
 
 
 def choose_attention(situation: Situation, asked: Attention | Literal["auto"] = "auto") -> Attention:
@@ -122,6 +122,6 @@ def _installed() -> frozenset[Attention]:
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         from torch.nn.attention.varlen import varlen_attn
 
-        if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        if "window_size" in inspect.signature(varlen_attn).parameters:
             found.add("varlen")
     return frozenset(found)

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tulu_mega.bridge.families.decoder import ROPE_TYPES
 from tulu_mega.errors import UserError
 from tulu_mega.model.hf_config import head_dim, layer_needs
-from tulu_mega.model.packed import SharedSeqParams
+from tulu_mega.model.packed import PlacedSeqParams
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _rope(config: PretrainedConfig, name: str | None) -> Rope:
 
 
 class PlacedRotary(RotaryEmbedding):
-    """megatron-core's rotary embedding, with angles for every token of a pack whose sequences share prefixes.
+    """megatron-core's rotary embedding, with angles for every token of a `PlacedSeqParams` pack.
 
     megatron-core takes as many angles as a pack has tokens for the tokens' own (its "exact mapping"), fewer for those of
     positions that begin anew in every segment.
@@ -87,11 +87,11 @@ class PlacedRotary(RotaryEmbedding):
     def get_rotary_seq_len(self, *args, **kwargs) -> int:
         """As RotaryEmbedding's, which GPTModel calls before every pass; the pack's positions are kept for it."""
         packed = args[4] if len(args) > 4 else kwargs.get("packed_seq_params")
-        self._positions_T = packed.positions_T if isinstance(packed, SharedSeqParams) else None
+        self._positions_T = packed.positions_T if isinstance(packed, PlacedSeqParams) else None
         return super().get_rotary_seq_len(*args, **kwargs)
 
     def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor:
-        """[max_seq_len, 1, 1, head_dim], or [T, 1, 1, head_dim] of a pack whose sequences share prefixes."""
+        """[max_seq_len, 1, 1, head_dim], or [T, 1, 1, head_dim] of the pack's tokens."""
         angles = super().forward(max_seq_len, *args, **kwargs)
         return angles if self._positions_T is None else angles.index_select(0, self._positions_T)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -46,7 +49,11 @@ def attend(
     if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(query, key, value, *spans, scale=scale, window_size=window, enable_gqa=True)
+        groups = {"enable_gqa": True}
+        if not _knows_groups(varlen_attn):  # torch 2.11 promises nothing where keys have fewer heads than queries
+            groups, each = {}, query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(each, dim=1) for x in (key, value))
+        return varlen_attn(query, key, value, *spans, scale=scale, window_size=window, **groups)
     if kernel == "flash3":
         from flash_attn_interface import flash_attn_varlen_func
     else:
@@ -62,6 +69,11 @@ def attend(
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return attended[0] if isinstance(attended, tuple) else attended  # FlashAttention 3's first releases add the log-sum-exp
+
+
+@functools.cache
+def _knows_groups(varlen_attn: Callable) -> bool:
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _span_by_span(query: Tensor, key: Tensor, value: Tensor, spans: Spans, reach: int | None, scale: float | None) -> Tensor:

@@ -9,5 +9,5 @@ from tulu_mega.records import PackedBatch
 
 def sides(batch: PackedBatch, *values_S: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Chosen and rejected, [P] each, of every value; P pairs are in the pack, none where it is padding only."""
-    real = int((batch.rows_S >= 0).sum())
+    real = len(batch.rows_S) // 2 * 2  # padding is one segment, the last: known without asking a GPU
     return [value_S[:real].view(-1, 2).unbind(1) for value_S in values_S]

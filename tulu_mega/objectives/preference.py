@@ -53,7 +53,7 @@ class PreferenceObjective:
 
         pairs = len(loss_P)
         chosen_P, rejected_P = (self.beta * gain.detach() for gain in gains)
-        kl = 0.0 if self.loss == "simpo" else -sum(float(gain.detach().sum()) for gain in gains)
+        kl = 0.0 if self.loss == "simpo" else -sum(gain.detach().sum() for gain in gains)
         metrics = {
             "accuracy": (chosen_P > rejected_P).sum(),
             "margin": (chosen_P - rejected_P).sum(),

@@ -43,14 +43,12 @@ def _pack(
     pitch = tl.load(line + 5)
     which = tl.load(line + 6)
     r = tl.arange(0, BLOCK)[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
     if ALIGNED:  # sixteen columns at a time are inside or outside, and begin at multiples of 16
-        vectors = tl.arange(0, BLOCK // 16)[:, None] * 16
-        c = tl.reshape(vectors + tl.arange(0, 16)[None, :], [1, BLOCK])
-        within = tl.reshape(vectors + tl.zeros([1, 16], tl.int32), [1, BLOCK]) < columns
+        within = c < columns // 16 * 16
         source = (top + r) * (stride * 8) + (left // 16 * 16)
         target = (first // 16 * 16) + r * (pitch // 16 * 16)
     else:
-        c = tl.arange(0, BLOCK)[None, :]
         within = c < columns
         source = (top + r) * stride + left
         target = first + r * pitch
