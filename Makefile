@@ -64,6 +64,7 @@ gpu:  ## what needs a CUDA device: tests, smoke, kernels and training measured; 
 	@$(PYTHON) -c "import blake3, datasets, httpx, megatron.core, psutil, pydantic, pytest, pytest_timeout, rich, transformers, triton" || \
 	  { echo "error: $(PYTHON) lacks a package of setup.py; pip install it, megatron-core as ==0.16.1" >&2; exit 2; }
 	@mkdir -p $(LOGS); failed=; export PYTHONPATH=kernels$${PYTHONPATH:+:$$PYTHONPATH}; \
+	export PYTORCH_CUDA_ALLOC_CONF=$${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}; \
 	run() { \
 	  name=$$1 limit=$$2; shift 2; echo "== $$name"; \
 	  timeout "$$limit" $(PYTHON) "$$@" 2>&1 | tee "$(LOGS)/$$name.log" || failed="$$failed $$name"; \

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega.errors import Stopped, UserError
+from tulu_mega.imports import uncollected
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import PContext
@@ -79,6 +80,7 @@ def run(target: str, settings: EngineSettings, program: Sequence[str], prepare: 
         # On import megatron-core warns of every package it could also use, torch of names it will change.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+        resolve("tulu_mega.platforms.lean:import_megatron")()
         return int(resolve(target)(settings, world) or 0)
     size = settings.parallel.model_parallel * (settings.parallel.data or 1)
     _check_devices(settings.parallel, size)
@@ -127,7 +129,8 @@ def resolve(target: str) -> Any:
     """
     module, _, attribute = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        with uncollected():
+            return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing == "tulu_mega":

@@ -7,9 +7,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -62,7 +59,8 @@ def settings(material: Path, run_dir: Path, **sections) -> DpoSettings:
     return DpoSettings.model_validate(values)
 
 
-def dpo(wanted: DpoSettings) -> None:
+def dpo(wanted: DpoSettings, part: int = reference.PART) -> None:
+    reference.PART = part
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     run(wanted, World(rank, size, rank, size, size // wanted.parallel.model_parallel))
 
@@ -192,40 +190,25 @@ def _wait(ready, patience: float = 120.0) -> None:
 
 
 @pytest.mark.parametrize("moment", ["while the cache is filled", "while training"])
-def test_killed_and_started_again(material, undisturbed, tmp_path, monkeypatch, moment):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_killed_and_started_again(material, undisturbed, tmp_path, moment):
     wanted = settings(material, tmp_path / "run")
-    file = tmp_path / "run.json"
-    file.write_text(json.dumps(json.loads(wanted.model_dump_json())))
     part = 8 if moment == "while the cache is filled" else reference.PART
-    code = (
-        "import json, sys; from tulu_mega import launcher, preflight, reference; from tulu_mega.config import DpoSettings; "
-        f"from tulu_mega.recipes.dpo import run; reference.PART = {part}; "
-        "settings = DpoSettings.model_validate(json.load(open(sys.argv[1]))); preflight.ready(settings); "
-        "run(settings, launcher.World(0, 1, 0, 1, 1))"
-    )
-    environment = os.environ | {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(world.free_port()),
-    }
 
     def start():
-        return subprocess.Popen([sys.executable, "-c", code, str(file)], env=environment, stdout=subprocess.DEVNULL)
+        preflight.ready(wanted)
+        return world.Started(1, dpo, wanted, part)
 
-    process = start()
+    ranks = start()
     filled = tmp_path / "run" / "reference"
     if moment == "while the cache is filled":
         _wait(lambda: len(list(filled.glob("*/*.safetensors"))) >= 2)
     else:
         _wait(lambda: len(rows(wanted)) >= 3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    ranks.kill()
     kept = {one: one.stat().st_ino for one in filled.glob("*/[!.]*.safetensors")}
     if moment == "while the cache is filled":
         assert not rows(wanted) and len(kept) >= 2
-    assert start().wait(timeout=200) == 0
+    start().results(timeout=200)
     assert all(one.stat().st_ino == inode for one, inode in kept.items())  # what was scored is not scored again
     for row, same in zip(rows(wanted), undisturbed[1], strict=True):
         assert row["loss"] == pytest.approx(same["loss"], rel=1e-6)

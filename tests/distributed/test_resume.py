@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import shutil
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +19,10 @@ import pytest
 
 from tests.distributed import world
 from tests.distributed.sft_runs import EXAMPLE, PATIENCE, arguments, expect_same, run_sft, saving, steps_done, undisturbed
+from tulu_mega import preflight
 from tulu_mega.config import SftSettings, load
+from tulu_mega.errors import UserError
+from tulu_mega.launcher import World
 
 
 class Run:
@@ -106,25 +109,35 @@ def test_killed_in_a_save_and_by_a_dying_rank(material, tmp_path):
     assert second.launcher.returncode == 128 + signal.SIGKILL
     assert "error: rank 1 of 2 was killed by Killed (out of memory?)" in second.log.read_text()
 
-    Run(again, tmp_path / "third.log").finish()
+    settings = load(SftSettings, str(EXAMPLE), again[1:])
+    world.run(2, run_sft, settings, timeout=PATIENCE)
     expect_same(run_dir, tmp_path / "reference")
     export = run_dir / "hf/model.safetensors"
     before = (run_dir / "metrics.jsonl").read_bytes(), export.read_bytes()
-    world.run(2, run_sft, load(SftSettings, str(EXAMPLE), again[1:]), timeout=PATIENCE)  # after the last step: exports, no more
+    world.run(2, run_sft, settings, timeout=PATIENCE)  # after the last step: exports, no more
     assert before == ((run_dir / "metrics.jsonl").read_bytes(), export.read_bytes())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("prlimit"), reason="needs util-linux's prlimit")
+def run_with_small_files(settings: SftSettings) -> list[str]:
+    """What it says to the user when no file may be larger than 100 kB."""
+    from tulu_mega.recipes.sft import run
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    try:
+        run(settings, World(0, 1, 0, 1, 1))
+    except UserError as error:
+        return error.problems
+    return []
+
+
 def test_a_full_disk_ends_the_command_with_a_message(material, tmp_path):
     """A limit on the size of files stands in for it: the data fits, a checkpoint does not."""
     argv = [*arguments(material, tmp_path / "run", steps=2, every=1), "--parallel.tensor", "1"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLE.parents[1])}
-    limited = ["prlimit", "--fsize=100000", sys.executable, "-m", "tulu_mega", "sft", *argv]
-    done = subprocess.run(limited, env=env, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    settings = load(SftSettings, str(EXAMPLE), argv[1:])
+    preflight.ready(settings)
+    [told] = world.run(1, run_with_small_files, settings, timeout=PATIENCE)
     place = tmp_path / "run/checkpoints"
-    assert f"error: checkpoint of step 1 could not be written to {place}: File too large" in done.stderr
+    assert len(told) == 1 and f"checkpoint of step 1 could not be written to {place}: File too large" in told[0]
     assert list(place.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.distributed import families, rewards, world
-from tests.distributed.layouts import LAYOUTS, size, weights
+from tests.distributed.layouts import FEW, LAYOUTS, size, weights
 from tests.distributed.truths import Truths
 from tulu_mega import preflight
 from tulu_mega.config import GenerateSettings, ModelSettings, RmSettings, ScoreSettings, SftSettings, load
@@ -46,10 +46,10 @@ GRID = [
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """Transformers' answers for each family."""
+    """Transformers' answers for each family and number of steps."""
 
-    def answers(model: str, trained: str):
-        return world.run(1, rewards.hugging_face, model, STEPS, LR, trained)[0]
+    def answers(model: str, trained: str, steps: int):
+        return world.run(1, rewards.hugging_face, model, steps, LR, trained)[0]
 
     return Truths(tmp_path_factory, rewards.make_model, answers)
 
@@ -79,11 +79,11 @@ def apart(ours, theirs) -> dict[str, float]:
     }
 
 
-def check(truth, tmp_path, family, name, micro_batches, recompute):
+def check(truth, tmp_path, family, name, micro_batches, recompute, steps=STEPS):
     layout = LAYOUTS[name]
-    model, trained, want = truth(family)
+    model, trained, want = truth(family, steps)
     out = str(tmp_path / "trained")
-    ranks = world.run(size(layout), rewards.engine, model, layout, micro_batches, STEPS, LR, out, recompute)
+    ranks = world.run(size(layout), rewards.engine, model, layout, micro_batches, steps, LR, out, recompute)
 
     found = together(rank["scores"] for rank in ranks)
     assert found.keys() == want["scores"].keys()
@@ -98,7 +98,7 @@ def check(truth, tmp_path, family, name, micro_batches, recompute):
 
 @pytest.mark.parametrize(("family", "layout", "micro_batches", "recompute"), PAIRWISE)
 def test_layout_equals_transformers(truth, tmp_path, family, layout, micro_batches, recompute):
-    check(truth, tmp_path, family, layout, micro_batches, recompute)
+    check(truth, tmp_path, family, layout, micro_batches, recompute, FEW)
 
 
 @pytest.mark.acceptance
@@ -109,7 +109,7 @@ def test_full_grid(truth, tmp_path, family, layout, micro_batches, recompute):
 
 def test_the_truth_is_sensitive(truth):
     """Training moved every tensor, the head too, far enough for 1e-5 to mean something; float32 is exact enough for it."""
-    model, trained, want = truth("Llama")
+    model, trained, want = truth("Llama", FEW)
     moved = apart(weights(trained), weights(model))
     assert "score.weight" in moved and min(moved.values()) > 1e-4
     exact = world.run(1, rewards.hugging_face, model, 1, 0.0, None, torch.float64)[0]
@@ -119,7 +119,7 @@ def test_the_truth_is_sensitive(truth):
 
 def test_bf16_under_sequence_parallelism(truth):
     """The head's arithmetic is float32 there too; what is left is the rounding of the layers."""
-    model, _, want = truth("Llama")
+    model, _, want = truth("Llama", FEW)
     (first, *_) = world.run(2, rewards.engine, model, LAYOUTS["TP2"], 2, 2, 1e-3, None, "none", "bf16")
     found = [first["scores"][row] for row in want["scores"]]
     np.testing.assert_allclose(found, list(want["scores"].values()), rtol=0, atol=0.1)
@@ -216,7 +216,7 @@ def test_a_language_model_s_checkpoint_is_no_reward_model_s(language_model, tmp_
 
 @pytest.mark.parametrize("family", ["Llama tied", "OLMo 2"])
 def test_convert_goes_both_ways(truth, tmp_path, family):
-    model, _, want = truth(family)
+    model, _, want = truth(family, FEW)
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     convert(ConvertSettings(source=model, output=str(megatron), to="megatron", workers=1))
     convert(ConvertSettings(source=str(megatron), output=str(back), to="hf", workers=1, verify=True))
@@ -239,7 +239,7 @@ def test_a_converted_language_model_gets_a_head(language_model, tmp_path):
 def test_score_gives_one_number_a_row(truth, tmp_path, layout):
     from tests.distributed.test_score import job
 
-    model, _, _ = truth("Llama")
+    model, _, _ = truth("Llama", FEW)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lengths = (1, 30, 2, 41, 9)
     rows = [{"id": f"row {i}", "input_ids": [(7 * i + j) % 400 for j in range(length)]} for i, length in enumerate(lengths)]
@@ -263,7 +263,7 @@ def transformers_scores(model, texts):
 
 
 def test_commands_for_language_models_refuse_it(truth, tmp_path):
-    model, _, _ = truth("Llama")
+    model, _, _ = truth("Llama", FEW)
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}) + "\n")
     sft = load(SftSettings, None, ["--model", model, "--data.train", str(data), "--run_dir", str(tmp_path / "run")])
@@ -294,5 +294,5 @@ def test_rm_takes_either_directory_and_tokenised_pairs_without_a_tokenizer(truth
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     flags = ["--data.train", str(data), "--run_dir", str(tmp_path / "run")]
-    for model in (truth("Llama")[0], language_model):
+    for model in (truth("Llama", FEW)[0], language_model):
         assert not preflight.check(load(RmSettings, None, ["--model", model, *flags]))

@@ -1,5 +1,7 @@
 """What every rank of every distributed test imports; the fork server loads it once and ranks are forks of it."""
 
+import atexit
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -8,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # decides when megatron-core imports trito
 import warnings
 
 warnings.simplefilter("ignore")
+gc.disable()
 
 import torch  # noqa: E402
 
@@ -23,3 +26,7 @@ import tulu_mega.engine  # noqa: E402
 import tulu_mega.platforms.adam  # noqa: E402
 import tulu_mega.recipes.score  # noqa: E402
 import tulu_mega.recipes.sft  # noqa: E402
+
+gc.enable()
+atexit.register(gc.unfreeze)  # libraries complain of what is left at the end
+gc.freeze()  # else the first full collection in each rank looks at all that was imported, and copies its pages: half a second

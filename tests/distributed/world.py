@@ -1,4 +1,5 @@
-"""Worlds of gloo processes for tests: `run(size, function, *args)` calls it on every rank and gathers what it returns."""
+"""Worlds of gloo processes for tests: `run(size, function, *args)` calls it on every rank and gathers what it returns; `Started`
+worlds can be killed on the way."""
 
 from __future__ import annotations
 
@@ -38,39 +39,54 @@ def _rank_main(rank: int, size: int, port: int, pipe, function, args) -> None:
     os._exit(0)  # gloo's threads of a failed world must not keep the process
 
 
-def run(size: int, function, *args, timeout: float = 240) -> list[Any]:
-    """Results by rank.
+class Started:
+    """A world whose ranks are at work."""
 
-    Raises:
-        AssertionError: with the tracebacks of the ranks that failed or the ranks that did not answer in time.
-    """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # here: rank 0 might find its port taken by then
-    pipes, processes = [], []
-    for rank in range(size):
-        ours, theirs = _context.Pipe()
-        process = _context.Process(target=_rank_main, args=(rank, size, store.port, theirs, function, args))
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    results: list[Any] = [None] * size
-    problems = []
-    try:
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(timeout if not problems else 5):
-                problems.append(f"rank {rank}: no answer within {timeout} s")
-                continue
-            try:
-                fine, value = pipe.recv()
-            except EOFError:
-                fine, value = False, f"rank {rank}: ended without an answer"
-            if fine:
-                results[rank] = value
-            else:
-                problems.append(value)
-    finally:
-        for process in processes:
+    def __init__(self, size: int, function, *args):
+        # here: rank 0 might find its port taken by then
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(target=_rank_main, args=(rank, size, self._store.port, theirs, function, args))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def results(self, timeout: float = 240) -> list[Any]:
+        """What the ranks return, by rank; no process is left.
+
+        Raises:
+            AssertionError: with the tracebacks of the ranks that failed or the ranks that did not answer in time.
+        """
+        results: list[Any] = [None] * len(self._pipes)
+        problems = []
+        try:
+            for rank, pipe in enumerate(self._pipes):
+                if not pipe.poll(timeout if not problems else 5):
+                    problems.append(f"rank {rank}: no answer within {timeout} s")
+                    continue
+                try:
+                    fine, value = pipe.recv()
+                except EOFError:
+                    fine, value = False, f"rank {rank}: ended without an answer"
+                if fine:
+                    results[rank] = value
+                else:
+                    problems.append(value)
+        finally:
+            self.kill()
+        assert not problems, "\n".join(problems)
+        return results
+
+    def kill(self) -> None:
+        """Ends all ranks with SIGKILL."""
+        for process in self._processes:
             process.kill()
             process.join()
-    assert not problems, "\n".join(problems)
-    return results
+
+
+def run(size: int, function, *args, timeout: float = 240) -> list[Any]:
+    """Starts a world and waits for its results. Raises as `Started.results`."""
+    return Started(size, function, *args).results(timeout)

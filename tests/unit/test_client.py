@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -322,6 +323,9 @@ def test_what_is_under_way_is_dropped_when_the_caller_gives_up(serve):
             client.generate([[1], [2], [3]], SAMPLING, 3, done=give_up)
         fake.reply = answer
         assert len(client.generate([[4]], SAMPLING, 3)) == 1, "it goes on afterwards"
+        until = time.monotonic() + 30
+        while not fake.dropped and time.monotonic() < until:  # the server notices in its own time
+            time.sleep(0.01)
     assert fake.dropped == 1
 
 

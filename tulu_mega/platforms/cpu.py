@@ -13,6 +13,8 @@ import types
 import torch
 import torch.distributed as dist
 
+from tulu_mega.platforms.lean import import_megatron
+
 _CPU = torch.device("cpu")
 
 _LITERAL_CUDA = (
@@ -66,6 +68,7 @@ def install() -> None:
     if torch.cuda.is_available():
         raise RuntimeError("the CPU platform must not be installed where CUDA is available")
     _installed = True
+    import_megatron()
     _patch_torch_cuda()
     _patch_tensors()
     for name in _LITERAL_CUDA:

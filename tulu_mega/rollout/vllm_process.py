@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.errors import UserError
+from tulu_mega.imports import uncollected
 from tulu_mega.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -239,7 +240,8 @@ def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress
             _one_share_of_the_cores_each(arguments["tensor_parallel_size"])
             # a seeded request whose prompt is computed in parts ends vLLM there: "CPU Generator does not use offset"
             arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
-        from vllm import LLM
+        with uncollected():
+            from vllm import LLM
 
         llm = LLM(**arguments, disable_log_stats=True)
         connection.send((None, None))
