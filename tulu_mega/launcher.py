@@ -80,7 +80,6 @@ def run(target: str, settings: EngineSettings, program: Sequence[str], prepare: 
         # On import megatron-core warns of every package it could also use, torch of names it will change.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-        resolve("tulu_mega.platforms.lean:import_megatron")()
         return int(resolve(target)(settings, world) or 0)
     size = settings.parallel.model_parallel * (settings.parallel.data or 1)
     _check_devices(settings.parallel, size)
