@@ -59,7 +59,7 @@ acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; l
 	  $(BIN)/python "$$bench" 2>&1 | tee "$(LOGS)/$$name.log"; \
 	done
 
-# Each has its limit, in seconds, and the next one runs even if it fails; some eight minutes in all.
+# Each has its limit, in seconds, and the next one runs even if it fails; fifteen minutes at most in all.
 gpu:  ## what needs a CUDA device: tests, smoke, kernels and training measured; logs under LOGS: make gpu PYTHON=python3
 	@$(PYTHON) -c "import blake3, datasets, httpx, megatron.core, psutil, pydantic, pytest, pytest_timeout, rich, transformers, triton" || \
 	  { echo "error: $(PYTHON) lacks a package of setup.py; pip install it, megatron-core as ==0.16.1" >&2; exit 2; }

@@ -61,7 +61,7 @@ from tulu_mega.planner.schedule import Pipeline
 from tulu_mega.planner.timing import train_step
 from tulu_mega.planner.workload import LABELLED, MEAN_LENGTH, draw_lengths, pack_step
 from tulu_mega.recipes.session import opened
-from tulu_mega.records import PackedBatch
+from tulu_mega.records import IGNORE, PackedBatch
 from tulu_mega.records import Sequence as Row
 
 SHAPE = Path(__file__).resolve().parents[1] / "examples/architectures/llama3.1_8b/config.json"
@@ -93,8 +93,9 @@ def main() -> int:
     on_gpu = options.device != "cpu"
     if not on_gpu and torch.cuda.is_available():
         parser.error("a CUDA device is taken where there is one; for --device cpu hide it: CUDA_VISIBLE_DEVICES=''")
-    if options.steps < 1:
-        parser.error(f"--steps {options.steps}: expected at least 1")
+    for name, given, least in (("steps", [options.steps], 1), ("layers", [options.layers], 1), ("pack", options.pack or [], 64)):
+        if any(value is not None and value < least for value in given):
+            parser.error(f"--{name} {' '.join(map(str, given))}: expected at least {least}")
     try:
         report = bench(on_gpu, options)
     except UserError as error:
@@ -216,7 +217,7 @@ def batches(shape: dict[str, Any], packs: Sequence[Pack]) -> list[PackedBatch]:
         for row, length in enumerate(content.lengths):
             ids = torch.randint(shape["vocab_size"], (length,), generator=drawn).tolist()
             trained = max(1, round(LABELLED * length))
-            rows.append(Row(row, ids, [-100] * (length - trained) + ids[length - trained :]))
+            rows.append(Row(row, ids, [IGNORE] * (length - trained) + ids[length - trained :]))
         made.append(pack(rows, Alignment(1, 1)))
     return made
 

@@ -109,12 +109,11 @@ def test_killed_in_a_save_and_by_a_dying_rank(material, tmp_path):
     assert second.launcher.returncode == 128 + signal.SIGKILL
     assert "error: rank 1 of 2 was killed by Killed (out of memory?)" in second.log.read_text()
 
-    settings = load(SftSettings, str(EXAMPLE), again[1:])
-    world.run(2, run_sft, settings, timeout=PATIENCE)
+    Run(again, tmp_path / "third.log").finish()
     expect_same(run_dir, tmp_path / "reference")
     export = run_dir / "hf/model.safetensors"
     before = (run_dir / "metrics.jsonl").read_bytes(), export.read_bytes()
-    world.run(2, run_sft, settings, timeout=PATIENCE)  # after the last step: exports, no more
+    world.run(2, run_sft, load(SftSettings, str(EXAMPLE), again[1:]), timeout=PATIENCE)  # after the last step: exports, no more
     assert before == ((run_dir / "metrics.jsonl").read_bytes(), export.read_bytes())
 
 

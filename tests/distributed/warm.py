@@ -1,7 +1,9 @@
-"""What every rank of every distributed test imports; the fork server loads it once and ranks are forks of it."""
+"""What every rank of every distributed test imports; the fork server loads it once and ranks are forks of it.
 
-import atexit
-import gc
+What is there then is not looked at by garbage collection again: else the first one in each rank goes over all of it and copies
+its pages, half a second.
+"""
+
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -10,23 +12,21 @@ os.environ["TRITON_INTERPRET"] = "1"  # decides when megatron-core imports trito
 import warnings
 
 warnings.simplefilter("ignore")
-gc.disable()
 
-import torch  # noqa: E402
+from tulu_mega.imports import uncollected  # noqa: E402
 
-torch.set_num_threads(1)
+with uncollected():
+    import torch
 
-import tulu_mega.platforms.cpu  # noqa: E402
+    torch.set_num_threads(1)
 
-tulu_mega.platforms.cpu.install()
+    import tulu_mega.platforms.cpu
 
-import transformers.models.llama.modeling_llama  # noqa: E402, F401
+    tulu_mega.platforms.cpu.install()
 
-import tulu_mega.engine  # noqa: E402
-import tulu_mega.platforms.adam  # noqa: E402
-import tulu_mega.recipes.score  # noqa: E402
-import tulu_mega.recipes.sft  # noqa: E402
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
-gc.enable()
-atexit.register(gc.unfreeze)  # libraries complain of what is left at the end
-gc.freeze()  # else the first full collection in each rank looks at all that was imported, and copies its pages: half a second
+    import tulu_mega.engine
+    import tulu_mega.platforms.adam
+    import tulu_mega.recipes.score
+    import tulu_mega.recipes.sft
