@@ -100,9 +100,14 @@ class Engine:
         self.optimizer: MegatronOptimizer | None = None
 
     @functools.cached_property
+    def own_attention(self) -> bool:
+        """Whether it is not Transformer Engine's."""
+        return attention_of(self.hf, self.settings, self.topology, self.platform) != "te"
+
+    @property
     def whole_packs(self) -> bool:
         """Whether attention is our own and each rank has all of a pack: then sequences in a pack may share prefixes."""
-        return self.topology.context == 1 and attention_of(self.hf, self.settings, self.topology, self.platform) != "te"
+        return self.topology.context == 1 and self.own_attention
 
     def prepare_training(self, optim: OptimSettings, steps: int) -> None:
         """Adds gradient buffers, optimizer and schedule. The weights are to be there already."""
@@ -271,7 +276,7 @@ class Engine:
         whole_T = share_T.new_empty(len(batch.tokens_T))
         gathered_T = torch.empty_like(whole_T)
         dist.all_gather_into_tensor(gathered_T, share_T.contiguous(), group=self.topology.context_group)
-        whole_T[torch.cat([context_rows(batch.cu_seqlens_S1, rank, ranks) for rank in range(ranks)])] = gathered_T
+        whole_T[torch.cat([context_rows(batch.lengths_S, rank, ranks) for rank in range(ranks)])] = gathered_T
         return whole_T
 
     def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
@@ -284,7 +289,7 @@ class Engine:
             position_ids=batch.positions_T[None],
             attention_mask=None,
             labels=batch.labels_T[None],
-            packed_seq_params=packed_seq_params(batch, placed=self.whole_packs),
+            packed_seq_params=packed_seq_params(batch, self.own_attention, self.topology.context),
         )
 
     def _run(

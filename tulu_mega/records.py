@@ -90,8 +90,8 @@ class PackedBatch:
     """int32, boundaries of the segments"""
     rows_S: Tensor
     """int64, the data set's row of each segment, -1 for padding"""
-    max_seqlen: int
-    """length of the longest segment"""
+    lengths_S: tuple[int, ...]
+    """tokens of each segment; on the host, so that no layer has to ask a GPU where segments begin"""
     trained_S: Tensor
     """int64, trained tokens of each segment"""
     ref_logp_S: Tensor | None = None
@@ -111,11 +111,11 @@ class PackedBatch:
     prefixes are shared"""
     cu_keys_S1: Tensor | None = None
     """int32, boundaries of each segment's in ``key_rows_K``"""
-    max_keys: int = 0
-    """the most that a segment has there"""
+    key_lengths_S: tuple[int, ...] = ()
+    """how many each segment has there, on the host"""
     context_rank: int = 0
     """Whose share of a pack this is under context parallelism: tensors of shape [T] have the share's tokens only,
-    ``cu_seqlens_S1``, ``rows_S`` and ``max_seqlen`` are still the whole pack's."""
+    ``cu_seqlens_S1``, ``lengths_S`` and ``rows_S`` are still the whole pack's."""
 
     @property
     def num_sequences(self) -> Tensor | int:

@@ -14,7 +14,8 @@ import torch
 from tests.distributed import world
 from tulu_mega.data.batch import context_rows
 
-BOUNDS = [0, 24, 32, 72, 80]
+LENGTHS = (24, 8, 40, 8)
+BOUNDS = [0, *itertools.accumulate(LENGTHS)]
 HEADS, GROUPS, SIZE = 4, 2, 8
 SHARED = {1: 0, 2: 0}
 """segments that see another one's keys before their own, where prefixes are shared"""
@@ -84,17 +85,15 @@ def placed_params(shared: bool):
 
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
     if not shared:
-        longest = int(bounds.diff().max())
-        return PlacedSeqParams("thd", spans=Spans(bounds, bounds, longest, longest))
+        return PlacedSeqParams("thd", lengths_S=LENGTHS, spans=Spans(bounds, bounds, LENGTHS, LENGTHS))
     segments = [torch.arange(a, b) for a, b in itertools.pairwise(BOUNDS)]
     rows = [torch.cat([segments[SHARED[at]], own]) if at in SHARED else own for at, own in enumerate(segments)]
-    cu_keys = torch.tensor([0, *itertools.accumulate(map(len, rows))], dtype=torch.int32)
-    spans = Spans(bounds, cu_keys, int(bounds.diff().max()), int(cu_keys.diff().max()))
-    return PlacedSeqParams("thd", spans=spans, key_rows_K=torch.cat(rows))
+    keys = tuple(map(len, rows))
+    cu_keys = torch.tensor([0, *itertools.accumulate(keys)], dtype=torch.int32)
+    return PlacedSeqParams("thd", lengths_S=LENGTHS, spans=Spans(bounds, cu_keys, LENGTHS, keys), key_rows_K=torch.cat(rows))
 
 
 def ours(window: int | None, scale: float | None, tensor: int, kernel: str = "sdpa", shared: bool = False):
-    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from tulu_mega import platforms, topology
@@ -110,13 +109,10 @@ def ours(window: int | None, scale: float | None, tensor: int, kernel: str = "sd
     for layer in (2, 3):
         groups = ProcessGroupCollection.use_mpu_process_groups()
         attention = PackedAttention(config, layer, None, "self", scale, groups, kernel=kernel.split("_")[0])
-        rows = context_rows(torch.tensor(BOUNDS), place.context_rank, size) if size > 1 else slice(None)
+        rows = context_rows(LENGTHS, place.context_rank, size) if size > 1 else slice(None)
         query, key, value, upstream = (x[rows].clone() for x in case())
         inputs = [x.requires_grad_() for x in (query, key, value)]
-        bounds = torch.tensor(BOUNDS, dtype=torch.int32)
-        longest = int(bounds.diff().max())
-        packed = placed_params(shared) if size == 1 else PackedSeqParams("thd", bounds, max_seqlen_q=longest)
-        out = attention(*inputs, None, packed_seq_params=packed)
+        out = attention(*inputs, None, packed_seq_params=placed_params(shared))
         out.backward(upstream.reshape(out.shape))
         answers.append([x.detach().numpy() for x in (out.view(-1, HEADS, SIZE), query.grad, key.grad, value.grad)])
     return (rows.numpy() if size > 1 else None), answers

@@ -18,7 +18,7 @@ def test_the_example_of_the_record():
     assert batch.loss_mask_T.tolist() == [False, True, False, True, False, False, False, False]
     assert batch.cu_seqlens_S1.tolist() == [0, 3, 5, 8]
     assert batch.rows_S.tolist() == [7, 4, -1]
-    assert (batch.max_seqlen, batch.num_sequences) == (3, 2)
+    assert (batch.lengths_S, batch.num_sequences) == ((3, 2, 3), 2)
     assert [t.dtype for t in (batch.tokens_T, batch.labels_T, batch.positions_T, batch.rows_S)] == [torch.int64] * 4
     assert (batch.cu_seqlens_S1.dtype, batch.loss_mask_T.dtype) == (torch.int32, torch.bool)
 
@@ -27,7 +27,7 @@ def test_no_sequence_is_one_segment_of_padding():
     batch = pack([], Alignment(2, 6), pad_token=9)
     assert batch.tokens_T.tolist() == [9] * 6
     assert batch.cu_seqlens_S1.tolist() == [0, 6]
-    assert (batch.num_sequences, batch.max_seqlen, int(batch.loss_mask_T.sum())) == (0, 6, 0)
+    assert (batch.num_sequences, batch.lengths_S, int(batch.loss_mask_T.sum())) == (0, (6,), 0)
 
 
 sequences = st.lists(st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_size=1, max_size=9), max_size=5)
@@ -58,14 +58,14 @@ def test_context_shares_are_the_pack_in_other_words(rows, size, tensor):
     align = alignment(tensor, tensor > 1, size)
     whole = pack([Sequence(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)], align)
     shares = [context_share(whole, rank, size) for rank in range(size)]
-    places = [context_rows(whole.cu_seqlens_S1, rank, size) for rank in range(size)]
+    places = [context_rows(whole.lengths_S, rank, size) for rank in range(size)]
     assert torch.cat(places).sort().values.tolist() == list(range(len(whole.tokens_T)))  # each token once
     for rank, (share, rows_T) in enumerate(zip(shares, places, strict=True)):
         assert len(share.tokens_T) * size == len(whole.tokens_T) and len(share.tokens_T) % tensor == 0
         for name in ("tokens_T", "labels_T", "positions_T", "loss_mask_T"):
             assert getattr(share, name).equal(getattr(whole, name)[rows_T])
         assert share.labelled_N.tolist() == [at for at, label in enumerate(share.labels_T.tolist()) if label != IGNORE]
-        assert share.cu_seqlens_S1 is whole.cu_seqlens_S1 and share.max_seqlen == whole.max_seqlen
+        assert share.cu_seqlens_S1 is whole.cu_seqlens_S1 and share.lengths_S is whole.lengths_S
         # as many pairs of query and key on every rank: what the zigzag is for
         assert int((share.positions_T + 1).sum()) == int((whole.positions_T + 1).sum()) // size
         assert share.num_sequences == (len(rows) if rank == 0 else 0)
@@ -74,7 +74,7 @@ def test_context_shares_are_the_pack_in_other_words(rows, size, tensor):
 
 
 def test_the_zigzag():
-    assert context_rows(torch.tensor([0, 8, 12]), 0, 2).tolist() == [0, 1, 6, 7, 8, 11]
-    assert context_rows(torch.tensor([0, 8, 12]), 1, 2).tolist() == [2, 3, 4, 5, 9, 10]
+    assert context_rows((8, 4), 0, 2).tolist() == [0, 1, 6, 7, 8, 11]
+    assert context_rows((8, 4), 1, 2).tolist() == [2, 3, 4, 5, 9, 10]
     with pytest.raises(ValueError, match="6 tokens does not divide into 4 pieces"):
-        context_rows(torch.tensor([0, 8, 14]), 0, 2)
+        context_rows((8, 6), 0, 2)

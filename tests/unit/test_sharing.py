@@ -27,7 +27,7 @@ def test_the_example_of_the_record():
     assert batch.rows_S.tolist() == [-1, 7, 4] and batch.num_sequences == 2
     assert batch.key_rows_K.tolist() == [0, 0, 1, 0, 2, 3]
     assert batch.cu_keys_S1.tolist() == [0, 1, 3, 6] and batch.cu_keys_S1.dtype == torch.int32
-    assert (batch.max_seqlen, batch.max_keys) == (2, 3)
+    assert (batch.lengths_S, batch.key_lengths_S) == ((1, 1, 2), (1, 2, 3))
     assert batch.trained_S.tolist() == [0, 1, 2] and not batch.ends_T.any()
 
 

@@ -96,12 +96,12 @@ class _Pack:
             ends_T=torch.from_numpy(np.concatenate(self.ends)),
             cu_seqlens_S1=torch.tensor(self.bounds, dtype=torch.int32),
             rows_S=torch.tensor(self.rows, dtype=torch.int64),
-            max_seqlen=int(sizes.max()),
+            lengths_S=tuple(sizes.tolist()),
             trained_S=torch.bincount(segments_T[loss_mask_T], minlength=len(self.rows)),
             **self._keys(),
         )
 
-    def _keys(self) -> dict[str, Tensor | int]:
+    def _keys(self) -> dict[str, Tensor | tuple[int, ...]]:
         """Which rows each segment's tokens may see, where that is more than their own."""
         if not any(before is not None for before in self.before):
             return {}
@@ -113,7 +113,7 @@ class _Pack:
         return {
             "key_rows_K": torch.from_numpy(np.concatenate(rows)),
             "cu_keys_S1": torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32),
-            "max_keys": max(counts),
+            "key_lengths_S": tuple(counts),
         }
 
     def _size(self, segment: int) -> int:
@@ -141,7 +141,7 @@ def by_token(batch: PackedBatch, values: Mapping[int, Series[float]]) -> Tensor:
     return laid_T
 
 
-def context_rows(cu_seqlens_S1: Tensor, rank: int, size: int) -> Tensor:
+def context_rows(lengths_S: Series[int], rank: int, size: int) -> Tensor:
     """Which rows of a pack a context-parallel rank holds, int64 [T / size] on the CPU, in its order.
 
     Each segment is cut into ``2 * size`` pieces of equal length, of which the rank has number ``rank`` and number
@@ -149,14 +149,13 @@ def context_rows(cu_seqlens_S1: Tensor, rank: int, size: int) -> Tensor:
     megatron-core's rotary embedding and Transformer Engine's attention expect.
 
     Args:
-        cu_seqlens_S1: boundaries of the whole pack's segments, lengths multiples of ``2 * size``.
+        lengths_S: of the whole pack's segments, multiples of ``2 * size``.
     """
-    bounds = cu_seqlens_S1.tolist()
     rows = []
-    for begin, end in zip(bounds, bounds[1:], strict=False):
-        piece, rest = divmod(end - begin, 2 * size)
+    for begin, length in zip(itertools.accumulate(lengths_S, initial=0), lengths_S, strict=False):
+        piece, rest = divmod(length, 2 * size)
         if rest:
-            raise ValueError(f"a segment of {end - begin} tokens does not divide into {2 * size} pieces")
+            raise ValueError(f"a segment of {length} tokens does not divide into {2 * size} pieces")
         for number in (rank, 2 * size - 1 - rank):
             rows.append(torch.arange(begin + number * piece, begin + (number + 1) * piece))
     return torch.cat(rows)
@@ -170,7 +169,7 @@ def context_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     """
     if size == 1:
         return batch
-    rows = context_rows(batch.cu_seqlens_S1, rank, size)
+    rows = context_rows(batch.lengths_S, rank, size)
     per_token = {name: value for name, value in vars(batch).items() if name.endswith("_T") and value is not None}
     share = {name: value[rows] for name, value in per_token.items()}
     return dataclasses.replace(batch, context_rank=rank, labelled_N=share["loss_mask_T"].nonzero().squeeze(1), **share)

@@ -7,7 +7,6 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -63,34 +62,31 @@ class PackedAttention(torch.nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type=None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PlacedSeqParams | None = None,
     ) -> Tensor:
         """
         Args:
             query: [T, heads, head_dim].
             key, value: [T, key-value heads, head_dim].
-            packed_seq_params: `PlacedSeqParams`; under context parallelism boundaries of the whole pack's segments
-                (``cu_seqlens_q``).
 
         Returns:
             [T, 1, heads * head_dim].
         """
-        if isinstance(packed_seq_params, PlacedSeqParams):
+        rank, size = self.context_group.rank(), self.context_group.size()
+        if size == 1:
             spans, rows = packed_seq_params.spans, packed_seq_params.key_rows_K
         else:
-            rank, size = self.context_group.rank(), self.context_group.size()
-            bounds = tuple(packed_seq_params.cu_seqlens_q.tolist())
-            key, value = self._whole_pack(key, value, bounds, size)
-            spans, rows = _spans(bounds, rank, size, self.reach, query.device)
+            key, value = self._whole_pack(key, value, packed_seq_params.lengths_S, size)
+            spans, rows = _spans(packed_seq_params.lengths_S, rank, size, self.reach, query.device)
         if rows is not None:
             key, value = key.index_select(0, rows), value.index_select(0, rows)
         return attend(self.kernel, query, key, value, spans, self.reach, self.scale).reshape(query.shape[0], 1, -1)
 
-    def _whole_pack(self, key: Tensor, value: Tensor, bounds: tuple[int, ...], size: int) -> list[Tensor]:
+    def _whole_pack(self, key: Tensor, value: Tensor, lengths_S: tuple[int, ...], size: int) -> list[Tensor]:
         """Keys and values of all ranks in the pack's own order; backward sums what the ranks' queries send back."""
         held = torch.cat((key, value), dim=1)
         gathered = gather_from_sequence_parallel_region(held, tensor_parallel_output_grad=True, group=self.context_group)
-        places = _places(bounds, size).to(key.device)
+        places = _places(lengths_S, size, key.device)
         return gathered.index_select(0, places).split((key.shape[1], value.shape[1]), dim=1)
 
 
@@ -105,11 +101,11 @@ class _Piece(NamedTuple):
     """after the last key, which is the last query's own"""
 
 
-def _pieces(bounds: tuple[int, ...], rank: int, size: int, reach: int | None) -> list[_Piece]:
+def _pieces(lengths_S: tuple[int, ...], rank: int, size: int, reach: int | None) -> list[_Piece]:
     """In the order in which the rank holds its queries."""
     pieces = []
-    for segment, after in zip(bounds, bounds[1:], strict=False):
-        count = (after - segment) // (2 * size)
+    for segment, length in zip(accumulate(lengths_S, initial=0), lengths_S, strict=False):
+        count = length // (2 * size)
         for number in (rank, 2 * size - 1 - rank):
             first = segment + number * count
             begin = segment if reach is None else max(segment, first - reach)
@@ -118,17 +114,16 @@ def _pieces(bounds: tuple[int, ...], rank: int, size: int, reach: int | None) ->
 
 
 @lru_cache(maxsize=64)
-def _places(bounds: tuple[int, ...], size: int) -> Tensor:
+def _places(lengths_S: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """Where each row of the pack is among the shares of all ranks end to end."""
-    cu_seqlens = torch.tensor(bounds)
-    return torch.cat([context_rows(cu_seqlens, rank, size) for rank in range(size)]).argsort()
+    return torch.cat([context_rows(lengths_S, rank, size) for rank in range(size)]).argsort().to(device)
 
 
 @lru_cache(maxsize=64)
-def _spans(bounds: tuple[int, ...], rank: int, size: int, reach: int | None, device: torch.device) -> tuple[Spans, Tensor]:
+def _spans(lengths_S: tuple[int, ...], rank: int, size: int, reach: int | None, device: torch.device) -> tuple[Spans, Tensor]:
     """The pieces as spans, and which rows of the pack are their keys: what two pieces look at is there twice."""
-    pieces = _pieces(bounds, rank, size, reach)
-    queries, keys = [piece.rows for piece in pieces], [piece.end - piece.begin for piece in pieces]
+    pieces = _pieces(lengths_S, rank, size, reach)
+    queries, keys = tuple(piece.rows for piece in pieces), tuple(piece.end - piece.begin for piece in pieces)
     cu_queries, cu_keys = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (queries, keys))
     rows = torch.cat([torch.arange(piece.begin, piece.end) for piece in pieces]).to(device)
-    return Spans(cu_queries, cu_keys, max(queries), max(keys)), rows
+    return Spans(cu_queries, cu_keys, queries, keys), rows

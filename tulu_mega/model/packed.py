@@ -14,37 +14,50 @@ from tulu_mega.records import PackedBatch
 
 @dataclass
 class PlacedSeqParams(PackedSeqParams):
-    """Of a pack that a rank has all of, for our own attention. megatron-core takes it for one sequence, whose boundaries are on
-    the host, and the rotary embedding gets each token's own position: otherwise it would ask the device in each layer where
-    segments begin, and could not know that one goes on after a shared prefix."""
+    """For our own attention. megatron-core takes the pack for one sequence, whose boundaries are on the host, and the rotary
+    embedding gets each token's own position: otherwise it would ask the device in each layer where segments begin, and could
+    not know that one goes on after a shared prefix."""
 
     positions_T: Tensor | None = None
-    """int64"""
+    """int64, of the whole pack's tokens; under context parallelism this rank's are where megatron-core looks for them, the others
+    are 0"""
+    lengths_S: tuple[int, ...] = ()
+    """of the whole pack's segments"""
     spans: Spans | None = None
-    """the segments, and the keys of each"""
+    """the segments, and the keys of each; None under context parallelism, where it depends on what a layer sees"""
     key_rows_K: Tensor | None = None
     """int64, the rows of the pack that are these keys, end to end; None where each segment's keys are its own"""
 
 
-def packed_seq_params(batch: PackedBatch, placed: bool) -> PackedSeqParams:
+def packed_seq_params(batch: PackedBatch, placed: bool, context: int = 1) -> PackedSeqParams:
     """What goes with a micro-batch through all layers. Nobody waits for the device.
 
     Args:
-        placed: whether this rank has all of the pack and attention is our own.
+        placed: whether attention is our own.
+        context: context-parallel ranks that share the pack.
     """
-    bounds, longest = batch.cu_seqlens_S1, batch.max_seqlen
+    bounds, longest = batch.cu_seqlens_S1, max(batch.lengths_S)
     if not placed:
         return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
-    whole = torch.tensor([0, len(batch.tokens_T)], dtype=torch.int32)
+    whole = torch.tensor([0, context * len(batch.tokens_T)], dtype=torch.int32)
     shared = batch.key_rows_K is not None
-    cu_keys, most_keys = (batch.cu_keys_S1, batch.max_keys) if shared else (bounds, longest)
+    cu_keys, keys = (batch.cu_keys_S1, batch.key_lengths_S) if shared else (bounds, batch.lengths_S)
     return PlacedSeqParams(
         "thd",
         whole,
         whole,
-        max_seqlen_q=most_keys,  # the farthest position's angles are needed
-        max_seqlen_kv=most_keys,
-        positions_T=batch.positions_T,
-        spans=Spans(bounds, cu_keys, longest, most_keys),
+        max_seqlen_q=max(keys),  # the farthest position's angles are needed
+        max_seqlen_kv=max(keys),
+        positions_T=_placed(batch.positions_T, batch.context_rank, context) if context > 1 else batch.positions_T,
+        lengths_S=batch.lengths_S,
+        spans=Spans(bounds, cu_keys, batch.lengths_S, keys) if context == 1 else None,
         key_rows_K=batch.key_rows_K,
     )
+
+
+def _placed(share_T: Tensor, rank: int, size: int) -> Tensor:
+    """A rank's positions where megatron-core takes them from if the pack is one sequence: the halves of its share are the pieces
+    number ``rank`` and number ``2 * size - 1 - rank``."""
+    pieces = share_T.new_zeros(2 * size, len(share_T) // 2)
+    pieces[rank], pieces[2 * size - 1 - rank] = share_T.chunk(2)
+    return pieces.view(-1)

@@ -19,8 +19,14 @@ class Spans(NamedTuple):
     """int32 boundaries of the spans' queries"""
     cu_keys_P1: Tensor
     """int32 boundaries of the spans' keys"""
-    most_queries: int
-    most_keys: int
+    queries_P: tuple[int, ...]
+    """how many each span has, on the host"""
+    keys_P: tuple[int, ...]
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
+        """As the fused kernels take them: boundaries of queries and of keys, the most queries and keys that a span has."""
+        return self.cu_queries_P1, self.cu_keys_P1, max(self.queries_P), max(self.keys_P)
 
 
 def attend(
@@ -53,7 +59,7 @@ def attend(
         if not _knows_groups(varlen_attn):  # torch 2.11 promises nothing where keys have fewer heads than queries
             groups, each = {}, query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(each, dim=1) for x in (key, value))
-        return varlen_attn(query, key, value, *spans, scale=scale, window_size=window, **groups)
+        return varlen_attn(query, key, value, *spans.bounds, scale=scale, window_size=window, **groups)
     if kernel == "flash3":
         from flash_attn_interface import flash_attn_varlen_func
     else:
@@ -62,7 +68,7 @@ def attend(
         query,
         key,
         value,
-        *spans,
+        *spans.bounds,
         softmax_scale=scale,
         causal=True,
         window_size=window,
@@ -77,10 +83,10 @@ def _knows_groups(varlen_attn: Callable) -> bool:
 
 
 def _span_by_span(query: Tensor, key: Tensor, value: Tensor, spans: Spans, reach: int | None, scale: float | None) -> Tensor:
-    queries, keys = (bounds_P1.diff().tolist() for bounds_P1 in (spans.cu_queries_P1, spans.cu_keys_P1))
     outputs = []
     # split, not slices: backward puts the parts side by side, where every slice would add a gradient of the whole pack
-    for parts in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
+    keys = spans.keys_P
+    for parts in zip(query.split(spans.queries_P), key.split(keys), value.split(keys), strict=True):
         rows, seen = len(parts[0]), len(parts[1])
         plain = rows == seen and (reach is None or rows <= reach + 1)  # SDPA's own causal mask serves
         heads_first = (part.transpose(0, 1).unsqueeze(0) for part in parts)
