@@ -100,14 +100,9 @@ class Engine:
         self.optimizer: MegatronOptimizer | None = None
 
     @functools.cached_property
-    def own_attention(self) -> bool:
-        """Whether it is not Transformer Engine's."""
-        return attention_of(self.hf, self.settings, self.topology, self.platform) != "te"
-
-    @property
     def whole_packs(self) -> bool:
         """Whether attention is our own and each rank has all of a pack: then sequences in a pack may share prefixes."""
-        return self.topology.context == 1 and self.own_attention
+        return self.topology.context == 1 and attention_of(self.hf, self.settings, self.topology, self.platform) != "te"
 
     def prepare_training(self, optim: OptimSettings, steps: int) -> None:
         """Adds gradient buffers, optimizer and schedule. The weights are to be there already."""
@@ -289,7 +284,7 @@ class Engine:
             position_ids=batch.positions_T[None],
             attention_mask=None,
             labels=batch.labels_T[None],
-            packed_seq_params=packed_seq_params(batch, self.own_attention, self.topology.context),
+            packed_seq_params=packed_seq_params(batch, self.topology.context, self.chunks[0].config.apply_rope_fusion),
         )
 
     def _run(

@@ -90,6 +90,16 @@ class PackedAttention(torch.nn.Module):
         return gathered.index_select(0, places).split((key.shape[1], value.shape[1]), dim=1)
 
 
+def by_segments(core: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """A core attention of megatron-core's that is given the segments of a `PlacedSeqParams`."""
+
+    class BySegments(core):
+        def forward(self, *args, packed_seq_params: PlacedSeqParams, **kwargs) -> Tensor:
+            return super().forward(*args, packed_seq_params=packed_seq_params.segments, **kwargs)
+
+    return BySegments
+
+
 class _Piece(NamedTuple):
     """Neighbouring queries and the keys they may attend to."""
 

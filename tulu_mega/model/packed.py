@@ -14,34 +14,37 @@ from tulu_mega.records import PackedBatch
 
 @dataclass
 class PlacedSeqParams(PackedSeqParams):
-    """For our own attention. megatron-core takes the pack for one sequence, whose boundaries are on the host, and the rotary
-    embedding gets each token's own position: otherwise it would ask the device in each layer where segments begin, and could
-    not know that one goes on after a shared prefix."""
+    """megatron-core takes the pack for one sequence, whose boundaries are on the host, and the rotary embedding gets each token's
+    own position: otherwise it would ask the device in each layer where segments begin, and could not know that one goes on after
+    a shared prefix. Attention takes the segments from here."""
 
     positions_T: Tensor | None = None
     """int64, of the whole pack's tokens; under context parallelism this rank's are where megatron-core looks for them, the others
     are 0"""
+    segments: PackedSeqParams | None = None
+    """the whole pack's as megatron-core has them, for Transformer Engine's attention; no prefixes are shared there"""
     lengths_S: tuple[int, ...] = ()
     """of the whole pack's segments"""
     spans: Spans | None = None
-    """the segments, and the keys of each; None under context parallelism, where it depends on what a layer sees"""
+    """for our own attention the segments, and the keys of each; None under context parallelism, where that depends on a layer's
+    window"""
     key_rows_K: Tensor | None = None
     """int64, the rows of the pack that are these keys, end to end; None where each segment's keys are its own"""
 
 
-def packed_seq_params(batch: PackedBatch, placed: bool, context: int = 1) -> PackedSeqParams:
+def packed_seq_params(batch: PackedBatch, context: int = 1, fused_rope: bool = False) -> PlacedSeqParams:
     """What goes with a micro-batch through all layers. Nobody waits for the device.
 
     Args:
-        placed: whether attention is our own.
         context: context-parallel ranks that share the pack.
+        fused_rope: whether rotary embeddings are Transformer Engine's kernel, which wants the boundaries on the device.
     """
     bounds, longest = batch.cu_seqlens_S1, max(batch.lengths_S)
-    if not placed:
-        return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
-    whole = torch.tensor([0, context * len(batch.tokens_T)], dtype=torch.int32)
     shared = batch.key_rows_K is not None
     cu_keys, keys = (batch.cu_keys_S1, batch.key_lengths_S) if shared else (bounds, batch.lengths_S)
+    whole = torch.tensor([0, context * len(batch.tokens_T)], dtype=torch.int32)
+    if fused_rope:
+        whole = whole.to(bounds.device, non_blocking=True)
     return PlacedSeqParams(
         "thd",
         whole,
@@ -49,6 +52,7 @@ def packed_seq_params(batch: PackedBatch, placed: bool, context: int = 1) -> Pac
         max_seqlen_q=max(keys),  # the farthest position's angles are needed
         max_seqlen_kv=max(keys),
         positions_T=_placed(batch.positions_T, batch.context_rank, context) if context > 1 else batch.positions_T,
+        segments=PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest),
         lengths_S=batch.lengths_S,
         spans=Spans(bounds, cu_keys, batch.lengths_S, keys) if context == 1 else None,
         key_rows_K=batch.key_rows_K,

@@ -86,14 +86,13 @@ class PlacedRotary(RotaryEmbedding):
 
     def get_rotary_seq_len(self, *args, **kwargs) -> int:
         """As RotaryEmbedding's, which GPTModel calls before every pass; the pack's positions are kept for it."""
-        packed = args[4] if len(args) > 4 else kwargs.get("packed_seq_params")
-        self._positions_T = packed.positions_T if isinstance(packed, PlacedSeqParams) else None
+        packed: PlacedSeqParams = args[4] if len(args) > 4 else kwargs["packed_seq_params"]
+        self._positions_T = packed.positions_T
         return super().get_rotary_seq_len(*args, **kwargs)
 
     def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor:
-        """[max_seq_len, 1, 1, head_dim], or [T, 1, 1, head_dim] of the pack's tokens."""
-        angles = super().forward(max_seq_len, *args, **kwargs)
-        return angles if self._positions_T is None else angles.index_select(0, self._positions_T)
+        """[T, 1, 1, head_dim] of the whole pack's tokens."""
+        return super().forward(max_seq_len, *args, **kwargs).index_select(0, self._positions_T)
 
 
 class OwnRopeAttention(SelfAttention):

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from tulu_mega.errors import UserError
-from tulu_mega.model.attention import PackedAttention
+from tulu_mega.model.attention import PackedAttention, by_segments
 from tulu_mega.model.attention_choice import Attention
 from tulu_mega.model.hf_config import layer_needs
 from tulu_mega.model.linear import ColumnLinear, RowLinear
@@ -77,7 +77,9 @@ def layer_spec(
         attending.linear_proj = mlp.linear_fc2 = RowLinear
         mlp.activation_func = Swiglu
     parts, attending = layer.submodules, layer.submodules.self_attention
-    if attention != "te":
+    if attention == "te":
+        attending.submodules.core_attention = by_segments(attending.submodules.core_attention)
+    else:
         attending.submodules.core_attention = ModuleSpec(PackedAttention, {"kernel": attention})
     if per_head:
         attending.submodules.q_layernorm = attending.submodules.k_layernorm = norm

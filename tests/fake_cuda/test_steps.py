@@ -1,0 +1,111 @@
+"""Training steps on a CUDA device that is not there: no tensor meets one of another device, and the host asks for values, which
+it would wait for, a few times in a global batch, however many micro-batches and layers that has."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.distributed import families, world
+from tests.fake_cuda import device
+
+ALONE, TENSOR, CONTEXT = {}, {"tensor": 2}, {"context": 2, "tensor": 2}
+PIPELINE = {"tensor": 2, "pipeline": 2}
+INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
+FUSED = {"gradient_accumulation_fusion": True, "bias_activation_fusion": True}
+PAIRWISE = [  # model, layout, rank, world, and what else there is to it
+    ("Llama", ALONE, 0, 1, {}),
+    ("Llama tied", ALONE, 0, 2, {"dtype": "fp32", "recompute": "full", "kernels": "torch", "megatron": FUSED}),
+    ("Llama", TENSOR, 1, 4, {"recompute": "selective", "objective": "dpo"}),
+    ("Llama tied", PIPELINE, 7, 8, {"objective": "grpo", "kernels": "torch"}),
+    ("Llama", INTERLEAVED, 3, 4, {"objective": "reward"}),
+    ("Qwen 3", ALONE, 0, 1, {"objective": "shared"}),
+    ("OLMo 3", CONTEXT, 3, 8, {"recompute": "full"}),
+]
+MORE = [
+    ("Llama", PIPELINE, 0, 8, {"objective": "reward", "recompute": "full"}),
+    ("Llama", INTERLEAVED, 0, 4, {"megatron": FUSED}),
+    ("OLMo 2", TENSOR, 0, 2, {"objective": "grpo"}),
+    ("Qwen 2", CONTEXT, 0, 4, {"objective": "dpo"}),
+    ("OLMo 3", PIPELINE, 2, 4, {"objective": "grpo", "recompute": "selective"}),
+    ("Mistral with windows", ALONE, 0, 1, {"objective": "shared", "dtype": "fp32", "kernels": "torch"}),
+]
+NORM = "clip_grads.py:get_grad_norm_fp32"
+COUNT = "finalize_model_grads.py:finalize_model_grads"
+"""megatron-core looks whether any token counts, in each model chunk"""
+METRICS = "engine.py:_reduce"
+"""loss and metrics of all micro-batches, which a real device gives in one or two reads"""
+MESSAGES = "p2p_communication.py:_communicate"
+"""megatron-core waits for the messages of a pipeline that is not interleaved (`batch_p2p_sync`)"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    made = {}
+
+    def get(name: str) -> str:
+        if name not in made:
+            made[name] = str(tmp_path_factory.mktemp("fake_cuda") / "model")
+            world.run(1, families.make_language_model, made[name], name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """Asks a process for the answer to a case."""
+    if torch.version.cuda:
+        pytest.skip("torch was built for CUDA: tests/gpu and make gpu-smoke run on the real thing")
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler for what stands in for CUDA's device guard")
+    directory = tmp_path_factory.mktemp("guard")
+    line = [sys.executable, "-m", "tests.fake_cuda.steps", str(device.build(directory, compiler))]
+    with open(directory / "log", "w+") as log:
+        process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+
+        def answer(case: dict) -> dict:
+            print(json.dumps(case), file=process.stdin, flush=True)
+            told = process.stdout.readline()
+            log.seek(0)
+            assert told, f"ended:\n{log.read()[-4000:]}"
+            return json.loads(told)
+
+        with process:
+            yield answer
+            process.kill()
+
+
+def check(answer: dict, layout: dict, more: dict) -> None:
+    assert "failed" not in answer, answer["failed"]
+    assert answer["attention"] in ([], ["sdpa" if more.get("dtype") == "fp32" else "varlen"])
+    scoring, training = answer["scoring"], answer["waits"]
+    if layout == PIPELINE:
+        assert scoring.pop(MESSAGES) and training.pop(MESSAGES)
+    assert scoring == {}
+    assert training == {NORM: 1, COUNT: layout.get("virtual_pipeline", 1), METRICS: answer["metrics"]}
+
+
+@pytest.mark.parametrize(("model", "layout", "rank", "size", "more"), PAIRWISE)
+def test_a_step(models, steps, model, layout, rank, size, more):
+    check(steps({"model": models(model), "layout": layout, "rank": rank, "world": size, **more}), layout, more)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(("model", "layout", "rank", "size", "more"), MORE)
+def test_more_steps(models, steps, model, layout, rank, size, more):
+    check(steps({"model": models(model), "layout": layout, "rank": rank, "world": size, **more}), layout, more)
+
+
+def test_a_tensor_of_the_host_is_noticed(steps):
+    assert "found at least two devices, cuda:0 and cpu" in steps({"mixed": True})["failed"]
+
+
+def test_reads_are_noticed(steps):
+    assert steps({"reads": True}) == {"waits": {"steps.py:reads": 2}}
