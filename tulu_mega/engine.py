@@ -216,8 +216,7 @@ class Engine:
                 outputs.append(out)
                 if seen is not None:
                     shares.append((output[0] if isinstance(output, tuple) else output)[0].detach())
-                count = torch.as_tensor(out.count, dtype=torch.int32, device=self.platform.device)
-                return out.loss_sum.float(), count, {}
+                return out.loss_sum.float(), _scalar(out.count, torch.int32, self.platform.device), {}
 
             return self._forward(model, batch), loss
 
@@ -337,4 +336,9 @@ def _unmarked(_what: str) -> None:
 
 
 def _stacked(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values])
+    return torch.stack([_scalar(value, torch.float64, device) for value in values])
+
+
+def _scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device, without the wait for it that ``torch.tensor`` of a number has."""
+    return value.detach().to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)

@@ -14,12 +14,12 @@ LR = 0.02  # at 0.05 float32's rounding grows to 1e-5 in Qwen 3: transformers di
 
 PAIRWISE = [  # family, layout, micro-batches, reduction, recompute
     ("Qwen 2", "TP2", 3, "sum", "none"),
-    ("Qwen 2", "TP2xPP2", 2, "sum", "none"),
+    ("Qwen 2", "PP2", 2, "sum", "none"),
     ("Qwen 2 with windows", "PP2", 3, "token_mean", "full"),
     ("Qwen 3", "TP2", None, "sum", "none"),
     ("Qwen 3", "TP2 without SP", 2, "sum", "selective"),
     ("Qwen 3", "DP2", 2, "sum", "none"),
-    ("Mistral", "TP2xPP2", 2, "token_mean", "none"),
+    ("Mistral", "PP2", 2, "token_mean", "none"),
     ("Mistral with windows", "TP2", 2, "sum", "selective"),
     ("Mistral with windows", "CP2", 1, "sum", "none"),
     ("OLMo 2", "TP1", 3, "sum", "none"),

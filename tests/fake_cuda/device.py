@@ -81,7 +81,9 @@ def install():
                 return True if kind is torch.bool else 1.0 if kind.is_floating_point else 1
             if func is aten._to_copy.default and fakes and target is not None and not to_cuda:
                 self.wait()
-            if to_cuda and not fakes:
+            if to_cuda and tensors and not fakes:
+                if not kwargs.get("non_blocking"):  # torch waits for such a copy, and so for all that was asked before
+                    self.wait()
                 args = tree_map_only(torch.Tensor, self.from_tensor, args)
             return super().dispatch(func, types, args, kwargs)
 
@@ -146,16 +148,9 @@ def _pretend(torch, mode) -> None:
         return module
 
     torch.nn.Module._apply = applied
-    from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import random
 
     random._lazy_call, random._set_cuda_rng_state = (lambda call, **_options: call()), (lambda *_args, **_options: None)
-
-    def norm(_chunk, _flag, lists, _per_tensor):
-        # megatron-core's own, for where apex is not there, makes a tensor of the norms' values, which these have not
-        return torch.stack([each.norm() for tensors in lists for each in tensors]).norm()[None], None
-
-    clip_grads.l2_norm_impl = norm
 
 
 def _pretend_triton() -> None:

@@ -21,11 +21,12 @@ def main(guard: str) -> None:
     import torch  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401  its module wants torch.cuda as it is
 
-    from tulu_mega.platforms import adam, lean, weight_gradient
+    from tulu_mega.platforms import adam, grad_norm, lean, weight_gradient
 
     lean.import_megatron()
     mode = device.install()
     adam.install()
+    grad_norm.install()
     weight_gradient.install()
     for line in sys.stdin:
         case = json.loads(line)
@@ -81,7 +82,6 @@ def step(
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         here = topology.start(settings.parallel, platform, seed=0)
-        mode.waits.clear()
         with mode, contextlib.ExitStack() as stack:
             engine = Engine(hf, settings, here, platform, reward=reward)
             engine.prepare_training(OptimSettings(), 2)
@@ -94,6 +94,7 @@ def step(
                 shape if recv_prev else None,
                 shape if recv_next else None,
             )
+            mode.waits.clear()
             engine.score([batch] * 2)
             scoring = dict(mode.waits)
             mode.waits.clear()

@@ -43,14 +43,24 @@ def test_adam_keeps_step_in_the_group_and_equals_torch():
     from tulu_mega.platforms.adam import GroupStepAdam
 
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(50, generator=generator)
-    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    starts = [torch.randn(size, generator=generator) for size in (50, 7)]
+    ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    a, b = GroupStepAdam([ours], **settings), torch.optim.AdamW([theirs], **settings)
+    a, b = GroupStepAdam(ours, **settings), torch.optim.AdamW(theirs, **settings)
     for _ in range(5):
-        gradient = torch.randn(50, generator=generator)
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        for x, y in zip(ours, theirs, strict=True):
+            x.grad = torch.randn(x.shape, generator=generator)
+            y.grad = x.grad.clone()
         a.step(), b.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     assert a.param_groups[0]["step"] == 5
-    assert set(a.state[ours]) == {"exp_avg", "exp_avg_sq"}
+    assert set(a.state[ours[0]]) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_the_norm_of_all_gradients():
+    from tulu_mega.platforms.grad_norm import multi_tensor_l2norm
+
+    gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (50, 7, 1)]
+    norm, each = multi_tensor_l2norm(2048, torch.zeros(1, dtype=torch.int32), [gradients], False)
+    assert (norm.shape, norm.dtype, each) == ((1,), torch.float32, None)
+    torch.testing.assert_close(float(norm), float(torch.cat(gradients).double().norm()), rtol=1e-6, atol=0)

@@ -126,7 +126,8 @@ def _pieces(lengths_S: tuple[int, ...], rank: int, size: int, reach: int | None)
 @lru_cache(maxsize=64)
 def _places(lengths_S: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """Where each row of the pack is among the shares of all ranks end to end."""
-    return torch.cat([context_rows(lengths_S, rank, size) for rank in range(size)]).argsort().to(device)
+    places = torch.cat([context_rows(lengths_S, rank, size) for rank in range(size)]).argsort()
+    return places.to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)
@@ -134,6 +135,7 @@ def _spans(lengths_S: tuple[int, ...], rank: int, size: int, reach: int | None, 
     """The pieces as spans, and which rows of the pack are their keys: what two pieces look at is there twice."""
     pieces = _pieces(lengths_S, rank, size, reach)
     queries, keys = tuple(piece.rows for piece in pieces), tuple(piece.end - piece.begin for piece in pieces)
-    cu_queries, cu_keys = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (queries, keys))
-    rows = torch.cat([torch.arange(piece.begin, piece.end) for piece in pieces]).to(device)
+    rows = torch.cat([torch.arange(piece.begin, piece.end) for piece in pieces])
+    bounds = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32) for counts in (queries, keys))
+    cu_queries, cu_keys, rows = (each.to(device, non_blocking=True) for each in (*bounds, rows))
     return Spans(cu_queries, cu_keys, queries, keys), rows

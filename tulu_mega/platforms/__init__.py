@@ -25,7 +25,7 @@ def install(local_rank: int = 0) -> Platform:
     Args:
         local_rank: rank among this machine's processes; picks the CUDA device.
     """
-    from tulu_mega.platforms import adam, weight_gradient
+    from tulu_mega.platforms import adam, grad_norm, weight_gradient
 
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -37,5 +37,6 @@ def install(local_rank: int = 0) -> Platform:
         cpu.install()
         platform = Platform(torch.device("cpu"), "gloo")
     adam.install()
+    grad_norm.install()
     weight_gradient.install()
     return platform

@@ -36,6 +36,7 @@ class GroupStepAdam(torch.optim.Optimizer):
                 if "exp_avg" not in self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            steps = torch.full((len(params),), float(done), device=params[0].device)  # filled there: copies would be waited for
             beta1, beta2 = group["betas"]
             adamw(
                 params,
@@ -43,7 +44,7 @@ class GroupStepAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(done), device=p.device) for p in params],
+                list(steps),
                 fused=True,
                 amsgrad=False,
                 beta1=beta1,

@@ -21,7 +21,6 @@ _LITERAL_CUDA = (
     "megatron.core.pipeline_parallel.schedules",  # total_num_tokens = torch.zeros([], device="cuda")
     "megatron.core.optimizer.optimizer",  # loss scale and overflow buffers
     "megatron.core.optimizer.clip_grads",  # norms and their all-reduce
-    "megatron.core.utils",  # local_multi_tensor_l2_norm
 )
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor")
 

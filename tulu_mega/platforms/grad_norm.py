@@ -1,0 +1,30 @@
+"""The norm of all gradients where neither Transformer Engine nor apex computes it.
+
+megatron-core's own stand-in reads each gradient's norm by itself, and a GPU's user waits as often as there are parameters.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+
+def multi_tensor_l2norm(_chunk_size, _overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool):
+    """As apex's: the norm of all tensors of the only list, [1] on their device, and None for the norms of each.
+
+    Raises:
+        NotImplementedError: `per_tensor`, which megatron-core does not ask for.
+    """
+    if per_tensor:
+        raise NotImplementedError("norms of each tensor")
+    [tensors] = tensor_lists
+    return get_total_norm(tensors).view(1), None
+
+
+def install() -> None:
+    """Hands it to megatron-core in the place of its stand-in."""
+    clipping = importlib.import_module("megatron.core.optimizer.clip_grads")
+    if clipping.l2_norm_impl is importlib.import_module("megatron.core.utils").local_multi_tensor_l2_norm:
+        clipping.l2_norm_impl = multi_tensor_l2norm
