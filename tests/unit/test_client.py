@@ -59,19 +59,22 @@ class Fake:
         return web.json_response({"incarnation": 1, "longest": LONGEST, "vocabulary": self.vocabulary})
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
+        try:
+            return await self._generate(request)
+        except (asyncio.CancelledError, ConnectionError):  # while it thinks, or while it writes
+            self.dropped += 1
+            raise
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
         asked = (await request.json())["prompts"]
         self.keys.add(request.headers.get("Authorization"))
         self.batches.append(len(asked))
         self.requests += asked
-        response = web.StreamResponse()
+        response, decide = web.StreamResponse(), self.reply  # a test may decide otherwise for later requests
         for place, one in reversed(list(enumerate(asked))):  # in an order that nobody may count on
-            try:
-                reply = self.reply(one)
-                if asyncio.iscoroutine(reply):
-                    reply = await reply
-            except asyncio.CancelledError:
-                self.dropped += 1
-                raise
+            reply = decide(one)
+            if asyncio.iscoroutine(reply):
+                reply = await reply
             if isinstance(reply, web.Response):
                 return reply
             if not response.prepared:
