@@ -43,7 +43,7 @@ GRID = [
     for name, layout in LAYOUTS.items()
     for family in families.LLAMAS
     for micro_batches in ((2, 4) if "virtual_pipeline" in layout else (1, 3, 5))
-]
+] + [("OLMo 2", "TP4", 2), ("Qwen 3", "TP2xPP2", 3)]
 
 
 @pytest.fixture(scope="module")
