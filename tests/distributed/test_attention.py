@@ -85,12 +85,12 @@ def placed_params(shared: bool):
 
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
     if not shared:
-        return PlacedSeqParams("thd", lengths_S=LENGTHS, spans=Spans(bounds, bounds, LENGTHS, LENGTHS))
+        return PlacedSeqParams("thd", spans=Spans(bounds, bounds, LENGTHS, LENGTHS))
     segments = [torch.arange(a, b) for a, b in itertools.pairwise(BOUNDS)]
     rows = [torch.cat([segments[SHARED[at]], own]) if at in SHARED else own for at, own in enumerate(segments)]
     keys = tuple(map(len, rows))
     cu_keys = torch.tensor([0, *itertools.accumulate(keys)], dtype=torch.int32)
-    return PlacedSeqParams("thd", lengths_S=LENGTHS, spans=Spans(bounds, cu_keys, LENGTHS, keys), key_rows_K=torch.cat(rows))
+    return PlacedSeqParams("thd", spans=Spans(bounds, cu_keys, LENGTHS, keys), key_rows_K=torch.cat(rows))
 
 
 def ours(window: int | None, scale: float | None, tensor: int, kernel: str = "sdpa", shared: bool = False):

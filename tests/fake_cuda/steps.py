@@ -18,7 +18,6 @@ from tests.fake_cuda import device
 
 def main(guard: str) -> None:
     device.load(guard)
-    import torch  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401  its module wants torch.cuda as it is
 
     from tulu_mega.platforms import adam, grad_norm, lean, weight_gradient
@@ -33,7 +32,7 @@ def main(guard: str) -> None:
         try:
             what = next((each for each in (mixed, reads) if case.pop(each.__name__, False)), step)
             answer = what(mode, **case)
-        except BaseException as error:
+        except Exception as error:
             answer = {"failed": f"{error!r}\n{traceback.format_exc()}"}
         print(json.dumps(answer), flush=True)
 

@@ -62,7 +62,7 @@ def steps(tmp_path_factory):
     """Asks a process for the answer to a case."""
     if torch.version.cuda:
         pytest.skip("torch was built for CUDA: tests/gpu and make gpu-smoke run on the real thing")
-    compiler = shutil.which("c++") or shutil.which("g++")
+    compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler for what stands in for CUDA's device guard")
     directory = tmp_path_factory.mktemp("guard")
@@ -82,7 +82,12 @@ def steps(tmp_path_factory):
             process.kill()
 
 
-def check(answer: dict, layout: dict, more: dict) -> None:
+@pytest.mark.parametrize(
+    ("model", "layout", "rank", "size", "more"),
+    [*PAIRWISE, *(pytest.param(*case, marks=pytest.mark.acceptance) for case in MORE)],
+)
+def test_a_step(models, steps, model, layout, rank, size, more):
+    answer = steps({"model": models(model), "layout": layout, "rank": rank, "world": size, **more})
     assert "failed" not in answer, answer["failed"]
     assert answer["attention"] in ([], ["sdpa" if more.get("dtype") == "fp32" else "varlen"])
     scoring, training = answer["scoring"], answer["waits"]
@@ -90,17 +95,6 @@ def check(answer: dict, layout: dict, more: dict) -> None:
         assert scoring.pop(MESSAGES) and training.pop(MESSAGES)
     assert scoring == {}
     assert training == {NORM: 1, COUNT: layout.get("virtual_pipeline", 1), METRICS: answer["metrics"]}
-
-
-@pytest.mark.parametrize(("model", "layout", "rank", "size", "more"), PAIRWISE)
-def test_a_step(models, steps, model, layout, rank, size, more):
-    check(steps({"model": models(model), "layout": layout, "rank": rank, "world": size, **more}), layout, more)
-
-
-@pytest.mark.acceptance
-@pytest.mark.parametrize(("model", "layout", "rank", "size", "more"), MORE)
-def test_more_steps(models, steps, model, layout, rank, size, more):
-    check(steps({"model": models(model), "layout": layout, "rank": rank, "world": size, **more}), layout, more)
 
 
 def test_a_tensor_of_the_host_is_noticed(steps):

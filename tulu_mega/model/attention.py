@@ -73,11 +73,11 @@ class PackedAttention(torch.nn.Module):
             [T, 1, heads * head_dim].
         """
         rank, size = self.context_group.rank(), self.context_group.size()
-        if size == 1:
-            spans, rows = packed_seq_params.spans, packed_seq_params.key_rows_K
-        else:
-            key, value = self._whole_pack(key, value, packed_seq_params.lengths_S, size)
-            spans, rows = _spans(packed_seq_params.lengths_S, rank, size, self.reach, query.device)
+        spans, rows = packed_seq_params.spans, packed_seq_params.key_rows_K
+        if size > 1:
+            lengths_S = spans.queries_P
+            key, value = self._whole_pack(key, value, lengths_S, size)
+            spans, rows = _spans(lengths_S, rank, size, self.reach, query.device)
         if rows is not None:
             key, value = key.index_select(0, rows), value.index_select(0, rows)
         return attend(self.kernel, query, key, value, spans, self.reach, self.scale).reshape(query.shape[0], 1, -1)

@@ -23,11 +23,8 @@ class PlacedSeqParams(PackedSeqParams):
     are 0"""
     segments: PackedSeqParams | None = None
     """the whole pack's as megatron-core has them, for Transformer Engine's attention; no prefixes are shared there"""
-    lengths_S: tuple[int, ...] = ()
-    """of the whole pack's segments"""
     spans: Spans | None = None
-    """for our own attention the segments, and the keys of each; None under context parallelism, where that depends on a layer's
-    window"""
+    """the whole pack's segments for our own attention, and the keys of each"""
     key_rows_K: Tensor | None = None
     """int64, the rows of the pack that are these keys, end to end; None where each segment's keys are its own"""
 
@@ -53,8 +50,7 @@ def packed_seq_params(batch: PackedBatch, context: int = 1, fused_rope: bool = F
         max_seqlen_kv=max(keys),
         positions_T=_placed(batch.positions_T, batch.context_rank, context) if context > 1 else batch.positions_T,
         segments=PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest),
-        lengths_S=batch.lengths_S,
-        spans=Spans(bounds, cu_keys, batch.lengths_S, keys) if context == 1 else None,
+        spans=Spans(bounds, cu_keys, batch.lengths_S, keys),
         key_rows_K=batch.key_rows_K,
     )
 
