@@ -58,7 +58,7 @@ def command(options: ServerOptions, port: int, on_cpu: bool) -> list[str]:
         on_cpu: whether the servers compute on the CPU.
     """
     words = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *(sys.executable, "-m", "tulu_mega.rollout.api_server"),
         *("--model", options.model, "--dtype", options.dtype),
         *("--tensor-parallel-size", str(options.tensor)),
         *("--max-model-len", str(options.max_model_len)),

@@ -1,4 +1,4 @@
-"""vLLM on a model directory, in a process of its own. The only file that imports ``vllm``.
+"""vLLM on a model directory, in a process of its own.
 
 Its memory, threads and log lines end with that process. Prompts go to it as token ids, made with the same template as in
 training.
@@ -234,15 +234,14 @@ def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress
     os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")  # idle workers have nothing to finish
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is the engine's: no need for another
     try:
-        from vllm.platforms import current_platform
+        with uncollected():
+            from vllm import LLM
+            from vllm.platforms import current_platform
 
         if current_platform.is_cpu():
             _one_share_of_the_cores_each(arguments["tensor_parallel_size"])
             # a seeded request whose prompt is computed in parts ends vLLM there: "CPU Generator does not use offset"
             arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
-        with uncollected():
-            from vllm import LLM
-
         llm = LLM(**arguments, disable_log_stats=True)
         connection.send((None, None))
         while True:
