@@ -71,7 +71,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["tulu-mega = tulu_mega.cli:main"],
+        "console_scripts": ["tulu-mega = tulu_mega.cli:program"],
         "vllm.general_plugins": ["tulu_mega = tulu_mega.rollout.plugin:register"],  # vLLM calls it in each of its processes
     },
 )

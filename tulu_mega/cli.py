@@ -16,10 +16,11 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from tulu_mega import __version__, launcher
 from tulu_mega.errors import Stopped, UserError, nearest
+from tulu_mega.imports import leave
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ COMMANDS = {
 CHECK = "check"
 CHECK_SUMMARY = "settings, data, model and environment of a command, before anything is launched"
 HELP = ("-h", "--help", "help")
+
+
+def program() -> NoReturn:
+    """`main` as a whole process."""
+    leave(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,15 @@
-"""Importing many modules at once without garbage collection."""
+"""What many imported modules cost a process: garbage collections while they are imported, and being taken apart at its end."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import gc
+import os
+import sys
+import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 @contextlib.contextmanager
@@ -24,3 +28,26 @@ def uncollected() -> Iterator[None]:
         if not gc.get_freeze_count():
             atexit.register(gc.unfreeze)  # extension modules complain of what is left at the end
         gc.freeze()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process as `sys.exit` does from the main thread, except that the interpreter is not taken apart first.
+
+    That takes 2 s of CPU where a rank's modules are imported, 3.6 in vLLM's server. Threads are waited for, what is registered
+    with `atexit` is done, output is written. A process that has used CUDA ends as always: profilers write what they hold when
+    libraries are unloaded.
+    """
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        sys.exit(status)
+    threading._shutdown()  # as `multiprocessing` ends the processes that it starts
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # nobody reads it any more, no room, closed
+            status = status or _UNWRITTEN
+    os._exit(status)
+
+
+_UNWRITTEN = 120
+"""Python's own status where output could not be written."""

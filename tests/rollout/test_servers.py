@@ -250,6 +250,13 @@ def test_the_same_seed_gives_the_same_responses_from_one_server_and_from_two(ser
     assert len({tuple(ids) for group in tokens for ids in group}) > len(prompts)
 
 
+def test_what_is_compiled_to_sample_is_not_compiled_by_each_server(servers, run_dir):
+    with RolloutClient(servers[:1], settings()) as client:
+        client.generate(PROMPTS, SAMPLING, VERSION)
+    scratch = session_of(run_dir, 0)[1].environ()["TMPDIR"]
+    assert not [file for file in Path(scratch).rglob("*") if file.is_file() and file.stat().st_size > 2**20]
+
+
 def test_many_seeded_samples_of_long_prompts(servers):
     """More prompt tokens than a forward pass takes: computed in parts, seeded requests end vLLM on a CPU."""
     prompts = [[3 + (number * token) % 400 for token in range(1, 301)] for number in range(1, 11)]

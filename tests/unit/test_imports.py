@@ -1,8 +1,12 @@
-"""Modules are imported without garbage collection, megatron-core without what takes seconds; nothing of it stays."""
+"""Modules are imported without garbage collection, megatron-core without what takes seconds; nothing of it stays.
+
+A process ends without taking them apart.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -52,3 +56,37 @@ def test_megatron_is_imported_without_wandb_and_compiler():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", LEAN], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "nanobind" not in done.stderr  # extension modules complain at the end of what was not given back
+
+
+LEAVES = """
+import atexit, sys, threading, time, types
+from tulu_mega.imports import leave
+
+class Torn:
+    def __del__(self):
+        print("taken apart")
+
+torn, first = Torn(), lambda: print("at exit")
+atexit.register(first)
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: USED))
+print("left")
+leave(STATUS)
+"""
+
+
+@pytest.mark.parametrize(("used", "end"), [(False, []), (True, ["taken apart"])])
+def test_a_process_leaves_with_all_but_its_modules(used, end):
+    code = LEAVES.replace("USED", str(used)).replace("STATUS", "3")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.splitlines() == ["left", "thread", "at exit", *end]
+
+
+@pytest.mark.parametrize(("status", "told"), [(0, 120), (3, 3)])
+def test_output_that_cannot_be_written_is_told_by_the_status(status, told):
+    code = LEAVES.replace("USED", "False").replace("STATUS", str(status))
+    with open("/dev/full", "w") as full:
+        environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # else `print` fails
+        done = subprocess.run([sys.executable, "-c", code], env=environ, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == told

@@ -35,7 +35,7 @@ def test_transformers_does_not_take_ours_for_its_own():
 
 def test_the_command_is_installed():
     (script,) = [e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "tulu-mega"]
-    assert script.value == "tulu_mega.cli:main" and callable(script.load())
+    assert script.value == "tulu_mega.cli:program" and callable(script.load())
 
 
 def test_every_folder_of_the_package_is_shipped():

@@ -6,12 +6,13 @@ instead of 57 with two workers): no garbage is collected while modules are impor
 
 from __future__ import annotations
 
-from tulu_mega.imports import uncollected
+from tulu_mega.imports import leave, uncollected
 
 if __name__ == "__main__":
     with uncollected():
         from vllm.entrypoints.launchers.api_server.entry import main
     main()
+    leave(0)
 elif __name__ == "__mp_main__":  # in the engine's process, and in the workers'
     with uncollected():
         import vllm.v1.engine.core  # noqa: F401

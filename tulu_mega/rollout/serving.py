@@ -104,6 +104,8 @@ def environment(
         "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_cache_gib),
         "TOKENIZERS_PARALLELISM": "false",
         # else it lies in TMPDIR, which each server has for itself, and each would compile the sampler anew, for some 20 s
+        # compiled into TMPDIR again by each server before its one small kernel is looked for, for 11 s
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")),
     }
     if cores is not None:
