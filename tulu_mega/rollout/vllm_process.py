@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
 from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.errors import UserError
-from tulu_mega.imports import uncollected
+from tulu_mega.imports import leave, uncollected
 from tulu_mega.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def check_ids(ids: list[int], longest: int | None, vocabulary: int) -> None:
         raise ValueError(f"the prompt has {len(ids)} tokens, and prompt and response together may have {longest}; shorten it")
 
 
-def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress: bool) -> None:
+def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress: bool) -> NoReturn:
     """The child: vLLM, answering until the other end is closed. Sends ``(problem or None, result)``."""
     os.setsid()  # Ctrl-C on the terminal is for the parent, which then closes the connection
     terminal = os.fdopen(os.dup(2), "w")
@@ -256,6 +256,7 @@ def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress
         traceback.print_exc()
         reason = next(iter(str(error).strip().splitlines()), "")
         connection.send((f"{type(error).__name__}: {reason}", None))
+    leave(0)
 
 
 def _one_share_of_the_cores_each(tensor: int) -> None:
