@@ -17,8 +17,11 @@ from tulu_mega.quickstart import tiny_model
 
 POOL = """
 import json, sys
-from vllm import LLM, PoolingParams
-from vllm.inputs import TokensPrompt
+from tulu_mega.imports import leave, uncollected
+
+with uncollected():
+    from vllm import LLM, PoolingParams
+    from vllm.inputs import TokensPrompt
 
 source, *models = sys.argv[1:]
 prompts = [TokensPrompt(prompt_token_ids=ids) for ids in json.load(open(source))]
@@ -27,6 +30,7 @@ for model in models:
     answers = llm.encode(prompts, pooling_params=PoolingParams(use_activation=False), pooling_task="classify", use_tqdm=False)
     json.dump([answer.outputs.data.tolist() for answer in answers], open(model + ".scores.json", "w"))
     del llm
+leave(0)
 """
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 SERVED = ["Llama tied", "OLMo 2"]

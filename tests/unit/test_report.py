@@ -154,10 +154,21 @@ def test_what_never_changes_is_told_instead_of_drawn(tmp_path):
     steps = [step(number, clip_high=0.0, ratio=1.0, refills=number % 2) for number in (1, 2, 3)]
     run = make(tmp_path / "grpo", steps)
     page = made(run)
-    assert "Never changed: clip high 0, ratio 1." in page.text
+    assert "Never changed: skipped steps 0, clip high 0, ratio 1." in page.text
     assert (run / "report/refills.png").is_file() and not (run / "report/ratio.png").exists()
     made(make(tmp_path / "once", [step(1, ratio=1.0)]))
     assert (tmp_path / "once/report/ratio.png").is_file(), "one value does not say whether it changes"
+
+
+def test_zeros_are_drawn_only_where_some_run_has_more(tmp_path):
+    unpadded = make(tmp_path / "a", [step(number, padding=0.0, schedule_efficiency=0.99) for number in (1, 2)])
+    padded = make(tmp_path / "b", [step(1, padding=0.0), step(2)])
+    page = made(unpadded)
+    assert "Never changed: padding 0, skipped steps 0." in page.text and not (unpadded / "report/padding.png").exists()
+    (schedule,) = [picture["alt"] for picture in page.pictures if picture["alt"].startswith("Schedule efficiency (%")]
+    assert "99 at step 1" in schedule
+    page = made(unpadded, padded, output=str(tmp_path / "out"))
+    assert "Never changed: skipped steps 0." in page.text and (tmp_path / "out/report/padding.png").is_file()
 
 
 def test_every_part_of_a_chart_has_a_colour():

@@ -38,6 +38,8 @@ class Chart:
     scale: float = 1.0
     """factor from the metric to the unit"""
     log: bool = False
+    silent_at_zero: bool = False
+    """nothing to see while it is 0: told in words then"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ CHARTS = (
         scale=100,
     ),
     Chart("response_length", "Response length", "tokens", (("response_length", "mean"),)),
-    Chart("truncated", "Cut off", "% of the responses", (("truncated", "cut off"),), scale=100),
+    Chart("truncated", "Cut off", "% of the responses", (("truncated", "cut off"),), scale=100, silent_at_zero=True),
     Chart("entropy", "Entropy of the policy", "nats a token", (("entropy", "entropy"),)),
     Chart("kl", "Distance from the reference", "nats: of pairs a response, of policies a token", (("kl", "KL estimate"),)),
     Chart("sampler_difference", "Sampler against trainer", "|log-probability difference|", (("sampler_difference", "mean"),)),
@@ -76,7 +78,8 @@ CHARTS = (
     Chart("throughput", "Throughput", "1,000 tokens/s, all processes", (("tokens_per_second", "tokens"),), scale=1e-3),
     Chart("generation", "Generation", "1,000 tokens/s, all servers", (("generated_tokens_per_second", "tokens"),), scale=1e-3),
     Chart("mfu", "Share of the peak (MFU)", "%", (("mfu", "MFU"),), scale=100),
-    Chart("padding", "Padding", "% of the packed positions", (("padding", "padding"),), scale=100),
+    Chart("padding", "Padding", "% of the packed positions", (("padding", "padding"),), scale=100, silent_at_zero=True),
+    Chart("schedule", "Schedule efficiency", "% of the ranks' time, simulated", (("schedule_efficiency", "work"),), scale=100),
     Chart(
         "time",
         "Where the time went",
@@ -95,9 +98,9 @@ CHARTS = (
         scale=1000,
     ),
     Chart("memory", "Memory", "GiB, peak so far of process 0", (("memory_gib", "memory"),)),
-    Chart("skipped", "Skipped steps", "steps so far", (("skipped_steps", "skipped"),)),
+    Chart("skipped", "Skipped steps", "steps so far", (("skipped_steps", "skipped"),), silent_at_zero=True),
 )
-"""In the order of the page. A chart no run has values for is left out; so are skipped steps when there were none."""
+"""In the order of the page. A chart no run has values for is left out."""
 _UNDRAWN = {
     "step", "tokens", "supervised_tokens", "supervised_tokens_per_second", "tflops", "sequences", "generated_tokens", "responses",
     "slowest_rank",
@@ -116,8 +119,10 @@ def draw(runs: Sequence[Run]) -> list[Drawing]:
 
 
 def constants(runs: Sequence[Run]) -> list[str]:
-    """Metrics that no chart of ours shows and that never changed, with their value, in words: they are not drawn."""
-    return [f"{_title(name).lower()} {values[0]:.4g}" for name, values in _further(runs).items() if _never_changes(values)]
+    """What is not drawn since it never changed, in words with its value: charts of zeros, metrics that no chart of ours shows."""
+    silent = [chart.title.lower() + " 0" for chart in CHARTS if chart.silent_at_zero and _zero(chart, runs)]
+    further = _further(runs).items()
+    return silent + [f"{_title(name).lower()} {values[0]:.4g}" for name, values in further if _never_changes(values)]
 
 
 def _others(runs: Sequence[Run]) -> list[Chart]:
@@ -133,6 +138,11 @@ def _further(runs: Sequence[Run]) -> dict[str, list[float]]:
     return {name: [value for run in runs for value in run.column(name)[1]] for name in sorted(names)}
 
 
+def _zero(chart: Chart, runs: Sequence[Run]) -> bool:
+    values = [value for run in runs for name, _ in chart.columns for value in run.column(name)[1]]
+    return bool(values) and not any(values)
+
+
 def _never_changes(values: Sequence[float]) -> bool:
     """A single value shows neither."""
     return len(values) > 1 and len(set(values)) == 1
@@ -145,7 +155,7 @@ def _title(metric: str) -> str:
 def _draw(chart: Chart, runs: Sequence[Run]) -> Drawing | None:
     first = chart.columns[0][0]
     seen = [(number, run) for number, run in enumerate(runs) if run.column(first)[0]]
-    if not seen or (chart.name == "skipped" and not any(any(run.column(first)[1]) for _, run in seen)):
+    if not seen or (chart.silent_at_zero and _zero(chart, runs)):
         return None
     from matplotlib.figure import Figure
 
