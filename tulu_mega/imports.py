@@ -41,11 +41,15 @@ def leave(status: int) -> NoReturn:
         sys.exit(status)
     threading._shutdown()  # as `multiprocessing` ends the processes that it starts
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):  # nobody reads it any more, no room, closed
-            status = status or _UNWRITTEN
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads it any more
+        status = status or 141
+    except OSError as error:
+        print(f"error: standard output could not be written: {error.strerror}", file=sys.stderr)
+        status = status or _UNWRITTEN
+    with contextlib.suppress(OSError, ValueError):  # it may be closed
+        sys.stderr.flush()
     os._exit(status)
 
 

@@ -73,6 +73,8 @@ sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initi
 print("left")
 leave(STATUS)
 """
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""The environment of a process in which `print` does not fail before its end."""
 
 
 @pytest.mark.parametrize(("used", "end"), [(False, []), (True, ["taken apart"])])
@@ -84,9 +86,18 @@ def test_a_process_leaves_with_all_but_its_modules(used, end):
 
 
 @pytest.mark.parametrize(("status", "told"), [(0, 120), (3, 3)])
-def test_output_that_cannot_be_written_is_told_by_the_status(status, told):
+def test_output_that_cannot_be_written_is_told(status, told):
     code = LEAVES.replace("USED", "False").replace("STATUS", str(status))
     with open("/dev/full", "w") as full:
-        environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # else `print` fails
-        done = subprocess.run([sys.executable, "-c", code], env=environ, stdout=full, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code], env=BUFFERED, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == told
+    assert done.stderr.decode() == "error: standard output could not be written: No space left on device\n"
+
+
+def test_output_that_nobody_reads_is_told_by_the_status():
+    code = LEAVES.replace("USED", "False").replace("STATUS", "0")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], env=BUFFERED, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
