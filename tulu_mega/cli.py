@@ -3,8 +3,9 @@
 Nothing heavy is imported before it is needed, so that ``--help`` answers at once: commands name their settings and their
 code as ``module:attribute`` strings.
 
-Exit status: 0 done · 2 the user can mend it (each problem on standard error as ``error: ...``) · 130 interrupted ·
-143 asked to end (SIGTERM, SIGUSR1; a run that trains has saved then) · otherwise the status of the rank that failed.
+Exit status: 0 done · 2 the user can mend it (each problem on standard error as ``error: ...``) · 120 output could not be
+written · 130 interrupted · 141 nobody reads the output · 143 asked to end (SIGTERM, SIGUSR1; a run that trains has saved
+then) · otherwise the status of the rank that failed.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ def uncollected() -> Iterator[None]:
 def leave(status: int) -> NoReturn:
     """Ends the process as `sys.exit` does from the main thread, except that the interpreter is not taken apart first.
 
-    That takes 2 s of CPU where a rank's modules are imported, 3.6 in vLLM's server. Threads are waited for, what is registered
-    with `atexit` is done, output is written. A process that has used CUDA ends as always: profilers write what they hold when
-    libraries are unloaded.
+    That takes 2 s of CPU where a rank's modules are imported. Threads are waited for, what is registered with `atexit` is done,
+    output is written; where it cannot be the status becomes Python's own for that, 120, and 141 where nobody reads it. A process
+    that has used CUDA ends as always: profilers write what they hold when libraries are unloaded.
     """
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         sys.exit(status)
@@ -47,11 +47,7 @@ def leave(status: int) -> NoReturn:
         status = status or 141
     except OSError as error:
         print(f"error: standard output could not be written: {error.strerror}", file=sys.stderr)
-        status = status or _UNWRITTEN
+        status = status or 120
     with contextlib.suppress(OSError, ValueError):  # it may be closed
         sys.stderr.flush()
     os._exit(status)
-
-
-_UNWRITTEN = 120
-"""Python's own status where output could not be written."""

@@ -160,15 +160,16 @@ def test_what_never_changes_is_told_instead_of_drawn(tmp_path):
     assert (tmp_path / "once/report/ratio.png").is_file(), "one value does not say whether it changes"
 
 
-def test_zeros_are_drawn_only_where_some_run_has_more(tmp_path):
-    unpadded = make(tmp_path / "a", [step(number, padding=0.0, schedule_efficiency=0.99) for number in (1, 2)])
-    padded = make(tmp_path / "b", [step(1, padding=0.0), step(2)])
+def test_what_is_as_usual_is_drawn_only_where_some_run_differs(tmp_path):
+    unpadded = make(tmp_path / "a", [step(number, padding=0.0, schedule_efficiency=1.0) for number in (1, 2)])
+    padded = make(tmp_path / "b", [step(1, padding=0.0, schedule_efficiency=0.99), step(2)])
     page = made(unpadded)
-    assert "Never changed: padding 0, skipped steps 0." in page.text and not (unpadded / "report/padding.png").exists()
-    (schedule,) = [picture["alt"] for picture in page.pictures if picture["alt"].startswith("Schedule efficiency (%")]
-    assert "99 at step 1" in schedule
+    assert "Never changed: padding 0, schedule efficiency 1, skipped steps 0." in page.text
+    assert not {"padding.png", "schedule.png"} & {file.name for file in (unpadded / "report").iterdir()}
     page = made(unpadded, padded, output=str(tmp_path / "out"))
     assert "Never changed: skipped steps 0." in page.text and (tmp_path / "out/report/padding.png").is_file()
+    (schedule,) = [picture["alt"] for picture in page.pictures if picture["alt"].startswith("Schedule efficiency (%")]
+    assert "100 at step 1" in schedule and "99 at step 1" in schedule
 
 
 def test_every_part_of_a_chart_has_a_colour():

@@ -38,8 +38,8 @@ class Chart:
     scale: float = 1.0
     """factor from the metric to the unit"""
     log: bool = False
-    silent_at_zero: bool = False
-    """nothing to see while it is 0: told in words then"""
+    usual: float | None = None
+    """what the metric is while there is nothing to see: told in words then"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ CHARTS = (
         scale=100,
     ),
     Chart("response_length", "Response length", "tokens", (("response_length", "mean"),)),
-    Chart("truncated", "Cut off", "% of the responses", (("truncated", "cut off"),), scale=100, silent_at_zero=True),
+    Chart("truncated", "Cut off", "% of the responses", (("truncated", "cut off"),), scale=100, usual=0),
     Chart("entropy", "Entropy of the policy", "nats a token", (("entropy", "entropy"),)),
     Chart("kl", "Distance from the reference", "nats: of pairs a response, of policies a token", (("kl", "KL estimate"),)),
     Chart("sampler_difference", "Sampler against trainer", "|log-probability difference|", (("sampler_difference", "mean"),)),
@@ -78,8 +78,15 @@ CHARTS = (
     Chart("throughput", "Throughput", "1,000 tokens/s, all processes", (("tokens_per_second", "tokens"),), scale=1e-3),
     Chart("generation", "Generation", "1,000 tokens/s, all servers", (("generated_tokens_per_second", "tokens"),), scale=1e-3),
     Chart("mfu", "Share of the peak (MFU)", "%", (("mfu", "MFU"),), scale=100),
-    Chart("padding", "Padding", "% of the packed positions", (("padding", "padding"),), scale=100, silent_at_zero=True),
-    Chart("schedule", "Schedule efficiency", "% of the ranks' time, simulated", (("schedule_efficiency", "work"),), scale=100),
+    Chart("padding", "Padding", "% of the packed positions", (("padding", "padding"),), scale=100, usual=0),
+    Chart(
+        "schedule",
+        "Schedule efficiency",
+        "% of the ranks' time, simulated",
+        (("schedule_efficiency", "work"),),
+        scale=100,
+        usual=1,
+    ),
     Chart(
         "time",
         "Where the time went",
@@ -98,7 +105,7 @@ CHARTS = (
         scale=1000,
     ),
     Chart("memory", "Memory", "GiB, peak so far of process 0", (("memory_gib", "memory"),)),
-    Chart("skipped", "Skipped steps", "steps so far", (("skipped_steps", "skipped"),), silent_at_zero=True),
+    Chart("skipped", "Skipped steps", "steps so far", (("skipped_steps", "skipped"),), usual=0),
 )
 """In the order of the page. A chart no run has values for is left out."""
 _UNDRAWN = {
@@ -119,10 +126,10 @@ def draw(runs: Sequence[Run]) -> list[Drawing]:
 
 
 def constants(runs: Sequence[Run]) -> list[str]:
-    """What is not drawn since it never changed, in words with its value: charts of zeros, metrics that no chart of ours shows."""
-    silent = [chart.title.lower() + " 0" for chart in CHARTS if chart.silent_at_zero and _zero(chart, runs)]
+    """What is not drawn since it never changed, in words with its value: usual values, metrics that no chart of ours shows."""
+    usual = [f"{chart.title.lower()} {chart.usual}" for chart in CHARTS if _as_usual(chart, runs)]
     further = _further(runs).items()
-    return silent + [f"{_title(name).lower()} {values[0]:.4g}" for name, values in further if _never_changes(values)]
+    return usual + [f"{_title(name).lower()} {values[0]:.4g}" for name, values in further if _never_changes(values)]
 
 
 def _others(runs: Sequence[Run]) -> list[Chart]:
@@ -138,9 +145,8 @@ def _further(runs: Sequence[Run]) -> dict[str, list[float]]:
     return {name: [value for run in runs for value in run.column(name)[1]] for name in sorted(names)}
 
 
-def _zero(chart: Chart, runs: Sequence[Run]) -> bool:
-    values = [value for run in runs for name, _ in chart.columns for value in run.column(name)[1]]
-    return bool(values) and not any(values)
+def _as_usual(chart: Chart, runs: Sequence[Run]) -> bool:
+    return {value for run in runs for name, _ in chart.columns for value in run.column(name)[1]} == {chart.usual}
 
 
 def _never_changes(values: Sequence[float]) -> bool:
@@ -155,7 +161,7 @@ def _title(metric: str) -> str:
 def _draw(chart: Chart, runs: Sequence[Run]) -> Drawing | None:
     first = chart.columns[0][0]
     seen = [(number, run) for number, run in enumerate(runs) if run.column(first)[0]]
-    if not seen or (chart.silent_at_zero and _zero(chart, runs)):
+    if not seen or _as_usual(chart, runs):
         return None
     from matplotlib.figure import Figure
 

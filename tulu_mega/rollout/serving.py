@@ -16,6 +16,13 @@ from tulu_mega.rollout.auth import INCARNATION, KEY
 MIN_BATCHED_TOKENS = 8192
 """Prompt tokens that a forward pass takes, as with vLLM's own `LLM`; a server's default of 2,048 splits batches of prompts."""
 LOOPBACK = "127.0.0.1"
+DEFAULTS = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # idle workers have nothing to finish
+    # They lie in TMPDIR: 11 s of each server's start, for one kernel that takes 4.5 s without them, once.
+    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+}
+"""Environment of every process that computes with vLLM."""
 FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 """What config.json says of a checkpoint in FP8 blocks, such as `bridge.fp8_blocks` makes."""
 
@@ -99,13 +106,10 @@ def environment(
         devices: its GPUs.
     """
     defaults = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # idle workers have nothing to finish
+        **DEFAULTS,
         "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_cache_gib),
         "TOKENIZERS_PARALLELISM": "false",
         # else it lies in TMPDIR, which each server has for itself, and each would compile the sampler anew, for some 20 s
-        # compiled into TMPDIR again by each server before its one small kernel is looked for, for 11 s
-        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")),
     }
     if cores is not None:

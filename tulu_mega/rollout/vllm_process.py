@@ -21,6 +21,7 @@ from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.errors import UserError
 from tulu_mega.imports import leave, uncollected
 from tulu_mega.rollout.sampling import Sampling
+from tulu_mega.rollout.serving import DEFAULTS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -229,11 +230,12 @@ def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # Defaults that suit a laptop; whoever set them knows better.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")  # idle workers have nothing to finish
-    os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")  # as the servers, which then find the same kernels
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is the engine's: no need for another
+    own = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # this process is the engine's: no need for another
+    }
+    for name, value in {**DEFAULTS, **own}.items():
+        os.environ.setdefault(name, value)
     try:
         with uncollected():
             from vllm import LLM
