@@ -14,13 +14,10 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from tulu_kernels.dispatch import Backend
-from tulu_kernels.linear_logprob import linear_logprob
+from tulu_kernels.linear_logprob import WORKSPACE, linear_logprob
 
 from tulu_mega.platforms.matmul import times_transposed
 from tulu_mega.records import IGNORE
-
-WORKSPACE = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Bytes of logits a chunk may take, by device."""
 
 
 def token_logprobs(
@@ -34,7 +31,7 @@ def token_logprobs(
     sequence_parallel: bool,
     temperature: float = 1.0,
     entropy: bool = False,
-    workspace: int | None = None,
+    workspace: int = WORKSPACE,
     kernels: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of every label, and on request the entropy of the distribution it is drawn from.
@@ -48,7 +45,7 @@ def token_logprobs(
         tensor_group: the ranks that share the vocabulary.
         temperature: logits are divided by it, in float32.
         entropy: whether to give entropies. The log-probabilities are the same bits either way.
-        workspace: bytes of logits made at a time; by device when unset.
+        workspace: bytes of logits made at a time.
         kernels: Triton kernels or torch, see `tulu_kernels.dispatch`.
 
     Returns:
@@ -69,7 +66,7 @@ def token_logprobs(
         temperature=temperature,
         entropy=entropy,
         all_gather=_all_gather(tensor_group) if tensor_group.size() > 1 else None,
-        workspace=WORKSPACE[hidden.device.type] if workspace is None else workspace,
+        workspace=workspace,
         backend=kernels,
         product=times_transposed if hidden.device.type == "cpu" else None,
         gradient_buffer=_gradient_buffer,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tulu_kernels.linear_logprob.function import TILE, even_chunks
 
 from tests.distributed import world
 from tests.kernels.compiled import compiled
@@ -93,6 +96,45 @@ def test_chunks_change_nothing(backend):
     for other in others:
         for x, y in zip(first, other, strict=True):
             assert abs(x - y).max() <= 4e-6 * (1 + abs(x).max())
+
+
+@given(rows=st.integers(0, 5000), most=st.integers(1, 1500))
+def test_chunks_are_few_and_even(rows, most):
+    chunks = list(even_chunks(rows, most))
+    assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(rows))
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert len(sizes) == -(-rows // most) and max(sizes, default=0) <= most
+    assert all(size == sizes[0] and (size == most or size % TILE == 0) for size in sizes[:-1])
+    assert not sizes or 0 < sizes[-1] <= sizes[0]
+
+
+def spaces(entropy):
+    """Of a pass over four chunks: whether each product of logits had memory to use, and by how many rows that was too short."""
+    from tulu_kernels.linear_logprob import linear_logprob, reference
+
+    torch.manual_seed(4)
+    hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(20, 8)
+    had, short = [], 0
+
+    def product(rows_NK, weight_MK, space):
+        nonlocal short
+        if len(weight_MK) == 20:
+            had.append(space is not None)
+            short = max(short, len(rows_NK) - len(space) if had[-1] else 0)
+        return reference.product(rows_NK, weight_MK, space)
+
+    value, entropies = linear_logprob(
+        hidden, weight, torch.arange(10), columns=20, workspace=4 * 20 * 3, entropy=entropy, product=product
+    )
+    (value.sum() + entropies.sum() if entropy else value.sum()).backward()
+    return had, short
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_chunks_share_memory(entropy):
+    """New memory is slow to touch: it is asked for once forward and once backward, the last chunk being kept in between."""
+    forward, backward = [False, True, True, True], [False, True, True]
+    assert world.run(1, spaces, entropy)[0] == (forward + backward, 0)
 
 
 def statistics(negative: bool):

@@ -25,16 +25,18 @@ _FASTER = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_ca
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _FASTER else None
 
 
-def times_transposed(rows_NK: Tensor, weight_MK: Tensor) -> Tensor:
+def times_transposed(rows_NK: Tensor, weight_MK: Tensor, space: Tensor | None = None) -> Tensor:
     """``rows @ weight.t()``, outside autograd.
 
     Args:
         rows_NK: [..., K].
         weight_MK: [M, K], contiguous or the transpose of such a one.
+        space: [N or more, M] whose first N rows MKL fills, for rows [N, K]. New memory costs a fault for every 4 KiB; oneDNN has
+            no way around it.
 
     Returns:
         [..., M], contiguous.
     """
     if _ONEDNN is None or rows_NK.dtype != torch.float32 or rows_NK.device.type != "cpu" or not rows_NK.numel():
-        return rows_NK.matmul(weight_MK.t())
+        return torch.matmul(rows_NK, weight_MK.t(), out=None if space is None else space[: len(rows_NK)])
     return _ONEDNN(rows_NK, weight_MK, None, "none", [], "")

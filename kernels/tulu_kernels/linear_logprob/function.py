@@ -16,6 +16,8 @@ from tulu_kernels.weight_gradient import add_product
 
 WORKSPACE = 512 * 2**20
 """Bytes of logits that may exist at a time."""
+TILE = 128
+"""Rows that matrix products work on at a time."""
 
 
 def linear_logprob(
@@ -29,7 +31,7 @@ def linear_logprob(
     all_gather: Callable[[Tensor], Tensor] | None = None,
     workspace: int = WORKSPACE,
     backend: Backend = "auto",
-    product: Callable[[Tensor, Tensor], Tensor] | None = None,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
     gradient_buffer: Callable[[Tensor], Tensor | None] = lambda weight: None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of every row's label, and on request the entropy of the distribution it is drawn from.
@@ -50,7 +52,8 @@ def linear_logprob(
         all_gather: [N, 4] of this rank to [R, N, 4] of all ranks of the vocabulary; None where one rank has all of it.
         workspace: bytes of logits made at a time.
         backend: of the row work, see `dispatch.chosen`.
-        product: ``x, w -> x @ w.t()`` for contiguous or transposed w, in place of torch's where torch does the row work.
+        product: ``x, w, space -> x @ w.t()`` for contiguous or transposed w, in place of torch's where torch does the row work;
+            the first rows of `space`, where there is one, may hold the result.
         gradient_buffer: asked in the backward pass for a float32 [V_l, H] buffer to which the weight's gradient is added (and
             which it may mark as added to); None has the gradient returned to autograd.
 
@@ -77,16 +80,24 @@ class _How:
     all_gather: Callable[[Tensor], Tensor] | None
     workspace: int
     rows: ModuleType
-    product: Callable[[Tensor, Tensor], Tensor]
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     gradient_buffer: Callable[[Tensor], Tensor | None]
 
     def chunks(self, rows: int) -> Iterator[slice]:
-        """Slices of the rows; none where the shard is all padding."""
-        if not self.columns:
-            return
-        size = max(1, self.workspace // (self.rows.BYTES * self.columns))
-        for start in range(0, rows, size):
-            yield slice(start, min(start + size, rows))
+        """None where the shard is all padding."""
+        if self.columns:
+            yield from even_chunks(rows, max(1, self.workspace // (self.rows.BYTES * self.columns)))
+
+
+def even_chunks(rows: int, most: int) -> Iterator[slice]:
+    """As few slices of the rows as `most` allows, about equal, since matrix products dislike small ones; the last is the
+    smallest, others are whole tiles or have `most` rows."""
+    if not rows:
+        return
+    size = -(-rows // -(-rows // most))
+    size = min(-(-size // TILE) * TILE, most)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
 
 
 class _LinearLogProb(torch.autograd.Function):
@@ -95,12 +106,11 @@ class _LinearLogProb(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # so that backward can tell what is asked of it
         weight_VrH = weight_VlH[: how.columns]
         stats_N4 = empty_shard(len(hidden_NH), hidden_NH.device)
-        kept = None
+        logits = kept = None
         for here in how.chunks(len(hidden_NH)):
             kept = None  # the chunk before
-            logits = how.product(hidden_NH[here], weight_VrH)
+            logits = how.product(hidden_NH[here], weight_VrH, logits)
             stats_N4[here], kept = how.rows.statistics(logits, labels_N[here], how.temperature, how.entropy)
-            del logits
         row = combine(stats_N4[None] if how.all_gather is None else how.all_gather(stats_N4))
         ctx.save_for_backward(hidden_NH, weight_VlH, labels_N, mass(stats_N4, row), *vars(row).values())
         ctx.how, ctx.kept = how, kept
@@ -121,17 +131,19 @@ class _LinearLogProb(torch.autograd.Function):
             grad_VlH = into
         else:  # several chunks add up in float32, whatever the weights are
             grad_VlH = torch.zeros_like(weight_VlH, dtype=weight_VlH.dtype if len(chunks) < 2 else torch.float32)
+        space = None
         # the kept one first: its memory is free for the others then
         for here in reversed(chunks):
             h = hidden_NH[here]
             if kept is None:
-                kept = how.rows.again(how.product(h, weight_VrH), how.temperature)
+                kept = how.rows.again(how.product(h, weight_VrH, space), how.temperature)
+                space = kept if kept.dtype == h.dtype else None
             # a sum's gradient is one number seen N times, a kernel reads N of them
             upstream = [None if u is None else u[here].contiguous() for u in (upstream_N, upstream_entropy_N)]
             row = Row(*(value_N[here] for value_N in of_rows))
             d_logits = how.rows.gradient(kept, labels_N[here], mass_N[here], *upstream, row, how.temperature).to(h.dtype)
             kept = None
-            grad_hidden_NH[here] = how.product(d_logits, weight_VrH.t())
+            grad_hidden_NH[here] = how.product(d_logits, weight_VrH.t(), None)
             if ctx.needs_input_grad[1]:
                 add_product(grad_VlH[: how.columns], d_logits, h)
             del d_logits

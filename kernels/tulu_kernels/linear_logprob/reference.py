@@ -14,9 +14,9 @@ BYTES = 4
 """of a logit in the workspace"""
 
 
-def product(hidden_NH: Tensor, weight_VrH: Tensor) -> Tensor:
-    """Logits [N, V_r] in the weights' precision."""
-    return hidden_NH @ weight_VrH.t()
+def product(hidden_NH: Tensor, weight_VrH: Tensor, space: Tensor | None) -> Tensor:
+    """Logits [N, V_r] in the weights' precision, in the first rows of `space` where there is one."""
+    return torch.mm(hidden_NH, weight_VrH.t(), out=None if space is None else space[: len(hidden_NH)])
 
 
 def statistics(logits_NV: Tensor, labels_N: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:

@@ -19,12 +19,13 @@ _LANES, _WARPS = 512, 8
 _ALIGN = 8
 
 
-def product(hidden_NH: Tensor, weight_VrH: Tensor) -> Tensor:
-    """Logits [N, V_r] whose rows are a multiple of 8 apart."""
-    columns = weight_VrH.shape[0]
-    stride = -(-columns // _ALIGN) * _ALIGN
-    logits_NV = hidden_NH.new_empty(hidden_NH.shape[0], stride)[:, :columns]
-    return torch.mm(hidden_NH, weight_VrH.t(), out=logits_NV)
+def product(hidden_NH: Tensor, weight_VrH: Tensor, space: Tensor | None) -> Tensor:
+    """Logits [N, V_r] whose rows are a multiple of 8 apart, in the first rows of `space` where there is one."""
+    rows, columns = len(hidden_NH), len(weight_VrH)
+    if space is None:
+        stride = -(-columns // _ALIGN) * _ALIGN
+        space = hidden_NH.new_empty(rows, stride)[:, :columns]
+    return torch.mm(hidden_NH, weight_VrH.t(), out=space[:rows])
 
 
 def statistics(logits_NV: Tensor, labels_N: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
