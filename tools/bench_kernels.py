@@ -49,6 +49,7 @@ from tulu_kernels.buckets import BoxCopies, plan_bucket
 from tulu_kernels.fp8_blocks import BLOCK, Box, PackPlan, pack, plan_pack, quantize
 from tulu_kernels.fp8_blocks.reference import LARGEST, dequantize
 from tulu_kernels.linear_logprob import WORKSPACE, linear_logprob
+from tulu_kernels.linear_logprob.function import even_chunks
 from tulu_kernels.linear_logprob.rows import BYTES
 from tulu_kernels.policy_loss import PolicyLoss, Tokens, policy_loss
 
@@ -145,9 +146,8 @@ def logprob(bench: Bench, rows: int, hidden_size: int, vocabulary: int, workspac
         buffer.add_(weight.grad)
         hidden.grad = weight.grad = None
 
-    size = max(1, workspace // (BYTES * vocabulary))
-    chunks = [slice(at, min(at + size, rows)) for at in range(0, rows, size)]
-    logits = torch.empty(min(size, rows), vocabulary, dtype=dtype, device=bench.device)
+    chunks = list(even_chunks(rows, max(1, workspace // (BYTES * vocabulary))))
+    logits = torch.empty(chunks[0].stop, vocabulary, dtype=dtype, device=bench.device)
 
     def products() -> None:
         with torch.no_grad():
