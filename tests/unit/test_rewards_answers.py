@@ -24,6 +24,15 @@ NUMBERS = [
     ("The change is -7", "7", 1, 0),
     ("The change is -7.5", "-7.5", 1, 1),
     ("−7", "-7", 0, 1),
+    ("The change is $-7$.", "-7", 0, 1),  # a dollar that opens a formula
+    ("Hence $$-7.5$$", "-7.5", 1, 1),
+    ("$12$-5", "5", 1, 1),  # and one that closes it
+    ("She loses -$7", "-7", 0, 1),
+    (r"She loses -\$1,007.50", "-1007.5", 0, 1),
+    ("5-$7", "7", 1, 1),
+    ("\u7b54\u6848\u662f-7\u3002", "-7", 0, 1),  # Chinese has no space before it
+    ("\u7b54\u6848\u662f$-7$", "-7", 0, 1),
+    ("\u03c0-7", "7", 1, 1),  # Greek letters are variables
     ("12-5=7", "7", 1, 1),
     ("x = 12-5", "5", 1, 1),
     ("(3)-5", "5", 1, 1),
@@ -158,6 +167,7 @@ MATHEMATICS = [
     (r"\boxed{1,200}", "1200", True),
     (r"\boxed{90^\circ}", "90", True),
     (r"\boxed{2.50}", r"\$2.50", True),
+    (r"\boxed{2.5}", r"\$2.50", True),
     (r"\boxed{18\text{ cm}^2}", "18", True),
     (r"\boxed{3\sqrt2}", r"\sqrt{18}", True),
     (r"\boxed{\text{Evelyn}}", "Evelyn", True),

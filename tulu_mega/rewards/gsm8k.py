@@ -11,8 +11,12 @@ from tulu_mega.rewards.verdict import Messages, Verdict
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 _PUBLISHED_THOUSANDS = re.compile(r"(\d),(\d)")  # takes both digits: of "1,2,3" only the first comma goes
 _PUBLISHED = re.compile(r"[-+]?\d*\.\d+|\d+")  # a decimal keeps its sign, an integer does not
-# A minus that follows a value or a bracket is a subtraction, not a sign; "1.5.2" has no number at its inner point.
-_SIGNED = re.compile(r"(?:(?<![\w.)\]}$%])[-+])?(?<![\d.])(?:\d+(?:\.\d+)?|\.\d+)")
+# A minus that follows a value or a bracket is a subtraction, not a sign; so it is behind a dollar that closes such a formula, but
+# not behind one that opens one. Chinese, Japanese and Korean are written without spaces: a word of theirs is no value.
+_VALUE = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]|[.)\]}%]"
+_SIGN = rf"(?<!{_VALUE})(?<!(?:{_VALUE})\$)(?<!(?:{_VALUE})\$\$)[-+](?:\\?\$)?"
+# "1.5.2" has no number at its inner point.
+_SIGNED = re.compile(rf"(?:{_SIGN})?(?<![\d.])(?:\d+(?:\.\d+)?|\.\d+)")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
 
 
@@ -59,7 +63,7 @@ class LastNumber:
     """The last number of the reply, sign included, equal in value to the ground truth: "-7.0" meets -7.
 
     Follows nothing published: it is ``gsm8k`` without its quirks, for data with negative or decimal answers. A typographic
-    minus counts as one.
+    minus counts as one, and dollars may stand before the sign or behind it: "$-7$", "-$7".
     """
 
     def check(self, ground_truth: Any) -> None:
@@ -67,7 +71,7 @@ class LastNumber:
 
     def __call__(self, response: str, ground_truth: Any, *, messages: Messages | None = None) -> Verdict:
         text = _THOUSANDS.sub("", response.replace("\N{MINUS SIGN}", "-"))
-        expected, numbers = _number(ground_truth), _SIGNED.findall(text)
+        expected, numbers = _number(ground_truth), [re.sub(r"[\\$]", "", found) for found in _SIGNED.findall(text)]
         if not numbers:
             return Verdict.of(False, f"no number, expected {expected}")
         return Verdict.of(Decimal(numbers[-1]) == Decimal(expected), f"last number {numbers[-1]}, expected {expected}")

@@ -148,7 +148,8 @@ def _symbolically_equal(expected: str, answer: str) -> bool:
     if max(len(expected), len(answer)) > _LONGEST_EXPRESSION:
         return False
     config = [LatexExtractionConfig()]
-    sides = [parse(f"${side.replace('$', '')}$", config, parsing_timeout=None) for side in (expected, answer)]
+    plain = [re.sub(r"\\?\$", "", side) for side in (expected, answer)]
+    sides = [parse(f"${side}$", config, parsing_timeout=None) for side in plain]
     return verify(*sides, timeout_seconds=None)
 
 
