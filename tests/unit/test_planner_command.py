@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tulu_mega import cli
+from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.errors import UserError
 from tulu_mega.plan.outlook import outlook
 from tulu_mega.plan.run import ask
 from tulu_mega.plan.search import search
 from tulu_mega.plan.settings import PlanSettings
-from tulu_mega.plan.source import read_stage
+from tulu_mega.plan.source import read_architecture, read_stage
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples/tulu3/8b"
@@ -95,6 +100,45 @@ def test_the_picture_is_drawn(tmp_path):
 def test_mistakes_are_told(values, message):
     with pytest.raises(UserError, match=message):
         outlook(ask(asked("sft", **values)), sampled=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"config\.json: no such file"),
+        ("{", r"config\.json: cannot be read as JSON"),
+        ("[]", r"holds list, expected a JSON object"),
+        ('{"architectures": ["GPT2LMHeadModel"]}', r"'GPT2LMHeadModel'\] is not supported"),
+        ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64}', r"vocab_size = None, expected a whole number"),
+    ],
+)
+def test_an_architecture_that_cannot_be_read(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        ask(asked("sft", model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("reward", [False, True])
+@pytest.mark.parametrize("name", ["llama3.1_8b", "olmo2_7b"])
+def test_the_defaults_of_transformers_change_no_plan(name, reward):
+    """config.json is read as it stands; what transformers would fill in is not what plans are made of."""
+    from transformers import AutoConfig
+
+    directory, question = str(ROOT / "examples/architectures" / name), ask(asked("sft"))
+    model = question.settings.model.model_copy(update={"path": directory})
+    filled = AutoConfig.from_pretrained(directory).to_dict()
+    filled |= reward_fields(family_for(filled), filled) if reward else {}
+    found, wanted = (outlook(replace(question, config=each), 1) for each in (read_architecture(model, reward), filled))
+    assert (found.step, found.memory, found.host) == (wanted.step, wanted.memory, wanted.host)
+
+
+def test_a_plan_imports_neither_torch_nor_transformers():
+    """They take seconds; a plan takes one."""
+    words = ["plan", str(RECIPES / "sft.toml"), "--gpus", "8", "--model", MODEL]
+    code = f"import sys; from tulu_mega import cli; cli.main({words}); print(sorted(sys.modules.keys() & set(sys.argv)))"
+    done = subprocess.run([sys.executable, "-c", code, "torch", "transformers"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_file_for_no_certain_command_is_asked_about(tmp_path):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tulu_kernels.linear_logprob import WORKSPACE
 
 from tulu_mega.config import ParallelSettings
-from tulu_mega.logprobs import WORKSPACE
 from tulu_mega.planner import memory, rollouts
 from tulu_mega.planner.calibration import CALIBRATION, HELD_OUT, RATES
 from tulu_mega.planner.hardware import GPUS
@@ -135,7 +135,7 @@ def test_host_memory_of_a_save():
 
 
 def test_constants_are_those_of_what_is_planned_for():
-    assert WORKSPACE["cuda"] == memory.LOGITS
+    assert WORKSPACE == memory.LOGITS
     assert memory.SLOTS == SLOTS
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from tulu_mega.bridge.companions import put_in_place, write_companions
+from tulu_mega.bridge.config_json import read_config
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.hub import is_megatron, model_directory
 from tulu_mega.convert import manifest
@@ -166,7 +167,8 @@ def plan_job(settings: ConvertSettings) -> Job:
     """
     source_directory = _source_directory(settings.source)
     companions = Path(settings.config) if settings.config else source_directory
-    config = _read_config(companions, settings)
+    hint = "give another --config" if settings.config else "give --config DIR, the Hugging Face model it was trained from"
+    config = read_config(companions, hint)
     family = family_for(config)
     kind = MegatronSource if is_megatron(source_directory) else HfSource
     source: Source = kind(source_directory, family, config)
@@ -193,20 +195,6 @@ def _source_directory(source: str) -> Path:
             raise UserError(f"source = {source!r}: no such directory; give a model's or checkpoint's, or a hub name")
         return path
     return model_directory(source)
-
-
-def _read_config(directory: Path, settings: ConvertSettings) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        hint = "give --config DIR, the Hugging Face model it was trained from" if not settings.config else "give another --config"
-        raise UserError(f"{path}: no such file; {hint}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds {type(config).__name__}, expected a JSON object")
-    return config
 
 
 @contextlib.contextmanager

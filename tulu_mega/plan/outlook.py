@@ -237,7 +237,8 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
     made = [train_step(each, RATES) for one in jobs for each in one]
     updates = parts * (policy.train.passes if policy else 1)
     passes = (updates > 1) + policy.policy.reads_reference if policy else 0
-    forward = sum(score_seconds(each, RATES) for one in jobs for each in one) / len(jobs)
+    scores_once = isinstance(settings, DpoSettings) and settings.preference.reads_reference and question.steps
+    forward = sum(score_seconds(each, RATES) for one in jobs for each in one) / len(jobs) if passes or scores_once else 0.0
     beside = (policy.policy.reads_reference + (policy.rewards.model is not None)) if policy else 0
     servers = question.servers
     memory = memory_by_rank(job, beside, servers.bucket if servers else 0)
@@ -246,9 +247,6 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         for lengths, responses in drawn:
             prompts = [length - response for length, response in zip(lengths, responses, strict=True)]
             generation += generation_seconds(question.config, servers, prompts, responses, RATES) / len(drawn)
-    once = 0.0
-    if isinstance(settings, DpoSettings) and settings.preference.reads_reference and question.steps:
-        once = forward * question.steps / settings.train.epochs
     positions = sum(pack.tokens for one in jobs for each in one for packs in each.packs for pack in packs)
     result = Outlook(
         question=question,
@@ -260,7 +258,7 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         sync=sync_seconds(job, servers, RATES) if servers else 0.0,
         servers=server_memory(question.config, servers) if servers else None,
         host=checkpoint_host_bytes(job, settings.checkpoint.format, settings.checkpoint.asynchronous),
-        once=once,
+        once=forward * question.steps / settings.train.epochs if scores_once else 0.0,
         padding=1 - sum(step.tokens for step in made) / positions,
     )
     result.problems.extend(_unfit(result))

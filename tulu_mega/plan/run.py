@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 
 from tulu_mega.config import RmSettings
-from tulu_mega.dryrun.run import dry_run
-from tulu_mega.dryrun.show import tell
 from tulu_mega.errors import UserError
 from tulu_mega.plan.outlook import Outlook, Question, outlook
 from tulu_mega.plan.picture import draw
@@ -25,6 +23,9 @@ def run(settings: PlanSettings) -> None:
     """
     question = ask(settings)
     if settings.dry_run:
+        from tulu_mega.dryrun.run import dry_run  # brings torch along
+        from tulu_mega.dryrun.show import tell
+
         tell(dry_run(question.settings, question.config, question.trainers), settings.format)
         return
     results = search(question) if settings.search else [outlook(question)]

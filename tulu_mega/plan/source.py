@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from tulu_mega.bridge.config_json import read_config
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.config import DpoSettings, GrpoSettings, ModelSettings, RmSettings, SftSettings, load
@@ -32,7 +33,7 @@ def read_stage(asked: PlanSettings) -> tuple[str, Stage]:
 
 
 def read_architecture(model: ModelSettings, reward: bool) -> dict[str, Any]:
-    """config.json of a model, transformers' defaults filled in. No weights are needed, nor looked at.
+    """config.json of a model. No weights are needed, nor looked at, and neither transformers nor torch is imported.
 
     Args:
         model: whose path may be a model directory, a directory with nothing but config.json, that file, or a hub name.
@@ -41,21 +42,28 @@ def read_architecture(model: ModelSettings, reward: bool) -> dict[str, Any]:
     Raises:
         UserError: there is none, or no family can read it.
     """
-    from tulu_mega.model.hf_config import load_config
-
     path = Path(model.path).expanduser()
     directory = path.parent if path.name == "config.json" else path
-    try:
-        content = load_config(model.model_copy(update={"path": str(directory)})).to_dict()
-    except UserError as error:
-        if directory.exists():
-            raise
-        raise UserError(
-            f"model.path = {model.path}: no such directory, and as a hub name it cannot be reached ({error.problems[0]}); "
-            "a directory with its config.json is enough: --model DIR (examples/architectures has those of Llama 3.1 and OLMo 2)"
-        ) from None
+    content = read_config(directory if directory.exists() else _fetched(model.path).parent)
     family = family_for(content)
+    family.hf_shapes(content)  # says what is missing, or what does not fit together
     return content | reward_fields(family, content) if reward else content
+
+
+def _fetched(name: str) -> Path:
+    """config.json alone of a model on the hub."""
+    alone = "a directory with its config.json is enough: --model DIR (examples/architectures has those of Llama 3.1 and OLMo 2)"
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise UserError(f"model.path = {name}: no such directory; {alone}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # the hub client's many kinds: no network, no such name, no access
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"model.path = {name}: no such directory, and its config.json is not to be had from the hub ({reason}); {alone}"
+        ) from None
 
 
 def _told(file: str) -> str:

@@ -10,7 +10,7 @@ T tokens on this rank (those of a pack / CP)   t tensor parallel size   h hidden
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from tulu_mega.planner.hardware import link
 from tulu_mega.planner.job import Job, Pack
@@ -56,10 +56,22 @@ class Cost:
         return self.products + self.attention + self.elementwise + self.tensor + self.context
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+        return Cost(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.elementwise + other.elementwise,
+            self.tensor + other.tensor,
+            self.context + other.context,
+        )
 
     def __mul__(self, factor: float) -> Cost:
-        return Cost(*(getattr(self, each.name) * factor for each in fields(self)))
+        return Cost(
+            self.products * factor,
+            self.attention * factor,
+            self.elementwise * factor,
+            self.tensor * factor,
+            self.context * factor,
+        )
 
 
 def layer_cost(job: Job, pack: Pack, rates: Rates) -> tuple[Cost, Cost]:

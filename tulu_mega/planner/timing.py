@@ -113,6 +113,7 @@ class _Passes:
         self._job, self._rates = job, rates
         self._stages = len(job.layers)
         self.costs = lru_cache(maxsize=None)(self._costs)
+        self.seconds = lru_cache(maxsize=None)(self._seconds)
 
     def _costs(self, pack: Pack) -> list[tuple[Cost, Cost, float]]:
         """Forward and backward of every virtual stage, and what a transfer adds to either."""
@@ -120,16 +121,17 @@ class _Passes:
         forward, backward = layer_cost(job, pack, self._rates)
         head_forward, head_backward = head_cost(job, pack, self._rates)
         sent = transfer(job, pack.tokens, self._rates) if job.parallel.pipeline > 1 else 0.0
+        by_layers = {layers: (forward * layers, backward * layers) for layers in set(job.layers)}
         made = []
         for stage, layers in enumerate(job.layers):
-            ahead, back = forward * layers, backward * layers
+            ahead, back = by_layers[layers]
             if stage == self._stages - 1:
                 ahead, back = ahead + head_forward, back + head_backward
             # an interleaved schedule sends while it computes something else; the plain one waits
             made.append((ahead, back, max(0.0, sent - ahead.total) if job.parallel.virtual_pipeline > 1 else sent))
         return made
 
-    def seconds(self, pack: Pack, backward: bool) -> list[float]:
+    def _seconds(self, pack: Pack, backward: bool) -> list[float]:
         """Of every virtual stage."""
         return [cost[backward].total + cost[2] for cost in self.costs(pack)]
 

@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tulu_mega import checkpoint, platforms, topology
+from tulu_mega.bridge.config_json import read_config
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import check_language_model, reward_fields
 from tulu_mega.bridge.hf_files import HfCheckpoint
@@ -68,7 +68,7 @@ class Session:
             UserError: with everything that does not fit.
         """
         self.engine.at("loading weights")
-        family = family_for(_config(self.source))
+        family = family_for(read_config(self.source))
         drawn = (HEAD,) if self.engine.reward and not family.reward else ()
         if is_megatron(self.source):
             checkpoint.load_weights(self.engine, self.source, leave=drawn)
@@ -99,7 +99,7 @@ class Session:
             megatron=self.settings.megatron,
         )
         made = _session(settings, self.topology, self.engine.platform, self.seed, reward, self.watch)
-        if reward and not family_for(_config(made.source)).reward:
+        if reward and not family_for(read_config(made.source)).reward:
             raise UserError(f"{path}: not a reward model but a language model; tulu-mega rm makes reward models")
         made.load_weights()
         return made
@@ -113,7 +113,7 @@ class Session:
         place = self.topology
         self.engine.at("export")
         self.engine.settle()
-        config = _config(self.source)
+        config = read_config(self.source)
         if self.engine.reward:
             config |= reward_fields(family_for(config), config)
         export_hf(
@@ -164,10 +164,6 @@ def _session(
     engine = Engine(hf, settings, place, platform, reward=family.reward if reward is None else reward)
     engine.at = watch.at
     return Session(settings, place, engine, source, seed, watch)
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
 def write_settings(settings: EngineSettings, file: Path) -> None:

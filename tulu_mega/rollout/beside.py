@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tulu_mega.bridge.config_json import read_config
 from tulu_mega.bridge.hub import is_megatron, model_directory
 from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.rollout.server import ServerPool
@@ -43,7 +43,7 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
     """
     check_vllm()
     directory = model_directory(model.path)
-    limit = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    limit = read_config(directory).get("max_position_embeddings")
     asked = rollout.max_model_len or longest
     return ServerOptions(
         model=str(directory),

@@ -1,0 +1,30 @@
+"""A model's config.json as it stands: what families read, without transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tulu_mega.errors import UserError
+
+
+def read_config(directory: Path, hint: str = "give the directory of a Hugging Face model") -> dict[str, Any]:
+    """config.json of a directory.
+
+    Args:
+        hint: what to do where there is none.
+
+    Raises:
+        UserError: there is none, or it is no JSON object.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds {type(config).__name__}, expected a JSON object")
+    return config
