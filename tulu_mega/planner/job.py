@@ -33,7 +33,7 @@ class Job:
     """One optimizer step. What the trainer of this project does is the default; the rest is for runs of others.
 
     Args:
-        config: Hugging Face's config.json, transformers' defaults filled in.
+        config: Hugging Face's config.json.
         parallel: the layout; `data` is read from `packs`.
         gpu: of the trainer's ranks.
         packs: micro-batches of each data-parallel replica.

@@ -64,7 +64,7 @@ def model_parameters(config: Mapping[str, Any]) -> int:
     """Parameters of the whole model as transformers counts them: no padding, a tied head once.
 
     Args:
-        config: Hugging Face's config.json, transformers' defaults filled in.
+        config: Hugging Face's config.json.
 
     Raises:
         UserError: for a config that no family can read.
