@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tulu_mega.bridge.config_json import read_config
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.bridge.hf_files import HfCheckpoint
@@ -201,12 +202,7 @@ def _converted(directory: Path) -> tuple[dict[str, Any], list[str]]:
     from tulu_mega.bridge.megatron_files import MegatronCheckpoint
 
     checkpoint = MegatronCheckpoint.open(directory)
-    try:
-        config = json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{directory / CONFIG}: cannot be read ({error}); train from a directory that tulu-mega convert made, which has it"
-        ) from None
+    config = read_config(directory, "train from a directory that tulu-mega convert made, which has it")
     return config, checkpoint.check(stored_parameters(family_for(config), config))
 
 

@@ -136,9 +136,9 @@ def test_the_defaults_of_transformers_change_no_plan(name, reward):
 def test_a_plan_imports_neither_torch_nor_transformers():
     """They take seconds; a plan takes one."""
     words = ["plan", str(RECIPES / "sft.toml"), "--gpus", "8", "--model", MODEL]
-    code = f"import sys; from tulu_mega import cli; cli.main({words}); print(sorted(sys.modules.keys() & set(sys.argv)))"
+    code = f"import sys; from tulu_mega import cli; print(cli.main({words}), sorted(sys.modules.keys() & set(sys.argv)))"
     done = subprocess.run([sys.executable, "-c", code, "torch", "transformers"], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 def test_a_file_for_no_certain_command_is_asked_about(tmp_path):

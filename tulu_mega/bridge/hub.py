@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from tulu_mega.errors import UserError
@@ -21,16 +23,38 @@ def model_directory(path: str) -> Path:
     Raises:
         UserError: when it is neither a directory nor a hub name that can be fetched.
     """
+
+    def fetch() -> str:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"])
+
+    return _directory(path, fetch)
+
+
+def config_directory(path: str) -> Path:
+    """The directory of a model's config.json; of a hub name nothing else is fetched.
+
+    Raises:
+        UserError: as `model_directory`.
+    """
+
+    def fetch() -> str:
+        from huggingface_hub import hf_hub_download
+
+        return os.path.dirname(hf_hub_download(path, "config.json"))
+
+    return _directory(path, fetch)
+
+
+def _directory(path: str, fetch: Callable[[], str]) -> Path:
     local = Path(path).expanduser()
     if local.is_dir():
         return local
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise UserError(f"model.path = {path!r}: no such directory; give the directory of a Hugging Face model or a hub name")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
     try:
-        return Path(snapshot_download(path, allow_patterns=wanted))
+        return Path(fetch())
     except Exception as error:  # the hub client's many kinds: no network, no such name, no access
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"model.path = {path!r}: no such directory, and not to be had from the hub: {reason}") from None

@@ -11,6 +11,7 @@ from typing import Any
 from tulu_mega.bridge.config_json import read_config
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import reward_fields
+from tulu_mega.bridge.hub import config_directory
 from tulu_mega.config import DpoSettings, GrpoSettings, ModelSettings, RmSettings, SftSettings, load
 from tulu_mega.errors import UserError
 from tulu_mega.plan.settings import STAGES, PlanSettings
@@ -42,28 +43,16 @@ def read_architecture(model: ModelSettings, reward: bool) -> dict[str, Any]:
     Raises:
         UserError: there is none, or no family can read it.
     """
-    path = Path(model.path).expanduser()
-    directory = path.parent if path.name == "config.json" else path
-    content = read_config(directory if directory.exists() else _fetched(model.path).parent)
+    path = Path(model.path)
+    try:
+        directory = config_directory(str(path.parent) if path.name == "config.json" else model.path)
+    except UserError as error:
+        enough = "a directory with its config.json is enough: --model DIR (examples/architectures has Llama 3.1 and OLMo 2)"
+        raise UserError(f"{error.problems[0]}; {enough}") from None
+    content = read_config(directory)
     family = family_for(content)
     family.hf_shapes(content)  # says what is missing, or what does not fit together
     return content | reward_fields(family, content) if reward else content
-
-
-def _fetched(name: str) -> Path:
-    """config.json alone of a model on the hub."""
-    alone = "a directory with its config.json is enough: --model DIR (examples/architectures has those of Llama 3.1 and OLMo 2)"
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise UserError(f"model.path = {name}: no such directory; {alone}")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "config.json"))
-    except Exception as error:  # the hub client's many kinds: no network, no such name, no access
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"model.path = {name}: no such directory, and its config.json is not to be had from the hub ({reason}); {alone}"
-        ) from None
 
 
 def _told(file: str) -> str:
