@@ -37,8 +37,9 @@ $(LOCKED): requirements/cpu.txt
 $(PEERS): requirements/peers.txt
 	$(call locked_environment,$<,.venv-peers,1.5 GB)
 
-$(INSTALLED): setup.py $(LOCKED)
+$(INSTALLED): setup.py requirements/te.txt $(LOCKED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@rm -rf .venv/te; $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/te -r requirements/te.txt
 	@touch $@
 
 quickstart: $(INSTALLED)  ## the recipe on a tiny model made here: train, generate, compare (a few minutes on 2 cores)
@@ -49,11 +50,13 @@ lint: $(INSTALLED)  ## ruff and the import contracts
 	$(BIN)/lint-imports
 
 test: lint  ## lint, then every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not acceptance and not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not acceptance and not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations 15 --ignore tests/te
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/te -m "not acceptance" -n 2 --dist loadfile --durations 5
 
 acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/measurements/
 	@mkdir -p $(LOGS)
-	$(BIN)/python -m pytest tests -m acceptance 2>&1 | tee $(LOGS)/acceptance.log
+	$(BIN)/python -m pytest tests -m acceptance --ignore tests/te 2>&1 | tee $(LOGS)/acceptance.log
+	$(BIN)/python -m pytest tests/te -m acceptance 2>&1 | tee $(LOGS)/acceptance_te.log
 	@shopt -s nullglob; for bench in tools/bench_*.py; do \
 	  name=$$(basename "$$bench" .py); echo "== $$name"; \
 	  $(BIN)/python "$$bench" 2>&1 | tee "$(LOGS)/$$name.log"; \

@@ -53,7 +53,7 @@ setup(
             "megatron-core==0.16.1",
             "transformers>=5.16.1,<5.20",
             "vllm==0.32.0",
-            "transformer-engine[pytorch]",
+            "transformer-engine[pytorch]>=2.9,<2.12",  # what megatron-core 0.16.1 was made for
         ],
         "wandb": ["wandb"],
         "report": ["matplotlib"],

@@ -46,10 +46,16 @@ def session(
     reward: bool | None = None,
     seed: int = 1,
     load: bool = True,
+    fp8: str = "off",
 ) -> Iterator[Session]:
     """The engine a command would build, weights loaded by the bridge unless told otherwise."""
     settings = EngineSettings.model_validate(
-        {"model": {"path": model, "dtype": dtype, "recompute": recompute}, "parallel": layout, "megatron": megatron or {}}
+        {
+            "model": {"path": model, "dtype": dtype, "recompute": recompute},
+            "parallel": layout,
+            "megatron": megatron or {},
+            "precision": {"fp8": fp8},
+        }
     )
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with opened(settings, World(rank, size, rank, size, size // settings.parallel.model_parallel), seed, reward) as made:
@@ -141,9 +147,11 @@ def engine(
     trained: str | None,
     recompute: str = "none",
     dtype: str = "fp32",
+    megatron: dict[str, Any] | None = None,
+    fp8: str = "off",
 ) -> dict[str, Any]:
     """The same by the engine under a layout; log-probs on the rank that has them."""
-    with session(directory, layout, dtype, recompute) as made:
+    with session(directory, layout, dtype, recompute, megatron, fp8=fp8) as made:
         vocab = made.engine.hf.vocab_size
         batch = sequences(vocab)
         everything = [Sequence(s.row, s.input_ids, s.input_ids) for s in batch]

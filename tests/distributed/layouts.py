@@ -47,12 +47,12 @@ def weights(directory: str | Path) -> dict[str, np.ndarray]:
     return {name: tensor for file in Path(directory).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def check(truth, tmp_path, name, kind, micro_batches, reduction, recompute, lr=LR, steps=STEPS, engine=jobs.engine):
+def check(truth, tmp_path, name, kind, micro_batches, reduction, recompute, lr=LR, steps=STEPS):
     """Log-probs, losses, norms and trained weights of the engine under a layout against transformers (`truth`)."""
     layout = LAYOUTS[name]
     model, trained, want = truth(kind, reduction, steps)
     out = str(tmp_path / "trained")
-    ranks = world.run(size(layout), engine, model, layout, micro_batches, reduction, steps, lr, out, recompute)
+    ranks = world.run(size(layout), jobs.engine, model, layout, micro_batches, reduction, steps, lr, out, recompute)
 
     logp = {row: values for rank in ranks for row, values in rank["logp"].items()}
     assert logp.keys() == want["logp"].keys()

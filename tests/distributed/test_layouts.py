@@ -33,41 +33,6 @@ def test_layout_equals_hugging_face(truth, tmp_path, name, tied, micro_batches, 
     check(truth, tmp_path, name, tied, micro_batches, reduction, recompute, steps=FEW)
 
 
-def by_segments_engine(*args):
-    """`jobs.engine`, but core attention is what stands in for Transformer Engine's: it gets what megatron-core documents."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    from tests.distributed.test_attention import spans_one_by_one
-    from tulu_mega import engine
-    from tulu_mega.model import build, spec
-
-    class CoreAttention(torch.nn.Module):
-        def __init__(self, config, layer_number, **_rest):
-            super().__init__()
-
-        def forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias=None, packed_seq_params=None):
-            assert type(packed_seq_params) is PackedSeqParams and packed_seq_params.qkv_format == "thd"
-            bounds, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-            attended = spans_one_by_one(query, key, value, bounds, bounds, longest, longest, None, (-1, 0))
-            return attended.reshape(len(query), 1, -1)
-
-    local = spec.get_gpt_layer_local_spec
-
-    def layer(**options):
-        made = local(**options)
-        made.submodules.self_attention.submodules.core_attention = CoreAttention
-        return made
-
-    spec.get_gpt_layer_local_spec = layer
-    engine.attention_of = build.attention_of = lambda *_args: "te"
-    return jobs.engine(*args)
-
-
-@pytest.mark.parametrize(("name", "recompute"), [("TP2", "selective"), ("PP2", "none")])
-def test_core_attention_gets_segments(truth, tmp_path, name, recompute):
-    check(truth, tmp_path, name, False, 2, "sum", recompute, steps=FEW, engine=by_segments_engine)
-
-
 OPTIM = dict(lr=2e-3, schedule="constant", warmup=0.0, eps=1e-3, weight_decay=0.1, clip=0.0)
 STEPS = 5
 

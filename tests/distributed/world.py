@@ -13,8 +13,11 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+WARM = os.environ.get("TULU_MEGA_WARM", "tests.distributed.warm")
+"""what the fork server imports; `tests.te.warm` gives models Transformer Engine's layers"""
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.distributed.warm"])
+_context.set_forkserver_preload([WARM])
 
 
 def free_port() -> int:

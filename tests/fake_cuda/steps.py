@@ -1,6 +1,6 @@
 """Training steps on a CUDA device that is not there, as `test_steps.py` asks for them: a case a line in, an answer a line out.
 
-    python -m tests.fake_cuda.steps GUARD
+    python -m tests.fake_cuda.steps GUARD [te]
 """
 
 from __future__ import annotations
@@ -14,16 +14,26 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.fake_cuda import device
+from tests.te import package
 
 
-def main(guard: str) -> None:
+def main(guard: str, layers: str = "") -> None:
+    """
+    Args:
+        guard: of `device.build`.
+        layers: ``te`` for Transformer Engine's, whose kernels give tensors of the right shapes.
+    """
     device.load(guard)
+    if layers:
+        package.install()
     from transformers import LlamaForCausalLM  # noqa: F401  its module wants torch.cuda as it is
 
     from tulu_mega.platforms import adam, grad_norm, lean, weight_gradient
 
     lean.import_megatron()
     mode = device.install()
+    if layers:
+        package.without_values()
     adam.install()
     grad_norm.install()
     weight_gradient.install()
@@ -48,12 +58,14 @@ def step(
     recompute: str = "none",
     kernels: str = "auto",
     megatron: dict[str, Any] | None = None,
+    fp8: str = "off",
 ) -> dict[str, Any]:
     """Scores two micro-batches, and trains on them.
 
     Returns:
         ``scoring``, ``waits``: by file and function, how often values of the device were asked for by scoring and by the training
-        step; ``metrics``: how many values the objective has to report; ``attention``: what attention the layers have.
+        step; ``metrics``: how many values the objective has to report; ``attention``: what attention of ours the layers have;
+        ``layers``: what they have of megatron-core's modules by Transformer Engine.
     """
     import torch
     import torch.distributed as dist
@@ -73,6 +85,7 @@ def step(
             "model": {"path": model, "dtype": dtype, "recompute": recompute, "kernels": kernels},
             "parallel": layout,
             "megatron": megatron or {},
+            "precision": {"fp8": fp8},
         }
     )
     hf, platform = load_config(settings.model), Platform(torch.device("cuda", 0), "fake")
@@ -99,11 +112,13 @@ def step(
             mode.waits.clear()
             loss = engine.forward_backward([batch] * 2, minimised)
             engine.optimizer_step(0, loss.loss)
+            modules = [module for chunk in engine.chunks for module in chunk.modules()]
             return {
                 "scoring": scoring,
                 "waits": dict(mode.waits),
                 "metrics": 2 + 2 * len(minimised.reported) + len(minimised.largest),
-                "attention": sorted({m.kernel for c in engine.chunks for m in c.modules() if hasattr(m, "kernel")}),
+                "attention": sorted({m.kernel for m in modules if hasattr(m, "kernel")}),
+                "layers": sorted({type(m).__name__ for m in modules if type(m).__name__.startswith("TE")}),
             }
     finally:
         topology.stop()

@@ -3,16 +3,10 @@ it would wait for, a few times in a global batch, however many micro-batches and
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
-
 import pytest
-import torch
 
 from tests.distributed import families, world
-from tests.fake_cuda import device
+from tests.fake_cuda.asking import asking
 
 ALONE, TENSOR, CONTEXT = {}, {"tensor": 2}, {"context": 2, "tensor": 2}
 PIPELINE = {"tensor": 2, "pipeline": 2}
@@ -60,26 +54,8 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     """Asks a process for the answer to a case."""
-    if torch.version.cuda:
-        pytest.skip("torch was built for CUDA: tests/gpu and make gpu-smoke run on the real thing")
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler for what stands in for CUDA's device guard")
-    directory = tmp_path_factory.mktemp("guard")
-    line = [sys.executable, "-m", "tests.fake_cuda.steps", str(device.build(directory, compiler))]
-    with open(directory / "log", "w+") as log:
-        process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-
-        def answer(case: dict) -> dict:
-            print(json.dumps(case), file=process.stdin, flush=True)
-            told = process.stdout.readline()
-            log.seek(0)
-            assert told, f"ended:\n{log.read()[-4000:]}"
-            return json.loads(told)
-
-        with process:
-            yield answer
-            process.kill()
+    with asking(tmp_path_factory.mktemp("guard")) as answer:
+        yield answer
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""These tests' ranks are forks of a server of their own, so they run in a process without other tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from tests.te.package import DIRECTORY
+
+WARM = "tests.te.warm"
+if "tests.distributed.world" not in sys.modules:
+    os.environ["TULU_MEGA_WARM"] = WARM
+
+from tests.distributed import world  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = None
+    if world.WARM != WARM:
+        reason = "run by itself: pytest tests/te"
+    elif not DIRECTORY.is_dir():
+        reason = f"no Transformer Engine in {DIRECTORY}: make venv"
+    for item in items:
+        if reason and "tests/te/" in item.nodeid:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def layers() -> set[str]:
+    """Where the modules of a rank's layers are from."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    made = get_gpt_layer_with_transformer_engine_spec().submodules.self_attention.submodules.linear_qkv
+    return {each.__module__.partition(".")[0] for each in made.__mro__}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ranks_have_it():
+    """A fork server passes over what it cannot import."""
+    assert "transformer_engine" in world.run(1, layers)[0]
