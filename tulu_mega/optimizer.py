@@ -43,6 +43,7 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
         use_distributed_optimizer=sharded,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+        fp8_recipe=chunks[0].config.fp8_recipe if chunks[0].config.fp8 else None,
     )
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=gloo_groups)
     for part in optimizer.chained_optimizers:

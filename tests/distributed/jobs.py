@@ -46,7 +46,7 @@ def session(
     reward: bool | None = None,
     seed: int = 1,
     load: bool = True,
-    fp8: str = "off",
+    precision: dict[str, Any] | None = None,
 ) -> Iterator[Session]:
     """The engine a command would build, weights loaded by the bridge unless told otherwise."""
     settings = EngineSettings.model_validate(
@@ -54,7 +54,7 @@ def session(
             "model": {"path": model, "dtype": dtype, "recompute": recompute},
             "parallel": layout,
             "megatron": megatron or {},
-            "precision": {"fp8": fp8},
+            "precision": precision or {},
         }
     )
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -148,10 +148,10 @@ def engine(
     recompute: str = "none",
     dtype: str = "fp32",
     megatron: dict[str, Any] | None = None,
-    fp8: str = "off",
+    precision: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The same by the engine under a layout; log-probs on the rank that has them."""
-    with session(directory, layout, dtype, recompute, megatron, fp8=fp8) as made:
+    with session(directory, layout, dtype, recompute, megatron, precision=precision) as made:
         vocab = made.engine.hf.vocab_size
         batch = sequences(vocab)
         everything = [Sequence(s.row, s.input_ids, s.input_ids) for s in batch]

@@ -58,7 +58,7 @@ def step(
     recompute: str = "none",
     kernels: str = "auto",
     megatron: dict[str, Any] | None = None,
-    fp8: str = "off",
+    precision: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Scores two micro-batches, and trains on them.
 
@@ -85,7 +85,7 @@ def step(
             "model": {"path": model, "dtype": dtype, "recompute": recompute, "kernels": kernels},
             "parallel": layout,
             "megatron": megatron or {},
-            "precision": {"fp8": fp8},
+            "precision": precision or {},
         }
     )
     hf, platform = load_config(settings.model), Platform(torch.device("cuda", 0), "fake")

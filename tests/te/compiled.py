@@ -56,8 +56,8 @@ class CommOverlapHelper: ...
 
 from tests.te.attention import *  # noqa: E402, F403
 from tests.te.optimizer import *  # noqa: E402, F403
-from tests.te.quantized import bgrad_quantize, compute_amax, dequantize, factor, fp8_transpose, quantize  # noqa: E402, F401
-from tests.te.quantized import fused_amax_and_scale_update_after_reduction as fused_amax_and_scale_update_after_reduction  # noqa: E402
+from tests.te.quantized import *  # noqa: E402, F403
+from tests.te.quantized import factor, quantize  # noqa: E402
 
 TORCH = {
     DType.kByte: torch.uint8,

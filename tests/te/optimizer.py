@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["multi_tensor_adam", "multi_tensor_l2norm", "multi_tensor_scale", "multi_tensor_sgd"]
+__all__ = [
+    "multi_tensor_adam",
+    "multi_tensor_compute_scale_and_scale_inv",
+    "multi_tensor_l2norm",
+    "multi_tensor_scale",
+    "multi_tensor_sgd",
+]
 
 
 def multi_tensor_adam(
@@ -54,3 +60,14 @@ def multi_tensor_sgd(
         parameter -= lr * scale * grad.to(parameter.dtype)
         if copy is not None:
             copy.copy_(parameter)
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk_size, noop_flag, tensor_lists, max_fp8, force_pow_2_scales=False, epsilon=0.0
+) -> None:
+    """Scales and their inverses of largest magnitudes: [amaxes, scales, inverses]."""
+    from tests.te.quantized import scale_of
+
+    for amax, scale, inverse in zip(*tensor_lists, strict=True):
+        scale.copy_(scale_of(amax, max_fp8, epsilon, force_pow_2_scales))
+        inverse.copy_(scale.reciprocal())

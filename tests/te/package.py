@@ -115,7 +115,10 @@ def _hopper(torch) -> None:
     )
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.version.cuda = "12.9"
-    torch.distributed._coalescing_manager = _one_by_one
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    torch.distributed._coalescing_manager = buffers._coalescing_manager = _one_by_one
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(buffers, name, _waited_for(getattr(buffers, name)))
     importlib.import_module("transformer_engine.pytorch.distributed")._lazy_init = lambda: None
 
 
@@ -132,8 +135,17 @@ class _Stream:
 
 @contextlib.contextmanager
 def _one_by_one(*_args, **_options):
-    """Collectives that gloo does not coalesce."""
+    """Collectives that gloo does not coalesce, or makes one type of."""
     yield _Stream()
+
+
+def _waited_for(collective):
+    """Done when it returns: in `_one_by_one` nobody would wait for it."""
+
+    def call(*args, async_op=False, **options):
+        return collective(*args, **options)
+
+    return call
 
 
 class _WaitedOnce:

@@ -8,6 +8,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = [
+    "bgrad_quantize",
+    "compute_amax",
+    "dequantize",
+    "fp8_block_scaling_compute_partial_amax",
+    "fp8_block_scaling_partial_cast",
+    "fp8_transpose",
+    "fused_amax_and_scale_update_after_reduction",
+    "quantize",
+]
+
 BLOCK = 128
 
 
@@ -40,7 +51,7 @@ def quantize(tensor, quantizer, output=None, noop=None):
             compute_amax(values, quantizer.amax)
         if quantizer.with_amax_reduction:
             dist.all_reduce(quantizer.amax, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
-        quantizer.scale.copy_(_scale(quantizer.amax, largest, quantizer.amax_epsilon, quantizer.force_pow_2_scales))
+        quantizer.scale.copy_(scale_of(quantizer.amax, largest, quantizer.amax_epsilon, quantizer.force_pow_2_scales))
     else:
         assert isinstance(quantizer, Float8Quantizer), type(quantizer)
         quantizer.amax.copy_(torch.maximum(quantizer.amax, values.abs().amax().float()))
@@ -62,7 +73,7 @@ def _tensor_of(quantizer, values: Tensor, data, transposed, inverse: Tensor, out
     output._data = _into(output._data, data)
     output._transpose = _into(output._transpose, transposed)
     output._transpose_invalid = transposed is None
-    output._scale_inv.copy_(inverse)
+    output._scale_inv.copy_(inverse.view_as(output._scale_inv))
     output._fp8_dtype = quantizer.dtype
     return output
 
@@ -71,7 +82,7 @@ def _into(held: Tensor | None, new: Tensor | None) -> Tensor | None:
     return new if held is None or new is None else held.copy_(new)
 
 
-def _scale(amax: Tensor, largest: float, epsilon: float, power_of_two: bool) -> Tensor:
+def scale_of(amax: Tensor, largest: float, epsilon: float, power_of_two: bool) -> Tensor:
     """The factor before the cast; 1 where there is nothing to scale."""
     bounded = amax.float().clamp(min=epsilon)
     scale = largest / bounded
@@ -122,7 +133,7 @@ def _blocks(rows: Tensor, quantizer, height: int) -> tuple[Tensor, Tensor]:
     M, K = rows.shape
     padded = F.pad(rows.float(), (0, -K % BLOCK, 0, -M % height))
     tiles = padded.view(padded.shape[0] // height, height, -1, BLOCK)
-    scale = _scale(tiles.abs().amax((1, 3)), largest, quantizer.amax_epsilon, quantizer.force_pow_2_scales)
+    scale = scale_of(tiles.abs().amax((1, 3)), largest, quantizer.amax_epsilon, quantizer.force_pow_2_scales)
     data = (tiles * scale[:, None, :, None]).clamp(-largest, largest).to(kind).view(torch.uint8)
     return data.view(padded.shape)[:M, :K].contiguous(), scale.reciprocal()
 
@@ -202,3 +213,25 @@ def fused_amax_and_scale_update_after_reduction(amax_reduction_buffer, amax_hist
         new = largest / amax / 2**margin
         new = torch.where((amax > 0) & torch.isfinite(amax), new, scale)
         scale.copy_(torch.where(torch.isinf(new), torch.finfo(torch.float32).max, new))
+
+
+def fp8_block_scaling_compute_partial_amax(tensor, amax, h, w, start_offset, block_len):
+    """The largest magnitude in each block [h / block, w / block] of a matrix of which only a part is here.
+
+    Args:
+        tensor: values from `start_offset` on, of the matrix end to end.
+    """
+    whole = torch.zeros(h * w)
+    whole[start_offset : start_offset + tensor.numel()] = tensor.float().abs().view(-1)
+    padded = F.pad(whole.view(h, w), (0, -w % block_len, 0, -h % block_len))
+    tiles = padded.view(padded.shape[0] // block_len, block_len, -1, block_len).amax((1, 3))
+    amax[: tiles.shape[0], : tiles.shape[1]].copy_(tiles)
+
+
+def fp8_block_scaling_partial_cast(inp, out, scale, h, w, start_offset, block_len, out_dtype):
+    """Bytes of such a part by the scales of its blocks."""
+    kind = _compiled().TORCH[out_dtype]
+    largest = torch.finfo(kind).max
+    at = torch.arange(start_offset, start_offset + inp.numel())
+    of_each = scale[at // w // block_len, at % w // block_len]
+    out.view(-1).copy_((inp.float().view(-1) * of_each).clamp(-largest, largest).to(kind).view(torch.uint8))

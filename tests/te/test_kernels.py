@@ -24,11 +24,11 @@ def truth(tmp_path_factory):
     return Truths(tmp_path_factory, make_model, answers)
 
 
-def compared(truth, model: str, layout: str, recompute: str, megatron: dict | None = None, fp8: str = "off"):
+def compared(truth, model: str, layout: str, recompute: str, megatron: dict | None = None, precision: dict | None = None):
     """Mean difference of log-probs and ratios of losses and of norms to Hugging Face's, and what each rank tells."""
     directory, _, want = truth(model)
     where = LAYOUTS[layout]
-    arguments = (directory, where, 2, "sum", STEPS, LR, None, recompute, "bf16", megatron, fp8)
+    arguments = (directory, where, 2, "sum", STEPS, LR, None, recompute, "bf16", megatron, precision)
     ranks = world.run(size(where), counted, *arguments)
     logp = {row: values for rank in ranks for row, values in rank["logp"].items()}
     assert logp.keys() == want["logp"].keys()
@@ -110,7 +110,7 @@ def test_fp8_under_more_layouts(truth, recipe, layout):
 
 @pytest.mark.parametrize(("recipe", "layout", "recompute"), FP8)
 def test_fp8_stays_near_hugging_face(truth, recipe, layout, recompute):
-    difference, losses, norms, ranks = compared(truth, "wide", layout, recompute, fp8=recipe)
+    difference, losses, norms, ranks = compared(truth, "wide", layout, recompute, precision={"fp8": recipe})
     assert 0.05 < difference < 0.2  # of bf16 it is 0.01
     np.testing.assert_allclose(losses, 1.0, atol=0.03)
     np.testing.assert_allclose(norms, 1.0, atol=0.15)

@@ -34,15 +34,16 @@ CASES = [  # model, layout, rank, world, and what else there is to it
     ("Llama", ALONE, 0, 1, {}),
     ("Llama tied", PIPELINE, 7, 8, {"objective": "grpo", "recompute": "full"}),
     ("Qwen 3", CONTEXT, 3, 8, {}),
-    ("Llama", TENSOR, 1, 2, {"fp8": "tensorwise", "megatron": FUSED}),
+    ("Llama", TENSOR, 1, 2, {"precision": {"fp8": "tensorwise"}, "megatron": FUSED}),
 ]
 MORE = [
     ("Llama", TENSOR, 1, 4, {"recompute": "selective", "objective": "dpo"}),
     ("Llama", INTERLEAVED, 3, 4, {"objective": "reward"}),
     ("OLMo 2", TENSOR, 0, 2, {"objective": "grpo"}),
     ("Mistral with windows", PIPELINE, 2, 4, {}),
-    ("wide", TENSOR, 0, 2, {"fp8": "blockwise"}),
-    ("Llama", ALONE, 0, 2, {"fp8": "delayed", "recompute": "full"}),
+    ("wide", TENSOR, 0, 2, {"precision": {"fp8": "blockwise"}}),
+    ("Llama", ALONE, 0, 2, {"precision": {"fp8": "delayed"}, "recompute": "full"}),
+    ("wide", TENSOR, 1, 4, {"precision": {"fp8": "blockwise", "fp8_param_gather": True}}),
 ]
 
 

@@ -60,6 +60,20 @@ def test_layers_in_bf16():
     assert kept == [0, 1, config.num_layers - 1]
 
 
+def test_weights_kept_in_fp8():
+    from tulu_mega.model.config import transformer_config
+
+    asked = settings(precision__fp8="blockwise", precision__fp8_param_gather="true")
+    assert transformer_config(LlamaConfig(**LLAMA_405B), asked, transformer_engine=True).fp8_param
+    gather = dict(precision__fp8_param_gather="true")
+    assert "needs precision.fp8 = 'tensorwise' or 'blockwise', got 'off'" in problems(**gather)
+    assert "needs precision.fp8 = 'tensorwise' or 'blockwise', got 'delayed'" in problems(precision__fp8="delayed", **gather)
+    gather["precision__fp8"] = "tensorwise"
+    assert "needs parallel.distributed_optimizer" in problems(parallel__distributed_optimizer="false", **gather)
+    assert "needs optim.name = 'adamw', got 'sgd'" in problems(optim__name="sgd", **gather)
+    assert "fp8_param is decided by precision.fp8_param_gather" in problems(megatron__fp8_param="true")
+
+
 def test_off_sets_nothing():
     assert PrecisionSettings().megatron == {} and settings().precision.recipe is None
 

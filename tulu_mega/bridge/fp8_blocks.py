@@ -14,6 +14,7 @@ from torch import Tensor
 from tulu_kernels.dispatch import Backend
 from tulu_kernels.fp8_blocks import BLOCK, Box, NotAligned, PackPlan, pack, plan_pack
 
+from tulu_mega.bridge.fp8_parameters import values
 from tulu_mega.bridge.rules import Piece
 
 NUMBERS = torch.float8_e4m3fn
@@ -58,7 +59,7 @@ def message_bytes(plan: PackPlan) -> int:
 def packed(parameter: Tensor, plan: PackPlan, backend: Backend = "auto") -> Tensor:
     """A rank's boxes as such a message, uint8 on the parameter's device."""
     message = torch.empty(message_bytes(plan), dtype=torch.uint8, device=parameter.device)
-    pack(parameter.detach(), plan, message, message[plan.bytes :].view(SCALES), backend=backend)
+    pack(values(parameter), plan, message, message[plan.bytes :].view(SCALES), backend=backend)
     return message
 
 

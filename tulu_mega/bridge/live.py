@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tulu_mega.bridge.companions import put_in_place, write_companions
+from tulu_mega.bridge.fp8_parameters import unrounded
 from tulu_mega.bridge.hf_files import HfCheckpoint, TensorInfo
 from tulu_mega.bridge.hf_writer import ShardWriter, plan_files, write_index
 from tulu_mega.bridge.rules import Config, Family, Piece
@@ -67,12 +68,13 @@ def load_hf(
         raise UserError(problems)
     nbytes = 0
     for parameter, pieces in plan:
-        for piece in pieces:
-            view = checkpoint.read_region(piece.hf_name, piece.hf_region)
-            copy_in_slabs(box(parameter, piece.local_region), view)
-            nbytes += view.nbytes
-        filled = max((piece.local_region[0][1] for piece in pieces), default=0)
-        parameter[filled:].zero_()
+        with unrounded(parameter) as whole:
+            for piece in pieces:
+                view = checkpoint.read_region(piece.hf_name, piece.hf_region)
+                copy_in_slabs(box(whole, piece.local_region), view)
+                nbytes += view.nbytes
+            filled = max((piece.local_region[0][1] for piece in pieces), default=0)
+            whole[filled:].zero_()
     return nbytes
 
 

@@ -55,6 +55,8 @@ class EngineSettings(Section):
             needs.append("Transformer Engine's layers, but model.spec = 'local'; set it to 'auto' or 'te'")
         if needs:
             raise ValueError(f"precision.fp8 = {self.precision.fp8!r} needs {'; and '.join(needs)}")
+        if self.precision.fp8_param_gather and not self.parallel.distributed_optimizer:
+            raise ValueError("precision.fp8_param_gather needs parallel.distributed_optimizer; turn it on")
         return self
 
 
@@ -67,6 +69,12 @@ class RunSettings(EngineSettings):
     optim: OptimSettings = OptimSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     wandb: WandbSettings = WandbSettings()
+
+    @model_validator(mode="after")
+    def _fp8_has_its_optimizer(self) -> RunSettings:
+        if self.precision.fp8_param_gather and self.optim.name != "adamw":
+            raise ValueError(f"precision.fp8_param_gather needs optim.name = 'adamw', got {self.optim.name!r}")
+        return self
 
 
 class StageSettings(RunSettings):

@@ -32,7 +32,7 @@ OWNED = {
     "fp16": "model.dtype",
     "fp8": "precision.fp8",
     "fp8_recipe": "precision.fp8",
-    "fp8_param": "the engine (FP8 copies are made of bf16 weights; docs/fp8.md)",
+    "fp8_param": "precision.fp8_param_gather",
     "first_last_layers_bf16": "precision.first_bf16 and precision.last_bf16",
     "num_layers_at_start_in_bf16": "precision.first_bf16",
     "num_layers_at_end_in_bf16": "precision.last_bf16",

@@ -22,6 +22,10 @@ class PrecisionSettings(Section):
     last_bf16: Layers = 0
     """Layers at the end that stay in bf16 (not with `delayed`)."""
 
+    fp8_param_gather: bool = False
+    """Keep the layers' matrices in FP8 and nothing else of them, and gather them so after each update; the distributed optimizer
+    has float32 main parameters (not with `delayed`)."""
+
     @property
     def recipe(self) -> Literal["delayed", "tensorwise", "blockwise"] | None:
         """None when off."""
@@ -36,6 +40,8 @@ class PrecisionSettings(Section):
             fp8="e4m3" if self.recipe == "blockwise" else "hybrid",  # hybrid: gradients in E5M2, which has the range
             fp8_recipe=self.recipe,
         )
+        if self.fp8_param_gather:
+            fields |= dict(fp8_param=True)
         if self.recipe == "delayed":
             fields |= dict(fp8_amax_history_len=1024, fp8_amax_compute_algo="max")  # Transformer Engine's own defaults
         if self.first_bf16 or self.last_bf16:
@@ -58,4 +64,10 @@ class PrecisionSettings(Section):
         if kept and self.recipe in (None, "delayed"):
             why = "is off: all layers are in bf16" if self.recipe is None else "= 'delayed' puts all layers in FP8"
             raise ValueError(f"{', '.join(kept)}, but precision.fp8 {why}; leave it out, or choose 'tensorwise' or 'blockwise'")
+        if self.fp8_param_gather and self.recipe in (None, "delayed"):
+            # loaded weights would be cast by a scale that no step has found yet
+            raise ValueError(
+                f"precision.fp8_param_gather needs precision.fp8 = 'tensorwise' or 'blockwise', got {self.fp8!r}; choose one, or "
+                "turn it off"
+            )
         return self

@@ -124,6 +124,7 @@ class Question:
             dtype=settings.model.dtype,
             recompute=settings.model.recompute,
             fp8=settings.precision.recipe is not None,
+            fp8_weights=settings.precision.fp8_param_gather,
             entropy=isinstance(settings, GrpoSettings) and settings.policy.entropy > 0,
         )
 
