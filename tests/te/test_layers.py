@@ -16,7 +16,6 @@ PAIRWISE = [  # model, layout, micro-batches, reduction, recompute
     ("Llama tied", "PP2xVPP2", 2, "token_mean", "full"),
     ("Qwen 2", "DP2xTP2", 2, "token_mean", "selective"),
     ("Qwen 3", "TP2", 2, "sum", "none"),
-    ("OLMo 2", "TP2 without SP", 3, "sum", "none"),
     ("OLMo 3", "TP2xCP2", 2, "token_mean", "selective"),
 ]
 _TURNS = itertools.cycle([(2, "sum", "none"), (4, "token_mean", "selective"), (None, "sum", "full")])
