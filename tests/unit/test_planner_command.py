@@ -57,6 +57,17 @@ def test_json_says_what_the_table_says(capsys):
     assert told["gpu_hours"] == pytest.approx(8 * told["hours"])
 
 
+def test_weights_kept_in_fp8_are_counted(tmp_path, capsys):
+    """A byte and a transposed one in the place of bf16's two; casts of bf16 weights come on top of these."""
+    weights = {}
+    for name, table in {"off": "", "cast": 'fp8 = "blockwise"', "kept": 'fp8 = "blockwise"\nfp8_param_gather = true'}.items():
+        (tmp_path / f"{name}.toml").write_text((RECIPES / "sft.toml").read_text() + f"\n[precision]\n{table}\n")
+        words = ["plan", str(tmp_path / f"{name}.toml"), "--stage", "sft", "--gpus", "8", "--model", MODEL, "--format", "json"]
+        assert cli.main(words) == 0
+        weights[name] = json.loads(capsys.readouterr().out)["memory"]["ranks"][0]["weights"]
+    assert weights["kept"] == weights["off"] < weights["cast"] < 2 * weights["off"]
+
+
 def test_what_does_not_fit_is_an_error(capsys):
     large = MODEL.replace("8b", "405b")
     words = [str(RECIPES / "sft.toml"), "--gpus", "64", "--model", large, "--parallel.tensor", "8", "--parallel.pipeline", "8"]
