@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
@@ -34,6 +35,10 @@ def problems(**flags) -> str:
     with pytest.raises(UserError) as caught:
         settings(**flags)
     return "\n".join(caught.value.problems)
+
+
+def test_what_is_to_be_installed_is_what_setup_asks_for():
+    assert f'"{fp8.FITTING}",' in (Path(__file__).parents[2] / "setup.py").read_text()
 
 
 @pytest.mark.parametrize(("recipe", "format"), [("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3")])

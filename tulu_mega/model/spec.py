@@ -21,6 +21,7 @@ from tulu_mega.model.norms import AddNormed, ProjectionNorm, RMSNorm
 from tulu_mega.model.rope import OwnRopeAttention, ropes
 from tulu_mega.model.swiglu import Swiglu
 from tulu_mega.platforms import Platform
+from tulu_mega.platforms.fp8 import FITTING
 
 
 def use_transformer_engine(spec: Literal["auto", "local", "te"], platform: Platform) -> bool:
@@ -33,7 +34,7 @@ def use_transformer_engine(spec: Literal["auto", "local", "te"], platform: Platf
     if spec == "te" and not importable:
         raise UserError(
             "model.spec = 'te', but Transformer Engine is not importable on a CUDA device here; "
-            "install transformer-engine[pytorch] or set model.spec to 'auto' or 'local'"
+            f"pip install '{FITTING}', or set model.spec to 'auto' or 'local'"
         )
     return importable and spec != "local"
 

@@ -12,6 +12,9 @@ import torch
 
 Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
+FITTING = "transformer-engine[pytorch]>=2.9,<2.12"
+"""The releases that megatron-core 0.16.1 was made for, as setup.py asks for them."""
+
 _ENGINE = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
 """Oldest Transformer Engine whose recipe of that name megatron-core takes."""
 _CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
@@ -49,8 +52,7 @@ def obstacles(recipe: Recipe, machine: Machine) -> list[str]:
     asked, need = f"precision.fp8 = {recipe!r}", _ENGINE[recipe]
     if machine.engine is None:
         problems.append(
-            f"{asked} needs Transformer Engine, which is not installed here; pip install 'transformer-engine[pytorch]>="
-            f"{_dotted(need)}', or {instead}"
+            f"{asked} needs Transformer Engine, which is not installed here; pip install '{FITTING}', or {instead}"
         )
     elif machine.engine < need:
         found = _dotted(machine.engine)
