@@ -31,12 +31,12 @@ def steps(tmp_path_factory):
 
 
 CASES = [  # model, layout, rank, world, and what else there is to it
-    ("Llama", ALONE, 0, 1, {}),
     ("Llama tied", PIPELINE, 7, 8, {"objective": "grpo", "recompute": "full"}),
     ("Qwen 3", CONTEXT, 3, 8, {}),
     ("Llama", TENSOR, 1, 2, {"precision": {"fp8": "tensorwise"}, "megatron": FUSED}),
 ]
 MORE = [
+    ("Llama", ALONE, 0, 1, {}),
     ("Llama", TENSOR, 1, 4, {"recompute": "selective", "objective": "dpo"}),
     ("Llama", INTERLEAVED, 3, 4, {"objective": "reward"}),
     ("OLMo 2", TENSOR, 0, 2, {"objective": "grpo"}),
