@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import jobs, sft_runs, world
+from tests.distributed import jobs, sft_runs
 from tests.distributed.layouts import LR
 from tests.distributed.truths import Truths
 
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """Hugging Face's answers to each kind of Llama (tied or not), reduction and number of steps."""
-
-    def answers(model: str, trained: str, reduction: str, steps: int):
-        return world.run(1, jobs.hugging_face, model, reduction, steps, LR, trained)[0]
-
-    return Truths(tmp_path_factory, jobs.make_model, answers)
+    """Of each kind of Llama, tied or not."""
+    return Truths.of_training(tmp_path_factory, jobs.make_model, LR)
 
 
 @pytest.fixture(scope="session")

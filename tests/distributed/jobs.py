@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tulu_mega import checkpoint
+from tulu_mega.bridge.fp8_parameters import in_fp8
 from tulu_mega.config import EngineSettings, OptimSettings
 from tulu_mega.data.batch import pack, pack_families
 from tulu_mega.data.packing import plan_step
@@ -172,3 +174,44 @@ def engine(
         if trained:
             made.export(Path(trained), torch.float32, {})
         return result
+
+
+RUN = 5
+"""steps of `series`"""
+_ADAMW = dict(lr=2e-3, schedule="constant", warmup=0.0, eps=1e-3, weight_decay=0.1, clip=0.0)
+
+
+def series(
+    directory: str,
+    layout: dict[str, Any],
+    first: int,
+    last: int,
+    folder: str | None,
+    out: str | None,
+    dtype: str = "fp32",
+    precision: dict[str, Any] | None = None,
+    form: checkpoint.Format = "reshardable",
+) -> list[tuple[float, float]]:
+    """Losses and norms of steps `first` to `last` of one run; goes on from a checkpoint in the folder and leaves one there."""
+    with session(directory, layout, dtype, precision=precision) as made:
+        engine = made.engine
+        engine.prepare_training(OptimSettings(**_ADAMW), RUN)
+        if layout.get("overlap_grad_reduce"):
+            assert all(ddp.ddp_config.overlap_grad_reduce for ddp in engine.ddp)
+            assert all(ddp.use_forward_hook == layout["overlap_param_gather"] for ddp in engine.ddp)
+            if layout.get("bucket_size") and made.topology.first_stage:
+                assert len(engine.ddp[0].bucket_groups) > 3
+        kept_in_fp8 = any(map(in_fp8, engine.chunks[0].parameters()))
+        assert kept_in_fp8 == engine.settings.precision.fp8_param_gather
+        if folder and first:
+            checkpoint.restore(engine, checkpoint.find(Path(folder))[-1])
+        seen = []
+        for step in range(first, last):
+            batch = share(made, sequences(engine.hf.vocab_size, seed=3 + step), 2)
+            loss = engine.forward_backward(batch, SftObjective("sum"))
+            seen.append((loss.loss, engine.optimizer_step(step, loss.loss).grad_norm))
+        if folder:
+            checkpoint.save(engine, Path(folder), last, {}, keep=9, format=form)
+        if out:
+            made.export(Path(out), torch.float32, {})
+        return seen

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.distributed import families, jobs, world
+from tests.distributed import families, world
 from tests.distributed.layouts import FEW, LAYOUTS, check, weights
 from tests.distributed.truths import Truths
 
@@ -44,12 +44,7 @@ GRID = [
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """Hugging Face's answers for each family, reduction and number of steps."""
-
-    def answers(model: str, trained: str, reduction: str, steps: int):
-        return world.run(1, jobs.hugging_face, model, reduction, steps, LR, trained)[0]
-
-    return Truths(tmp_path_factory, families.make_model, answers)
+    return Truths.of_training(tmp_path_factory, families.make_model, LR)
 
 
 @pytest.mark.parametrize(("family", "layout", "micro_batches", "reduction", "recompute"), PAIRWISE)

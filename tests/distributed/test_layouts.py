@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 
 from tests.distributed import jobs, world
 from tests.distributed.layouts import FEW, check, size, weights
-from tulu_mega import checkpoint
-from tulu_mega.config import OptimSettings
-from tulu_mega.objectives.sft import SftObjective
 
 PAIRWISE = [  # layout, tied, micro-batches, reduction, recompute
     ("CP2", False, 2, "sum", "none"),
@@ -33,32 +27,7 @@ def test_layout_equals_hugging_face(truth, tmp_path, name, tied, micro_batches, 
     check(truth, tmp_path, name, tied, micro_batches, reduction, recompute, steps=FEW)
 
 
-OPTIM = dict(lr=2e-3, schedule="constant", warmup=0.0, eps=1e-3, weight_decay=0.1, clip=0.0)
-STEPS = 5
-
-
-def series(directory: str, layout: dict, first: int, last: int, folder: str | None, out: str | None) -> list[tuple[float, float]]:
-    """Losses and norms of steps `first` to `last` of one run; goes on from a checkpoint in the folder and leaves one there."""
-    with jobs.session(directory, layout) as made:
-        engine = made.engine
-        engine.prepare_training(OptimSettings(**OPTIM), STEPS)
-        if layout.get("overlap_grad_reduce"):
-            assert all(ddp.ddp_config.overlap_grad_reduce for ddp in engine.ddp)
-            assert all(ddp.use_forward_hook == layout["overlap_param_gather"] for ddp in engine.ddp)
-            if layout.get("bucket_size") and made.topology.first_stage:
-                assert len(engine.ddp[0].bucket_groups) > 3
-        if folder and first:
-            checkpoint.restore(engine, checkpoint.find(Path(folder))[-1])
-        seen = []
-        for step in range(first, last):
-            batch = jobs.share(made, jobs.sequences(engine.hf.vocab_size, seed=3 + step), 2)
-            loss = engine.forward_backward(batch, SftObjective("sum"))
-            seen.append((loss.loss, engine.optimizer_step(step, loss.loss).grad_norm))
-        if folder:
-            checkpoint.save(engine, Path(folder), last, {}, keep=9)
-        if out:
-            made.export(Path(out), torch.float32, {})
-        return seen
+STEPS = jobs.RUN
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +51,7 @@ def test_overlap_gives_the_same_bits(model, tmp_path, layout, bucket_size):
     overlap = {"overlap_grad_reduce": True, "bucket_size": bucket_size}
     overlap["overlap_param_gather"] = layout.get("distributed_optimizer", True)
     plain, overlapped = (
-        world.run(size(layout), series, model, {**layout, **more}, 0, STEPS, None, str(tmp_path / name))[0]
+        world.run(size(layout), jobs.series, model, {**layout, **more}, 0, STEPS, None, str(tmp_path / name))[0]
         for name, more in (("plain", {}), ("overlapped", overlap))
     )
     assert [loss for loss, _ in overlapped] == [loss for loss, _ in plain]
@@ -103,8 +72,8 @@ def test_overlap_gives_the_same_bits(model, tmp_path, layout, bucket_size):
     ids=str,
 )
 def test_a_run_goes_on_under_another_layout(model, tmp_path, before, after):
-    stayed = world.run(1, series, model, {}, 0, STEPS, None, None)[0]
+    stayed = world.run(1, jobs.series, model, {}, 0, STEPS, None, None)[0]
     folder = str(tmp_path / "checkpoints")
-    done = world.run(size(before), series, model, before, 0, 2, folder, None)[0]
-    done += world.run(size(after), series, model, after, 2, STEPS, folder, None)[0]
+    done = world.run(size(before), jobs.series, model, before, 0, 2, folder, None)[0]
+    done += world.run(size(after), jobs.series, model, after, 2, STEPS, folder, None)[0]
     np.testing.assert_allclose(done, stayed, rtol=1e-5)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from tests.distributed import jobs, world
+from tests.distributed.layouts import size, weights
 
 STEPS = 6
 OPTIM = dict(lr=2e-3, schedule="linear", warmup=0.2, eps=1e-3, weight_decay=0.1, clip=1.0)
@@ -40,8 +43,6 @@ def reference(directory: str, steps: int) -> tuple[list[float], list[float], dic
 
 
 def ours(directory: str, layout: dict, dtype: str, out: str | None) -> tuple[list[float], list[float]]:
-    from pathlib import Path
-
     from tulu_mega.config import OptimSettings
     from tulu_mega.objectives.sft import SftObjective
 
@@ -81,15 +82,17 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_adamw_equals_torch(model, truth, tmp_path, layout):
-    from safetensors.numpy import load_file
+    compare(model, truth, layout, tmp_path / "out")
 
-    size = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("data", 1)
-    losses, norms = world.run(size, ours, model, layout, "fp32", str(tmp_path / "out"))[0]
+
+def compare(model: str, truth, layout: dict, out: Path) -> None:
+    """Losses, norms and trained weights."""
+    losses, norms = world.run(size(layout), ours, model, layout, "fp32", str(out))[0]
     want_losses, want_norms, want = truth
     np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
     np.testing.assert_allclose(norms, want_norms, rtol=1e-4)
     assert max(want_norms) > OPTIM["clip"]  # clipping took part
-    got = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
+    got = weights(out)
     for name, value in want.items():
         assert np.linalg.norm(got[name] - value) / np.linalg.norm(value) < 1e-5, name
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import world
+from tests.distributed import jobs, world
 
 
 class Truths:
@@ -21,6 +21,15 @@ class Truths:
     def __init__(self, factory: pytest.TempPathFactory, make_model: Callable[..., None], answers: Callable[..., Any]):
         self._factory, self._make_model, self._answers = factory, make_model, answers
         self._made: dict[tuple, tuple[str, str, Any]] = {}
+
+    @classmethod
+    def of_training(cls, factory: pytest.TempPathFactory, make_model: Callable[..., None], lr: float) -> Truths:
+        """Hugging Face's answers of `jobs.hugging_face` to a kind, a reduction and a number of steps."""
+
+        def answers(model: str, trained: str, reduction: str, steps: int) -> Any:
+            return world.run(1, jobs.hugging_face, model, reduction, steps, lr, trained)[0]
+
+        return cls(factory, make_model, answers)
 
     def __call__(self, kind: str | bool, *how: Any) -> tuple[str, str, Any]:
         if (kind, *how) not in self._made:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import families, world
-from tests.fake_cuda.asking import asking
+from tests.distributed import families
+from tests.fake_cuda.asking import asking, expect_few_waits, saved_models
 
 ALONE, TENSOR, CONTEXT = {}, {"tensor": 2}, {"context": 2, "tensor": 2}
 PIPELINE = {"tensor": 2, "pipeline": 2}
@@ -29,26 +29,11 @@ MORE = [
     ("OLMo 3", PIPELINE, 2, 4, {"objective": "grpo", "recompute": "selective"}),
     ("Mistral with windows", ALONE, 0, 1, {"objective": "shared", "dtype": "fp32", "kernels": "torch"}),
 ]
-NORM = "clip_grads.py:get_grad_norm_fp32"
-COUNT = "finalize_model_grads.py:finalize_model_grads"
-"""megatron-core looks whether any token counts, in each model chunk"""
-METRICS = "engine.py:_reduce"
-"""loss and metrics of all micro-batches, which a real device gives in one or two reads"""
-MESSAGES = "p2p_communication.py:_communicate"
-"""megatron-core waits for the messages of a pipeline that is not interleaved (`batch_p2p_sync`)"""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    made = {}
-
-    def get(name: str) -> str:
-        if name not in made:
-            made[name] = str(tmp_path_factory.mktemp("fake_cuda") / "model")
-            world.run(1, families.make_language_model, made[name], name)
-        return made[name]
-
-    return get
+    return saved_models(tmp_path_factory, families.make_language_model)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +51,7 @@ def test_a_step(models, steps, model, layout, rank, size, more):
     answer = steps({"model": models(model), "layout": layout, "rank": rank, "world": size, **more})
     assert "failed" not in answer, answer["failed"]
     assert answer["attention"] in ([], ["sdpa" if more.get("dtype") == "fp32" else "varlen"])
-    scoring, training = answer["scoring"], answer["waits"]
-    if layout == PIPELINE:
-        assert scoring.pop(MESSAGES) and training.pop(MESSAGES)
-    assert scoring == {}
-    assert training == {NORM: 1, COUNT: layout.get("virtual_pipeline", 1), METRICS: answer["metrics"]}
+    expect_few_waits(answer, layout)
 
 
 def test_a_tensor_of_the_host_is_noticed(steps):

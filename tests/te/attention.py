@@ -39,16 +39,12 @@ def _segments(cu, padded):
 def _scores(q, k, scale, mask, window):
     """[heads, queries, keys] in float64, left out ones at minus infinity."""
     kinds = _compiled().NVTE_Mask_Type
+    assert mask in (kinds.NVTE_PADDING_MASK, kinds.NVTE_PADDING_CAUSAL_MASK)
     groups = q.shape[1] // k.shape[1]
     scores = torch.einsum("qhd,khd->hqk", q.double(), k.double().repeat_interleave(groups, 1)) * scale
     queries, keys = scores.shape[1:]
-    shift = keys - queries if "BOTTOM_RIGHT" in mask.name else 0
-    back = torch.arange(queries)[:, None] + shift - torch.arange(keys)
-    seen = torch.ones_like(back, dtype=torch.bool)
-    if "CAUSAL" in mask.name:
-        seen &= back >= 0
-    else:
-        assert mask in (kinds.NVTE_PADDING_MASK, kinds.NVTE_NO_MASK)
+    back = torch.arange(queries)[:, None] - torch.arange(keys)
+    seen = back >= 0 if mask == kinds.NVTE_PADDING_CAUSAL_MASK else torch.ones_like(back, dtype=torch.bool)
     left, right = window
     if left >= 0:
         seen &= back <= left
@@ -74,7 +70,7 @@ def fused_attn_fwd(
         scores = _scores(Q[q : q + rows], K[k : k + keys], attn_scale, attn_mask_type, window_size)
         values = V[k : k + keys].double().repeat_interleave(Q.shape[1] // V.shape[1], 1)
         total = scores.logsumexp(-1)
-        weights = (scores - total[..., None]).exp().nan_to_num(0.0)
+        weights = (scores - total[..., None]).exp()
         out[q : q + rows] = torch.einsum("hqk,khd->qhd", weights, values).to(out.dtype)
         lse[q : q + rows] = total.t()[..., None].float()
     return [out, lse, torch.zeros(2, dtype=torch.int64)]

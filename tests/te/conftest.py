@@ -27,15 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def layers() -> set[str]:
-    """Where the modules of a rank's layers are from."""
+def origins() -> list[set[str]]:
+    """The packages that a rank's linear layers and its AdamW are from."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.optimizer import Adam
 
-    made = get_gpt_layer_with_transformer_engine_spec().submodules.self_attention.submodules.linear_qkv
-    return {each.__module__.partition(".")[0] for each in made.__mro__}
+    linear = get_gpt_layer_with_transformer_engine_spec().submodules.self_attention.submodules.linear_qkv
+    return [{each.__module__.partition(".")[0] for each in found.__mro__} for found in (linear, Adam)]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def ranks_have_it():
     """A fork server passes over what it cannot import."""
-    assert "transformer_engine" in world.run(1, layers)[0]
+    assert all("transformer_engine" in packages for packages in world.run(1, origins)[0])

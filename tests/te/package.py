@@ -38,7 +38,6 @@ def install() -> None:
     common = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda framework: None
     spec.loader.exec_module(package)
-    package.common = common
 
 
 class _Anything(types.ModuleType):
@@ -68,6 +67,7 @@ def pretend() -> None:
     torch.Tensor.to = _on_cpu(torch.Tensor.to)
     torch.Tensor.is_cuda = property(lambda self: sys._getframe(1).f_globals["__name__"].startswith("transformer_engine"))
     _hopper(torch)
+    _without_coalescing(torch)
     torch.cuda.Stream = torch.cuda.Event = _Stream
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _Stream()
     ring = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.context_parallel")
@@ -115,11 +115,15 @@ def _hopper(torch) -> None:
     )
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.version.cuda = "12.9"
+    importlib.import_module("transformer_engine.pytorch.distributed")._lazy_init = lambda: None
+
+
+def _without_coalescing(torch) -> None:
+    """Gloo refuses to coalesce some collectives, and makes one type of others' tensors."""
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     torch.distributed._coalescing_manager = buffers._coalescing_manager = _one_by_one
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
         setattr(buffers, name, _waited_for(getattr(buffers, name)))
-    importlib.import_module("transformer_engine.pytorch.distributed")._lazy_init = lambda: None
 
 
 class _Stream:
@@ -135,7 +139,7 @@ class _Stream:
 
 @contextlib.contextmanager
 def _one_by_one(*_args, **_options):
-    """Collectives that gloo does not coalesce, or makes one type of."""
+    """In the place of torch's: what is asked for in it is done at once."""
     yield _Stream()
 
 

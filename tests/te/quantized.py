@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "bgrad_quantize",
     "compute_amax",
     "dequantize",
     "fp8_block_scaling_compute_partial_amax",
@@ -184,10 +183,6 @@ def dequantize(input, otype):
     assert isinstance(input, per_tensor)
     held = input._data if input._data is not None else input._transpose.movedim(0, -1)
     return (held.view(compiled.TORCH[input._fp8_dtype]).float() * input._scale_inv).to(compiled.TORCH[otype])
-
-
-def bgrad_quantize(input, quantizer):
-    return input.reshape(-1, input.shape[-1]).float().sum(0).to(input.dtype), quantize(input, quantizer)
 
 
 def fp8_transpose(input, dtype, *, out=None):

@@ -16,17 +16,12 @@ LAYOUTS = layouts.LAYOUTS | {"CP4": {"context": 4}}
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """Hugging Face's answers in float32."""
-
-    def answers(model: str, trained: str):
-        return world.run(1, jobs.hugging_face, model, "sum", STEPS, LR, None)[0]
-
-    return Truths(tmp_path_factory, make_model, answers)
+    return Truths.of_training(tmp_path_factory, make_model, LR)
 
 
 def compared(truth, model: str, layout: str, recompute: str, megatron: dict | None = None, precision: dict | None = None):
     """Mean difference of log-probs and ratios of losses and of norms to Hugging Face's, and what each rank tells."""
-    directory, _, want = truth(model)
+    directory, _, want = truth(model, "sum", STEPS)
     where = LAYOUTS[layout]
     arguments = (directory, where, 2, "sum", STEPS, LR, None, recompute, "bf16", megatron, precision)
     ranks = world.run(size(where), counted, *arguments)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.distributed import families, jobs, world
+from tests.distributed import families
 from tests.distributed.layouts import FEW, LAYOUTS, check
 from tests.distributed.truths import Truths
 
@@ -23,10 +23,7 @@ GRID = [(model, name, *next(_TURNS)) for model, name in itertools.product(MODELS
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    def answers(model: str, trained: str, reduction: str, steps: int):
-        return world.run(1, jobs.hugging_face, model, reduction, steps, LR, trained)[0]
-
-    return Truths(tmp_path_factory, families.make_language_model, answers)
+    return Truths.of_training(tmp_path_factory, families.make_language_model, LR)
 
 
 @pytest.mark.parametrize(("model", "layout", "micro_batches", "reduction", "recompute"), PAIRWISE)

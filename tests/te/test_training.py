@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from tests.distributed import jobs, world
 from tests.distributed.layouts import size, weights
-from tests.distributed.test_training import STEPS, ours, reference
+from tests.distributed.test_training import STEPS, compare, reference
 from tests.te.models import make_model
 from tulu_mega import checkpoint
 from tulu_mega.bridge.fp8_parameters import in_fp8
@@ -23,58 +24,20 @@ from tulu_mega.objectives.sft import SftObjective
     "layout", [{"data": 2}, pytest.param({"distributed_optimizer": False}, marks=pytest.mark.acceptance)], ids=str
 )
 def test_adamw_equals_torch(tmp_path, layout):
-    model, trained = str(tmp_path / "model"), str(tmp_path / "trained")
+    model = str(tmp_path / "model")
     world.run(1, jobs.make_model, model, False)
-    ((losses, norms, want),) = world.run(1, reference, model, STEPS)
-    for got in world.run(size(layout), ours, model, layout, "fp32", trained):
-        np.testing.assert_allclose(got, (losses, norms), rtol=1e-4)
-    for name, value in weights(trained).items():
-        np.testing.assert_allclose(value, want[name], rtol=0, atol=2e-5, err_msg=name)
+    compare(model, world.run(1, reference, model, STEPS)[0], layout, tmp_path / "out")
 
 
-OPTIM = dict(lr=2e-3, schedule="constant", warmup=0.0, weight_decay=0.1, clip=0.0)
-STEPS_OF_RUNS = 4
 OFF: dict[str, Any] = {}
 DELAYED, BLOCKWISE, TENSORWISE = ({"fp8": recipe} for recipe in ("delayed", "blockwise", "tensorwise"))
 KEPT_BLOCKWISE, KEPT_TENSORWISE = ({**each, "fp8_param_gather": True} for each in (BLOCKWISE, TENSORWISE))
 
 
-def series(
-    directory: str,
-    layout: dict[str, Any],
-    precision: dict[str, Any],
-    first: int = 0,
-    last: int = STEPS_OF_RUNS,
-    folder: str | None = None,
-    form: checkpoint.Format = "reshardable",
-    out: str | None = None,
-) -> list[tuple[float, float]]:
-    """Losses and norms of steps `first` to `last`; goes on from a checkpoint in the folder and leaves one there."""
-    with jobs.session(directory, layout, "bf16", precision=precision) as made:
-        engine = made.engine
-        engine.prepare_training(OptimSettings(**OPTIM), STEPS_OF_RUNS)
-        assert all(type(each).__module__.startswith("transformer_engine") for each in inner(engine.optimizer))
-        kept = [name for name, each in engine.chunks[0].named_parameters() if in_fp8(each)]
-        assert bool(kept) == precision.get("fp8_param_gather", False)
-        if folder and first:
-            checkpoint.restore(engine, checkpoint.find(Path(folder))[-1])
-        seen = []
-        for step in range(first, last):
-            batch = jobs.share(made, jobs.sequences(engine.hf.vocab_size, seed=3 + step), 2)
-            loss = engine.forward_backward(batch, SftObjective("sum"))
-            seen.append((loss.loss, engine.optimizer_step(step, loss.loss).grad_norm))
-        if folder:
-            checkpoint.save(engine, Path(folder), last, {}, keep=9, format=form)
-            engine.settle()
-        if out:
-            made.export(Path(out), torch.float32, {})
-        return seen
-
-
-def inner(optimizer) -> list[torch.optim.Optimizer]:
-    """The optimizers in those of megatron-core."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [each.optimizer for each in chained]
+def run(layout, precision, model, first=0, last=jobs.RUN, folder=None, out=None, form="reshardable") -> list[tuple[float, float]]:
+    """`jobs.series` in bf16 by all ranks."""
+    ranks = world.run(size(layout), jobs.series, model, layout, first, last, folder, out, "bf16", precision, form)
+    return ranks[-1]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +56,6 @@ MORE = pytest.mark.acceptance
 @pytest.mark.parametrize(
     ("precision", "before", "after"),
     [
-        (DELAYED, TENSOR, {}),
         (KEPT_BLOCKWISE, DATA, DATA),
         pytest.param(DELAYED, TENSOR, TENSOR, marks=MORE),
         pytest.param(DELAYED, TENSOR, INTERLEAVED, marks=MORE),
@@ -108,15 +70,45 @@ MORE = pytest.mark.acceptance
     ids=str,
 )
 def test_a_run_goes_on(model, tmp_path, precision, before, after):
-    """To the last bit under the same layout. With delayed scaling that takes the largest magnitudes of earlier steps."""
+    """To the last bit under the same layout."""
     folder = str(tmp_path / "checkpoints")
-    stayed = world.run(size(before), series, model, before, precision)[-1]
-    form = "same_layout" if before == after else "reshardable"
-    done = world.run(size(before), series, model, before, precision, 0, 2, folder, form)[-1]
-    done += world.run(size(after), series, model, after, precision, 2, STEPS_OF_RUNS, folder)[-1]
+    stayed = run(before, precision, model)
+    done = run(before, precision, model, 0, 2, folder, form="same_layout" if before == after else "reshardable")
+    done += run(after, precision, model, 2, jobs.RUN, folder)
     if before == after:
         assert done == stayed
     np.testing.assert_allclose(done, stayed, rtol=2e-2 if precision else 5e-3)
+
+
+def scales(directory: str, layout: dict[str, Any], folder: str, restored: bool) -> dict[str, list[float]]:
+    """Delayed scaling's factors and largest magnitudes, by each layer's parts, after two steps or read from their checkpoint."""
+    with jobs.session(directory, layout, "bf16", precision=DELAYED) as made:
+        engine = made.engine
+        engine.prepare_training(OptimSettings(), 2)
+        if restored:
+            checkpoint.restore(engine, checkpoint.find(Path(folder))[-1])
+        else:
+            for step in range(2):
+                batch = jobs.share(made, jobs.sequences(engine.hf.vocab_size, seed=3 + step), 2)
+                loss = engine.forward_backward(batch, SftObjective("sum"))
+                engine.optimizer_step(step, loss.loss)
+            checkpoint.save(engine, Path(folder), 2, {}, keep=1)
+        found = {}
+        for layer in engine.chunks[0].decoder.layers:
+            linears = {name: part for name, part in layer.named_modules() if name.rpartition(".")[2].startswith("linear_")}
+            for (name, part), way in itertools.product(linears.items(), ("scaling_fwd", "scaling_bwd")):
+                state = part.fp8_meta[way]
+                values = torch.cat((state.scale, state.amax_history.flatten()))
+                found[f"{layer.layer_number}.{name}.{way}"] = values.tolist()
+        return found
+
+
+def test_scaling_history_is_read_under_another_layout(model, tmp_path):
+    written = {}
+    for rank in world.run(2, scales, model, {"pipeline": 2}, str(tmp_path), False):
+        written |= rank
+    (read,) = world.run(1, scales, model, {}, str(tmp_path), True)
+    assert written == read and any(max(values) > 1.0 for values in written.values())
 
 
 @pytest.mark.parametrize(
@@ -132,10 +124,7 @@ def test_a_run_goes_on(model, tmp_path, precision, before, after):
 def test_weights_kept_in_fp8_train_as_those_cast_each_step(model, tmp_path, plain, kept, layout):
     """Losses are the same to the last bit. What is exported is what the products were of."""
     outs = [str(tmp_path / name) for name in ("plain", "kept")]
-    seen = [
-        world.run(size(layout), series, model, layout, precision, 0, STEPS_OF_RUNS, None, "reshardable", out)[-1]
-        for precision, out in zip((plain, kept), outs, strict=True)
-    ]
+    seen = [run(layout, precision, model, out=out) for precision, out in zip((plain, kept), outs, strict=True)]
     assert [loss for loss, _ in seen[0]] == [loss for loss, _ in seen[1]]
     np.testing.assert_allclose(seen[0], seen[1], rtol=1e-6)
     whole, cast = map(weights, outs)
@@ -149,10 +138,10 @@ def test_weights_kept_in_fp8_train_as_those_cast_each_step(model, tmp_path, plai
 @MORE
 def test_a_run_goes_on_with_weights_in_fp8_or_without(model, tmp_path):
     folder = str(tmp_path / "checkpoints")
-    stayed = world.run(2, series, model, DATA, KEPT_BLOCKWISE)[-1]
-    done = world.run(2, series, model, DATA, KEPT_BLOCKWISE, 0, 2, folder)[-1]
-    done += world.run(1, series, model, {}, OFF, 2, 3, folder)[-1]
-    done += world.run(2, series, model, TENSOR, KEPT_TENSORWISE, 3, STEPS_OF_RUNS, folder)[-1]
+    stayed = run(DATA, KEPT_BLOCKWISE, model)
+    done = run(DATA, KEPT_BLOCKWISE, model, 0, 2, folder)
+    done += run({}, OFF, model, 2, 3, folder)
+    done += run(TENSOR, KEPT_TENSORWISE, model, 3, jobs.RUN, folder)
     np.testing.assert_allclose(done, stayed, rtol=3e-2)
 
 

@@ -109,7 +109,7 @@ def wrap_for_training(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather and sharded_optimizer,
         bucket_size=parallel.bucket_size,
-        fp8_param_gather=bool(chunks[0].config.fp8_param),
+        fp8_param_gather=chunks[0].config.fp8_param,
         check_for_nan_in_grad=False,  # the engine looks at loss and norm and skips such steps
     )
     # only the first chunk's communication is not hidden behind the others' work: only there smaller buckets are worth it
