@@ -232,10 +232,18 @@ def _check(arguments: list[str]) -> int:
         )
         return 0
     cluster, arguments = "--cluster" in arguments, [argument for argument in arguments if argument != "--cluster"]
-    name = "sft"
-    if _name(arguments)[0] in COMMANDS:
-        name, arguments = _name(arguments)
-    settings = _settings(COMMANDS[name], arguments)
+    name, rest = _name(arguments)
+    if named := name in COMMANDS:
+        arguments = rest
+    else:
+        name = "sft"
+    try:
+        settings = _settings(COMMANDS[name], arguments)
+    except UserError as error:
+        if named or not any("unknown setting" in problem for problem in error.problems):
+            raise
+        told = f"these were read as settings of {name}, since no command was named; for another: tulu-mega check grpo FILE"
+        raise UserError([*error.problems, told]) from None
     if cluster:
         nodes = launcher.resolve("tulu_mega.cluster:check")(settings)
         if int(os.environ["RANK"]):

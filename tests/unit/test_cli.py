@@ -153,5 +153,14 @@ def test_check_of_another_command(capsys, preflight):
     assert status == 0 and out.endswith("# score: nothing wrong found\n")
 
 
+def test_check_without_a_command_says_whose_settings_it_takes_them_for(capsys, preflight):
+    said = "these were read as settings of sft, since no command was named"
+    status, _, err = call(capsys, "check", *FLAGS, "--rollout.servers", "2")
+    assert status == 2 and "rollout" in err.splitlines()[0] and said in err.splitlines()[-1]
+    for arguments in (("sft", *FLAGS, "--rollout.servers", "2"), ("missing.toml",)):
+        status, _, err = call(capsys, "check", *arguments)
+        assert status == 2 and said not in err
+
+
 def test_check_help(capsys):
     assert "usage: tulu-mega check" in call(capsys, "check", "--help")[1]

@@ -59,13 +59,12 @@ class Account:
         self.checksums[name] = checksum
         self.nbytes += self.manifest[name].nbytes
 
-    def compare(self, version: int, checksums: Mapping[str, str]) -> bool:
-        """Whether everything came, with the bytes that the senders sent.
+    def compare(self, version: int, checksums: Mapping[str, str]) -> None:
+        """Notes what did not come, or not with the bytes that the senders sent.
 
         Args:
             checksums: by name, as the senders took them.
         """
-        before = len(self.problems)
         if version != self.version:
             self.wrong(f"the commit is of update {version}")
         for name, expected in self.manifest.items():
@@ -78,7 +77,6 @@ class Account:
                 self._tensor(name, expected.sender, told)
         for name in checksums.keys() - self.manifest.keys():
             self.wrong(f"{name}: has a checksum, but is not in the manifest")
-        return len(self.problems) == before
 
     def not_loaded(self, name: str, reason: str) -> None:
         """Notes that vLLM did not take a tensor."""

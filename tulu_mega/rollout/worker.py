@@ -27,6 +27,12 @@ from tulu_mega.rollout.transports import Inbox, inbox
 
 logger = init_logger("vllm.tulu_mega")  # vLLM shows its own loggers only
 
+_OTHER_KIND = {
+    True: "the trainer sends FP8 blocks, this server's layers have none",
+    False: "this server's layers are FP8 blocks, the trainer sends none",
+}
+"""by whether FP8 blocks come"""
+
 
 @dataclass
 class Senders(WeightTransferInitInfo):
@@ -152,8 +158,11 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
             self._account.wrong(f"is to come from trainer rank {sender}, to which this worker is not attached")
         if load:
             self._broken = self._torn = f"update {version} was begun and has not been committed"
+            parameters = {name for name, _ in self.model.named_parameters()}
+            if (blocks := _have_blocks(manifest)) != _have_blocks(parameters):
+                self._account.wrong(f"{_OTHER_KIND[blocks]}; start servers and training with the same rollout.quantization")
             initialize_layerwise_reload(self.model)
-            self._expected = {name for name, _ in self.model.named_parameters()} - self._tied.keys() - _cache_scales(self.model)
+            self._expected = parameters - self._tied.keys() - _cache_scales(self.model)
 
     def _bucket(self, version: int, bucket: Bucket) -> None:
         account = self._account
@@ -205,11 +214,12 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
 
     def _commit(self, version: int, checksums: Mapping[str, str]) -> None:
         account = self._account
-        complete = account.compare(version, checksums)
+        if not account.problems:  # else nothing was taken after the first
+            account.compare(version, checksums)
         if not self._load:
-            self._committed = complete and not account.problems
+            self._committed = not account.problems
             return
-        if complete and not account.problems:
+        if not account.problems:
             for name in sorted(self._expected - self._loaded):
                 account.wrong(f"vLLM's parameter {name} got nothing: the manifest lacks what it is made of")
             for problem in _half_loaded(self.model):
@@ -273,6 +283,11 @@ class WeightsReport:
 def _told(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
+
+
+def _have_blocks(names: Iterable[str]) -> bool:
+    """Whether there are scales of FP8 blocks among tensors or parameters."""
+    return any(name.endswith("_scale_inv") for name in names)
 
 
 def _tied_layers(model: nn.Module) -> dict[str, nn.Module]:

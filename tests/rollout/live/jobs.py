@@ -56,18 +56,20 @@ def push(
     dtype: str = "fp32",
     export: str | None = None,
     changes: dict[str, Any] | None = None,
+    precision: dict[str, Any] | None = None,
 ) -> tuple[SyncReport, float]:
     """Gives servers the model's weights, has each of them generate, and scores what came with the trainer.
 
     Args:
         export: where to write the model in Hugging Face format too, in its type.
         changes: of the rollout settings.
+        precision: settings of that section.
 
     Returns:
         the report; the largest difference between a sampler's and the trainer's log-probability, on rank 0.
     """
     rollout = settings(**(changes or {}))
-    with jobs.session(directory, layout, dtype) as made:
+    with jobs.session(directory, layout, dtype, precision=precision) as made:
         sync = WeightSync.connect(made, servers, rollout)
         report = sync.push(version)
         sync.close()
@@ -75,14 +77,15 @@ def push(
             return report, float("inf")
         box: list[Any] = [None]
         if made.lead:
-            box = [[each for server in servers for each in _generated(server, rollout, version)]]
+            box = [[each for server in servers for each in generated(server, rollout, version)]]
         dist.broadcast_object_list(box, src=0)
         if export:
             made.export(Path(export), torch.float32 if dtype == "fp32" else torch.bfloat16, {})
         return report, _difference(made, box[0])
 
 
-def _generated(server: ServerAddress, rollout: RolloutSettings, version: int) -> list[Rollout]:
+def generated(server: ServerAddress, rollout: RolloutSettings, version: int) -> list[Rollout]:
+    """What a server answers to `PROMPTS`."""
     with RolloutClient([server], rollout) as client:
         return [each for group in client.generate(PROMPTS, SAMPLING, version) for each in group]
 

@@ -152,10 +152,10 @@ def test_a_broken_update_is_refused_by_name_and_not_served(broken, send, missing
 def test_a_whole_update_heals(broken):
     server, model = broken
     senders = Senders(server, model)
-    senders.begin(2)
+    senders.begin(1)
     left_out(senders)
     senders.close()
-    refuses(server, LAST)
+    refuses(server, f"{LAST} from trainer rank 3 did not come")
     heals(server, model, 3)
 
 

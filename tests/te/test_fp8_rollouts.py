@@ -1,0 +1,48 @@
+"""Trainers that compute in FP8, their weights too, give them to real vLLM servers in FP8 blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed import world
+from tests.rollout.live import fp8, jobs
+from tests.rollout.live.servers import Servers
+from tests.te.test_training import BLOCKWISE, KEPT_BLOCKWISE, OFF
+from tulu_mega.platforms.fp8 import server_obstacles
+from tulu_mega.rollout.addresses import ServerAddress
+
+pytest.importorskip("vllm")
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.skipif(bool(server_obstacles()), reason="vLLM's FP8 products want a GPU or a CPU with AMX"),
+]
+
+ROLLOUT = {"quantization": "fp8", "dtype": "bf16"}
+TRAINERS = [OFF, BLOCKWISE, KEPT_BLOCKWISE]  # numbers kept `tensorwise` are rounded once more
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    directory = str(tmp_path_factory.mktemp("fp8") / "model")
+    world.run(1, fp8.make_model, directory, "llama")
+    fp8.round_matrices(directory, f"{directory}_rounded")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory) -> Iterator[ServerAddress]:
+    with Servers(tmp_path_factory.mktemp("servers")) as servers:
+        yield servers.get(model, 1, "bfloat16", fp8=True)
+
+
+@pytest.mark.parametrize("version", range(len(TRAINERS)), ids=[str(each) for each in TRAINERS])
+def test_servers_have_what_an_fp8_trainer_has(model, server, version):
+    precision = TRAINERS[version]
+    ((report, _),) = world.run(1, jobs.push, model, {}, [server], version, "bf16", None, ROLLOUT, precision)
+    assert report.failed == {}
+    rollouts = jobs.generated(server, jobs.settings(**ROLLOUT), version)
+    from_rounded = fp8.distance(rollouts, f"{model}_rounded")
+    assert from_rounded < 0.03  # of activations in bf16
+    assert fp8.distance(rollouts, model) > 3 * from_rounded
