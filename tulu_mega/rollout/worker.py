@@ -158,11 +158,11 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
             self._account.wrong(f"is to come from trainer rank {sender}, to which this worker is not attached")
         if load:
             self._broken = self._torn = f"update {version} was begun and has not been committed"
-            parameters = {name for name, _ in self.model.named_parameters()}
+            initialize_layerwise_reload(self.model)
+            parameters = {name for name, _ in self.model.named_parameters()}  # as loaders know them, not as kernels want them
+            self._expected = parameters - self._tied.keys() - _cache_scales(self.model)
             if (blocks := _have_blocks(manifest)) != _have_blocks(parameters):
                 self._account.wrong(f"{_OTHER_KIND[blocks]}; start servers and training with the same rollout.quantization")
-            initialize_layerwise_reload(self.model)
-            self._expected = parameters - self._tied.keys() - _cache_scales(self.model)
 
     def _bucket(self, version: int, bucket: Bucket) -> None:
         account = self._account

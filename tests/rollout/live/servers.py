@@ -47,7 +47,7 @@ class Servers:
 
 
 @contextlib.contextmanager
-def one(model: str, directory: Path, tensor: int = 1) -> Iterator[ServerAddress]:
+def one(model: str, directory: Path, tensor: int = 1, dtype: str = "float32", fp8: bool = False) -> Iterator[ServerAddress]:
     """A server for one test alone."""
     with Servers(directory) as servers:
-        yield servers.get(model, tensor)
+        yield servers.get(model, tensor, dtype, fp8)

@@ -4,14 +4,16 @@ transformers with weights rounded so, not those with the trainer's."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.distributed import world
 from tests.distributed.layouts import LAYOUTS, size
 from tests.rollout.live import fp8, jobs
+from tests.rollout.live.servers import one
 from tulu_mega.platforms.fp8 import server_obstacles
+from tulu_mega.rollout.addresses import ServerAddress
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.skipif(bool(server_obstacles()), reason="vLLM's FP8 products want a GPU or a CPU with AMX")
@@ -41,9 +43,15 @@ def made(tmp_path_factory) -> Callable[[str], list[tuple[str, str]]]:
     return get
 
 
-def check(made, servers, model_type: str, trainer: str, tensor: int) -> None:
+@pytest.fixture(scope="module")
+def blocks(made, tmp_path_factory) -> Iterator[ServerAddress]:
+    """A server with two workers. Others end with the test that wants them: together they would fill the memory."""
+    with one(made("llama")[0][0], tmp_path_factory.mktemp("blocks"), 2, "bfloat16", fp8=True) as server:
+        yield server
+
+
+def check(made, server, model_type: str, trainer: str) -> None:
     layout, (first, other) = LAYOUTS[trainer], made(model_type)
-    server = servers.get(first[0], tensor, "bfloat16", fp8=True)
     answers = []
     for plain, rounded in (first, other, first):  # the second and the third find weights that vLLM has repacked
         version = next(VERSIONS)
@@ -58,31 +66,35 @@ def check(made, servers, model_type: str, trainer: str, tensor: int) -> None:
     assert [each.response_ids for each in answers[0]] != [each.response_ids for each in answers[1]]
 
 
-def test_servers_compute_with_what_they_were_sent(made, servers):
-    check(made, servers, "llama", "TP2xPP2", 2)
+def test_servers_compute_with_what_they_were_sent(made, blocks):
+    check(made, blocks, "llama", "TP2xPP2")
 
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize(("model_type", "trainer", "tensor"), GRID)
-def test_families_and_layouts(made, servers, model_type, trainer, tensor):
-    check(made, servers, model_type, trainer, tensor)
+def test_families_and_layouts(made, tmp_path, model_type, trainer, tensor):
+    with one(made(model_type)[0][0], tmp_path, tensor, "bfloat16", fp8=True) as server:
+        check(made, server, model_type, trainer)
 
 
-@pytest.mark.parametrize(
-    ("blocks", "told"),
-    [
-        (True, "this server's layers are FP8 blocks, the trainer sends none"),
-        pytest.param(False, "the trainer sends FP8 blocks, this server's layers have none", marks=pytest.mark.acceptance),
-    ],
-)
-def test_the_other_kind_is_refused_and_the_right_one_heals(made, servers, blocks, told):
+def test_bf16_is_refused_and_blocks_heal(made, blocks):
     plain, rounded = made("llama")[0]
-    server = servers.get(plain, 2, "bfloat16", fp8=blocks)
-    wrong, right = (BF16, FP8) if blocks else (FP8, BF16)
-    ((report, _),) = world.run(1, jobs.push, plain, {}, [server], next(VERSIONS), "bf16", None, wrong)
+    refuses_and_heals(blocks, plain, BF16, "this server's layers are FP8 blocks, the trainer sends none", FP8, rounded)
+
+
+@pytest.mark.acceptance
+def test_blocks_are_refused_and_bf16_heals(made, tmp_path):
+    plain, _ = made("llama")[0]
+    with one(plain, tmp_path, 2, "bfloat16") as server:
+        refuses_and_heals(server, plain, FP8, "the trainer sends FP8 blocks, this server's layers have none", BF16, plain)
+
+
+def refuses_and_heals(server: ServerAddress, model: str, wrong: dict, told: str, right: dict, computes: str) -> None:
+    """Sent the wrong way it is refused for that alone; the right way makes the server compute with the weights of `computes`."""
+    ((report, _),) = world.run(1, jobs.push, model, {}, [server], next(VERSIONS), "bf16", None, wrong)
     assert told in report.failed[server.url] and "the same rollout.quantization" in report.failed[server.url]
-    assert "got nothing" not in report.failed[server.url]
+    assert "got nothing" not in report.failed[server.url] and "did not come" not in report.failed[server.url]
     version = next(VERSIONS)
-    ((report, _),) = world.run(1, jobs.push, plain, {}, [server], version, "bf16", None, right)
+    ((report, _),) = world.run(1, jobs.push, model, {}, [server], version, "bf16", None, right)
     assert report.failed == {}
-    assert fp8.distance(jobs.generated(server, jobs.settings(**right), version), rounded if blocks else plain) < 0.03
+    assert fp8.distance(jobs.generated(server, jobs.settings(**right), version), computes) < 0.03
