@@ -10,13 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.rollout.grpo_runs import STEPS, after, check_same, ended, lines, start
-from tulu_mega.platforms.fp8 import server_obstacles
+from tests.rollout.live.fp8 import CAN_SERVE
 
-pytestmark = [
-    pytest.mark.acceptance,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(server_obstacles()), reason="vLLM's FP8 products want a GPU or a CPU with AMX"),
-]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900), CAN_SERVE]
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,12 @@ import pytest
 
 from tests.distributed import world
 from tests.rollout.live import fp8, jobs
-from tests.rollout.live.servers import Servers
+from tests.rollout.live.servers import one
 from tests.te.test_training import BLOCKWISE, KEPT_BLOCKWISE, OFF
-from tulu_mega.platforms.fp8 import server_obstacles
 from tulu_mega.rollout.addresses import ServerAddress
 
 pytest.importorskip("vllm")
-pytestmark = [
-    pytest.mark.acceptance,
-    pytest.mark.skipif(bool(server_obstacles()), reason="vLLM's FP8 products want a GPU or a CPU with AMX"),
-]
+pytestmark = [pytest.mark.acceptance, fp8.CAN_SERVE]
 
 ROLLOUT = {"quantization": "fp8", "dtype": "bf16"}
 TRAINERS = [OFF, BLOCKWISE, KEPT_BLOCKWISE]  # numbers kept `tensorwise` are rounded once more
@@ -33,8 +29,8 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory) -> Iterator[ServerAddress]:
-    with Servers(tmp_path_factory.mktemp("servers")) as servers:
-        yield servers.get(model, 1, "bfloat16", fp8=True)
+    with one(model, tmp_path_factory.mktemp("servers"), 1, "bfloat16", fp8=True) as server:
+        yield server
 
 
 @pytest.mark.parametrize("version", range(len(TRAINERS)), ids=[str(each) for each in TRAINERS])

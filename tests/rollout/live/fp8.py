@@ -6,11 +6,15 @@ import shutil
 from collections.abc import Sequence as Several
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed import world
+from tulu_mega.platforms.fp8 import server_obstacles
 from tulu_mega.records import Rollout
+
+CAN_SERVE = pytest.mark.skipif(bool(server_obstacles()), reason="vLLM's FP8 products want a GPU or a CPU with AMX")
 
 BLOCK = 128
 LARGEST = 448.0

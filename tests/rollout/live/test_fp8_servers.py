@@ -12,11 +12,10 @@ from tests.distributed import world
 from tests.distributed.layouts import LAYOUTS, size
 from tests.rollout.live import fp8, jobs
 from tests.rollout.live.servers import one
-from tulu_mega.platforms.fp8 import server_obstacles
 from tulu_mega.rollout.addresses import ServerAddress
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.skipif(bool(server_obstacles()), reason="vLLM's FP8 products want a GPU or a CPU with AMX")
+pytestmark = fp8.CAN_SERVE
 
 VERSIONS = itertools.count(1)
 BF16 = {"dtype": "bf16"}
