@@ -27,6 +27,7 @@ from tulu_mega.config import (
     RunSettings,
     ScoreSettings,
     Section,
+    ServeSettings,
     StageSettings,
 )
 from tulu_mega.data import scoring
@@ -35,6 +36,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.planner.precision import fp8_problems, rollout_fp8_problems
 from tulu_mega.planner.schedule import Pipeline
 from tulu_mega.planner.stages import stage_layers
+from tulu_mega.rollout.beside import fp8_obstacles, server_options
 from tulu_mega.rollout.prompting import read
 from tulu_mega.rollout.vllm_process import check_vllm
 from tulu_mega.run_lock import check_free
@@ -111,6 +113,8 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
 
     if not isinstance(settings, EngineSettings):
         collect(lambda: _generating(settings.model.path) if hasattr(settings, "model") else None)
+        if isinstance(settings, ServeSettings) and not problems:
+            collect(lambda: server_options(settings.model, settings.rollout, None, ()))
         return problems
     collect(lambda: _fp8(settings))
     config = collect(lambda: _model(settings))
@@ -209,11 +213,8 @@ def _converted(directory: Path) -> tuple[dict[str, Any], list[str]]:
 def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
     """What vLLM would find out when it starts, and rollouts when they are asked for."""
     check_vllm()
-    problems = rollout_fp8_problems(config, settings.rollout) if config else []
-    if settings.rollout.quantization == "fp8" and not settings.rollout.urls:
-        from tulu_mega.platforms.fp8 import server_obstacles
-
-        problems += server_obstacles()
+    fp8 = rollout_fp8_problems if settings.rollout.urls else fp8_obstacles
+    problems = fp8(config, settings.rollout) if config else []
     limit = (config or {}).get("max_position_embeddings")
     if limit and settings.longest > limit:
         problems.append(

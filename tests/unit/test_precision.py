@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from tests.unit.test_stages import LLAMA_405B
-from tulu_mega import launcher, preflight
+from tulu_mega import cli, launcher, preflight
 from tulu_mega.config import GrpoSettings, PrecisionSettings, RolloutSettings, ScoreSettings, ServeSettings, SftSettings, load
 from tulu_mega.data.packing import alignment
 from tulu_mega.errors import UserError
@@ -200,6 +201,18 @@ def test_a_cpu_without_amx_is_told(monkeypatch):
     assert "needs GPUs or a CPU with AMX" in told
     monkeypatch.setattr(fp8.torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert fp8.server_obstacles() == []
+
+
+def test_servers_that_would_fail_are_not_started(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(fp8.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(fp8.torch.cpu, "_is_amx_tile_supported", lambda: False)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "intermediate_size": 416}))
+    flags = ["serve", "--model.path", str(tmp_path), "--rollout.quantization", "fp8"]
+    for arguments in (flags, ["check", *flags]):
+        assert cli.main(arguments) == 2
+        shape, machine = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        assert "intermediate_size on a worker are 416" in shape and "CPU with AMX" in machine
 
 
 def test_a_server_is_started_as_of_a_quantized_checkpoint():

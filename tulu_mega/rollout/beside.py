@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tulu_mega.bridge.config_json import read_config
 from tulu_mega.bridge.hub import is_megatron, model_directory
 from tulu_mega.config.rollout import RolloutSettings
+from tulu_mega.errors import UserError
+from tulu_mega.planner.precision import rollout_fp8_problems
 from tulu_mega.rollout.server import ServerPool
 from tulu_mega.rollout.serving import ServerOptions, core_shares, device_shares
 from tulu_mega.rollout.vllm_process import DTYPES, check_vllm
@@ -39,11 +42,14 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
         extra: more arguments for vLLM.
 
     Raises:
-        UserError: vLLM is not installed, or there is no such model.
+        UserError: vLLM is not installed, there is no such model, or it or this machine does not do for FP8 blocks.
     """
     check_vllm()
     directory = model_directory(model.path)
-    limit = read_config(directory).get("max_position_embeddings")
+    config = read_config(directory)
+    if problems := fp8_obstacles(config, rollout):
+        raise UserError(problems)
+    limit = config.get("max_position_embeddings")
     asked = rollout.max_model_len or longest
     return ServerOptions(
         model=str(directory),
@@ -58,6 +64,19 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
         random_weights=is_megatron(directory),  # vLLM cannot read it, and is sent the weights
         extra=extra,
     )
+
+
+def fp8_obstacles(config: Mapping[str, Any], rollout: RolloutSettings) -> list[str]:
+    """What keeps servers on this machine from having the layers that they are to have in FP8 blocks.
+
+    Args:
+        config: the model's config.json.
+    """
+    if rollout.quantization != "fp8":
+        return []
+    from tulu_mega.platforms.fp8 import server_obstacles
+
+    return rollout_fp8_problems(config, rollout) + server_obstacles()
 
 
 def pool(
