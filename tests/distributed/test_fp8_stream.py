@@ -141,7 +141,7 @@ def test_vllms_model_takes_it(oracle):
     """By our worker's engine and vLLM's layerwise reload; fused matrices hold numbers and scales of their parts, end to end."""
     assert oracle["problems"] == []
     (other_kind,), lacking = oracle["refused"]
-    assert "this server's layers are FP8 blocks, the trainer sends none; start" in other_kind
+    assert "no FP8 blocks came, and this server was started for them; see rollout.quantization" in other_kind
     nothing, half = lacking[:4], lacking[4:]  # a layer's four fused matrices
     assert all("model.layers.1." in each and "weight_scale_inv got nothing" in each for each in nothing)
     assert len(half) == 4 and all("model.layers.1." in each and "lacks what it is made of" in each for each in half)

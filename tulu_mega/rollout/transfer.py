@@ -105,7 +105,8 @@ class WeightSync:
         A server that cannot attach is among the `failed` of every push.
 
         Raises:
-            UserError: the same on every rank: a transport that cannot be, or a rank that cannot set up its buffers.
+            UserError: the same on every rank: a transport that cannot be, servers that were started with another
+                `rollout.quantization`, or a rank that cannot set up its buffers.
         """
         place, engine = session.topology, session.engine
         config = engine.hf.to_dict()
@@ -161,7 +162,10 @@ class WeightSync:
         kind = _transport(settings.transport, device, all(near for _, _, near in filter(None, told)))
         if self.weights is not None:
             self._plan({at: rank for at, rank, _ in filter(None, told)}, settings.bucket_mib * 2**20, kind)
-        workers, lost = from_lead(self._each(self._controls, ServerControl.world_size) if self._lead else None)
+        met, lost = from_lead(self._each(self._controls, _meet) if self._lead else None)
+        if problems := [_of_other_kind(url, fp8) for url, (_, fp8) in met.items() if fp8 != (settings.quantization == "fp8")]:
+            raise UserError(problems)
+        workers = {url: count for url, (count, _) in met.items()}
         endpoints, problem = {}, None
         if self._sends:
             try:
@@ -336,6 +340,16 @@ class WeightSync:
                     except ServerFailure as failure:
                         failed[control.url] = failure.reason
         return results, failed
+
+
+def _meet(control: ServerControl) -> tuple[int, bool]:
+    """A server's workers, and whether their layers are FP8 blocks."""
+    return control.world_size(), all(worker["fp8"] for worker in control.weights_status())
+
+
+def _of_other_kind(url: str, fp8: bool) -> str:
+    theirs, ours = ("fp8", "none") if fp8 else ("none", "fp8")
+    return f"{url}: started with rollout.quantization = {theirs!r}, this trainer has {ours!r}; give both the same"
 
 
 def _begin(control: ServerControl, message: dict[str, Any]) -> None:

@@ -27,12 +27,6 @@ from tulu_mega.rollout.transports import Inbox, inbox
 
 logger = init_logger("vllm.tulu_mega")  # vLLM shows its own loggers only
 
-_OTHER_KIND = {
-    True: "the trainer sends FP8 blocks, this server's layers have none",
-    False: "this server's layers are FP8 blocks, the trainer sends none",
-}
-"""by whether FP8 blocks come"""
-
 
 @dataclass
 class Senders(WeightTransferInitInfo):
@@ -64,6 +58,7 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
     def __init__(self, config, vllm_config, device, model):
         super().__init__(config, vllm_config, device, model)
         self._worker: int = vllm_config.parallel_config.rank
+        self._fp8 = getattr(vllm_config.quant_config, "weight_block_size", None) is not None
         self._inboxes: dict[int, Inbox] = {}
         self._unattached: list[str] = []
         """what is wrong with the connection to the senders"""
@@ -159,10 +154,10 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
         if load:
             self._broken = self._torn = f"update {version} was begun and has not been committed"
             initialize_layerwise_reload(self.model)
-            parameters = {name for name, _ in self.model.named_parameters()}  # as loaders know them, not as kernels want them
-            self._expected = parameters - self._tied.keys() - _cache_scales(self.model)
-            if (blocks := _have_blocks(manifest)) != _have_blocks(parameters):
-                self._account.wrong(f"{_OTHER_KIND[blocks]}; start servers and training with the same rollout.quantization")
+            self._expected = {name for name, _ in self.model.named_parameters()} - self._tied.keys() - _cache_scales(self.model)
+            if any(name.endswith("_scale_inv") for name in manifest) != self._fp8:
+                came, here = ("no FP8 blocks", "them") if self._fp8 else ("FP8 blocks", "other weights")
+                self._account.wrong(f"{came} came, and this server was started for {here}; see rollout.quantization")
 
     def _bucket(self, version: int, bucket: Bucket) -> None:
         account = self._account
@@ -240,6 +235,7 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
         account = self._account
         return {
             "worker": self._worker,
+            "fp8": self._fp8,
             "version": account.version if account else None,
             "open": self._open,
             "committed": self._open and self._committed,
@@ -268,10 +264,10 @@ class WeightsReport:
         """State of this worker's weights.
 
         Returns:
-            ``worker`` its rank; ``version`` of the latest update it heard of; ``open`` whether that is not finished;
-            ``committed`` whether the open update came whole; ``whole`` whether the model's weights are of one version, and
-            ``broken`` why not; ``unattached`` what is wrong with the connection to the senders, ``problems`` with the update;
-            ``tensors`` and ``bytes`` that arrived; ``seconds`` by activity.
+            ``worker`` its rank; ``fp8`` whether its layers are FP8 blocks; ``version`` of the latest update it heard of;
+            ``open`` whether that is not finished; ``committed`` whether the open update came whole; ``whole`` whether the
+            model's weights are of one version, and ``broken`` why not; ``unattached`` what is wrong with the connection to the
+            senders, ``problems`` with the update; ``tensors`` and ``bytes`` that arrived; ``seconds`` by activity.
         """
         return self.weight_transfer_engine.status()
 
@@ -283,11 +279,6 @@ class WeightsReport:
 def _told(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
-
-
-def _have_blocks(names: Iterable[str]) -> bool:
-    """Whether there are scales of FP8 blocks among tensors or parameters."""
-    return any(name.endswith("_scale_inv") for name in names)
 
 
 def _tied_layers(model: nn.Module) -> dict[str, nn.Module]:

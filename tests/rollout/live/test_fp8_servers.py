@@ -76,24 +76,27 @@ def test_families_and_layouts(made, tmp_path, model_type, trainer, tensor):
         check(made, server, model_type, trainer)
 
 
-def test_bf16_is_refused_and_blocks_heal(made, blocks):
-    plain, rounded = made("llama")[0]
-    refuses_and_heals(blocks, plain, BF16, "this server's layers are FP8 blocks, the trainer sends none", FP8, rounded)
+def test_servers_of_the_other_kind_are_not_touched(made, blocks):
+    """The trainer ends before it sends anything; the server goes on serving."""
+    plain, _ = made("llama")[0]
+    version = next(VERSIONS)
+    ((report, _),) = world.run(1, jobs.push, plain, {}, [blocks], version, "bf16", None, FP8)
+    assert report.failed == {}
+    before = jobs.generated(blocks, jobs.settings(**FP8), version)
+    told = "started with rollout.quantization = 'fp8', this trainer has 'none'; give both the same"
+    with pytest.raises(AssertionError, match="UserError") as failure:
+        world.run(2, jobs.push, plain, LAYOUTS["TP2"], [blocks], next(VERSIONS), "bf16", None, BF16)
+    assert str(failure.value).count(f'UserError("{blocks.url}: {told}")') == 2  # each rank
+    assert jobs.generated(blocks, jobs.settings(**FP8), version) == before
 
 
 @pytest.mark.acceptance
-def test_blocks_are_refused_and_bf16_heals(made, tmp_path):
+def test_a_server_in_bf16_gets_no_blocks(made, tmp_path):
     plain, _ = made("llama")[0]
     with one(plain, tmp_path, 2, "bfloat16") as server:
-        refuses_and_heals(server, plain, FP8, "the trainer sends FP8 blocks, this server's layers have none", BF16, plain)
-
-
-def refuses_and_heals(server: ServerAddress, model: str, wrong: dict, told: str, right: dict, computes: str) -> None:
-    """Sent the wrong way it is refused for that alone; the right way makes the server compute with the weights of `computes`."""
-    ((report, _),) = world.run(1, jobs.push, model, {}, [server], next(VERSIONS), "bf16", None, wrong)
-    assert told in report.failed[server.url] and "the same rollout.quantization" in report.failed[server.url]
-    assert "got nothing" not in report.failed[server.url] and "did not come" not in report.failed[server.url]
-    version = next(VERSIONS)
-    ((report, _),) = world.run(1, jobs.push, model, {}, [server], version, "bf16", None, right)
-    assert report.failed == {}
-    assert fp8.distance(jobs.generated(server, jobs.settings(**right), version), computes) < 0.03
+        with pytest.raises(AssertionError, match=r"started with rollout\.quantization = 'none', this trainer has 'fp8'"):
+            world.run(1, jobs.push, plain, {}, [server], next(VERSIONS), "bf16", None, FP8)
+        version = next(VERSIONS)
+        ((report, _),) = world.run(1, jobs.push, plain, {}, [server], version, "bf16", None, BF16)
+        assert report.failed == {}
+        assert fp8.distance(jobs.generated(server, jobs.settings(**BF16), version), plain) < 0.03
