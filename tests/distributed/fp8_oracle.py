@@ -40,9 +40,9 @@ def quantized(directory: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def updated(directory: str, stream: dict[str, torch.Tensor]) -> tuple[nn.Module, list[str], list[list[str]]]:
+def updated(directory: str, stream: dict[str, torch.Tensor]) -> tuple[nn.Module, list[str], list[str]]:
     """vLLM's model as a server's command line has it, after our worker's engine gave it a stream; what was wrong with that
-    update, and with two before it, which lacked all scales and those of one layer."""
+    update, and with one before it that lacked the scales."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
@@ -67,13 +67,9 @@ def updated(directory: str, stream: dict[str, torch.Tensor]) -> tuple[nn.Module,
         record_metadata_for_reloading(model)
         process_weights_after_loading(model, config.model_config, torch.device("cpu"))
         engine = LiveWeightsEngine(None, config, torch.device("cpu"), model)
-        refused = []
-        for version, left_out in ((1, ""), (2, "model.layers.1")):
-            sent = {
-                name: each for name, each in stream.items() if not (name.startswith(left_out) and name.endswith("_scale_inv"))
-            }
-            refused.append(update(engine, version, sent))
-        return model, update(engine, 3, stream), refused
+        without = {name: tensor for name, tensor in stream.items() if not name.endswith("_scale_inv")}
+        refused = update(engine, 1, without)
+        return model, update(engine, 2, stream), refused
 
 
 def update(engine, version: int, stream: dict[str, torch.Tensor]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.acceptance, fp8.CAN_SERVE]
 
 ROLLOUT = {"quantization": "fp8", "dtype": "bf16"}
+VERSIONS = itertools.count()
 TRAINERS = [OFF, BLOCKWISE, KEPT_BLOCKWISE]  # numbers kept `tensorwise` are rounded once more
 
 
@@ -33,9 +35,9 @@ def server(model, tmp_path_factory) -> Iterator[ServerAddress]:
         yield server
 
 
-@pytest.mark.parametrize("version", range(len(TRAINERS)), ids=[str(each) for each in TRAINERS])
-def test_servers_have_what_an_fp8_trainer_has(model, server, version):
-    precision = TRAINERS[version]
+@pytest.mark.parametrize("precision", TRAINERS, ids=str)
+def test_servers_have_what_an_fp8_trainer_has(model, server, precision):
+    version = next(VERSIONS)
     ((report, _),) = world.run(1, jobs.push, model, {}, [server], version, "bf16", None, ROLLOUT, precision)
     assert report.failed == {}
     rollouts = jobs.generated(server, jobs.settings(**ROLLOUT), version)

@@ -35,7 +35,7 @@ def test_training_is_measured(flags):
     found = told("bench_training.py", "--steps", "2", *flags)
     assert found["layers"] == 2 and found["products"]["tflops"] > 0
     for pack in found["packs"].values():
-        assert 0 < pack["of_products"] < 1 and pack["tokens_per_second"] > 0
+        assert pack["of_products"] > 0 and pack["tokens_per_second"] > 0
     assert bool(found.get("kernels")) == ("--profile" in flags)
 
 

@@ -18,7 +18,7 @@ class Servers:
     def __init__(self, root: Path):
         self._root = root
         self._stack = contextlib.ExitStack()
-        self._found: dict[tuple[str, int, str, bool], ServerPool] = {}
+        self._found: dict[ServerOptions, ServerPool] = {}
 
     def __enter__(self) -> Servers:
         return self
@@ -26,23 +26,22 @@ class Servers:
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
 
-    def start(self, model: str, tensor: int, dtype: str = "float32", fp8: bool = False) -> None:
+    def start(self, model: str, tensor: int, dtype: str = "float32", fp8: bool = False) -> ServerPool:
         """Returns at once."""
-        if (model, tensor, dtype, fp8) in self._found:
-            return
         options = ServerOptions(
             model, dtype=dtype, tensor=tensor, fp8=fp8, max_model_len=256, concurrency=16, extra=tuple(server_arguments())
         )
-        directory = self._root / f"pool_{len(self._found)}"
-        directory.mkdir(parents=True)
-        cores = core_shares([0, 1], 1, tensor)
-        pool = self._stack.enter_context(ServerPool(options, directory, cores=cores, restarts=0, start_timeout=580))
-        self._found[model, tensor, dtype, fp8] = pool
+        if options not in self._found:
+            directory = self._root / f"pool_{len(self._found)}"
+            directory.mkdir(parents=True)
+            cores = core_shares([0, 1], 1, tensor)
+            pool = self._stack.enter_context(ServerPool(options, directory, cores=cores, restarts=0, start_timeout=580))
+            self._found[options] = pool
+        return self._found[options]
 
     def get(self, model: str, tensor: int, dtype: str = "float32", fp8: bool = False) -> ServerAddress:
         """The server, ready; its model has whatever weights the last test gave it."""
-        self.start(model, tensor, dtype, fp8)
-        (address,) = self._found[model, tensor, dtype, fp8].wait()
+        (address,) = self.start(model, tensor, dtype, fp8).wait()
         return address
 
 
