@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import psutil
@@ -13,6 +15,7 @@ from tests.rollout.grpo_runs import LIMIT, after, check_same, ended, lines, proc
 from tests.rollout.test_servers import left_over, mapped
 from tulu_mega import checkpoint
 from tulu_mega.errors import Stopped
+from tulu_mega.rollout.auth import KEY
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(600)]
 
@@ -136,6 +139,35 @@ def test_one_fault_changes_nothing(undisturbed, place, armed, fault, told):
     assert told in (place / f"{name}.log").read_text()
     check_same(place / name, undisturbed)
     assert not processes_of(place / name)
+
+
+@pytest.mark.parametrize("fault", ["server dies in an update", "server hangs in an update"])
+def test_one_fault_of_a_server_elsewhere_changes_nothing(undisturbed, place, armed, monkeypatch, fault):
+    """Nobody but its own `tulu-mega serve` can start it again, and nobody but the trainer sees that it hangs."""
+    flag, name = armed(fault), f"elsewhere_{fault.replace(' ', '_')}"
+    monkeypatch.setenv(KEY, "the key")
+    servers = place / f"{name}_servers"
+    command = [sys.executable, "-m", "tulu_mega", "serve", "--model", str(place / "model"), "--model.dtype", "fp32"]
+    told = place / f"{name}_serve.log"
+    with told.open("w") as errors:
+        serving = subprocess.Popen(
+            [*command, "--run_dir", str(servers)],
+            env={**os.environ, "PYTHONPATH": str(place)},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        urls = serving.stdout.readline().removeprefix("rollout.urls = ").strip()
+        ended(start(place, name, "--rollout.urls", urls, "--rollout.update_timeout", str(UPDATE_TIMEOUT)), place, name)
+    finally:
+        serving.terminate()
+        serving.wait(60)
+    assert flag.exists() and "it is started again" in (place / f"{name}.log").read_text()
+    assert "; it is started again (1 of 3 times)" in told.read_text()
+    assert "dies" in fault or "ended as a trainer asked it to" in told.read_text()  # a dead one does not hear
+    check_same(place / name, undisturbed)
+    assert not processes_of(place / name) and not processes_of(servers)
 
 
 @pytest.mark.parametrize("moment", ["asked to end while servers generate", "asked to end in training"])

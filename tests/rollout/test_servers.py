@@ -475,10 +475,10 @@ def test_serve_is_attached_by_its_urls_and_ends_in_order(model, tmp_path, monkey
         with RolloutClient([address], asked) as client:
             assert len(client.generate(PROMPTS, SAMPLING, VERSION)) == len(PROMPTS)
         processes = session_of(tmp_path / "s", 0)
-        ask_restart(tmp_path / "run", address, "gone wrong")
-        processes[1].kill()
+        ask_restart(tmp_path / "run", address, "gone wrong", remote=True)
         (again,) = attached(settings(urls=urls, start_timeout=START_SECONDS), tmp_path / "run")
         assert again.url == address.url and again.incarnation > address.incarnation
+        assert "asks for this server to be started again: 'gone wrong'" in (tmp_path / "s/logs/server_0.log").read_text()
         processes += session_of(tmp_path / "s", 0)
         monkeypatch.setenv(KEY, "wrong")
         with pytest.raises(UserError, match="refuses the key"):

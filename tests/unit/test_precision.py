@@ -188,10 +188,12 @@ def test_workers_have_whole_blocks():
 
     assert found(1) == found(8) == []
     assert found(16) == []  # a key head each: 128 channels
-    odd = {**CONFIG, "intermediate_size": 416}
-    (told,) = rollout_fp8_problems(odd, RolloutSettings(quantization="fp8", tensor=4))
-    assert "intermediate_size on a worker are 104; lower rollout.tensor" in told
-    assert rollout_fp8_problems(odd, RolloutSettings(tensor=4)) == []
+    odd = {**CONFIG, "intermediate_size": 384}
+    (told,) = rollout_fp8_problems(odd, RolloutSettings(quantization="fp8", tensor=2))
+    assert "intermediate_size on a worker are 192; lower rollout.tensor or set" in told
+    (told,) = rollout_fp8_problems({**odd, "intermediate_size": 416}, RolloutSettings(quantization="fp8", tensor=4))
+    assert "intermediate_size on a worker are 104; set rollout.quantization to 'none'" in told  # no layout helps
+    assert rollout_fp8_problems(odd, RolloutSettings(tensor=2)) == []
 
 
 def test_a_cpu_without_amx_is_told(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from tulu_mega.config import RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.rollout import server
 from tulu_mega.rollout.addresses import ask_restart, attached, read_record
-from tulu_mega.rollout.auth import KEY
+from tulu_mega.rollout.auth import ASKED, KEY, RESTART
 from tulu_mega.rollout.server import ServerPool
 from tulu_mega.rollout.serving import ServerOptions
 
@@ -45,6 +46,12 @@ STUB = """
             about = {"incarnation": int(os.environ["TULU_MEGA_SERVER_INCARNATION"]), "longest": 8, "vocabulary": 8}
             self.wfile.write(json.dumps(about).encode())
 
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "RESTART" and asked["incarnation"] == int(os.environ["TULU_MEGA_SERVER_INCARNATION"])
+            print("asked:", asked["why"], flush=True)
+            os._exit(ASKED)
+
         def log_message(self, *_):
             pass
 
@@ -63,7 +70,8 @@ def stub(tmp_path, monkeypatch) -> Callable[[str], None]:
 
     def put(before: str = "") -> None:
         script = tmp_path / "stub.py"
-        script.write_text(textwrap.dedent(STUB).replace("BEFORE", before))
+        text = textwrap.dedent(STUB).replace("BEFORE", before).replace("RESTART", RESTART).replace("ASKED", str(ASKED))
+        script.write_text(text)
         monkeypatch.setattr(server, "command", lambda _options, port, on_cpu: [sys.executable, str(script), str(port)])
 
     put()
@@ -101,6 +109,11 @@ def until(condition: Callable[[], bool]) -> bool:
 
 def segments() -> list[str]:
     return [name for name in os.listdir("/dev/shm") if name.startswith("tulu_mega_stub_")]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 def settings(servers: int = 1, **values) -> RolloutSettings:
@@ -147,6 +160,20 @@ def test_a_rank_may_ask_for_another_one(stub, tmp_path, monkeypatch):
         (second,) = attached(settings(), tmp_path)
         assert second.incarnation > first.incarnation and gone(processes) and len(segments()) == 1
         assert attached(settings(), tmp_path) == [second], "asked once, done once"
+
+
+def test_a_trainer_elsewhere_may_ask_for_another_one(stub, tmp_path, monkeypatch, capfd):
+    """It knows the server's URL and key alone, and has a run directory of its own."""
+    with pool(tmp_path / "serve", ports=[free_port()]) as started:
+        monkeypatch.setenv(KEY, started.key)
+        urls = [started.wait()[0].url]
+        (first,) = attached(settings(urls=urls), tmp_path / "run")
+        processes = session_of(tmp_path / "serve")
+        ask_restart(tmp_path / "run", first, "its update broke", remote=True)
+        (second,) = attached(settings(urls=urls), tmp_path / "run")
+        assert second.url == first.url and second.incarnation > first.incarnation and gone(processes)
+        assert "asked: its update broke" in (tmp_path / "serve/logs/server_0.log").read_text()
+    assert "server 0 ended as a trainer asked it to; it is started again (1 of 2 times)" in capfd.readouterr().err
 
 
 def test_one_that_does_not_answer_is_replaced(stub, tmp_path, monkeypatch, capfd):

@@ -54,15 +54,16 @@ def rollout_fp8_problems(config: Mapping[str, Any], rollout: RolloutSettings) ->
     if rollout.quantization != "fp8":
         return []
     size, multiple = family_for(config).sizes(config), FP8_MULTIPLE["blockwise"]
-    keys = size["keys"] / min(rollout.tensor, size["groups"])  # where there are more workers than key heads each has one
-    shares = {
-        "intermediate_size": size["ffn"] / rollout.tensor,
-        "channels of query heads": size["queries"] / rollout.tensor,
-        "channels of key heads": keys,
+    wholes = {
+        "intermediate_size": (size["ffn"], rollout.tensor),
+        "channels of query heads": (size["queries"], rollout.tensor),
+        # where there are more workers than key heads each has one
+        "channels of key heads": (size["keys"], min(rollout.tensor, size["groups"])),
     }
+    helps = "" if any(whole % multiple for whole, _ in wholes.values()) else "lower rollout.tensor or "
     return [
-        f"rollout.quantization = 'fp8' wants multiples of {multiple}, but {name} on a worker are {share:g}; "
-        "lower rollout.tensor or set rollout.quantization to 'none'"
-        for name, share in shares.items()
-        if share % multiple
+        f"rollout.quantization = 'fp8' wants multiples of {multiple}, but {name} on a worker are {whole / parts:g}; "
+        f"{helps}set rollout.quantization to 'none'"
+        for name, (whole, parts) in wholes.items()
+        if whole % (multiple * parts)
     ]

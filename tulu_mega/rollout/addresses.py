@@ -6,6 +6,7 @@ the address in it is no longer the server's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,7 +21,7 @@ import httpx
 
 from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
-from tulu_mega.rollout.auth import ABOUT, KEY
+from tulu_mega.rollout.auth import ABOUT, KEY, RESTART
 
 FOLDER = "servers"
 POLL_SECONDS = 0.1
@@ -112,10 +113,13 @@ def attached(settings: RolloutSettings, run_dir: Path) -> list[ServerAddress]:
     return found
 
 
-def ask_restart(run_dir: Path, address: ServerAddress, why: str) -> None:
-    """Has the launcher end a server and start it again; returns at once, `attached` waits for the new one.
+def ask_restart(run_dir: Path, address: ServerAddress, why: str, remote: bool = False) -> None:
+    """Has a server ended and started again by whoever owns it; returns at once, `attached` waits for the new one.
 
-    A server of `rollout.urls` is watched by its own `tulu-mega serve`: `attached` then waits for that to start it again.
+    Args:
+        why: told to the launcher, or in the server's log.
+        remote: it is of `rollout.urls`. It is asked to end, its own `tulu-mega serve` starts it again; where it does not answer,
+            that notices by itself.
     """
     folder = Path(run_dir, FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +127,10 @@ def ask_restart(run_dir: Path, address: ServerAddress, why: str) -> None:
     part = file.with_suffix(f".part{os.getpid()}")
     part.write_text(why, encoding="utf-8")
     part.replace(file)
+    if remote:
+        with contextlib.suppress(httpx.HTTPError):
+            asked = {"incarnation": address.incarnation, "why": why}
+            _client().post(address.url + RESTART, headers=_headers(address.key), json=asked)
 
 
 def restart_asked(folder: Path, url: str, incarnation: int, since: float = 0.0) -> str | None:
@@ -164,9 +172,8 @@ def _remote(settings: RolloutSettings, folder: Path) -> list[ServerAddress]:
 
 def _ask(url: str, key: str | None) -> ServerAddress | str:
     """The server's address, or why it cannot be used yet."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        about, health = (_client().get(url + path, headers=headers) for path in (ABOUT, "/health"))
+        about, health = (_client().get(url + path, headers=_headers(key)) for path in (ABOUT, "/health"))
     except httpx.HTTPError as error:
         return f"does not answer ({str(error) or type(error).__name__})"
     if about.status_code == 401:
@@ -177,6 +184,10 @@ def _ask(url: str, key: str | None) -> ServerAddress | str:
         return ServerAddress(url, key, int(about.json()["incarnation"]))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{url} is not a server of tulu-mega serve; rollout.urls takes only such") from None
+
+
+def _headers(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 @functools.cache

@@ -10,19 +10,21 @@ from __future__ import annotations
 import hmac
 import json
 import os
-from collections.abc import Awaitable, Callable
+import sys
 from typing import Any
+
+from tulu_mega.rollout.asgi import App, Receive, Scope, Send, answer, body, refuse
 
 KEY = "TULU_MEGA_ROLLOUT_KEY"
 """Environment variable with the key: never an argument, which every process can read."""
 INCARNATION = "TULU_MEGA_SERVER_INCARNATION"
 ABOUT = "/tulu_mega/about"
 """Route that the door answers itself: ``{"incarnation", "longest", "vocabulary"}``."""
-
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+RESTART = "/tulu_mega/restart"
+"""POST ``{"incarnation", "why"}``, answered by the door too, whatever the engine does: the server ends with status `ASKED`, so
+that its owner starts it again; 409 when it is another incarnation by now."""
+ASKED = 75
+"""``EX_TEMPFAIL`` of sysexits.h."""
 
 
 class Door:
@@ -46,9 +48,11 @@ class Door:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
             else:
-                await _answer(send, 401, {"error": {"message": "wrong or missing key", "type": "Unauthorized", "code": 401}})
+                await refuse(send, 401, "wrong or missing key", "Unauthorized")
         elif scope["type"] == "http" and scope["path"] == ABOUT:
-            await _answer(send, 200, _about(scope))
+            await answer(send, 200, _about(scope))
+        elif scope["type"] == "http" and scope["path"] == RESTART and scope["method"] == "POST":
+            await _end(receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -60,14 +64,27 @@ class Door:
 def _about(scope: Scope) -> dict[str, Any]:
     model = scope["app"].state.vllm_config.model_config
     return {
-        "incarnation": int(os.environ.get(INCARNATION, "0")),
+        "incarnation": _incarnation(),
         "longest": model.max_model_len,
         "vocabulary": model.get_vocab_size(),
     }
 
 
-async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _incarnation() -> int:
+    return int(os.environ.get(INCARNATION, "0"))
+
+
+async def _end(receive: Receive, send: Send) -> None:
+    """Ends this process at once: its keeper sees to the rest of the session."""
+    try:
+        asked = json.loads(await body(receive))
+        incarnation, why = int(asked["incarnation"]), str(asked["why"])
+    except (ValueError, KeyError, TypeError):
+        await refuse(send, 400, 'expected {"incarnation": NUMBER, "why": TEXT}', "BadRequest")
+        return
+    if incarnation != _incarnation():
+        await refuse(send, 409, f"incarnation {incarnation} is gone, this is {_incarnation()}", "Conflict")
+        return
+    await answer(send, 200, {"incarnation": incarnation})
+    print(f"A trainer asks for this server to be started again: {why[:2000]!r}", file=sys.stderr, flush=True)
+    os._exit(ASKED)

@@ -13,17 +13,13 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
+
+from tulu_mega.rollout.asgi import App, Receive, Scope, Send, body
 
 ROUTE = "/inference/tulu_mega/batch"
 """POST ``{"prompts": [{"token_ids", "sampling_params"}, ...]}``. Answers a line of JSON for each prompt, as they end: ``{"place",
 "choices": [{"index", "token_ids", "logprobs", "finish_reason", "weight_versions"}, ...]}``; ``{"error"}`` ends it early."""
-
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Batches:
@@ -38,7 +34,7 @@ class Batches:
         if scope["type"] != "http" or scope["path"] != ROUTE:
             await self._app(scope, receive, send)
             return
-        asked = json.loads(await _body(receive))["prompts"]
+        asked = json.loads(await body(receive))["prompts"]
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/x-ndjson")]})
         answering = asyncio.create_task(self._answer(scope["app"].state.engine_client, asked, send))
         leaving = asyncio.create_task(_left(receive))
@@ -122,15 +118,6 @@ def _choices(output: Any) -> list[dict[str, Any]]:
 
 def _line(content: dict[str, Any]) -> bytes:
     return json.dumps(content).encode() + b"\n"
-
-
-async def _body(receive: Receive) -> bytes:
-    parts, more = [], True
-    while more:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return b"".join(parts)
 
 
 async def _left(receive: Receive) -> None:

@@ -91,7 +91,7 @@ class Fleet:
         for address in self._addresses:
             if address.url in failed:
                 print(f"{address.url}: {failed[address.url]}; it is started again", flush=True)
-                ask_restart(self._run_dir, address, failed[address.url])
+                ask_restart(self._run_dir, address, failed[address.url], remote=bool(self._settings.urls))
 
     def _reconnect(self) -> None:
         """Follows the servers where they are now."""

@@ -7,17 +7,15 @@ middleware, in the server's process, so it holds whoever calls.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from tulu_mega.rollout.asgi import App, Receive, Scope, Send, refuse
 
 BACKEND = "tulu_mega"
 """Our weight transfer engine's name in vLLM's registries."""
 ASK_SECONDS = 60.0
+KIND = "WeightsError"
+"""Of its refusals."""
 SERVING = ("/v1/", "/inference/", "/generate")
 """Beginnings of the routes that use the model."""
 
@@ -55,10 +53,11 @@ class WeightsGate:
                     refusal = await _unless_all(engine, "whole")
                     self._updating = self._updating and refusal is not None
             if self._updating and path.startswith(SERVING):
-                await _answer(send, 503, "the weights of this server are being updated, or an update of them broke; ask another")
+                why = "the weights of this server are being updated, or an update of them broke; ask another"
+                await refuse(send, 503, why, KIND)
                 return
             if refusal is not None:
-                await _answer(send, 409, refusal)
+                await refuse(send, 409, refusal, KIND)
                 return
         await self._app(scope, receive, send)
 
@@ -83,10 +82,3 @@ async def _unless_all(engine: Any, state: str) -> str | None:
         return None
     problems = [problem for worker in wrong for problem in worker["problems"]]
     return "\n".join(problems) or f"worker {wrong[0]['worker']}: {wrong[0]['broken'] or 'no update has been committed'}"
-
-
-async def _answer(send: Send, status: int, message: str) -> None:
-    body = json.dumps({"error": {"message": message, "type": "WeightsError", "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

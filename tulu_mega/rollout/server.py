@@ -19,7 +19,7 @@ import psutil
 from tulu_mega.errors import UserError
 from tulu_mega.rollout import keeper
 from tulu_mega.rollout.addresses import FOLDER, ServerAddress, ServerRecord, restart_asked, write_record
-from tulu_mega.rollout.auth import ABOUT, KEY
+from tulu_mega.rollout.auth import ABOUT, ASKED, KEY
 from tulu_mega.rollout.serving import ServerOptions, command, environment
 
 PERIOD_SECONDS = 0.1
@@ -161,14 +161,14 @@ class ServerPool:
                 self._say(server, "starting")
             elif (code := server.process.poll()) is not None:
                 # killed, it may come up the next time; what it could not do itself it will not
-                self._again(server, f"ended with status {code} while it started", hopeless=code <= 128)
+                self._again(server, f"ended with status {code} while it started", hopeless=code <= 128 and code != ASKED)
             elif server.answers():
                 self._say(server, "ready")
             elif time.monotonic() > server.started + self._start_timeout:
                 self._again(server, f"was not ready after {self._start_timeout:g} s", hopeless=True)
         elif server.state == "ready":
             if (code := server.process.poll()) is not None:
-                self._again(server, f"ended with status {code}")
+                self._again(server, "ended as a trainer asked it to" if code == ASKED else f"ended with status {code}")
             elif (why := restart_asked(self._folder, server.url, server.incarnation)) is not None:
                 self._again(server, f"was to be started again: {why}")
             elif server.stuck():
