@@ -4,10 +4,12 @@ import json
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tulu_mega.errors import UserError
 from tulu_mega.evaluation import rows
-from tulu_mega.evaluation.instructions import CHECKS
+from tulu_mega.evaluation.instructions import CHECKS, capital_words
 from tulu_mega.evaluation.judging import check, judge
 from tulu_mega.evaluation.settings import TaskSettings
 from tulu_mega.evaluation.statistics import Estimate, estimate, pass_at_k, wilson
@@ -180,6 +182,45 @@ def test_ifeval_prompts_and_instructions_strict_and_loose():
 def test_ifevals_instructions(name, arguments, good, bad):
     assert CHECKS[name].holds(good, **arguments) and not CHECKS[name].holds(bad, **arguments)
     assert set(CHECKS[name].needs) == set(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),  # as NLTK 3.10.4's NLTKWordTokenizer parts the text
+    [
+        ("U.S.A.", 1),
+        ("NASA/ESA", 1),
+        ("WELL-KNOWN", 1),
+        ("NASA's", 1),
+        ("I'M", 2),
+        ("I'm", 1),
+        ("I\u2019M", 2),
+        ("THEY'LL SAY 'WE DON'T.'", 6),
+        ("IT'S WHAT THEY'RE.", 5),
+        ("CANNOT cannot GONNA", 4),
+        ("WANNA", 2),
+        ("YES,NO;YES--NO...YES:3", 5),
+        ("A,1 B", 2),
+        ("**BOLD** (IN) [A] `BOX`!", 4),
+        ("B2B 2 !? 4TH", 2),
+        ("\u00c9T\u00c9 \u6771\u4eac", 1),
+        ("'TWAS", 1),
+        ("KEY='VALUE'", 2),
+        ("", 0),
+    ],
+)
+def test_words_of_capitals_are_nltks(text, count):
+    assert capital_words(text) == count
+
+
+@given(st.text())
+def test_words_of_capitals_are_counted_in_any_text_and_not_more_than_its_capitals(text):
+    assert capital_words(text) <= sum(char.isupper() for char in text)
+    assert capital_words(f"{text}\nNASA") == capital_words(text) + 1
+
+
+def test_keywords_are_text_and_no_regular_expressions():
+    assert not CHECKS["keywords:existence"].holds("C and more", keywords=["C++"])
+    assert not CHECKS["detectable_format:multiple_sections"].holds("Part 1 Part 2", section_spliter="P.rt", num_sections=2)
 
 
 def test_there_are_25_instructions():

@@ -147,6 +147,12 @@ MATHEMATICS = [
     ("first $3$, then $4$.", "4", True),
     ("first $3$, then $4$.", "3", False),
     (r"It costs \$5, so $6$", "6", True),
+    ("It costs $5 a day, so the answer is $15$.", "15", True),  # dollars are paired from the end
+    ("It costs $5 a day, so the answer is $15$.", "5 a day, so the answer is", False),
+    ("They pay $5 and $10, that is $$15$$", "15", True),
+    (r"so $15$, or \$5", "15", True),
+    (r"by $x = 3$ we get \(4\)", "4", True),
+    (r"by \(x = 3\) we get $4$", "4", True),
     (r"$$\left(3, \frac{\pi}{2}\right)$$", r"(3,\frac{\pi}{2})", True),
     (r"We get \[ x^2 - 1 \]", "(x-1)(x+1)", True),
     (r"We get \( 2k+2 \).", "2(k+1)", True),
@@ -191,6 +197,23 @@ MATHEMATICS = [
     ("\ud800 \\boxed{5}", "5", True),
     (r"\boxed{" + "9" * 3000 + "}", "9", False),
     (r"\boxed{3}", 3, True),
+    (r"\boxed{1011_2}", "1011_2", True),
+    (r"\boxed{1011_{2}}", "1011_2", True),
+    (r"\boxed{1011_{(2)}}", "1011_2", True),
+    (r"\boxed{1011_{\text{two}}}", "1011_2", True),
+    (r"\boxed{12_{16}}", "12_16", True),
+    (r"\boxed{1{,}011_2}", "1011_2", True),
+    (r"\boxed{1011_3}", "1011_2", False),
+    (r"\boxed{4343_{\text{seven}}}", r"4343_{\text{six}}", False),
+    (r"\boxed{1001_2}", "1011_2", False),
+    (r"\boxed{1011}", "1011_2", True),  # the problem has named the base
+    (r"\boxed{11}", "1011_2", False),  # the value, in another base
+    (r"\boxed{11_2}", "11", False),
+    (r"\boxed{11_{10} = 1011_2}", "1011_2", True),
+    (r"\boxed{(11_3, 1011_2)}", "(11_3, 1011_2)", True),
+    (r"\boxed{(11_2, 1011_3)}", "(11_3, 1011_2)", False),
+    (r"\boxed{x_1^2}", "x^2_1", True),  # an index is no base
+    (r"\boxed{x_2}", "x_1", False),
 ]
 
 
@@ -254,6 +277,21 @@ def test_looking_for_an_answer_never_fails_and_gives_at_most_two(reply):
 def test_a_fraction_equals_itself_however_it_is_written(a, b):
     assert equivalent(f"{a}/{b}", rf"\dfrac{{{a}}}{{{b}}}")
     assert equivalent(rf"\frac{{{a}}}{{{b}}}", rf"$\left(\tfrac{{{a}}}{{{b}}}\right)$")
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 10**6), st.integers(2, 36), st.integers(2, 36))
+def test_numbers_are_equal_in_equal_bases_only(number, base, other):
+    assert equivalent(f"{number}_{base}", rf"{number}_{{\text{{{base}}}}}")
+    assert equivalent(f"{number}_{{{base}}}", str(number))
+    assert not equivalent(str(number), f"{number}_{base}")
+    assert equivalent(f"{number}_{base}", f"{number}_{other}") == (base == other)
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="$5 .ab", max_size=20), st.from_regex(r"[a-z0-9+]{1,9}", fullmatch=True))
+def test_the_last_formula_is_the_candidate_whatever_dollars_come_before(before, formula):
+    assert answers(f"{before} so ${formula}$.") == [formula]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.rewards import CodeLimits, Judge, RewardSpec, Sample, Verdict, VerifierPool, check_rows
 from tulu_mega.rewards.gsm8k import Gsm8k
 from tulu_mega.rewards.registry import BUILT_IN
+from tulu_mega.rollout.judging import Judged
 
 NO_COMMAS = json.dumps({"func_name": "validate_no_commas", "N": None})
 
@@ -120,6 +121,24 @@ def test_several_verifiers_are_summed_with_their_weights():
     assert verdict.parts == {"math": 1.0, "ifeval": 0.0, "gsm8k": 1.0}
     assert "ifeval: validate_no_commas() is not met" in verdict.detail
     assert judge(Sample("5", ["gsm8k"], "5")).score == 1.0
+
+
+def test_a_verifier_that_is_named_twice_is_summed_and_solves_only_where_it_is_met_twice():
+    judge = Judge(RewardSpec(weights={"ifeval": 0.5}))
+    long = json.dumps({"func_name": "validate_word_constraint", "N": 3, "quantifier": "at least"})
+    verdicts = [
+        judge(Sample(reply, ["ifeval", "IFEval", "exact_match"], [NO_COMMAS, long, reply])) for reply in ("one", "one two three")
+    ]
+    assert [verdict.score for verdict in verdicts] == [1.5, 2.0]
+    assert [verdict.parts for verdict in verdicts] == [{"ifeval": 1.0, "ifeval#2": met, "exact_match": 1.0} for met in (0.0, 1.0)]
+    assert [Judged(None, "", verdict, verdict.score).solved for verdict in verdicts] == [False, True]
+
+
+def test_names_of_ones_own_that_look_like_a_second_verifier_keep_their_scores_apart():
+    judge = Judge(RewardSpec(custom={"length#2": "own_verifiers:length", "length": "own_verifiers:length"}))
+    verdict = judge(Sample("four", ["length", "length#2", "length"], [4, 2, 1]))
+    assert verdict.score == 7.0
+    assert verdict.parts == {"length": 1.0, "length#2": 2.0, "length#3": 4.0}
 
 
 def test_one_verifier_that_fails_makes_the_sample_an_error():

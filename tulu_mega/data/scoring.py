@@ -83,7 +83,7 @@ def encoder(settings: ScoreSettings, rows: list[dict[str, Any]], vocab_size: int
         UserError: the tokenizer cannot be loaded.
     """
     tokenizer = None
-    if any("input_ids" not in row for row in rows):
+    if any(row.get("messages") is not None or row.get("text") is not None for row in rows):  # null is a column of another row
         model = settings.model
         tokenizer = load_tokenizer(model.path, settings.tokenizer, settings.template, model.trust_remote_code)
     return Encoder(tokenizer, settings.template, vocab_size)

@@ -1,8 +1,14 @@
 """The 25 instructions of IFEval as functions of a response, by the names that the data set uses.
 
 They follow IFEval's published checker (arXiv 2311.07911 and its code of 2023), not the constraints that Tulu 3 trains on
-(``rewards/constraints.py``), which have other names, arguments and limits. One departure: sentences end at ``.``, ``?`` or
-``!`` before white space, where the published checker asks NLTK's Punkt model, so that abbreviations count here.
+(``rewards/constraints.py``), which have other names, arguments and limits. Departures:
+
+- Sentences end at ``.``, ``?`` or ``!`` before white space, where the published checker asks NLTK's Punkt model, so that
+  abbreviations count here.
+- Keywords, forbidden words and section marks are taken literally, where it takes them for regular expressions.
+- The language detector's dice are seeded, so that a response has one language.
+
+Words of capitals are counted in the words that NLTK 3.10's ``word_tokenize`` makes, without NLTK: see :func:`capital_words`.
 """
 
 from __future__ import annotations
@@ -174,8 +180,33 @@ def _quotation(text: str, **_: Any) -> bool:
 
 @_instruction("change_case:capital_word_frequency", "capital_frequency", "capital_relation")
 def _capital_words(text: str, *, capital_frequency: int, capital_relation: str, **_: Any) -> bool:
-    words = re.findall(r"\w+(?:['-]\w+)*", text)
-    return _related(sum(word.isupper() for word in words), capital_relation, capital_frequency)
+    return _related(capital_words(text), capital_relation, capital_frequency)
+
+
+# Where NLTK parts words, as far as that decides how many are of capitals; a full stop of its own, say, is none. Each pattern in
+# turn: what it finds gives way to its groups, with spaces around. Hyphens, slashes and single dots part nothing.
+_PARTED = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"[][\s;@#$%&?!*\"`(){}<>«»“”„‘’\u2012-\u2015]|\.{2,}|''|--|[:,](?!\d)",
+        r"(?<=[^\w\s])(')(?=\w)(?!(?i:[sdmtn]|ll|re|ve)\b)",  # an opening quotation mark, x='A'
+        r"(?<=[^'\s])('(?!\S))",  # a closing quotation mark, else taken for part of the ending before it
+        r"(?<=[^'\s])('[SsMmDd])(?=\.?(?!\S))",
+        r"(?<=[^'\s])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T)(?=\.?(?!\S))",
+        r"(?i)\b(can(?=not\b)|d(?='ye\b)|gim(?=me\b)|gon(?=na\b)|got(?=ta\b)|lem(?=me\b)|more(?='n\b)|wan(?=na(?!\S)))(\w+|'\w+)",
+    )
+)
+
+
+def capital_words(text: str) -> int:
+    """The number of words with capitals and no small letters, parted as NLTK does.
+
+    >>> capital_words("NASA/ESA, U.S.A. and WELL-KNOWN"), capital_words("I'M"), capital_words("NASA's"), capital_words("CANNOT")
+    (3, 2, 1, 2)
+    """
+    for pattern in _PARTED:
+        text = pattern.sub(lambda found: f" {' '.join(found.groups())} ", text)
+    return sum(word.isupper() for word in text.split())
 
 
 @_instruction("change_case:english_capital")

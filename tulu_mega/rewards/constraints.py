@@ -1,7 +1,8 @@
 """The 25 constraints of Tulu 3's instruction-following prompts, each a function of the reply and its arguments.
 
 They go back to IFEval (arXiv 2311.07911); names, arguments and meaning are those of open-instruct, whose verifier of
-November 2024 had four errors that were mended later (the last in May 2026). What is here follows the mended one;
+November 2024 had four errors that were mended later (the last in May 2026, commit a09e149). What is here follows the mended
+one, as it still was on open-instruct's main branch in August 2026 (commit e6c3044);
 :data:`NOVEMBER_2024` has the functions that differed as they were. A constraint's arguments are the function's, with their
 types; see :func:`read_constraint`.
 """
@@ -167,7 +168,7 @@ def validate_sections(text: str, N: int, section_splitter: str) -> bool:
     """Exactly N pieces when the reply is split at the splitter; case counts.
 
     An empty piece before the first splitter does not count, an introduction does. (IFEval itself counts the splitter with a
-    number behind it, at least N times.)
+    number behind it, at least N times. A change of open-instruct to that, its pull request 1767, was closed unmerged.)
     """
     pieces = text.split(section_splitter)
     return len(pieces[1:] if pieces[0] == "" else pieces) == N

@@ -16,7 +16,12 @@ _LONGEST_EXPRESSION = 400  # characters; no answer of MATH is near it, and parsi
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _PHRASE = re.compile(r"final answer\s*:\s*the final answer is(?P<answer>.*)", re.IGNORECASE)
 _CLOSING = re.compile(r"\.?\s*I hope it is correct\.?.*", re.IGNORECASE)
-_SPAN = re.compile(r"\$\$(?P<a>.+?)\$\$|(?<!\\)\$(?P<b>[^$]+?)(?<!\\)\$|\\\((?P<c>.+?)\\\)|\\\[(?P<d>.+?)\\\]", re.DOTALL)
+_DOLLARS = re.compile(r"(?<!\\)(?:\\\\)*(?P<sign>\$\$?)")  # not those behind a backslash that is itself not escaped
+_BRACKETED = re.compile(r"\\\((?P<a>.+?)\\\)|\\\[(?P<b>.+?)\\\]", re.DOTALL)
+_BASE = re.compile(r"(?<=\d)(?<!\^\d)_(?:\{\(?(?P<braced>\w+)\)?\}|(?P<bare>\d+))")  # 1011_2, 43_{(6)}; not C^5_2
+_BASE_NAMES = dict(
+    zip("two three four five six seven eight nine ten eleven twelve sixteen".split(), (*range(2, 13), 16), strict=True)
+)
 
 _SIMPLER: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
@@ -48,8 +53,8 @@ class MathAnswer:
     """The reply's answer is the ground truth's value, however it is written.
 
     Where the answer is looked for follows Tulu 3's code of November 2024: the last ``\\boxed`` and what "Final Answer: The
-    final answer is" says are both candidates; without either, the last ``$...$``; without that, the whole reply. One
-    candidate that is right suffices. A last box that is never closed (a truncated reply) gives no candidate.
+    final answer is" says are both candidates; without either, what stands between the last two dollars; without that, the
+    whole reply. One candidate that is right suffices. A last box that is never closed (a truncated reply) gives no candidate.
 
     What counts as equal departs from it. The published code compared normalised LaTeX, then asked sympy whether the
     difference simplifies to 0; here it is normalised LaTeX, then math-verify, which also knows intervals, sets, matrices,
@@ -57,10 +62,14 @@ class MathAnswer:
     decimals count as equal when 6 places agree; of a chain ``5 = 2+3`` the last value counts. A word of three letters or
     more is only ever equal to the same word.
 
-    Other departures: ``\\fbox`` counts as ``\\boxed``; "I hope it is correct" need not follow the phrase; ``$$...$$``,
-    ``\\(...\\)`` and ``\\[...\\]`` count as ``$...$``; a reply is only compared whole when it is a single line without a box;
-    nothing beyond 400 characters is compared symbolically. A comparison that takes too long is an error of the sample (the
-    pool ends it), where the published code scored 0.
+    Bases behind digits are compared too, which math-verify leaves out: ``1011_2`` is ``1011_{\\text{two}}``, not ``1011_3``.
+    Where the ground truth has bases and the reply has none, the digits decide: the problem has named the base. A base where
+    the ground truth has none is wrong, and so is the same value in another base.
+
+    Other departures: ``\\fbox`` counts as ``\\boxed``; "I hope it is correct" need not follow the phrase; ``\\$`` is no
+    dollar, ``$$`` is one, and a ``\\(...\\)`` or ``\\[...\\]`` counts that ends later; a reply is only compared whole when it is
+    a single line without a box; nothing beyond 400 characters is compared symbolically. A comparison that takes too long is an
+    error of the sample (the pool ends it), where the published code scored 0.
     """
 
     def __init__(self) -> None:
@@ -94,9 +103,8 @@ def answers(response: str) -> list[str]:
     found = [answer for answer in (last_boxed(response), _phrase(response)) if answer]
     if found:
         return found
-    spans = [next(group for group in span.groups() if group is not None).strip() for span in _SPAN.finditer(response)]
-    if filled := [span for span in spans if span]:
-        return [filled[-1]]
+    if formula := _last_formula(response):
+        return [formula]
     whole = response.strip()
     return [whole] if whole and not re.search(r"\n|\\boxed|\\fbox", whole) else []
 
@@ -128,6 +136,12 @@ def equivalent(expected: str, answer: str) -> bool:
         return False
     if plain_expected == plain_answer:
         return True
+    if _bases(plain_expected) or _bases(plain_answer):
+        plain_expected, plain_answer = plain_expected.rpartition("=")[2], plain_answer.rpartition("=")[2]
+        if _bases(plain_answer) not in ([], _bases(plain_expected)):
+            return False
+        expected, answer = _BASE.sub("", plain_expected), _BASE.sub("", plain_answer)
+        return equivalent(expected, answer)
     # As an expression a word is a product of its letters: "east" would equal "seat".
     return not _WORD.fullmatch(plain_expected) and _symbolically_equal(expected, answer)
 
@@ -143,6 +157,12 @@ def simpler(latex: str) -> str:
     return latex
 
 
+def _bases(latex: str) -> list[str]:
+    """The bases of a simplified answer's numbers in their order, ``["2"]`` of ``1011_{two}``."""
+    named = [base["braced"] or base["bare"] for base in _BASE.finditer(latex)]
+    return [str(_BASE_NAMES.get(name, name)) for name in named]
+
+
 def _symbolically_equal(expected: str, answer: str) -> bool:
     # LaTeX extraction alone: math-verify's other ways hand text to sympy's parse_expr, which evaluates it.
     if max(len(expected), len(answer)) > _LONGEST_EXPRESSION:
@@ -151,6 +171,18 @@ def _symbolically_equal(expected: str, answer: str) -> bool:
     plain = [re.sub(r"\\?\$", "", side) for side in (expected, answer)]
     sides = [parse(f"${side}$", config, parsing_timeout=None) for side in plain]
     return verify(*sides, timeout_seconds=None)
+
+
+def _last_formula(response: str) -> str | None:
+    """What stands between the last two dollars, or in ``\\(...\\)`` or ``\\[...\\]`` if that ends later.
+
+    Counted from the end: a price early in the reply opens no formula.
+    """
+    spans = [(span.end(), span["a"] or span["b"]) for span in _BRACKETED.finditer(response)]
+    if len(dollars := list(_DOLLARS.finditer(response))) > 1:
+        spans.append((dollars[-1].end(), response[dollars[-2].end() : dollars[-1].start("sign")]))
+    filled = [(end, text.strip()) for end, text in spans if text.strip()]
+    return max(filled)[1] if filled else None
 
 
 def _phrase(response: str) -> str | None:

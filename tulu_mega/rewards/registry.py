@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -150,7 +151,7 @@ class Judge:
                 return verdict
             key = self.resolve(name)
             total += self._weights.get(key, 1.0) * verdict.score
-            parts[key] = parts.get(key, 0.0) + verdict.score
+            parts[_untaken(key, parts)] = verdict.score
             details.append(verdict.detail if len(pairs) == 1 else f"{name}: {verdict.detail}")
         return Verdict(total, "; ".join(details), parts=parts)
 
@@ -190,6 +191,12 @@ def check_rows(
     if problems:
         raise UserError(problems)
     return sorted(names)
+
+
+def _untaken(name: str, taken: Mapping[str, Any]) -> str:
+    """The name, or ``name#2``, ``name#3``... where a row names a verifier again."""
+    numbered = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in numbered if candidate not in taken)
 
 
 _DATASET = "the name of a verifier, such as 'gsm8k', or a list of them"

@@ -23,7 +23,7 @@ class Verdict:
     """What was found and what was expected, for people."""
     error: str | None = None
     parts: dict[str, float] = field(default_factory=dict)
-    """Where several verifiers judged: each one's own score, before its weight."""
+    """Verifier -> its own score, before its weight. One that is named again is ``name#2``: each judgement has its own entry."""
 
     def __post_init__(self) -> None:
         if (self.score is None) == (self.error is None):
