@@ -40,7 +40,7 @@ def test_the_recipes_of_8b_fit_a_node(stage):
     assert (found.generation > 0) == (found.sync > 0) == (found.scoring > 0) == (stage == "grpo")
     assert (found.once > 0) == (stage == "dpo")
     assert found.seconds == pytest.approx(found.step.seconds + found.scoring + found.generation + found.sync)
-    assert found.question.steps == {"sft": 14_678, "dpo": 2_121, "grpo": 6_239}.get(stage, found.question.steps)
+    assert found.question.steps == {"sft": 14_678, "dpo": 2_121, "grpo": 13_020}.get(stage, found.question.steps)
 
 
 def test_json_says_what_the_table_says(capsys):

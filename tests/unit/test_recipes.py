@@ -42,6 +42,29 @@ RATES = {
     "tulu3": {"8b": (5e-6, 5e-7), "70b": (2e-6, 2e-7), "405b": (2e-6, 2e-7)},
     "olmo2": {"7b": (1e-5, 8e-7), "13b": (7.5e-6, 8e-7), "32b": (4e-6, 5e-7)},
 }
+# Seeds of the commands in open-instruct's docs/tulu3.md and the defaults of the scripts where these name none (dpo_tune.py 42,
+# reward_modeling.py 1); None: ours.
+SEEDS = {
+    ("tulu3", "8b"): {"sft": 123, "dpo": 42, "rm": 1, "grpo": 1},
+    ("tulu3", "70b"): {"sft": 456, "dpo": 42, "rm": 1, "grpo": 8},
+    ("tulu3", "405b"): {"sft": None, "dpo": 42, "rm": 1, "grpo": 3},
+    # docs/archived_dev_scripts/olmo2_1124.sh and scripts/train/olmo2/*.sh
+    ("olmo2", "7b"): {"sft": 4, "dpo": None, "rm": 1, "grpo": 1},
+    ("olmo2", "13b"): {"sft": None, "dpo": 8, "rm": 1, "grpo": 1},
+    ("olmo2", "32b"): {"sft": 8, "dpo": 1234, "rm": 1, "grpo": 1},
+}
+# --total_episodes, --penalty_reward_value, trainers x --local_rollout_batch_size (x --number_samples_per_prompt), updates a step
+# and --per_device_train_batch_size of the RL commands: docs/tulu3.md (8B: Tulu 3.1's GRPO, else PPO) and
+# scripts/train/olmo2/grpo_{7b,13b}.sh, which the 32B follows.
+OLMO2_RL = {"episodes": 2_000_000, "penalty": 0.0, "rollouts": 12 * 4 * 16, "updates": 2, "micro": 1, "rate": 5e-7}
+RL = {
+    ("tulu3", "8b"): {"episodes": 10_000_000, "penalty": 0.0, "rollouts": 12 * 4 * 16, "updates": 2, "micro": 2, "rate": 5e-7},
+    ("tulu3", "70b"): {"episodes": 400_000, "penalty": -10.0, "rollouts": 40 * 16, "updates": 4, "micro": 1, "rate": 1e-7},
+    ("tulu3", "405b"): {"episodes": 400_000, "penalty": -10.0, "rollouts": 232 * 8, "updates": 4, "micro": 1, "rate": 1e-7},
+    ("olmo2", "7b"): OLMO2_RL,
+    ("olmo2", "13b"): OLMO2_RL,
+    ("olmo2", "32b"): OLMO2_RL,
+}
 
 
 def stage(file: Path) -> str:
@@ -84,6 +107,7 @@ def test_a_recipe_fits_its_gpus(file):
         asked["rollout_gpu"] = "h200"
     found = outlook(ask(PlanSettings(**asked)), sampled=1)
     assert found.problems == [] and found.fits
+    assert found.fullest.total < 0.9 * found.job.gpu.memory, "a tenth has to be left for what the planner does not know"
 
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
@@ -127,6 +151,7 @@ def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
     rows = str(local / f"{stage(file)}.jsonl")
     flags = ["--data.train", rows, "--data.tokenizer", str(local / "tokenizer"), "--run_dir", str(tmp_path / "run")]
     flags += ["--heldout.data", rows] if stage(file) == "rm" else []
+    flags += ["--data.cache", str(tmp_path / "cache")] if stage(file) != "grpo" else []
     assert preflight.check(load(STAGES[stage(file)], str(file), flags)) == []
 
 
@@ -166,7 +191,10 @@ def test_a_recipe_has_the_published_values(file):
     recipe, size = file.parts[-3:-1]
     settings = load(STAGES[stage(file)], str(file))
     optim = settings.optim
-    assert (optim.betas, optim.eps, optim.weight_decay, optim.clip) == ((0.9, 0.999), 1e-8, 0.0, 1.0)
+    assert settings.seed == (SEEDS[recipe, size][stage(file)] or settings.seed)
+    # reward_modeling.py: its own eps, torch's weight decay; the RL trainers: torch's of both; SFT and DPO: --weight_decay 0.0
+    eps, decay = {"rm": (1e-5, 0.01), "grpo": (1e-8, 0.01)}.get(stage(file), (1e-8, 0.0))
+    assert (optim.betas, optim.eps, optim.weight_decay, optim.clip) == ((0.9, 0.999), eps, decay, 1.0)
     match stage(file):
         case "sft":
             batch = 256 if size in ("405b", "32b") else 128
@@ -179,15 +207,57 @@ def test_a_recipe_has_the_published_values(file):
             assert (settings.train.global_batch, settings.train.epochs, settings.data.max_length) == (batch, 1.0, 2048)
             assert (settings.preference.loss, settings.preference.beta) == ("dpo_norm", 5.0)
         case "rm":
+            assert (optim.schedule, optim.warmup) == ("linear", 0.0)
+            assert optim.lr == 3e-6 or size in ("70b", "405b", "32b")  # of which Ai2 trained none
             assert (settings.train.global_batch, settings.train.epochs, settings.data.max_length) == (256, 1.0, 2048)
             assert (settings.data.overlong, settings.heldout.split) == ("reject", "test_prefs")
         case "grpo":
-            rollouts = {"70b": 640, "405b": 1856}.get(size, 768)
-            assert settings.train.prompts * settings.sampling.samples == rollouts
-            assert optim.lr == {"70b": 1e-7, "405b": 1e-7}.get(size, 5e-7)
+            published, policy, train = RL[recipe, size], settings.policy, settings.train
+            assert train.prompts * settings.sampling.samples == published["rollouts"]
+            assert train.mini_batches * train.passes == published["updates"]
+            steps = 75 if size == "405b" else published["episodes"] // published["rollouts"]  # 75: the released model's
+            assert (train.steps, optim.lr) == (steps, published["rate"])
+            assert (policy.overlong, policy.overlong_reward) == ("penalise", published["penalty"])
             assert settings.sampling.max_tokens == (1024 if size == "405b" else 2048)
-            assert (settings.sampling.temperature, settings.policy.beta, settings.rewards.scale) == (1.0, 0.01, 10.0)
-            assert settings.policy.overlong == "penalise"
+            assert (settings.sampling.temperature, policy.beta, policy.kl, settings.rewards.scale) == (1.0, 0.01, "k3", 10.0)
+            # the trainers' code: clip range, all groups, no weights for the sampler's share, means over micro-batches
+            assert (policy.loss, policy.clip_low, policy.clip_high, policy.advantages) == ("grpo", 0.2, 0.2, "standardised")
+            assert (train.filter_equal, policy.importance) == (False, "none")
+            assert policy.aggregation == "sequence" and published["micro"] <= 2
+
+
+@pytest.mark.parametrize("size", ["8b", "70b", "405b"])
+def test_the_rate_of_rl_goes_as_published(size):
+    """Constant in Tulu 3.1; PPO's falls to 0 over the command's episodes, of which 405B's released model had 75 steps."""
+    optim = load(GrpoSettings, str(EXAMPLES / f"tulu3/{size}/grpo.toml")).optim
+    if size == "8b":
+        assert (optim.schedule, optim.warmup) == ("constant", 0.0)
+        return
+    published = RL["tulu3", size]
+    steps = published["episodes"] // published["rollouts"]
+    end = 1 - 75 / steps if size == "405b" else 0.0
+    assert (optim.schedule, optim.warmup) == ("linear", 0.1 if size == "70b" else 0.0)
+    assert optim.min_lr == pytest.approx(end * optim.lr, rel=0.01)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=named)
+def test_a_command_in_a_recipe_s_head_has_its_layout(file):
+    """Ranks by torchrun are as many as the layout has; `--parallel.data` overrides it."""
+    settings = load(STAGES[stage(file)], str(file))
+    text = re.sub(r"\\\n# *", "", file.read_text())
+    for nodes, flags in re.findall(r"^#.* NNODES=(\d+) \.\.\. examples/launch/torchrun\.sh (.*)$", text, re.MULTILINE):
+        data = re.search(r"--parallel\.data (\d+)", flags)
+        replicas = int(data[1]) if data else settings.parallel.data
+        assert replicas is None or replicas * settings.parallel.model_parallel == 8 * int(nodes)
+    for line in re.findall(r"^#.* tulu-mega serve (.*)$", text, re.MULTILINE):
+        timeout = re.search(r"--rollout\.start_timeout (\d+)", line)
+        assert float(timeout[1] if timeout else 600) == settings.rollout.start_timeout
+        tensor = re.search(r"--rollout\.tensor (\d+)", line)
+        assert int(tensor[1] if tensor else 1) == settings.rollout.tensor
+
+
+def test_runs_share_what_is_tokenised():
+    assert {load(STAGES[stage(file)], str(file)).data.cache for file in RECIPES if stage(file) != "grpo"} == {"runs/tokenised"}
 
 
 def test_fp8_is_the_same_run_but_for_its_matrix_products():
