@@ -5,22 +5,26 @@
     TRITON_INTERPRET=1 python3 tools/bench_kernels.py --device cpu   small shapes, to see that it works
 
 Needs torch and Triton; nothing has to be installed, the repository is put on the path. Liger's fused cross-entropy takes part
-where it can be imported. Prints a table, then one JSON line:
+where it can be imported. Prints every figure as soon as it is there, and at the end one JSON line; after a failure or a time-out
+(an interrupt, or a signal to end) with what was measured until then:
 
     correct    largest errors against torch in float64, by kernel and type; `ok` whether all are within their bounds, and packs of
                FP8 blocks and buckets the reference's bits
     logprob    by rows: milliseconds forward and backward of ours, of its matrix products alone (`products`: those that it makes,
-               logits that are made twice included), of full logits, of those compiled, of Liger; memory at the peak beyond
-               what stood before; `of_products` products over ours (0.85 wanted)
+               logits that are made twice and the one into the float32 buffer included), of full logits, of those compiled for
+               this number of rows, of Liger; memory at the peak beyond what stood before; `of_products` products over ours
+               (0.85 wanted)
     fp8        GB/s read and written while a shard is packed, of a copy of as much, and the first over the second (0.7 wanted)
     fp8_products  a layer's widest product in bf16, and as FP8 training computes it, by torch's scaled products: milliseconds,
                TFLOP/s, and relative errors (root mean square): `error` of the float32 product of what was there before it was
                quantized, `arithmetic` of that of the quantized numbers themselves
-    policy     microseconds of the policy loss forward and backward, by kernel and by torch
+    policy     microseconds of the policy loss forward and backward, by kernel and by torch, with the host's time for launches,
+               and on a GPU `replayed` from a CUDA graph, without it
     buckets    milliseconds to fill a bucket with a layer's boxes, by kernel and a copy each
     graphs     whether each can be captured in a CUDA graph and gives the same bits replayed; what was refused, where not
+    failed     what raised an error, peers' excepted: such a part's figure is the error, and the others go on
 
-Exit status 1 when something is not correct.
+Exit status 1 when something is not correct or failed.
 """
 
 from __future__ import annotations
@@ -30,9 +34,11 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import sys
 import timeit
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +46,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.errors import TritonError
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
@@ -52,6 +57,10 @@ from tulu_kernels.linear_logprob import WORKSPACE, linear_logprob
 from tulu_kernels.linear_logprob.function import even_chunks
 from tulu_kernels.linear_logprob.rows import BYTES
 from tulu_kernels.policy_loss import PolicyLoss, Tokens, policy_loss
+from tulu_kernels.weight_gradient import add_product
+
+Figures = Iterator[tuple[str, Any]]
+"""Names and what was measured, as soon as it was."""
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Largest relative error: of float32, sums in another order; of bf16, logits of 8 bits, which the reference is given too."""
@@ -76,16 +85,23 @@ def main() -> int:
         parser.error("Triton's kernels run on a CPU in its interpreter only; set TRITON_INTERPRET=1")
     rows = options.rows or ([8192, 16384] if on_gpu else [96])
     hidden, vocabulary = options.hidden or (4096 if on_gpu else 256), options.vocabulary or (128256 if on_gpu else 1000)
+    torch.set_float32_matmul_precision("highest")  # some images allow TF32, and float32 is what results are held against
     bench = Bench(torch.device("cuda" if on_gpu else "cpu"))
     report: dict[str, Any] = {"bench": "kernels", **bench.machine(), "hidden": hidden, "vocabulary": vocabulary}
-    for part in options.only:
-        if part == "logprob":
-            report[part] = {count: logprob(bench, count, hidden, vocabulary, options.workspace) for count in rows}
-        else:
-            report[part] = PARTS[part](bench)
-        table(part, report[part])
-    print(json.dumps(report))
-    return int(not report.get("correct", {"ok": True})["ok"])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: told to end"))
+    try:
+        for part in options.only:
+            into = report[part] = {}
+            if part != "logprob":
+                bench.measure(part, PARTS[part](bench), into)
+                continue
+            for count in rows:
+                figures = logprob(bench, count, hidden, vocabulary, options.workspace)
+                bench.measure(f"{part} {count}", figures, into.setdefault(count, {}))
+    finally:
+        report["failed"] = bench.failed
+        print(json.dumps(report), flush=True)
+    return int(bool(bench.failed) or not report.get("correct", {"ok": True}).get("ok", False))
 
 
 class Bench:
@@ -93,6 +109,37 @@ class Bench:
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
+        self.failed: list[str] = []
+        """what raised an error, peers excepted"""
+
+    def measure(self, part: str, figures: Figures, into: dict[str, Any]) -> None:
+        """Collects a part's figures and prints a line for each; an error ends the part and no other."""
+        print(f"== {part}", flush=True)
+
+        def collect() -> None:
+            for name, value in figures:
+                into[name] = value
+                for key, figure in (value if isinstance(value, dict) else {"": value}).items():
+                    print(f"{name!s:>36} {key:<16} {figure}", flush=True)
+
+        why = self.attempt(part, collect)
+        if why is not None:
+            into |= why
+            print(f"{'failed':>36} {'':<16} {why['failed']}", flush=True)
+
+    def attempt(self, what: str, action: Callable[[], Any], peer: bool = False) -> Any:
+        """What an action gives, or `failed` and why; a peer may run out of memory or be missing, anything else is noted."""
+        try:
+            return action()
+        except Exception as error:
+            if not peer:
+                self.failed.append(what)
+                traceback.print_exc()
+            return {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+        finally:
+            if self.on_gpu:
+                with contextlib.suppress(RuntimeError):  # of a device that is lost
+                    torch.cuda.empty_cache()
 
     def machine(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name(self.device) if self.on_gpu else platform.processor() or "cpu"
@@ -109,6 +156,18 @@ class Bench:
         action()
         return round(1e3 * min(timeit.repeat(action, number=1, repeat=3)), 4)
 
+    def captured(self, action: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A CUDA graph of an action, and what it gave there; before, it runs twice on another stream, as capturing wants it."""
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            action(), action()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = action()
+        return graph, held
+
     def peak(self, action: Callable[[], Any]) -> int | None:
         """Bytes beyond what was there before; on a GPU alone."""
         if not self.on_gpu:
@@ -124,7 +183,7 @@ class Bench:
 # Log-probabilities
 
 
-def logprob(bench: Bench, rows: int, hidden_size: int, vocabulary: int, workspace: int) -> dict[str, Any]:
+def logprob(bench: Bench, rows: int, hidden_size: int, vocabulary: int, workspace: int) -> Figures:
     """bf16, into a float32 gradient buffer, as a last pipeline stage runs it."""
     dtype = torch.bfloat16 if bench.on_gpu else torch.float32
     hidden = bench.random(rows, hidden_size, dtype=dtype, seed=1).requires_grad_()
@@ -156,10 +215,11 @@ def logprob(bench: Bench, rows: int, hidden_size: int, vocabulary: int, workspac
                 for _ in range(1 if number == len(chunks) - 1 else 2):  # the last chunk's are kept
                     torch.mm(hidden[here], weight.t(), out=part)
                 torch.mm(part, weight)
-                torch.mm(part.t(), hidden[here])
+                add_product(buffer, part, hidden[here])
 
     sides: dict[str, Callable[[], None]] = {"ours": ours, "products": products, "full": lambda: full(_full_loss)}
-    compiled = torch.compile(_full_loss)
+    # else the second number of rows would be compiled for all numbers
+    compiled = torch.compile(_full_loss, dynamic=False)
     sides["compiled"] = lambda: full(compiled)
     with contextlib.suppress(ImportError):
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
@@ -170,19 +230,18 @@ def logprob(bench: Bench, rows: int, hidden_size: int, vocabulary: int, workspac
             hidden.grad = weight.grad = None
 
         sides["liger"] = liger
-    found: dict[str, Any] = {"chunks": len(chunks)}
+    yield "chunks", len(chunks)
+    taken = {}
     for name, side in sides.items():
-        try:
-            found[name] = {"milliseconds": bench.milliseconds(side), "peak": bench.peak(side)}
-        except (RuntimeError, TritonError) as error:  # a peer that runs out of memory or cannot be compiled is no end of ours
-            if name in ("ours", "products"):
-                raise
-            found[name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+        measured = partial(lambda side: {"milliseconds": bench.milliseconds(side), "peak": bench.peak(side)}, side)
+        taken[name] = bench.attempt(f"logprob {rows} {name}", measured, peer=name not in ("ours", "products"))
+        yield name, taken[name]
         hidden.grad = weight.grad = None
-    found["of_products"] = round(found["products"]["milliseconds"] / found["ours"]["milliseconds"], 3)
+    if "failed" in taken["ours"] | taken["products"]:
+        return
+    yield "of_products", round(taken["products"]["milliseconds"] / taken["ours"]["milliseconds"], 3)
     flops = 2 * rows * vocabulary * hidden_size * (4 - 1 / len(chunks))
-    found["tflops"] = round(flops / found["ours"]["milliseconds"] / 1e9, 1)
-    return found
+    yield "tflops", round(flops / taken["ours"]["milliseconds"] / 1e9, 1)
 
 
 def _full_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -203,23 +262,21 @@ def _shard(bench: Bench, small: bool) -> tuple[Tensor, PackPlan]:
     return weight, plan_pack(boxes)
 
 
-def fp8(bench: Bench) -> dict[str, Any]:
+def fp8(bench: Bench) -> Figures:
     weight, plan = _shard(bench, small=not bench.on_gpu)
     into = torch.empty(plan.bytes, dtype=torch.uint8, device=bench.device)
     scales = torch.empty(plan.scales, device=bench.device)
     moved = weight.nbytes + plan.bytes + scales.nbytes
     source = torch.empty(moved // 2, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
-    rates = {
-        "gigabytes_per_second": moved / bench.milliseconds(lambda: pack(weight, plan, into, scales, backend="triton")) / 1e6,
-        "copy": 2 * source.nbytes / bench.milliseconds(lambda: target.copy_(source)) / 1e6,
-    }
-    return {name: round(rate, 1) for name, rate in rates.items()} | {
-        "of_copy": round(rates["gigabytes_per_second"] / rates["copy"], 3)
-    }
+    rate = moved / bench.milliseconds(lambda: pack(weight, plan, into, scales, backend="triton")) / 1e6
+    yield "gigabytes_per_second", round(rate, 1)
+    copy = 2 * source.nbytes / bench.milliseconds(lambda: target.copy_(source)) / 1e6
+    yield "copy", round(copy, 1)
+    yield "of_copy", round(rate / copy, 3)
 
 
-def fp8_products(bench: Bench) -> dict[str, Any]:
+def fp8_products(bench: Bench) -> Figures:
     """Gate and up of Llama 3.1 8B forward. Activations in blocks of 1 x 128 and weights of 128 x 128 are `precision.fp8 =
     "blockwise"`, one scale a tensor is `"tensorwise"`; gradients are E5M2 there (`tensorwise_gradient`)."""
     rows, inputs, outputs = (8192, 4096, 28672) if bench.on_gpu else (256, 256, 384)
@@ -261,21 +318,19 @@ def fp8_products(bench: Bench) -> dict[str, Any]:
         "tensorwise_gradient": lambda: tensorwise(torch.float8_e5m2),
         "blockwise": blockwise,
     }
-    found: dict[str, Any] = {}
-    for name, side in sides.items():
-        try:
-            product, of_numbers = side()
-            got, milliseconds = product().float(), bench.milliseconds(product)
-        except (RuntimeError, ValueError, AttributeError) as error:  # this torch or device has no such product
-            found[name] = {"failed": f"{type(error).__name__}: {str(error)[:120]}"}
-            continue
-        found[name] = {
+
+    def measured(side: Callable[[], tuple[Callable[[], Tensor], Tensor]]) -> dict[str, float]:
+        product, of_numbers = side()
+        got, milliseconds = product().float(), bench.milliseconds(product)
+        return {
             "milliseconds": milliseconds,
             "tflops": round(2 * rows * inputs * outputs / milliseconds / 1e9, 1),
             "error": round(_rms(got - exact) / _rms(exact), 6),
             "arithmetic": round(_rms(got - of_numbers) / _rms(of_numbers), 6),
         }
-    return found
+
+    for name, side in sides.items():  # of FP8 this torch or device may have no such product
+        yield name, bench.attempt(f"fp8_products {name}", partial(measured, side), peer=name != "bf16")
 
 
 def _rms(values: Tensor) -> float:
@@ -296,9 +351,7 @@ def _tokens(bench: Bench, count: int, responses: int) -> Tokens:
     )  # fmt: skip
 
 
-_LOSS = PolicyLoss(
-    "grpo", clip_low=0.2, clip_high=0.28, aggregation="sequence", max_tokens=4096, beta=0.05, importance="token"
-)
+_LOSS = PolicyLoss("grpo", clip_low=0.2, clip_high=0.28, aggregation="sequence", max_tokens=4096, beta=0.05, importance="token")
 
 
 def _policy_step(tokens: Tokens, backend: str) -> tuple[Tensor, Tensor]:
@@ -308,14 +361,27 @@ def _policy_step(tokens: Tokens, backend: str) -> tuple[Tensor, Tensor]:
     return loss.detach(), gradient
 
 
-def policy(bench: Bench) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def policy(bench: Bench) -> Figures:
     for count in (8192, 65536) if bench.on_gpu else (1024,):
-        tokens = _tokens(bench, count, count // 512)
-        times = {name: 1e3 * bench.milliseconds(partial(_policy_step, tokens, name)) for name in ("triton", "torch")}
-        found[str(count)] = {name: round(value, 1) for name, value in times.items()}
-        found[str(count)]["of_torch"] = round(times["triton"] / times["torch"], 3)
-    return found
+        tokens, times = _tokens(bench, count, count // 512), {}
+        for name in ("triton", "torch"):
+            step = partial(_policy_step, tokens, name)
+            times[name] = 1e3 * bench.milliseconds(step)
+            if bench.on_gpu:
+                replayed = bench.attempt(f"policy {name} replayed", partial(_replayed, bench, step), peer=name == "torch")
+                times[f"{name} replayed"] = replayed
+        found = {name: round(value, 1) if isinstance(value, float) else value for name, value in times.items()}
+        for kind in ("", " replayed"):
+            mine, theirs = times.get(f"triton{kind}"), times.get(f"torch{kind}")
+            if isinstance(mine, float) and isinstance(theirs, float):
+                found[f"of_torch{kind}"] = round(mine / theirs, 3)
+        yield str(count), found
+
+
+def _replayed(bench: Bench, action: Callable[[], Any]) -> float:
+    """Microseconds of an action in a CUDA graph."""
+    graph, _held = bench.captured(action)
+    return 1e3 * bench.milliseconds(graph.replay)
 
 
 def _layer_boxes(bench: Bench) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -334,30 +400,39 @@ def _layer_boxes(bench: Bench) -> tuple[list[Tensor], list[Tensor], Tensor]:
     return sources, plan.views(bucket), bucket
 
 
-def buckets(bench: Bench) -> dict[str, Any]:
+def buckets(bench: Bench) -> Figures:
     sources, targets, bucket = _layer_boxes(bench)
+    yield "boxes", len(sources)
+    yield "bytes", bucket.nbytes
     together, each = BoxCopies("triton"), BoxCopies("torch")
-    times = {
-        "triton": bench.milliseconds(lambda: together(sources, targets)),
-        "copies": bench.milliseconds(lambda: each(sources, targets)),
-    }
-    return {
-        **times, "boxes": len(sources), "bytes": bucket.nbytes, "of_copies": round(times["triton"] / times["copies"], 3)
-    }  # fmt: skip
+    yield "triton", (ours := bench.milliseconds(lambda: together(sources, targets)))
+    yield "copies", (theirs := bench.milliseconds(lambda: each(sources, targets)))
+    yield "of_copies", round(ours / theirs, 3)
 
 
 # Results
 
 
-def correct(bench: Bench) -> dict[str, Any]:
+def correct(bench: Bench) -> Figures:
     """On odd shapes, against torch in float64."""
-    errors: dict[str, float | bool] = {}
-    good = True
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        for key, error in _logprob_errors(bench, dtype).items():
-            errors[f"logprob {name} {key}"] = error
-            good &= error < BOUNDS[dtype]
+    before, good = len(bench.failed), True
+    checks: dict[str, Callable[[], dict[str, float | bool]]] = {
+        "logprob float32": partial(_logprob_errors, bench, torch.float32),
+        "logprob bfloat16": partial(_logprob_errors, bench, torch.bfloat16),
+        "fp8": partial(_fp8_bits, bench),
+        "buckets": partial(_bucket_bits, bench),
+        "policy": partial(_policy_errors, bench),
+    }
+    for check, compare in checks.items():
+        bound = BOUNDS[torch.bfloat16 if "bfloat16" in check else torch.float32]
+        for key, error in bench.attempt(check, compare).items():
+            yield f"{check} {key}", error
+            if key != "failed":
+                good &= error if isinstance(error, bool) else error < bound
+    yield "ok", bool(good and len(bench.failed) == before)
+
+
+def _fp8_bits(bench: Bench) -> dict[str, bool]:
     weight, plan = _shard(bench, small=True)
     packed = []
     for backend in ("triton", "torch"):
@@ -365,17 +440,21 @@ def correct(bench: Bench) -> dict[str, Any]:
         scales = torch.zeros(plan.scales, device=bench.device)
         pack(weight, plan, into, scales, backend=backend)
         packed.append((into, scales))
-    errors["fp8 same bits"] = all(torch.equal(*pair) for pair in zip(*packed, strict=True))
+    return {"same bits": all(torch.equal(*pair) for pair in zip(*packed, strict=True))}
+
+
+def _bucket_bits(bench: Bench) -> dict[str, bool]:
     sources, targets, bucket = _layer_boxes(bench)
     BoxCopies("triton")(sources, targets)
     by_kernel = bucket.clone()
     BoxCopies("torch")(sources, targets)
-    errors["buckets same bits"] = torch.equal(by_kernel, bucket)
+    return {"same bits": torch.equal(by_kernel, bucket)}
+
+
+def _policy_errors(bench: Bench) -> dict[str, float]:
     tokens = _tokens(bench, 1031, 7)
-    for key, got, wanted in zip(("loss", "gradient"), _policy_step(tokens, "triton"), _policy_step(tokens, "torch"), strict=True):
-        errors[f"policy {key}"] = _relative(got, wanted)
-        good &= errors[f"policy {key}"] < BOUNDS[torch.float32]
-    return {"ok": bool(good and errors["fp8 same bits"] and errors["buckets same bits"]), **errors}
+    sides = zip(_policy_step(tokens, "triton"), _policy_step(tokens, "torch"), strict=True)
+    return {key: _relative(*pair) for key, pair in zip(("loss", "gradient"), sides, strict=True)}
 
 
 def _logprob_errors(bench: Bench, dtype: torch.dtype) -> dict[str, float]:
@@ -384,11 +463,17 @@ def _logprob_errors(bench: Bench, dtype: torch.dtype) -> dict[str, float]:
     weight = (bench.random(vocabulary, hidden_size, seed=2) / 16).to(dtype).requires_grad_()
     labels = torch.randint(columns, (rows,), generator=torch.Generator().manual_seed(3)).to(bench.device)
     up, up_entropy = bench.random(rows, seed=4), bench.random(rows, seed=5)
-    logp, entropy = linear_logprob(
-        hidden, weight, labels, columns=columns, temperature=0.7, entropy=True, workspace=dtype.itemsize * columns * 32,
-        backend="triton",
-    )  # fmt: skip
-    got = [logp, entropy, *torch.autograd.grad((logp, entropy), (hidden, weight), (up, up_entropy))]
+    buffer = torch.zeros(weight.shape, device=bench.device)
+
+    def ours(into: Tensor | None) -> list[Tensor]:
+        values = linear_logprob(
+            hidden, weight, labels, columns=columns, temperature=0.7, entropy=True, workspace=dtype.itemsize * columns * 32,
+            gradient_buffer=lambda _weight: into, backend="triton",
+        )  # fmt: skip
+        return [*values, *torch.autograd.grad(values, (hidden, weight), (up, up_entropy))]
+
+    got = ours(None)
+    ours(buffer)
     wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
     logits = wide[0] @ wide[1][:columns].t()
     if dtype == torch.bfloat16:  # what the kernel is given
@@ -396,22 +481,24 @@ def _logprob_errors(bench: Bench, dtype: torch.dtype) -> dict[str, float]:
     logs = (logits / 0.7).log_softmax(-1)
     wanted_logp, wanted_entropy = logs.gather(1, labels[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
     gradients = torch.autograd.grad((wanted_logp, wanted_entropy), wide, (up.double(), up_entropy.double()))
-    wanted = [wanted_logp, wanted_entropy, *gradients]
-    names = ("logp", "entropy", "d hidden", "d weight")
-    return {name: _relative(mine, truth) for name, mine, truth in zip(names, got, wanted, strict=True)}
+    wanted = [wanted_logp, wanted_entropy, *gradients, gradients[1]]
+    names = ("logp", "entropy", "d hidden", "d weight", "d weight in float32")
+    return {name: _relative(mine, truth) for name, mine, truth in zip(names, [*got, buffer], wanted, strict=True)}
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest entry."""
-    return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).abs().max() / wanted.abs().max())
 
 
 # CUDA graphs
 
 
-def graphs(bench: Bench) -> dict[str, Any]:
+def graphs(bench: Bench) -> Figures:
     if not bench.on_gpu:
-        return {"not run": "there are none on a CPU"}
+        yield "not run", "there are none on a CPU"
+        return
     hidden = bench.random(512, 256, dtype=torch.bfloat16, seed=1).requires_grad_()
     weight = bench.random(1024, 256, dtype=torch.bfloat16, seed=2).requires_grad_()
     labels = torch.randint(1024, (512,), device=bench.device)
@@ -438,43 +525,27 @@ def graphs(bench: Bench) -> dict[str, Any]:
         return list(_policy_step(tokens, "triton"))
 
     actions = {"logprob": of_logprob, "fp8": of_fp8, "policy": of_policy, "buckets": of_buckets}
-    return {name: _captured(action) for name, action in actions.items()}
+    for name, action in actions.items():
+        same = bench.attempt(f"graphs {name}", partial(_same_replayed, bench, action))
+        if same is False:
+            bench.failed.append(f"graphs {name}")
+        yield name, same
 
 
-def _captured(action: Callable[[], list[Tensor]]) -> bool | str:
-    """Whether a replay gives the bits of a plain run; what was refused where it cannot be captured."""
-    side = torch.cuda.Stream()
-    try:
-        with torch.cuda.stream(side):
-            action(), action()
-        torch.cuda.synchronize()
-        wanted = [each.clone() for each in action()]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = action()
-        for each in held:
-            each.detach().zero_()
-        graph.replay()
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+def _same_replayed(bench: Bench, action: Callable[[], list[Tensor]]) -> bool:
+    """Whether a replay gives the bits of a plain run."""
+    wanted = [each.detach().clone() for each in action()]
+    graph, held = bench.captured(action)
+    for each in held:
+        each.detach().zero_()
+    graph.replay()
     return all(torch.equal(mine, truth) for mine, truth in zip(held, wanted, strict=True))
 
 
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Bench], Figures]] = {
     "correct": correct, "fp8": fp8, "fp8_products": fp8_products, "policy": policy, "buckets": buckets, "graphs": graphs
 }  # fmt: skip
 """All but the log-probabilities, which have sizes."""
-
-
-def table(part: str, found: dict[str, Any]) -> None:
-    """A line for every figure."""
-    print(f"== {part}")
-    for name, value in found.items():
-        if not isinstance(value, dict):
-            value = {"": value}
-        for key, figure in value.items():
-            print(f"{name!s:>24} {key:<16} {figure}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@
 
 As many layers are taken as `tulu_mega.planner` says fit with gradients and optimizer; two fewer each time that it was wrong.
 Packs hold conversations of lengths like Tulu 3's, a step's packs 64k tokens, and steps are SFT's by this project's engine.
-Nothing has to be installed but megatron-core and what setup.py lists; the repository is put on the path. Prints one JSON line:
+Nothing has to be installed but megatron-core and what setup.py lists; the repository is put on the path. Prints figures as soon
+as they are there, and at the end one JSON line; after a failure or a time-out (an interrupt, or a signal to end) with what was
+measured until then:
 
     layers, parameters       what was trained
     attention, settings      what it was trained with
@@ -17,21 +19,27 @@ Nothing has to be installed but megatron-core and what setup.py lists; the repos
                              `tflops` of the model (`planner.flops`), `mfu` of the data sheet's peak (on a CPU a measured one),
                              `of_products` of the ceiling; memory at the peak; `planner`: what it says of both, over what was seen
     kernels                  with --profile: milliseconds on the device in one step, by kernel, the largest first
+    failed                   what raised an error; the other figures are there
+
+Exit status 1 when something failed, 2 when settings do not go together, a step is not finite or no layers fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import socket
 import statistics
 import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,15 +104,19 @@ def main() -> int:
     for name, given, least in (("steps", [options.steps], 1), ("layers", [options.layers], 1), ("pack", options.pack or [], 64)):
         if any(value is not None and value < least for value in given):
             parser.error(f"--{name} {' '.join(map(str, given))}: expected at least {least}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: told to end"))
+    report: dict[str, Any] = {"bench": "training", "failed": []}
     try:
-        report = bench(on_gpu, options)
+        bench(on_gpu, options, report)
     except UserError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError:
         return again_with_fewer(options)
-    print(json.dumps(report))
-    return 0
+    finally:
+        if "layers" in report:
+            print(json.dumps(report), flush=True)
+    return int(bool(report["failed"]))
 
 
 def again_with_fewer(options: argparse.Namespace) -> int:
@@ -116,8 +128,13 @@ def again_with_fewer(options: argparse.Namespace) -> int:
     return 2
 
 
-def bench(on_gpu: bool, options: argparse.Namespace) -> dict[str, Any]:
-    """Raises UserError for settings that do not go together, OutOfMemoryError with `options.layers` set to what did not fit."""
+def bench(on_gpu: bool, options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Puts into the report what was measured.
+
+    Raises:
+        UserError: settings that do not go together.
+        OutOfMemoryError: with `options.layers` set to what did not fit.
+    """
     kind = "cuda" if on_gpu else "cpu"
     lengths = options.pack or ([4096, 8192] if on_gpu else [256, 512])
     shape = json.loads(SHAPE.read_text())
@@ -140,24 +157,44 @@ def bench(on_gpu: bool, options: argparse.Namespace) -> dict[str, Any]:
             engine = session.engine
             fill(engine)
             engine.prepare_training(settings.optim, len(lengths) * (options.steps + 3))
-            report = {
-                "bench": "training",
+            report |= {
                 **machine(engine.platform.device),
                 "layers": options.layers,
                 "parameters": sum(p.numel() for chunk in engine.chunks for p in chunk.parameters()),
                 "dtype": settings.model.dtype,
                 "attention": attention_of(engine.hf, engine.settings, engine.topology, engine.platform),
                 "settings": options.set,
+                "packs": {},
             }
+            show(f"{options.layers} layers", report["attention"])
             ceiling = products(engine, shape, max(lengths))
             report["products"] = {name: round(value / 1e12, 3) for name, value in ceiling.items()}
+            show("products", report["products"])
             timer = Timer(engine, options.steps)
-            report["packs"] = {
-                length: timed(timer, shape, filled[length], settings, gpu, ceiling["tflops"]) for length in lengths
-            }
+            for length in lengths:
+                with noting(report, f"packs of {length}"):
+                    report["packs"][length] = timed(timer, shape, filled[length], settings, gpu, ceiling["tflops"])
+                    show(f"packs of {length}", report["packs"][length])
             if options.profile:
-                report["kernels"] = profile(timer, batches(shape, filled[lengths[-1]]))
-    return report
+                with noting(report, "profile"):
+                    report["kernels"] = profile(timer, batches(shape, filled[lengths[-1]]))
+
+
+def show(name: str, figures: Any) -> None:
+    """A line at once, for whoever watches or has to stop it."""
+    print(f"{name}: {json.dumps(figures)}", flush=True)
+
+
+@contextlib.contextmanager
+def noting(report: dict[str, Any], what: str) -> Iterator[None]:
+    """An error is told and noted as `failed` and ends no more than this; settings and memory are what the whole depends on."""
+    try:
+        yield
+    except (UserError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception:
+        traceback.print_exc()
+        report["failed"].append(what)
 
 
 def flags(directory: Path, on_gpu: bool, given: Sequence[str]) -> list[str]:

@@ -5,8 +5,8 @@
 
 Nothing needs to be installed: the repository is put on the path. For each precision it makes a model and conversations, runs
 `tulu-mega sft` and `tulu-mega score`, then computes the trained model's scores once more with transformers. fp32 must agree to
-1e-4; bf16 may be no further from transformers' fp32 than its own bf16 is, with some room. Prints one JSON line; exit
-status 1 when something is off.
+1e-4; bf16 may be no further from transformers' fp32 than its own bf16 is, with some room. Prints one JSON line, after a failure
+or a time-out (an interrupt, or a signal to end) of what was done until then; exit status 1 when something is off.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -47,13 +49,21 @@ def main() -> int:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
     }
-    with tempfile.TemporaryDirectory(prefix="gpu_smoke_") as scratch:
-        work = Path(arguments.keep or scratch)
-        inputs = make_inputs(work)
-        for dtype in arguments.dtypes.split(","):
-            report[dtype] = smoke(inputs, work / dtype, dtype, arguments.device, arguments.steps)
-    report["ok"] = all(report[dtype]["ok"] for dtype in arguments.dtypes.split(","))
-    print(json.dumps(report))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: told to end"))
+    dtypes = arguments.dtypes.split(",")
+    try:
+        with tempfile.TemporaryDirectory(prefix="gpu_smoke_") as scratch:
+            work = Path(arguments.keep or scratch)
+            inputs = make_inputs(work)
+            for dtype in dtypes:
+                try:
+                    report[dtype] = smoke(inputs, work / dtype, dtype, arguments.device, arguments.steps)
+                except Exception as error:  # the other precision may be all right
+                    traceback.print_exc()
+                    report[dtype] = {"failed": f"{type(error).__name__}: {str(error)[:200]}", "ok": False}
+    finally:
+        report["ok"] = all(report.get(dtype, {}).get("ok", False) for dtype in dtypes)
+        print(json.dumps(report), flush=True)
     return int(not report["ok"])
 
 
@@ -108,14 +118,18 @@ def smoke(inputs: dict[str, Path], work: Path, dtype: str, device: str, steps: i
 
 
 def command(name: str, flags: dict, device: str) -> None:
-    """One `tulu-mega` command as users run it; its output goes to standard error, so that the report stands alone."""
+    """One `tulu-mega` command as users run it; its output goes to standard error, so that the report stands alone.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*TREES, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     line = [sys.executable, "-m", "tulu_mega", name, *(f"--{flag}={value}" for flag, value in flags.items())]
     done = subprocess.run(line, env=environment, stdout=sys.stderr, check=False)
     if done.returncode:
-        sys.exit(f"error: tulu-mega {name} ended with status {done.returncode}; its output is above")
+        raise RuntimeError(f"tulu-mega {name} ended with status {done.returncode}; its output is above")
 
 
 def transformers_logprobs(model_dir: Path, ids: Sequence[list[int]], device: str, dtype: str) -> list[list[float]]:

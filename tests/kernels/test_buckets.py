@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tulu_kernels.buckets import BoxCopies, BucketPlan, plan_bucket
-from tulu_kernels.buckets.plan import ALIGNMENT, TILE, VECTOR, launches
+from tulu_kernels.buckets.plan import ALIGNMENT, ODD_TILE, TILE, VECTOR, launches
 
 from tests.distributed import world
 from tests.kernels.compiled import compiled
@@ -34,13 +35,14 @@ def numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     bits = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).int()
     x = bits.view(FP32).clone()
     x.view(-1)[::5] = (bits.view(-1)[::5] & -65536 | 0x8000).view(FP32)
-    x.view(-1)[: 5] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])[: x.numel()]
+    x.view(-1)[:5] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])[: x.numel()]
     return x.to(dtype)
 
 
-def boxes(dtype: torch.dtype) -> list[torch.Tensor]:
+def boxes(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """Parts of a shard's parameters: whole, by rows, by columns, of odd places and sizes; several tiles, a part of one, none."""
-    wide, odd, norm, long = (numbers(*shape, dtype=dtype) for shape in ((48, 512), (37, 53), (72,), (3 * TILE + 40,)))
+    shapes = (48, 512), (37, 53), (72,), (3 * TILE + 40,)
+    wide, odd, norm, long = (numbers(*shape, dtype=dtype).to(device) for shape in shapes)
     return [
         wide, wide[8:16], wide[:, 64:128], wide[3:4, 8:24], odd, odd[2:9], odd[:, 1:30], odd[5:20, 7:8], norm, norm[1:],
         norm[8:40], long, long[:-1], wide[4:4], norm[:0], norm[0],
@@ -52,11 +54,11 @@ def same(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.shape == y.shape and torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(nan=0.0), y.nan_to_num(nan=0.0))
 
 
-def there_and_back(source: torch.dtype, target: torch.dtype) -> list[str]:
+def there_and_back(source: torch.dtype, target: torch.dtype, device: str = "cpu") -> list[str]:
     """What is wrong with a bucket that the kernel packed, and with boxes that it unpacked."""
-    given_, wrong = boxes(source), []
+    given_, wrong = boxes(source, device), []
     plan = plan_bucket([box.shape for box in given_], target)
-    buckets = [torch.full((plan.nbytes,), 7, dtype=torch.uint8) for _ in range(2)]
+    buckets = [torch.full((plan.nbytes,), 7, dtype=torch.uint8, device=device) for _ in range(2)]
     for backend, bucket in zip(("triton", "torch"), buckets, strict=True):
         BoxCopies(backend)(given_, plan.views(bucket))
     views = [plan.views(bucket) for bucket in buckets]
@@ -67,11 +69,11 @@ def there_and_back(source: torch.dtype, target: torch.dtype) -> list[str]:
         wrong.append("bytes between boxes")
 
     plan = plan_bucket([box.shape for box in given_], source)
-    bucket = torch.empty(plan.nbytes, dtype=torch.uint8)
+    bucket = torch.empty(plan.nbytes, dtype=torch.uint8, device=device)
     BoxCopies("torch")(given_, plan.views(bucket))
     made = []
     for backend in ("triton", "torch"):
-        wide = torch.full((60, 700), 7, dtype=target)  # columns of a tensor's other parts must stay
+        wide = torch.full((60, 700), 7, dtype=target, device=device)  # columns of a tensor's other parts must stay
         into = [wide[:48, 16:528], wide[50:58, 1:513]]
         BoxCopies(backend)(plan.views(bucket)[:2], into)
         made.append(wide)
@@ -114,6 +116,30 @@ def test_a_launch_for_each_kind():
     assert launches([], []) == []
 
 
+def test_boxes_that_32_bits_do_not_count():
+    """One at a time from 2^31 elements on, in vectors from eight times as many."""
+    cases = (2**31 - ODD_TILE - 7, 1, False), (2**31 + 1, 1, True), (2**33, VECTOR, False), (2**34, VECTOR, True)
+    for size, unit, wide in cases:
+        box = torch.empty(size, dtype=BF16, device="meta")
+        (launch,) = launches([box], [box])
+        assert (launch.unit, launch.wide) == (unit, wide), size
+
+
+def in_64_bits() -> bool:
+    """Whether the kernel as it is for such boxes copies small ones."""
+    from tulu_kernels.buckets import kernel
+
+    source, target = torch.arange(1801.0)[1:].view(6, 300)[:, 3:80], torch.zeros(6, 77)
+    (launch,) = launches([source], [target])
+    assert launch.unit == 1
+    kernel.copy([source], [target], kernel.Tables.of(replace(launch, wide=True), target.device))
+    return torch.equal(source, target)
+
+
+def test_64_bits():
+    assert world.run(1, in_64_bits)[0]
+
+
 @pytest.mark.parametrize(
     ("source", "target", "told"),
     [
@@ -132,26 +158,27 @@ def test_a_plan_is_data():
 
 
 @pytest.mark.parametrize(("source", "target"), KINDS)
-def test_compiled_for_an_h100(source, target):
+@pytest.mark.parametrize(("unit", "tile", "wide"), [(VECTOR, TILE, False), (1, ODD_TILE, False), (1, ODD_TILE, True)])
+def test_compiled_for_an_h100(source, target, unit, tile, wide):
     from tulu_kernels.buckets import kernel
 
     names = {BF16: "*bf16", FP32: "*fp32"}
     made = compiled(
         kernel._copy,
         {"source": names[source], "target": names[target], "lines": "*i64", "box_of": "*i32"},
-        dict(UNIT=VECTOR, INTEGER=False, TILE=TILE),
+        dict(UNIT=unit, WIDE=wide, INTEGER=False, TILE=tile),
         kernel._WARPS,
+        aligned=unit > 1,
     )
-    assert made.stack == 0 and "ld.global.v4.b32" in made.loads and made.stores == {"st.global.v4.b32"}, made
+    assert made.stack == 0, made
+    if unit == 1:
+        assert made.registers <= 64, made  # four programs to a multiprocessor
+    else:
+        assert "ld.global.v4.b32" in made.loads and made.stores == {"st.global.v4.b32"}, made
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("source", "target"), KINDS)
 def test_on_a_gpu(source, target):
-    given_ = [box.cuda() for box in boxes(source)]
-    plan = plan_bucket([box.shape for box in given_], target)
-    buckets = [torch.full((plan.nbytes,), 7, dtype=torch.uint8, device="cuda") for _ in range(2)]
-    for backend, bucket in zip(("triton", "torch"), buckets, strict=True):
-        BoxCopies(backend)(given_, plan.views(bucket))
-    assert all(same(x, y) for x, y in zip(*(plan.views(bucket) for bucket in buckets), strict=True))
+    assert there_and_back(source, target, "cuda") == []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from tulu_kernels.fp8_blocks import BLOCK, Box, NotAligned, pack, plan_pack, quantize
+from torch.utils._python_dispatch import TorchDispatchMode
+from tulu_kernels.fp8_blocks import BLOCK, Box, NotAligned, PackPlan, pack, plan_pack, quantize
 from tulu_kernels.fp8_blocks.reference import dequantize
 
 from tests.distributed import world
@@ -29,6 +32,7 @@ def weights() -> list[torch.Tensor]:
     made[0][:BLOCK, :BLOCK] = 0  # a block of zeros
     made[0][BLOCK:, :BLOCK] *= 10.0 ** torch.randint(-9, 5, (BLOCK, BLOCK), generator=generator)  # smallest numbers of E4M3
     made[3] *= 1e4
+    made.append(torch.randn(BLOCK, 140, generator=generator) * 1e-39)  # of which float32 has few bits left
     return [w.to(dtype) for w in made for dtype in (torch.bfloat16, torch.float32)]
 
 
@@ -51,24 +55,66 @@ def test_error_is_half_a_step():
         assert (error <= torch.maximum(weight.float().abs() / 16, step / 2) * (1 + 1e-5)).all()
 
 
-def packed(backend: str):
+def packed(backend: str, device: str = "cpu", given=weights):
     """Bytes and scales of every weight, each as two boxes that change places where it has two rows of blocks."""
     made = []
-    for weight in weights():
+    for weight in given():
         rows, columns = weight.shape
         middle = BLOCK if rows > BLOCK else rows
         parts = [(0, middle), (middle, rows)][: 1 + (rows > middle)]
         boxes = [Box("w", (rows, columns), ((a, b), (0, columns)), ((a, b), (0, columns))) for a, b in reversed(parts)]
         plan = plan_pack(boxes)
-        into, scales = torch.full((plan.bytes,), 7, dtype=torch.uint8), torch.zeros(plan.scales)
-        pack(weight, plan, into, scales, backend=backend)
-        made.append((into.numpy(), scales.numpy()))
+        into, scales = torch.full((plan.bytes,), 7, dtype=torch.uint8, device=device), torch.zeros(plan.scales, device=device)
+        pack(weight.to(device), plan, into, scales, backend=backend)
+        made.append((into.cpu().numpy(), scales.cpu().numpy()))
     return made
 
 
 def test_the_kernel_is_its_reference():
     for (bytes_, scales), (theirs, their_scales) in zip(packed("torch"), world.run(1, packed, "triton")[0], strict=True):
         assert (bytes_ == theirs).all() and (scales == their_scales).all()
+
+
+def broken() -> list[torch.Tensor]:
+    """A NaN of either sign, or infinite numbers, each in one block of four."""
+    made = []
+    for at, wrong in (((3, 5), math.nan), ((200, 7), -math.nan), ((255, 255), math.inf), ((0, 130), -math.inf)):
+        weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+        weight[at] = wrong
+        made += [weight.bfloat16(), weight]
+    return made
+
+
+def alike(ours, theirs) -> bool:
+    """The same bytes and scales, NaN in the same places, whatever its sign."""
+    (bytes_, scales), (their_bytes, their_scales) = ours, theirs
+    none = (bytes_ & 0x7F) == 0x7F
+    same_nans = (none == ((their_bytes & 0x7F) == 0x7F)).all()
+    return bool(same_nans and (none | (bytes_ == their_bytes)).all() and np.array_equal(scales, their_scales, equal_nan=True))
+
+
+def test_what_is_no_number_stays_none():
+    """Its block's scale is none either, so that nobody decodes something finite."""
+    torchs = packed("torch", given=broken)
+    assert all(map(alike, world.run(1, packed, "triton", "cpu", broken)[0], torchs))
+    for at, (bytes_, scales) in enumerate(torchs):
+        assert (~np.isfinite(scales)).sum() == 1
+        assert ((bytes_ & 0x7F) == 0x7F).sum() == (BLOCK * BLOCK if at < 4 else 1)
+
+
+def test_scales_are_divided_by_what_lies_on_the_device():
+    """By a number of the host torch does not divide on CUDA: it multiplies by the rounded inverse."""
+    divisors = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.div:
+                divisors.append(args[1])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        quantize(torch.empty(256, 130, device="meta"))
+    assert [isinstance(each, torch.Tensor) and each.device.type for each in divisors] == ["meta"]
 
 
 def every_number():
@@ -131,7 +177,65 @@ def test_a_cut_block_is_refused(region):
 
 def test_a_last_block_may_be_short():
     plan = plan_pack([Box("w", (200, 130), ((128, 200), (0, 130)), ((0, 72), (0, 130)))])
-    assert plan.scales == 2 and plan.bytes == 9360 and [line[2:4] for line in plan.table()] == [(72, 128), (72, 2)]
+    assert plan.scales == 2 and plan.bytes == 9360 and plan.table()[:, 2:4].tolist() == [[72, 128], [72, 2]]
+
+
+def lines(plan: PackPlan) -> list[tuple[int, ...]]:
+    """A plan's table, block after block."""
+    made = []
+    for box, offset, scale in zip(plan.boxes, plan.offsets, plan.scale_offsets, strict=True):
+        (top, bottom), (left, right) = box.local
+        for row in range(0, bottom - top, BLOCK):
+            for column in range(0, right - left, BLOCK):
+                extent = min(BLOCK, bottom - top - row), min(BLOCK, right - left - column)
+                made.append((top + row, left + column, *extent, offset + row * box.columns + column, box.columns, scale))
+                scale += 1
+    return made
+
+
+def test_a_table_has_a_line_for_each_block():
+    shapes = [((300, 257), (40, 16)), ((128, 128), (0, 0)), ((1, 129), (7, 3))]
+    boxes = [
+        Box(f"w{at}", (rows, columns), ((0, rows), (0, columns)), ((top, top + rows), (left, left + columns)))
+        for at, ((rows, columns), (top, left)) in enumerate(shapes)
+    ]
+    plan = plan_pack(boxes)
+    assert plan.table().dtype == "int64" and list(map(tuple, plan.table().tolist())) == lines(plan)
+    assert len(lines(plan)) == plan.scales == 12 and not plan.in_vectors and plan_pack(boxes[1:2]).in_vectors
+    assert plan_pack([]).table().shape == (0, 7)
+
+
+def kept() -> list[bool]:
+    """Whether a plan's table stays from update to update, and one is made for each shape that is quantized whole."""
+    from tulu_mega.bridge import fp8_blocks
+
+    found, built = [], []
+    table = PackPlan.table
+    PackPlan.table = lambda self: built.append(self) or table(self)
+    whole = ((0, 256), (0, 128))
+    plan = plan_pack([Box("w", (256, 128), whole, whole)])
+    for scale in (1.0, 2.0):
+        message = fp8_blocks.packed(torch.full((256, 128), 448 * scale), plan, "triton")
+        found.append(message[plan.bytes :].view(torch.float32).tolist() == [scale] * 2)
+    found.append(built == [plan])
+    numbers, scales = torch.empty(256, 128, dtype=torch.float8_e4m3fn), torch.empty(2, 1)
+    for _ in range(3):
+        fp8_blocks.quantize_whole(torch.ones(256, 128), numbers, scales)
+    return [*found, fp8_blocks._whole(256, 128) is fp8_blocks._whole(256, 128), bool((numbers.float() == 448).all())]
+
+
+def test_a_plan_keeps_its_table():
+    assert world.run(1, kept)[0] == [True] * 5  # new numbers each time, one table
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_on_a_gpu(backend):
+    """The same bits as on a CPU: blocks of zeros, the smallest numbers of E4M3 and float32, edges, NaN, both kinds of weights."""
+    for given_ in (weights, broken):
+        for ours, theirs in zip(packed(backend, "cuda", given_), packed("torch", "cpu", given_), strict=True):
+            assert alike(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])

@@ -15,15 +15,15 @@ FLOAT_BF16 = 2.0**-8
 """relative spacing of bf16 numbers"""
 
 
-def answers(backend, rows, vocabulary, columns, scale, temperature, entropy, rows_a_chunk, dtype):
+def answers(backend, rows, vocabulary, columns, scale, temperature, entropy, rows_a_chunk, dtype, device="cpu"):
     """Value, entropy and gradients of one case, ours and float64 autograd's."""
     from tulu_kernels.linear_logprob import linear_logprob, reference
 
     generator = torch.Generator().manual_seed(rows + vocabulary)
-    hidden = torch.randn(rows, 16, generator=generator).to(dtype)
-    weight = (torch.randn(vocabulary, 16, generator=generator) * scale).to(dtype)
-    labels = torch.randint(0, max(columns, 1), (rows,), generator=generator)
-    upstream = torch.randn(2, rows, generator=generator)
+    hidden = torch.randn(rows, 16, generator=generator).to(device, dtype)
+    weight = (torch.randn(vocabulary, 16, generator=generator) * scale).to(device, dtype)
+    labels = torch.randint(0, max(columns, 1), (rows,), generator=generator).to(device)
+    upstream = torch.randn(2, rows, generator=generator).to(device)
 
     def graded(value, entropies, leaves):
         loss = upstream[0].to(value.dtype) @ value
@@ -60,29 +60,40 @@ CASES = {
 }
 
 
-def all_answers(backend, dtype):
+def all_answers(backend, dtype, device="cpu"):
     torch.manual_seed(0)
-    return {name: [[x.numpy() for x in side] for side in answers(backend, **case, dtype=dtype)] for name, case in CASES.items()}
+    return {
+        name: [[x.cpu().numpy() for x in side] for side in answers(backend, **case, dtype=dtype, device=device)]
+        for name, case in CASES.items()
+    }
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_float32(backend):
-    for name, (ours, theirs) in world.run(1, all_answers, backend, torch.float32)[0].items():
+def expect_float32(found, spacing=3e-6):
+    for name, (ours, theirs) in found.items():
         for what, x, y in zip(("logp", "d hidden", "d weight", "entropy"), ours, theirs, strict=False):
-            bound = 3e-6 * (1 + abs(y).max(initial=0)) if "10,000" not in name else 1e-3 * (1 + abs(y).max(initial=0))
+            bound = (spacing if "10,000" not in name else 1e-3) * (1 + abs(y).max(initial=0))
             assert abs(x - y).max(initial=0) <= bound, (name, what, abs(x - y).max(), bound)
         if CASES[name]["columns"] == 1:
             assert (ours[0] == 0).all() and (ours[1] == 0).all()
 
 
-def test_bf16():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_float32(backend):
+    expect_float32(world.run(1, all_answers, backend, torch.float32)[0])
+
+
+def expect_bf16(found):
     """Logits and their gradient are stored in bf16: values as exact as in float32, gradients to a few roundings."""
-    for name, (ours, theirs) in world.run(1, all_answers, "triton", torch.bfloat16)[0].items():
+    for name, (ours, theirs) in found.items():
         if "10,000" in name:
             continue  # differences of logits are rounded to 32 there: nothing to compare
         for what, x, y in zip(("logp", "d hidden", "d weight", "entropy"), ours, theirs, strict=False):
             bound = (6 * FLOAT_BF16 if what.startswith("d ") else 2e-2) * (1 + abs(y).max(initial=0))
             assert abs(x - y).max(initial=0) <= bound, (name, what, abs(x - y).max(), bound)
+
+
+def test_bf16():
+    expect_bf16(world.run(1, all_answers, "triton", torch.bfloat16)[0])
 
 
 def chunk_sizes(backend):
@@ -158,27 +169,44 @@ def test_statistics_of_shards(negative):
     assert (got[2:, 2] == 0).all()
 
 
-def buffers(dtype):
+def buffers(dtype, device="cpu"):
     """The weight's gradient given to autograd, and what a float32 buffer of ones grew by."""
     from tulu_kernels.linear_logprob import linear_logprob
 
     torch.manual_seed(3)
-    hidden, weight = torch.randn(6, 8).to(dtype), torch.randn(20, 8).to(dtype)
-    labels, buffer = torch.arange(6), torch.ones(20, 8)
+    hidden, weight = torch.randn(6, 8).to(device, dtype), torch.randn(20, 8).to(device, dtype)
+    labels, buffer = torch.arange(6, device=device), torch.ones(20, 8, device=device)
     grown = []
     for into in (None, buffer):
         leaf = weight.clone().requires_grad_()
         value, _ = linear_logprob(hidden, leaf, labels, columns=18, workspace=4 * 18 * 2, gradient_buffer=lambda w, b=into: b)
         value.sum().backward()
         grown.append(leaf.grad if into is None else buffer - 1)
-    return [g.float().numpy() for g in grown]
+    return [g.float().cpu().numpy() for g in grown]
+
+
+def expect_the_same(dtype, plain, grown):
+    assert abs(plain[:18]).max() > 0.1 and (grown[18:] == 0).all()
+    assert abs(plain - grown).max() <= (1e-6 if dtype is torch.float32 else FLOAT_BF16) * abs(plain).max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_buffer(dtype):
-    plain, grown = world.run(1, buffers, dtype)[0]
-    assert abs(plain[:18]).max() > 0.1 and (grown[18:] == 0).all()
-    assert abs(plain - grown).max() <= (1e-6 if dtype is torch.float32 else FLOAT_BF16) * abs(plain).max()
+    expect_the_same(dtype, *world.run(1, buffers, dtype)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype):
+    """The compiled kernels, and cuBLAS's product into a float32 buffer."""
+    torch.set_float32_matmul_precision("highest")  # some images allow TF32
+    found = all_answers("triton", dtype, "cuda")
+    if dtype is torch.float32:
+        expect_float32(found, 1e-5)  # exponentials and divisions of a GPU are a bit or two less exact
+    else:
+        expect_bf16(found)
+    expect_the_same(dtype, *buffers(dtype, "cuda"))
 
 
 NUMBERS = dict(stride_8="i32", columns="i32", temperature="fp32")

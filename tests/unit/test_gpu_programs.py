@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,4 +46,52 @@ def test_smoke():
 
 def test_kernels_are_compared():
     found = told("bench_kernels.py", TRITON_INTERPRET="1")
-    assert found["correct"]["ok"]
+    assert found["correct"]["ok"] and found["failed"] == []
+
+
+KERNELS = [sys.executable, "-u", str(ROOT / "tools/bench_kernels.py"), "--device", "cpu"]
+INTERPRETED = os.environ | {"TRITON_INTERPRET": "1"}
+
+
+def test_a_part_that_fails_stops_no_other():
+    words = [*KERNELS, "--only", "logprob", "buckets", "--rows", "-1", "96"]
+    done = subprocess.run(words, env=INTERPRETED, capture_output=True, text=True, timeout=550)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 1 and found["failed"] == ["logprob -1"] and "Traceback" in done.stderr
+    assert "negative" in found["logprob"]["-1"]["failed"]
+    assert found["logprob"]["96"]["ours"]["milliseconds"] > 0 and found["buckets"]["triton"] > 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_measured_before_a_time_out_is_told(how):
+    words = [*KERNELS, "--only", "buckets", "logprob"]
+    with subprocess.Popen(words, env=INTERPRETED, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("== logprob"):
+                process.send_signal(how)
+    found = json.loads(lines[-1])
+    assert process.returncode != 0 and found["buckets"]["triton"] > 0 and "tflops" not in found["logprob"]["96"]
+
+
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_an_unknown_part_is_refused():
+    done = make("gpu", "GPU_PARTS=tests kernel", "PYTHON=false")
+    assert done.returncode == 2 and "GPU_PARTS=kernel: expected some of tests kernels training smoke fused" in done.stderr
+
+
+def test_parts_run_one_after_another(tmp_path):
+    """Each with its log, and the next although one failed; `python` stands for one that has all packages."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "ran $*"\n[ "$1" != tools/bench_kernels.py ]\n')
+    python.chmod(0o755)
+    done = make("gpu", "GPU_PARTS=kernels smoke", f"PYTHON={python}", f"LOGS={tmp_path}/logs")
+    assert done.returncode == 2 and "failed: bench_kernels; see" in done.stderr
+    assert done.stdout.splitlines() == [
+        "== bench_kernels (at most 140 s)", "ran tools/bench_kernels.py", "== gpu_smoke (at most 90 s)", "ran tools/gpu_smoke.py",
+    ]  # fmt: skip
+    assert {each.name for each in (tmp_path / "logs").iterdir()} == {"bench_kernels.log", "gpu_smoke.log"}

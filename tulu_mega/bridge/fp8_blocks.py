@@ -6,6 +6,7 @@ them: E4M3 numbers under its own name, and float32 scales of blocks of 128 x 128
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -108,6 +109,12 @@ def send(parameter: Tensor, plans: Sequence[PackPlan], group: dist.ProcessGroup 
 
 def quantize_whole(weight: Tensor, numbers: Tensor, scales: Tensor) -> None:
     """Fills both tensors from a matrix that is whole."""
-    extent = ((0, weight.shape[0]), (0, weight.shape[1]))
-    plan = plan_pack([Box("", (weight.shape[0], weight.shape[1]), extent, extent)])
+    plan = _whole(weight.shape[0], weight.shape[1])
     unpack(packed(weight, plan), plan, numbers, scales)
+
+
+@functools.lru_cache(maxsize=64)
+def _whole(rows: int, columns: int) -> PackPlan:
+    """Kept from update to update, since a plan has its table on the device: a model's matrices are of a few shapes."""
+    extent = ((0, rows), (0, columns))
+    return plan_pack([Box("", (rows, columns), extent, extent)])

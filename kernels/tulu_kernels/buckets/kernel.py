@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tulu_kernels.buckets.plan import TILE, Launch
+from tulu_kernels.buckets.plan import Launch
 
 _WARPS = 8
 
@@ -35,12 +35,13 @@ def copy(sources: Sequence[Tensor], targets: Sequence[Tensor], tables: Tables) -
     first = tables.launch.first
     _copy[(len(tables.box_of),)](
         sources[first], targets[first], tables.lines, tables.box_of,
-        UNIT=tables.launch.unit, INTEGER=targets[first].device.type == "cpu", TILE=TILE, num_warps=_WARPS,
+        UNIT=tables.launch.unit, WIDE=tables.launch.wide, INTEGER=targets[first].device.type == "cpu",
+        TILE=tables.launch.tile, num_warps=_WARPS,
     )  # fmt: skip
 
 
 @triton.jit
-def _copy(source, target, lines, box_of, UNIT: tl.constexpr, INTEGER: tl.constexpr, TILE: tl.constexpr):
+def _copy(source, target, lines, box_of, UNIT: tl.constexpr, WIDE: tl.constexpr, INTEGER: tl.constexpr, TILE: tl.constexpr):
     program = tl.program_id(0)
     line = lines + tl.load(box_of + program) * 7
     source_place = tl.load(line)
@@ -51,7 +52,7 @@ def _copy(source, target, lines, box_of, UNIT: tl.constexpr, INTEGER: tl.constex
     size = tl.load(line + 5)
     tile = program - tl.load(line + 6)
     unit = tile * (TILE // UNIT) + tl.arange(0, TILE // UNIT)
-    if UNIT > 1:  # fewer than 2^31 of them
+    if not WIDE:  # a division of 64 bits is some hundred instructions
         unit = unit.to(tl.int32)
         columns = columns.to(tl.int32)
     row = unit // columns

@@ -13,8 +13,8 @@ ALIGNMENT = 64
 """Bytes that a box's place in a bucket is a multiple of."""
 VECTOR = 8
 """Elements that are copied at once where everything is a multiple of them."""
-TILE = 8192
-"""Elements that a program copies."""
+TILE, ODD_TILE = 8192, 1024
+"""Elements that a program copies, `VECTOR` at once and one at a time: of these a thread has an index each, so it takes fewer."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Launch:
     """the pair from whose beginnings places are counted"""
     unit: int
     """elements that the lines count in, 1 or `VECTOR`"""
+    tile: int
+    """elements that a program copies"""
+    wide: bool
+    """whether a box has more of these than 32 bits count"""
     lines: tuple[tuple[int, int, int, int, int, int, int], ...]
     """of each box: place of source and target, columns, distance between rows of source and target, size, its first program"""
     programs: tuple[int, ...]
@@ -85,16 +89,17 @@ def launches(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Launc
 
 
 def _launch(sources: Sequence[Tensor], targets: Sequence[Tensor], unit: int, boxes: list[tuple[int, tuple[int, ...]]]) -> Launch:
-    first = boxes[0][0]
+    first, tile = boxes[0][0], TILE if unit > 1 else ODD_TILE
+    wide = any(numbers[-1] // unit > 2**31 - tile for _, numbers in boxes)
     lines, programs, begun = [], [], 0
     for at, numbers in boxes:
         places = (
             (side[at].data_ptr() - side[first].data_ptr()) // (side[at].element_size() * unit) for side in (sources, targets)
         )
         lines.append((*places, *(number // unit for number in numbers), begun))
-        programs.append(-(-numbers[-1] // TILE))
+        programs.append(-(-numbers[-1] // tile))
         begun += programs[-1]
-    return Launch(first, unit, tuple(lines), tuple(programs))
+    return Launch(first, unit, tile, wide, tuple(lines), tuple(programs))
 
 
 def _extents(box: Tensor) -> tuple[int, int]:

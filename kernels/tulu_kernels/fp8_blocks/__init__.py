@@ -20,12 +20,15 @@ __all__ = ["BLOCK", "Box", "NotAligned", "PackPlan", "pack", "plan_pack", "quant
 def pack(weight: Tensor, plan: PackPlan, into: Tensor, scales: Tensor, *, backend: Backend = "auto") -> None:
     """Quantizes a shard's boxes into a bucket, in one launch on a GPU.
 
+    The first call with a plan copies a table to the device; later ones wait for nothing and can be captured in a CUDA graph. Its
+    replays need the plan to be there.
+
     Args:
         weight: the shard, [rows, columns], bf16 or float32, columns adjacent in memory.
         plan: of this shard, see `plan_pack`.
         into: uint8 of at least `plan.bytes`; box b becomes E4M3 bytes, rows adjacent, from ``plan.offsets[b]`` on.
         scales: float32 of at least `plan.scales`; box b's, one row of blocks after another, from ``plan.scale_offsets[b]`` on.
-            A number is its byte times its block's scale.
+            A number is its byte times its block's scale; a NaN makes all of its block NaN.
     """
     if chosen("fp8_blocks", weight.device, backend) == "triton":
         from tulu_kernels.fp8_blocks.blocks import pack_blocks

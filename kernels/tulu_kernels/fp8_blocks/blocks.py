@@ -19,14 +19,19 @@ def pack_blocks(weight: Tensor, plan: PackPlan, into: Tensor, scales: Tensor) ->
         raise ValueError(f"columns of the weight are {weight.stride(1)} apart, expected 1: pass a contiguous shard")
     if not plan.boxes:
         return
-    table = torch.tensor(plan.table(), dtype=torch.int64).to(weight.device, non_blocking=True)
-    aligned = weight.stride(0) % 8 == 0 and all(
-        box.local[1][0] % 16 == 0 and box.columns % 16 == 0 for box in plan.boxes
-    )  # then whole vectors are inside a block or outside
+    table = _table(plan, weight.device)
+    aligned = weight.stride(0) % 8 == 0 and plan.in_vectors
     _pack[(len(table),)](
         weight, table, into, scales, weight.stride(0) // 8 if aligned else weight.stride(0), LEAST, LARGEST,
         ALIGNED=aligned, INTEGER=weight.device.type == "cpu", BLOCK=BLOCK, num_warps=_WARPS,
     )  # fmt: skip
+
+
+def _table(plan: PackPlan, device: torch.device) -> Tensor:
+    """The plan's lines, made and copied at the first call: hundreds of thousands for a model's update, the same every time."""
+    if device not in plan.on_devices:
+        plan.on_devices[device] = torch.from_numpy(plan.table()).to(device)  # waits for it: later calls may be on other streams
+    return plan.on_devices[device]
 
 
 @triton.jit
@@ -54,8 +59,10 @@ def _pack(
         target = first + r * pitch
     inside = (r < rows) & within
     w = tl.load(weight + source + c, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.max(tl.abs(w), 1), 0), LEAST)
-    scale = tl.div_rn(largest, LARGEST)
+    # bits of magnitudes are ordered as these are and NaN's are the largest; a maximum of floats would leave NaNs out
+    magnitude = w.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(tl.max(magnitude, 1), 0).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(tl.where(largest < LEAST, LEAST, largest), LARGEST)
     scaled = w * tl.div_rn(1.0, scale)
     tl.store(scales + which, scale)
     if INTEGER:
@@ -67,7 +74,7 @@ def _pack(
 
 @triton.jit
 def _e4m3(x):
-    """Bytes of the nearest E4M3 numbers, ties to even, by integer arithmetic; |x| at most 448 and a rounding.
+    """Bytes of the nearest E4M3 numbers, ties to even, by integer arithmetic; |x| at most 448 and a rounding, or NaN.
 
     Normal numbers: 3 of float32's 23 bits of mantissa stay, the exponent's bias goes from 127 to 7. Below 2^-6 numbers lie 2^-9
     apart; adding 2^14, whose float32 neighbours lie as far apart, rounds to them.
@@ -78,4 +85,4 @@ def _e4m3(x):
     normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
     small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     rounded = tl.where(magnitude < 0x3C800000, small, normal - (120 << 3))
-    return (sign | tl.minimum(rounded, 0x7E)).to(tl.uint8)
+    return (sign | tl.where(magnitude > 0x7F800000, 0x7F, tl.minimum(rounded, 0x7E))).to(tl.uint8)

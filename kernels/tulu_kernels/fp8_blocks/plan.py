@@ -8,7 +8,11 @@ up, are boxes of several tensors and come out in the tensors' order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 BLOCK = 128
 _ALIGN = 16
@@ -49,19 +53,28 @@ class PackPlan:
     scale_offsets: tuple[int, ...]
     bytes: int
     scales: int
+    on_devices: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """`table` as `blocks` keeps it on each device, as long as the plan lives"""
 
-    def table(self) -> list[tuple[int, int, int, int, int, int, int]]:
-        """A line for each block: first row and column in the shard, rows, columns, byte of its first number, bytes between its
-        rows, its scale."""
-        lines = []
+    def table(self) -> np.ndarray:
+        """int64 [blocks, 7], of each block: first row and column in the shard, rows, columns, byte of its first number, bytes
+        between its rows, its scale."""
+        lines = [np.empty((0, 7), np.int64)]
         for box, offset, scale in zip(self.boxes, self.offsets, self.scale_offsets, strict=True):
-            top, left = box.local[0][0], box.local[1][0]
-            for row in range(0, box.rows, BLOCK):
-                for column in range(0, box.columns, BLOCK):
-                    extent = min(BLOCK, box.rows - row), min(BLOCK, box.columns - column)
-                    lines.append((top + row, left + column, *extent, offset + row * box.columns + column, box.columns, scale))
-                    scale += 1
-        return lines
+            down, across = -(-box.rows // BLOCK), -(-box.columns // BLOCK)
+            row, column = (each.ravel() * BLOCK for each in np.indices((down, across), np.int64))
+            line = (
+                box.local[0][0] + row, box.local[1][0] + column, np.minimum(box.rows - row, BLOCK),
+                np.minimum(box.columns - column, BLOCK), offset + row * box.columns + column, box.columns,
+                scale + np.arange(down * across),
+            )  # fmt: skip
+            lines.append(np.stack(np.broadcast_arrays(*line), 1))
+        return np.concatenate(lines)
+
+    @cached_property
+    def in_vectors(self) -> bool:
+        """Whether sixteen columns at a time are inside a block or outside of it."""
+        return all(box.local[1][0] % 16 == 0 and box.columns % 16 == 0 for box in self.boxes)
 
 
 def plan_pack(boxes: Sequence[Box]) -> PackPlan:

@@ -1,7 +1,12 @@
 """Block-scaled E4M3 in torch.
 
 The arithmetic is that of DeepGEMM's ``per_block_cast_to_fp8``, which vLLM quantizes with when it loads bf16 weights: scale =
-max(|block|, 1e-4) / 448 in float32, number = round(weight * (1 / scale)), to nearest even.
+max(|block|, 1e-4) / 448 in float32, number = round(weight * (1 / scale)), to nearest even. A NaN makes all of its block NaN,
+numbers and scale; an infinite weight makes the scale infinite and becomes a NaN, beside zeros.
+
+On every device the scale is the quotient, rounded once. Written as DeepGEMM has it, divided by a number of the host, torch makes
+it a product with the rounded 1/448 on CUDA, whose last bit is another for about half of all scales; so vLLM's may differ there.
+Servers are sent scales and make none.
 """
 
 from __future__ import annotations
@@ -30,7 +35,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.zeros(down * BLOCK, across * BLOCK, dtype=torch.float32, device=weight.device)
     padded[:rows, :columns] = weight
     blocks = padded.view(down, BLOCK, across, BLOCK)
-    scales = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp(min=LEAST) / LARGEST
+    largest = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp(min=LEAST)
+    scales = largest / largest.new_full((), LARGEST)  # on the weight's device, see above
     numbers = (blocks * scales.reciprocal()).to(torch.float8_e4m3fn)
     return numbers.view(padded.shape)[:rows, :columns].contiguous(), scales.view(down, across)
 
