@@ -17,7 +17,9 @@ COPY setup.py pyproject.toml README.md ./
 COPY tulu_mega tulu_mega
 COPY kernels kernels
 COPY examples examples
-RUN pip install pydantic psutil datasets safetensors httpx aiohttp matplotlib rich jinja2 && pip install --no-deps .
+RUN pip install datasets safetensors "pydantic>=2.7" sentencepiece tiktoken tokenizers huggingface-hub regex blake3 xxhash httpx \
+      aiohttp psutil rich jinja2 "math-verify[antlr4_13_2]" langdetect matplotlib wandb \
+ && pip install --no-deps .
 
 # Rollout servers: vLLM and the torch it pins. /opt/serve/bin/tulu-mega serve ...
 RUN python -m venv /opt/serve \
@@ -25,4 +27,4 @@ RUN python -m venv /opt/serve \
  && /opt/serve/bin/pip install --no-deps megatron-core==0.16.1 . \
  && /opt/serve/bin/python -c "import vllm, tulu_mega"
 
-RUN python -c "import transformer_engine, megatron.core, tulu_mega"
+RUN python -c "import transformer_engine, megatron.core, transformers, tulu_mega.engine, tulu_mega.reference, tulu_mega.rewards"

@@ -116,7 +116,9 @@ class Saver:
 
     def __init__(self, engine: Engine, directory: Path, keep: int, format: Format, asynchronous: bool):
         self._engine, self._directory, self._keep, self._format = engine, directory, keep, format
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
+        device = engine.platform.device  # a new thread's is GPU 0, on which every rank of the machine would take memory
+        start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", **start) if asynchronous else None
         self._pending: _Pending | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -243,6 +245,8 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
         if "rng" in loaded:
             torch.set_rng_state(loaded["rng"]["cpu"])
             get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+            if "cuda" in loaded["rng"] and engine.platform.device.type == "cuda":
+                torch.cuda.set_rng_state(loaded["rng"]["cuda"])
 
 
 def load_weights(engine: Engine, directory: Path, leave: Collection[str] = ()) -> None:
@@ -331,6 +335,8 @@ def _sharded_state(engine: Engine, format: Format, loading: bool) -> dict[str, A
     optimizer = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA | _OPTIMIZER[format])
     topology = engine.topology
     rng = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if engine.platform.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state()
     place = (topology.pipeline_rank, topology.tensor_rank)
     shards = (topology.pipeline, topology.tensor)
     copy = topology.data_rank * topology.context + topology.context_rank

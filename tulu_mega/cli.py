@@ -4,8 +4,8 @@ Nothing heavy is imported before it is needed, so that ``--help`` answers at onc
 code as ``module:attribute`` strings.
 
 Exit status: 0 done · 2 the user can mend it (each problem on standard error as ``error: ...``) · 120 output could not be
-written · 130 interrupted · 141 nobody reads the output · 143 asked to end (SIGTERM, SIGUSR1; a run that trains has saved
-then) · otherwise the status of the rank that failed.
+written · 130 interrupted · 137 asked to end, and killed since it took too long · 141 nobody reads the output · 143 asked to end
+(SIGTERM, SIGUSR1; a run that trains has saved then) · otherwise the status of the rank that failed.
 """
 
 from __future__ import annotations
@@ -244,14 +244,19 @@ def _check(arguments: list[str]) -> int:
             raise
         told = f"these were read as settings of {name}, since no command was named; for another: tulu-mega check grpo FILE"
         raise UserError([*error.problems, told]) from None
+    first = not cluster or os.environ.get("RANK", "0") == "0"
+    if first:
+        print(as_toml(settings.model_dump()), flush=True)
+
+    def look() -> list[str]:
+        return launcher.resolve("tulu_mega.preflight:check")(settings)
+
     if cluster:
-        nodes = launcher.resolve("tulu_mega.cluster:check")(settings)
-        if int(os.environ["RANK"]):
-            return 0
-    print(as_toml(settings.model_dump()))
-    problems = launcher.resolve("tulu_mega.preflight:check")(settings)
-    if problems:
+        nodes = launcher.resolve("tulu_mega.cluster:check")(settings, look)
+    elif problems := look():
         raise UserError(problems)
+    if not first:
+        return 0
     print(f"# {name}: nothing wrong found{f' on {nodes} nodes' if cluster else ''}")
     return 0
 

@@ -17,7 +17,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,8 +26,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tulu_mega.config import Section
+from tulu_mega.bridge.hub import local_directory
+from tulu_mega.config import EngineSettings, RunSettings, Section
 from tulu_mega.errors import UserError
+from tulu_mega.launcher import joined_world
 
 PATIENCE = 60.0
 """Seconds a node may take to answer."""
@@ -63,7 +65,7 @@ def problems(nodes: Sequence[Node], needed_gib: float = 0.0) -> list[str]:
     """What is wrong with nodes that are to work together.
 
     Args:
-        needed_gib: gibibytes that a checkpoint takes.
+        needed_gib: gibibytes that the run will write.
     """
     found = []
     for name in dict.fromkeys(name for node in nodes for name in node.same):
@@ -93,13 +95,17 @@ def problems(nodes: Sequence[Node], needed_gib: float = 0.0) -> list[str]:
             )
         if node.free_gib < needed_gib:
             found.append(
-                f"{node.name}: {node.free_gib:.1f} GiB are free at run_dir, a checkpoint takes about {needed_gib:.1f}; make room"
+                f"{node.name}: {node.free_gib:.1f} GiB are free at run_dir, checkpoints and export take about {needed_gib:.1f}; "
+                "make room"
             )
     return found
 
 
-def check(settings: Section) -> int:
+def check(settings: Section, look: Callable[[], list[str]] = list) -> int:
     """Looks at every node of the world that torchrun's variables describe, all of whose processes call this.
+
+    Args:
+        look: what is wrong beside; called by the first process once the nodes go together, and the others wait for it.
 
     Returns:
         The nodes.
@@ -112,6 +118,8 @@ def check(settings: Section) -> int:
             "check --cluster is for several machines: start it on each of them as the run, by examples/launch/torchrun.sh, "
             "ssh.sh or in the Slurm job"
         )
+    if isinstance(settings, EngineSettings):
+        joined_world(settings.parallel, os.environ)
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     store, *_ = next(iter(dist.rendezvous("env://", rank, size)))
     store = dist.PrefixStore("tulu_mega/cluster", store)
@@ -122,18 +130,36 @@ def check(settings: Section) -> int:
         node = _looked(settings, store, rank, speakers)
         nodes = _gathered(store, "node", rank, speakers, asdict(node))
         found = problems([Node(**nodes[each]) for each in speakers], _needed_gib(settings))
-    if rank == 0:
-        store.set("found", json.dumps(found))
-    found = json.loads(store.get("found"))
-    store.set(f"told/{rank}", "")
-    if rank == 0:  # the store may be this process's
-        with contextlib.suppress(dist.DistError):
-            store.wait([f"told/{each}" for each in range(size)], timedelta(seconds=10))
+    found = _told(store, "found", rank, size, lambda: found)
     if not found:
         found = _collective(store, rank, size)
+    if not found:
+        found = _told(store, "looked", rank, size, look)
     if found:
         raise UserError(found)
     return len(speakers)
+
+
+def _told(store: dist.Store, name: str, rank: int, size: int, look: Callable[[], list[str]]) -> list[str]:
+    """What the first process finds, however long that takes it."""
+    if rank == 0:
+        found = look()
+        store.set(name, json.dumps(found))
+    else:
+        while True:
+            try:
+                store.wait([name], timedelta(seconds=PATIENCE))
+                break
+            except dist.DistStoreError:  # it is still looking
+                continue
+            except dist.DistError:
+                raise UserError("the process of rank 0 is gone; look at its log") from None
+        found = json.loads(store.get(name))
+    store.set(f"{name}/{rank}", "")
+    if rank == 0:  # the store may be this process's
+        with contextlib.suppress(dist.DistError):
+            store.wait([f"{name}/{each}" for each in range(size)], timedelta(seconds=10))
+    return found
 
 
 def _looked(settings: Section, store: dist.Store, rank: int, speakers: Sequence[int]) -> Node:
@@ -160,8 +186,9 @@ def _same(settings: Section) -> dict[str, str]:
     for name, value in _flat(json.loads(settings.model_dump_json())).items():
         same[f"setting {name}"] = json.dumps(value)
     if hasattr(settings, "model"):
-        config = Path(settings.model.path) / "config.json"
-        same[str(config)] = _digest([config]) if config.is_file() else "not there"
+        directory = local_directory(settings.model.path)
+        config = directory / "config.json" if directory else None
+        same[f"config.json of {settings.model.path}"] = _digest([config]) if config and config.is_file() else "not there"
     if torch.cuda.is_available():
         same |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
         same["GPUs"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
@@ -287,11 +314,17 @@ def _gathered(store: dist.Store, name: str, rank: int, ranks: Sequence[int], val
 
 
 def _needed_gib(settings: Section) -> float:
-    """About what two checkpoints take, at 14 bytes a parameter where the model's files have 2; 0 where it is elsewhere."""
-    model = Path(settings.model.path) if hasattr(settings, "model") else Path("nowhere")
-    if not (hasattr(settings, "checkpoint") and model.is_dir()):
+    """About what the checkpoints that are still to come take, and the export; 0 where the model is not on this machine yet.
+
+    A checkpoint has 14 bytes a parameter where the model's files have 2. A new one is whole before the oldest is removed.
+    """
+    model = local_directory(settings.model.path) if isinstance(settings, RunSettings) else None
+    if model is None:
         return 0.0
-    return 2 * 7 * sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2**30
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    keep = settings.checkpoint.keep
+    there = min(keep, sum(1 for _ in Path(settings.run_dir, "checkpoints").glob("step_*")))
+    return ((keep + 1 - there) * 7 + 1) * weights / 2**30
 
 
 def _existing(path: Path) -> Path:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tulu_mega.errors import UserError
@@ -44,6 +47,22 @@ def from_lead(value: T) -> T:
     return box[0]
 
 
+def awaited_from_lead(value: T) -> T:
+    """As `from_lead`, where rank 0 may take minutes to come: the others sleep, and leave their GPUs to whoever shares them."""
+    box, world = [value], dist.group.WORLD
+    dist.broadcast_object_list(box, src=0, group=_sleeping(world) if dist.get_backend() == "nccl" else world)
+    return box[0]
+
+
+@functools.cache
+def _sleeping(world: ProcessGroup) -> ProcessGroup:
+    """The ranks of NCCL's world by way of the CPU: in a collective of NCCL's GPUs spin until the last rank has come.
+
+    It is made when it is first asked for, by every rank.
+    """
+    return dist.new_group(backend="gloo", timeout=world._get_backend(torch.device("cuda")).options._timeout)
+
+
 def gathered(value: T) -> list[T]:
     """What every rank gives, by rank, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
@@ -75,7 +94,7 @@ class Crew:
 
     def do(self, name: str, argument: Any = None) -> Any:
         """On rank 0, while the others follow: an action on every rank."""
-        from_lead((name, argument))
+        awaited_from_lead((name, argument))
         return self._actions[name](argument)
 
     def share(self, work: Callable[[], T]) -> T:
@@ -84,9 +103,9 @@ class Crew:
         What it raises ends rank 0's process; whoever started the ranks ends the others.
         """
         if dist.get_rank() == 0:
-            return from_lead((self._END, work()))[1]
+            return awaited_from_lead((self._END, work()))[1]
         while True:
-            name, argument = from_lead(None)
+            name, argument = awaited_from_lead(None)
             if name == self._END:
                 return argument
             self._actions[name](argument)

@@ -15,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -26,12 +27,16 @@ from tulu_mega.config import EngineSettings, OptimSettings
 from tulu_mega.data.batch import context_rows, context_share
 from tulu_mega.model.build import attention_of, build_model, wrap_for_training
 from tulu_mega.model.gpt import PolicyModel
+from tulu_mega.model.messages import PackMessages
 from tulu_mega.model.packed import packed_seq_params
 from tulu_mega.model.reward import RewardModel
 from tulu_mega.optimizer import Schedule, build_optimizer
 from tulu_mega.platforms import Platform
-from tulu_mega.records import LossOutput, PackedBatch, TokenOutput
+from tulu_mega.records import LossOutput, PackedBatch, TokenOutput, sent
 from tulu_mega.topology import Topology
+
+_GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp_cp"]
+"""What a schedule wants to be given where it is given what sends its messages."""
 
 
 class Objective(Protocol):
@@ -196,7 +201,8 @@ class Engine:
         """Ends what overlap left under way, so that every rank's parameters are the updated ones; before they are read."""
         for ddp in self.ddp:
             if ddp.ddp_config.overlap_param_gather:
-                ddp.start_param_sync(force_sync=True)
+                for group in ddp.bucket_groups:  # start_param_sync(force_sync=True) would leave transposed FP8 bytes as they were
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def _losses(
         self,
@@ -270,7 +276,8 @@ class Engine:
         whole_T = share_T.new_empty(len(batch.tokens_T))
         gathered_T = torch.empty_like(whole_T)
         dist.all_gather_into_tensor(gathered_T, share_T.contiguous(), group=self.topology.context_group)
-        whole_T[torch.cat([context_rows(batch.lengths_S, rank, ranks) for rank in range(ranks)])] = gathered_T
+        rows = torch.cat([context_rows(batch.lengths_S, rank, ranks) for rank in range(ranks)])
+        whole_T[sent(rows, whole_T.device)] = gathered_T
         return whole_T
 
     def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
@@ -301,15 +308,22 @@ class Engine:
         schedule = get_forward_backward_func()
         shares = [context_share(batch, self.topology.context_rank, self.topology.context) for batch in micro_batches]
         iterators = [iter(shares) for _ in model]  # every chunk meets every micro-batch
+        config, pipeline = self.chunks[0].config, {}
+        if self.topology.pipeline > 1:
+            over = self.topology.tensor if config.sequence_parallel else 1
+            rows_M = [len(share.tokens_T) // over for share in shares]
+            pipeline["p2p_communicator"] = PackMessages(self.topology.pipeline_group, config, rows_M, len(model))
+            pipeline["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups(_GROUPS)
         return schedule(
             forward_step_func=step,
             data_iterator=iterators if len(model) > 1 else iterators[0],
             model=list(model),
             num_microbatches=len(micro_batches),
-            seq_length=max(len(batch.tokens_T) for batch in micro_batches),  # packs tell their own lengths stage to stage
+            seq_length=max(len(batch.tokens_T) for batch in micro_batches),  # not read: stages know every pack's length
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
+            **pipeline,
         )
 
     def _reduce(self, outputs: Sequence[LossOutput], objective: Objective) -> BatchLoss:

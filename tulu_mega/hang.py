@@ -131,17 +131,28 @@ def described(frame: FrameType) -> str:
 def collectives(recorded: str | bytes, groups: Mapping[str, tuple[int, ...]]) -> tuple[Collective | None, dict[str, int]]:
     """Of what torch's flight recorder gives as JSON: the collective that has not ended, and how far each group has come.
 
+    NCCL never marks what was sent and received in a batch as ended, only the entry behind, which stands for the batch
+    (github.com/pytorch/pytorch/issues/137969).
+
     Args:
-        groups: the ranks of each process group, by its name.
+        groups: the ranks of each process group, by its name. Others are left out: what carries weights to servers is never
+            marked as ended either.
     """
     found: dict[str, Any] = json.loads(recorded)
     begun: dict[str, int] = {}
     waits = None
-    for entry in found.get("entries", ()):
+    entries = found.get("entries", ())
+    ended, batches = [False] * len(entries), {}
+    for at, entry in reversed(list(enumerate(entries))):
+        group = entry["process_group"][0]
+        if entry["profiling_name"].endswith(":coalesced"):
+            batches[group] = entry["retired"]
+        ended[at] = entry["retired"] or (entry["is_p2p"] and batches.get(group, False))
+    for entry, over in zip(entries, ended, strict=True):
         group = entry["process_group"][0]
         number = 0 if entry["is_p2p"] else entry["collective_seq_id"]
         if number:
             begun[group] = max(begun.get(group, 0), number)
-        if not entry["retired"]:
-            waits = waits or Collective(entry["profiling_name"], group, groups.get(group, ()), number)
+        if not over and group in groups:
+            waits = waits or Collective(entry["profiling_name"], group, groups[group], number)
     return waits, begun

@@ -39,6 +39,13 @@ _LAUNCHER_PID = "TULU_MEGA_LAUNCHER_PID"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun gives one to each of its ranks and shows what is in it; so do we
 _TAIL_LINES = 20
 _AGENT_SECONDS = 5.0
+_TURN_SECONDS = 2.0
+AGENT_PID = "TULU_MEGA_AGENT_PID"
+"""Environment variable: the process of `tulu_mega.agent` that started this rank."""
+KILLED = 137
+"""Exit status where ranks were asked to end and were killed, since they took longer than they had."""
+FINAL = signal.SIGUSR2
+"""What a rank sends that agent where ranks which are started again would fare no better."""
 ASKS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to end (SIGUSR1 is for Slurm's --signal): handed on to the ranks, which may save. Others end them at once."""
 
@@ -87,8 +94,10 @@ def run(target: str, settings: EngineSettings, program: Sequence[str], prepare: 
     with contextlib.ExitStack() as stack:
         environ = {}
         if hasattr(settings, "rollout") and not settings.rollout.urls:
-            beside = resolve("tulu_mega.rollout.beside:servers")(settings, trainers=size)
-            environ = stack.enter_context(beside).for_ranks  # they start while the ranks do
+            beside = stack.enter_context(resolve("tulu_mega.rollout.beside:servers")(settings, trainers=size))
+            environ = beside.for_ranks  # they start while the ranks do
+            if beside.shared:  # or before: vLLM wants others on its GPU to hold still while it measures their memory
+                beside.wait()
         grace = settings.checkpoint.grace if hasattr(settings, "checkpoint") else 10.0
         starts = 1 + getattr(settings, "restarts", 0)
         return _start_world(size, getattr(settings, "run_dir", None), list(program), environ, starts, grace)
@@ -115,7 +124,7 @@ def joined_world(parallel: ParallelSettings, env: Mapping[str, str]) -> World:
     if parallel.data is not None and parallel.data * replica != size:
         raise UserError(
             f"parallel: {layout} x data {parallel.data} = {parallel.data * replica} processes, but torchrun started {size}; "
-            f"leave parallel.data unset or start {parallel.data * replica}"
+            f"set parallel.data to {size // replica}, or start {parallel.data * replica}"
         )
     return World(rank, size, local_rank, local_size, size // replica)
 
@@ -155,18 +164,24 @@ def die_with_launcher() -> None:
 def report(problems: Sequence[str]) -> None:
     """Tells the user about problems, once for the whole world.
 
-    In a rank they go to its error file, which the launcher (ours, torchrun) shows; under torchrun rank 0 prints them too.
+    In a rank they go to its error file, which the launcher (ours, torchrun) shows; under torchrun rank 0 prints them too. Under
+    `tulu_mega.agent` the first rank of each node prints them, and has the agent end without starting ranks again.
     """
-    rank = os.environ.get("RANK")
+    rank, agent = os.environ.get("RANK"), _agent()
     if rank is not None:
         _record(problems[0] if problems else "", {"problems": list(problems)})
         if _started_by_launcher() and _ERROR_FILE in os.environ:
             return
-        if rank != "0" and _ERROR_FILE in os.environ:
+        if agent:  # a problem that all have is told by the first, and the agent ends the others
+            time.sleep(_TURN_SECONDS * int(os.environ["LOCAL_RANK"]))
+        elif rank != "0" and _ERROR_FILE in os.environ:
             return
     prefix = "" if rank in (None, "0") else f"[rank {rank}] "
     for problem in problems:
         print(f"{prefix}error: {problem}", file=sys.stderr, flush=True)
+    if agent:
+        os.kill(agent, FINAL)
+        time.sleep(_AGENT_SECONDS)  # it ends us; before it was told, it would take our end for a failure
 
 
 def report_stop(stopped: Stopped) -> None:
@@ -181,6 +196,27 @@ def report_stop(stopped: Stopped) -> None:
         if os.environ.get("LOCAL_RANK") == "0":
             os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(_AGENT_SECONDS)  # it ends us; before it was asked, it would take our end for a failure
+
+
+def tell_killed(seconds: float, setting: str) -> None:
+    """Says that ranks which were asked to end have not saved.
+
+    Args:
+        seconds: that they had.
+        setting: what sets these.
+    """
+    print(
+        f"error: the ranks did not end within {seconds:g} s and were killed; what was done since the last checkpoint is lost. "
+        f"{setting} sets how long they have; it should cover a step and a save",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _agent() -> int:
+    """The process that started this rank, if that is `tulu_mega.agent`; else 0."""
+    parent = os.getppid()
+    return parent if os.environ.get(AGENT_PID) == str(parent) else 0
 
 
 def record_crash(error: BaseException) -> None:
@@ -264,7 +300,7 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
 
         def reify(self, envs):
             def files(stream: str) -> dict[int, str]:
-                return {rank: str(logs / f"rank_{rank}.{stream}.log") if rank else "" for rank in envs}
+                return {rank: str(_fresh(logs / f"rank_{rank}.{stream}.log")) if rank else "" for rank in envs}
 
             return LogsDest(
                 stdouts=files("stdout"), stderrs=files("stderr"), error_files={r: str(_error_file(scratch, r)) for r in envs}
@@ -285,6 +321,8 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
         "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // size))),
         "PYTHONUNBUFFERED": "1",  # a killed rank's log is whole
+        # messages of tensor parallelism overlap products only when kernels start in the order in which they are queued
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
         **memcpy_environment(),
         _LAUNCHER_PID: str(os.getpid()),
         **environ,
@@ -299,6 +337,14 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
     ranks = start_processes("tulu_mega", program[0], {rank: tuple(program[1:]) for rank in range(size)}, envs, RankLogs())
     signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))  # elastic has taken that over
     return ranks
+
+
+def _fresh(log: Path) -> Path:
+    """A log's path; what a start before this one left there is kept beside it, since it may say why it failed."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size:
+            log.replace(log.with_suffix(".1.log"))
+    return log
 
 
 def _error_file(scratch: Path, rank: int) -> Path:
@@ -320,12 +366,8 @@ def _wait(context: PContext, size: int, scratch: Path, grace: float) -> tuple[in
         except SignalException:  # asked again
             context.close(death_sig=signal.SIGKILL, timeout=5)
         if time.monotonic() > ends:
-            print(
-                f"warning: the ranks did not end within {grace:g} s and were killed; what was done since the last checkpoint is "
-                "lost. checkpoint.grace sets how long they have; it should cover a step and a save",
-                file=sys.stderr,
-                flush=True,
-            )
+            tell_killed(grace, "checkpoint.grace")
+            return KILLED, True
         return Stopped.status, True
     if not result.is_failed():
         return 0, True

@@ -5,9 +5,10 @@ metrics.jsonl has one object a step. Keys: ``step`` (finished steps, from 1) · 
 ``supervised_tokens_per_second`` (all ranks together) · ``padding`` (share of the packed positions) · ``tflops`` (1e12 FLOP/s
 of one process) · ``mfu`` (share of the device's dense peak; null where that is unknown) · ``seconds_data``
 ``seconds_forward_backward`` ``seconds_optimizer`` ``seconds_checkpoint`` · ``memory_gib`` (peak so far) · in some steps
-``slowest_rank`` ``slowest_host`` ``slowest_times_median`` (see `stragglers`) · and whatever the recipe adds. Rates leave the
-checkpoint's seconds out. JSON has no NaN: what is not finite is written as the string ``"NaN"``, ``"Infinity"`` or
-``"-Infinity"``, which ``float()`` reads back.
+``slowest_rank`` ``slowest_host`` ``slowest_times_median`` (see `stragglers`) · of stages with ``[heldout]``, in steps that end
+with an evaluation, ``heldout_loss`` and other means and ``seconds_evaluation`` · and whatever the recipe adds. Rates leave the
+seconds of checkpoints and evaluations out. JSON has no NaN: what is not finite is written as the string ``"NaN"``,
+``"Infinity"`` or ``"-Infinity"``, which ``float()`` reads back.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from tulu_mega.config import (
     EngineSettings,
     GrpoSettings,
     ParallelSettings,
-    PreferenceStageSettings,
     RmSettings,
     RunSettings,
     ScoreSettings,
@@ -36,8 +35,9 @@ from tulu_mega.errors import UserError
 from tulu_mega.planner.precision import fp8_problems, rollout_fp8_problems
 from tulu_mega.planner.schedule import Pipeline
 from tulu_mega.planner.stages import stage_layers
-from tulu_mega.rollout.beside import fp8_obstacles, server_options
-from tulu_mega.rollout.prompting import read
+from tulu_mega.rollout.addresses import longest_wait
+from tulu_mega.rollout.beside import device_obstacles, fp8_obstacles, server_options
+from tulu_mega.rollout.prompting import Prompts, read
 from tulu_mega.rollout.vllm_process import check_vllm
 from tulu_mega.run_lock import check_free
 
@@ -115,6 +115,7 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
         collect(lambda: _generating(settings.model.path) if hasattr(settings, "model") else None)
         if isinstance(settings, ServeSettings) and not problems:
             collect(lambda: server_options(settings.model, settings.rollout, None, ()))
+            problems += device_obstacles(settings.rollout, 0)
         return problems
     collect(lambda: _fp8(settings))
     config = collect(lambda: _model(settings))
@@ -125,7 +126,9 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
         collect(lambda: _same_run(settings))
     if isinstance(settings, GrpoSettings):
         collect(lambda: _servable(settings, config))
-        collect(lambda: read(settings))
+        prompts = collect(lambda: read(settings))
+        if prompts and config:
+            collect(lambda: _answerable(prompts, config))
         if settings.rewards.model:
             collect(lambda: _scoring(settings, config))
     if isinstance(settings, StageSettings):
@@ -151,7 +154,7 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
 def _data(settings: StageSettings, directory: Path) -> list[tuple[str, DataSettings, Path]]:
     """What is to be tokenised, by the setting that names it, and where."""
     wanted = [("data.train", settings.data, directory)]
-    if isinstance(settings, PreferenceStageSettings) and settings.heldout:
+    if settings.heldout:
         own = {"train": settings.heldout.data, "split": settings.heldout.split}
         wanted.insert(0, ("heldout.data", settings.data.model_copy(update=own), directory.with_name(HELDOUT)))
     return wanted
@@ -212,9 +215,20 @@ def _converted(directory: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
     """What vLLM would find out when it starts, and rollouts when they are asked for."""
-    check_vllm()
-    fp8 = rollout_fp8_problems if settings.rollout.urls else fp8_obstacles
+    own = not settings.rollout.urls  # else they have a vLLM and GPUs of their own
+    if own:
+        check_vllm()
+    fp8 = fp8_obstacles if own else rollout_fp8_problems
     problems = fp8(config, settings.rollout) if config else []
+    if own:
+        parallel = settings.parallel
+        problems += device_obstacles(settings.rollout, parallel.model_parallel * (parallel.data or 1))
+    wait, limit = longest_wait(settings.rollout), settings.watchdog.timeout
+    if limit and wait >= limit:
+        problems.append(
+            f"rollout.start_timeout = {settings.rollout.start_timeout:g}: the ranks may wait {wait:g} s for the servers, but "
+            f"watchdog.timeout = {limit:g} would end them before; raise watchdog.timeout above {wait:g}"
+        )
     limit = (config or {}).get("max_position_embeddings")
     if limit and settings.longest > limit:
         problems.append(
@@ -229,6 +243,15 @@ def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
         )
     if problems:
         raise UserError(problems)
+
+
+def _answerable(prompts: Prompts, config: Mapping[str, Any]) -> None:
+    """Prompts, and the token that ends a response, are of the model's vocabulary."""
+    largest = {"data.tokenizer, as the end of a response,": prompts.tokenizer.eos_token_id}
+    for name, chosen in (("data.train", prompts.train), ("heldout.data", prompts.heldout)):
+        largest[name] = max((max(one.ids) for one in chosen.prompts), default=0) if chosen else 0
+    for name, token in largest.items():
+        _within_vocabulary(name, token, config)
 
 
 def _scoring(settings: GrpoSettings, policy: Mapping[str, Any] | None) -> None:
@@ -289,10 +312,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _fits_vocabulary(name: str, store: TokenStore, config: Mapping[str, Any]) -> None:
     """Data of another model is not left in the run directory, also where it was there before."""
-    if store.max_token >= config["vocab_size"]:
+    try:
+        _within_vocabulary(name, store.max_token, config)
+    except UserError:
         _discard(store.directory)
+        raise
+
+
+def _within_vocabulary(name: str, token: int, config: Mapping[str, Any]) -> None:
+    if token >= config["vocab_size"]:
         raise UserError(
-            f"{name} holds token {store.max_token}, but the model's vocabulary has {config['vocab_size']} entries; "
+            f"{name} holds token {token}, but the model's vocabulary has {config['vocab_size']} entries; "
             "data and tokenizer belong to another model"
         )
 

@@ -131,8 +131,17 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return PackedBatch(**moved)
+        return PackedBatch(**{k: sent(v, device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same tensor on another device; the host does not wait for a GPU.
+
+    It would if the memory could be paged out: such a copy begins when the GPU has done all before it, and the host goes on when
+    the copy has ended.
+    """
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -107,22 +109,27 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
 
     Args:
         seed: of megatron-core's random states, which differ between tensor ranks where they must.
-        timeout: of every collective.
+        timeout: of every collective, in whatever group; groups but the world's have it in whole minutes, rounded up.
 
     Raises:
         UserError: when the layout does not fit the world, or torchrun has started ranks again that could not meet.
     """
     if not dist.is_initialized():
         _check_store()
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")  # the flight recorder, for whoever looks into a hang
-        device_id = platform.device if platform.backend == "nccl" else None
-        dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
+        if platform.backend == "nccl":
+            # torch would have init_process_group told the device, but then makes a communicator for each group at once, and a
+            # pipeline's messages wait for one another; the current device is this process's already
+            warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context")
+        # entries of the flight recorder, for whoever looks into a hang: under NCCL a step of a pipeline has hundreds
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000" if platform.backend == "nccl" else "256")
+        dist.init_process_group(platform.backend, timeout=timeout)
     data = data_parallel_size(parallel, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
         create_gloo_process_groups=platform.backend == "nccl",  # where gloo carries everything the groups serve as they are
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -5,8 +5,9 @@
 #
 # HOSTFILE has a machine a line, as ssh wants it (user@host, or a name of ~/.ssh/config); # begins a comment. You must be able to log in
 # without a password, and this directory must be there on each of them, at the same path. SIGTERM or Ctrl-C here, and a connection
-# that breaks, ask the run to end: it saves first. PYTHON, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS, GRACE, and what begins
-# with NCCL_ or GLOO_, are handed on. So is TULU_MEGA_ROLLOUT_KEY, over standard input: command lines can be read by anybody there.
+# that breaks, ask the run to end: it saves first. PYTHON, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS, GRACE, RUN_ID, and what
+# begins with NCCL_ or GLOO_, are handed on. So are TULU_MEGA_ROLLOUT_KEY and what begins with HF_ or WANDB_, over standard input:
+# command lines can be read by anybody there. MASTER_ADDR is the first machine's name as ssh resolves it; the others must know it.
 # Exit status: that of the first machine that did not end with 0.
 set -euo pipefail
 
@@ -19,23 +20,31 @@ mapfile -t hosts < <(sed 's/#.*//' "$1" | awk 'NF {print $1}')
 shift
 [ ${#hosts[@]} -gt 0 ] || { echo "error: the host file names no machine; give one a line" >&2; exit 2; }
 
+if [ -z "${MASTER_ADDR:-}" ]; then  # ~/.ssh/config may have another name for it
+  MASTER_ADDR=$(ssh -G "${hosts[0]}" 2>/dev/null </dev/null | awk '$1 == "hostname" {print $2; exit}' || true)
+fi
 export NNODES=${#hosts[@]} MASTER_ADDR=${MASTER_ADDR:-${hosts[0]#*@}}
-handed=()
+handed=() secret=()
 while IFS= read -r name; do
-  handed+=("$name=${!name}")
-done < <(compgen -e | grep -E '^(NCCL_|GLOO_)|^(NNODES|MASTER_ADDR|MASTER_PORT|PYTHON|GPUS_PER_NODE|MAX_RESTARTS|GRACE|LOCAL_ADDR)$')
+  case $name in
+    TULU_MEGA_ROLLOUT_KEY | HF_* | WANDB_*) secret+=("$name=${!name}") ;;
+    *) handed+=("$name=${!name}") ;;
+  esac
+done < <(compgen -e |
+  grep -E '^(NCCL_|GLOO_|HF_|WANDB_)|^(NNODES|MASTER_ADDR|MASTER_PORT|PYTHON|GPUS_PER_NODE|MAX_RESTARTS|GRACE|RUN_ID|TULU_MEGA_ROLLOUT_KEY)$')
 
-# On the machine: the end of standard input asks the run to end.
+# On the machine: variables come on standard input, one a line until an empty one; its end asks the run to end.
 read -r -d '' remote <<'REMOTE' || true
 cd "$1" || exit 2
 shift
-IFS= read -r TULU_MEGA_ROLLOUT_KEY && [ -n "$TULU_MEGA_ROLLOUT_KEY" ] && export TULU_MEGA_ROLLOUT_KEY || unset TULU_MEGA_ROLLOUT_KEY
+unset TULU_MEGA_ROLLOUT_KEY
+while IFS= read -r line && [ -n "$line" ]; do export "$line"; done
 exec 3<&0
 env "$@" </dev/null 3<&- & run=$!
-{ cat <&3 >/dev/null; kill -TERM "$run" 2>/dev/null; } & watch=$!
+{ cat <&3 >/dev/null 2>&1; kill -TERM "$run" 2>/dev/null; } & watch=$!  # cat outlives it, and must not hold our output
 exec 3<&-
 wait "$run"; status=$?
-kill "$watch" 2>/dev/null
+kill -KILL "$watch" 2>/dev/null
 exit "$status"
 REMOTE
 
@@ -55,7 +64,7 @@ for node in "${!hosts[@]}"; do
     ssh -T -o BatchMode=yes -o ServerAliveInterval=30 "$host" "bash -c$words" 2>&1 | sed -u "s/^/[$host] /"
   )
   runs+=($!) inputs+=("$input")
-  printf '%s\n' "${TULU_MEGA_ROLLOUT_KEY:-}" >&"$input"
+  printf '%s\n' "${secret[@]}" "" >&"$input"
 done
 trap end TERM INT USR1 HUP
 

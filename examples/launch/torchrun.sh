@@ -7,10 +7,14 @@
 #   ... examples/launch/torchrun.sh check --cluster sft examples/tulu3/8b/sft.toml
 # The rendezvous listens on MASTER_PORT of the machine with NODE_RANK 0: keep the machines on a private network.
 #
-# MAX_RESTARTS  times that the ranks are started again after one failed; they go on from the newest checkpoint (3)
+# MAX_RESTARTS  times that the ranks are started again after one failed for a reason that is not yours to mend; they go on from the
+#               newest checkpoint (3)
 # GRACE         seconds the ranks have to end a step and save it after SIGTERM or SIGUSR1 (300)
+# LOG_DIR       directory for what each rank prints; only the first of each machine then prints here, too
 # LOCAL_ADDR    this machine's address, where its host name does not lead to it
-# Exit status: 0 done, 2 something you can mend, 143 asked to end and saved; see docs/launch.md.
+# RUN_ID        the same on all machines and another one for each run that they take part in (tulu-mega)
+# Exit status: 0 done, 2 something you can mend, 143 asked to end and saved, 137 asked to end and killed when GRACE was over; see
+# docs/launch.md.
 set -euo pipefail
 
 if [ $# -lt 1 ]; then
@@ -34,4 +38,5 @@ exec "$PYTHON" -m tulu_mega.agent \
   --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$RUN_ID" --rdzv-conf "is_host=$host" \
   --shutdown-timeout "${GRACE:-300}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
+  ${LOG_DIR:+--log-dir "$LOG_DIR" --redirects 3 --tee 0:3} \
   -m tulu_mega "$@"

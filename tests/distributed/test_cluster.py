@@ -14,8 +14,12 @@ from tulu_mega.config import SftSettings
 from tulu_mega.errors import UserError
 
 
-def look(directory: Path, spoilt: bool) -> int | list[str]:
-    """The second node may have another learning rate, a clock that is ahead and a disk of its own."""
+def look(directory: Path, spoilt: bool, beside: str = "") -> int | list[str]:
+    """The second node may have another learning rate, a clock that is ahead and a disk of its own.
+
+    Args:
+        beside: what the first process finds wrong by itself, which takes it longer than a node may take to answer.
+    """
     rank = os.environ["RANK"]
     os.environ["LOCAL_RANK"] = "0"  # a node each
     own = spoilt and rank == "1"
@@ -35,7 +39,9 @@ def look(directory: Path, spoilt: bool) -> int | list[str]:
         if own:
             patch.setattr(cluster.time, "time", lambda: now() + 30)
         try:
-            return cluster.check(settings)
+            if beside:
+                patch.setattr(cluster, "PATIENCE", 1.0)
+            return cluster.check(settings, lambda: time.sleep(2.5) or [beside] if beside else [])
         except UserError as error:
             return error.problems
 
@@ -43,6 +49,10 @@ def look(directory: Path, spoilt: bool) -> int | list[str]:
 def test_nodes_that_go_together(tmp_path):
     assert world.run(2, look, tmp_path, False) == [2, 2]
     assert not list(tmp_path.rglob("*"))  # nothing is left behind
+
+
+def test_what_the_first_finds_beside_is_told_by_all(tmp_path):
+    assert world.run(2, look, tmp_path, False, "the data is not there") == [["the data is not there"]] * 2
 
 
 def test_what_differs_is_named_on_every_process(tmp_path):

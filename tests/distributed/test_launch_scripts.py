@@ -117,7 +117,8 @@ def test_two_nodes_by_ssh_saved_on_request_and_resumed(material, tmp_path, shell
 
 
 @pytest.mark.acceptance
-def test_a_slurm_job_is_queued_again_when_its_time_is_over(material, tmp_path, shell):
+@pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM], ids=["its time is over", "cancelled or pre-empted"])
+def test_a_slurm_job_is_queued_again_when_its_time_is_over(material, tmp_path, shell, asked):
     run_dir, log = tmp_path / "run", tmp_path / "slurm.log"
     env = shell | {
         "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "MASTER_ADDR": "127.0.0.1",
@@ -126,14 +127,15 @@ def test_a_slurm_job_is_queued_again_when_its_time_is_over(material, tmp_path, s
     job = start([str(SCRIPTS / "slurm.sbatch"), "sft", *arguments(material, run_dir, 400, every=1000)], env, log)
     try:
         wait_until(lambda: job.poll() is not None or steps_done(run_dir) >= 1, PATIENCE)
-        job.send_signal(signal.SIGUSR1)
+        job.send_signal(asked)
     finally:
         status = end(job, log)
-    assert status == 0, log.read_text()
+    over = asked == signal.SIGUSR1
+    assert status == (0 if over else 143), log.read_text()
     assert len(checkpoint.find(run_dir / "checkpoints")) == 1 and steps_done(run_dir) < 400
     stubs = (tmp_path / "stub.log").read_text()
     assert stubs.count("--nodelist=node1,node2") == 2 and "check --cluster sft" in stubs
-    assert stubs.endswith("scontrol requeue 7\n")
+    assert stubs.endswith("scontrol requeue 7\n") == over and stubs.count("requeue") == over
     assert "nothing wrong found on 2 nodes" in log.read_text()
 
 
@@ -161,6 +163,27 @@ def test_a_slurm_job_with_rollout_nodes_hands_over_addresses_and_a_key(tmp_path,
     assert sorted(line.split(":")[0] for line in trained) == [f"node{n + 1} rank {n} of 2 key the-key" for n in range(2)]
     assert not any("the-key" in line for line in lines if line.startswith("srun"))
     assert "requeue" not in "".join(lines)
+
+
+def test_ssh_hands_over_variables_and_keeps_secrets_off_command_lines(tmp_path, shell):
+    fake = tmp_path / "bin/fakepython"
+    fake.write_text(
+        '#!/usr/bin/env bash\necho "$STUB_HOST rank $NODE_RANK at $MASTER_ADDR run $RUN_ID: '
+        'key $TULU_MEGA_ROLLOUT_KEY, token $HF_TOKEN, $WANDB_API_KEY, $NCCL_DEBUG" >> "$STUB_LOG"\n'
+    )
+    fake.chmod(0o755)
+    (tmp_path / "hosts").write_text("me@node1\nnode2\n")
+    env = shell | {
+        "PYTHON": str(fake), "RUN_ID": "r7", "NCCL_DEBUG": "INFO", "TULU_MEGA_ROLLOUT_KEY": "secret-a", "HF_TOKEN": "secret b",
+        "WANDB_API_KEY": "secret-c",
+    }  # fmt: skip
+    log = tmp_path / "ssh.log"
+    assert end(start([str(SCRIPTS / "ssh.sh"), str(tmp_path / "hosts"), "sft", "c.toml"], env, log), log) == 0, log.read_text()
+    lines = (tmp_path / "stub.log").read_text().splitlines()
+    told = sorted(line for line in lines if " rank " in line and "key " in line)
+    known = "at node1 run r7: key secret-a, token secret b, secret-c, INFO"
+    assert told == [f"me@node1 rank 0 {known}", f"node2 rank 1 {known}"]
+    assert not any("secret" in line for line in lines if line not in told)
 
 
 @pytest.mark.acceptance  # seconds on an idle machine; on a busy one the agents have not met within PATIENCE

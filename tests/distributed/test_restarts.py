@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_launcher import write_rank
+from tests.distributed.test_launcher import wait_until, write_rank
 from tulu_mega import launcher, platforms, topology
 from tulu_mega.config import ParallelSettings, PrecisionSettings
 from tulu_mega.errors import UserError
@@ -65,12 +65,16 @@ def test_what_the_user_can_mend_is_not_tried_again(start, capfd):
     assert "started again" not in capfd.readouterr().err
 
 
-def test_ranks_find_the_servers_of_their_launcher(tmp_path, monkeypatch):
-    """The launcher has the servers around the ranks, and starts the ranks without waiting for them."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_ranks_find_the_servers_of_their_launcher(tmp_path, monkeypatch, shared):
+    """The launcher has the servers around the ranks, and waits for them only where they share a GPU with the ranks."""
     events = []
 
     class Pool:
         for_ranks = {"THE_KEY": "k"}
+
+        def wait(self):
+            events.append("servers ready")
 
         def __enter__(self):
             events.append("servers up")
@@ -81,7 +85,9 @@ def test_ranks_find_the_servers_of_their_launcher(tmp_path, monkeypatch):
 
     def beside(settings, trainers):
         assert trainers == 2
-        return Pool()
+        made = Pool()
+        made.shared = shared
+        return made
 
     before = launcher.resolve
     monkeypatch.setattr(launcher, "resolve", lambda name: beside if name.endswith("beside:servers") else before(name))
@@ -90,7 +96,7 @@ def test_ranks_find_the_servers_of_their_launcher(tmp_path, monkeypatch):
     rollout = types.SimpleNamespace(urls=[])
     settings = settings_of(tmp_path, rollout=rollout)
     assert launcher.run("the_recipe:run", settings, [sys.executable, str(script)], lambda _: events.append("checked")) == 0
-    assert events == ["checked", "servers up", "servers down"]
+    assert events == ["checked", "servers up", *["servers ready"] * shared, "servers down"]
     assert [(tmp_path / f"key{rank}").read_text() for rank in range(2)] == ["k", "k"] and "THE_KEY" not in os.environ
 
 
@@ -117,6 +123,55 @@ def test_ranks_that_our_torchrun_starts_again_meet(tmp_path):
     done = subprocess.run([*command, str(tmp_path / "rank.py")], env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [(tmp_path / f"met{rank}").read_text() for rank in range(2)] == ["1", "1"]
+
+
+MENDABLE = """
+    import os, sys, time
+    from tulu_mega import launcher
+    open(f"DIRECTORY/starts{os.environ['RANK']}", "a").write(".")
+    if os.environ["RANK"] in RANKS:
+        launcher.report(["the learning rate is a word; make it a number"])
+        sys.exit(2)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("ranks", "told"), [("01", ""), ("0", ""), ("1", "[rank 1] ")], ids=["all", "the first", "the other"])
+def test_what_the_user_can_mend_is_told_once_and_not_tried_again(tmp_path, ranks, told):
+    (tmp_path / "rank.py").write_text(textwrap.dedent(MENDABLE).replace("DIRECTORY", str(tmp_path)).replace("RANKS", repr(ranks)))
+    command = [sys.executable, "-m", "tulu_mega.agent", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([*command, str(tmp_path / "rank.py")], env=env, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 2, done.stderr
+    starts = [tmp_path / f"starts{rank}" for rank in range(2)]
+    assert all(each.read_text() == "." for each in starts if each.exists())  # one may be ended before it came so far
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert errors == [f"{told}error: the learning rate is a word; make it a number"]
+
+
+SLOW = """
+    import os, signal, time
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    open("DIRECTORY/ready", "w").close()
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        time.sleep(0.1)
+"""
+
+
+def test_an_agent_that_had_to_kill_its_ranks_does_not_say_that_they_saved(tmp_path):
+    (tmp_path / "rank.py").write_text(textwrap.dedent(SLOW).replace("DIRECTORY", str(tmp_path)))
+    command = [sys.executable, "-m", "tulu_mega.agent", "--standalone", "--nproc-per-node", "1", "--shutdown-timeout", "1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    agent = subprocess.Popen([*command, str(tmp_path / "rank.py")], env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: agent.poll() is not None or (tmp_path / "ready").exists(), 60)
+        agent.terminate()
+        err = agent.communicate(timeout=30)[1]
+    finally:
+        agent.kill()
+    assert agent.returncode == launcher.KILLED == 137, err
+    assert "did not end within 1 s and were killed" in err and "GRACE" in err
 
 
 def test_ranks_that_could_not_meet_say_why(monkeypatch):

@@ -16,6 +16,10 @@ from pathlib import Path
 
 _FILE = Path(__file__)
 
+STAGED = 64
+"""Bytes of which the driver makes a copy of its own, so that nobody waits for them although they are not pinned: really 64 KiB,
+but the packs here are small."""
+
 
 def build(directory: Path, compiler: str) -> Path:
     """`guard.cpp`, compiled against the torch that is installed."""
@@ -82,8 +86,9 @@ def install():
             if func is aten._to_copy.default and fakes and target is not None and not to_cuda:
                 self.wait()
             if to_cuda and tensors and not fakes:
-                if not kwargs.get("non_blocking"):  # torch waits for such a copy, and so for all that was asked before
-                    self.wait()
+                unpinned = sum(t.nbytes for t in tensors if not hasattr(t, "pinned"))
+                if not kwargs.get("non_blocking") or unpinned > STAGED:
+                    self.wait()  # for the copy, and so for all that was asked before
                 args = tree_map_only(torch.Tensor, self.from_tensor, args)
             return super().dispatch(func, types, args, kwargs)
 
@@ -147,6 +152,20 @@ def _pretend(torch, mode) -> None:
             module._buffers[name] = buffer if buffer is None else fn(buffer)
         return module
 
+    def pinned(tensor, device=None):
+        copy = tensor.clone()
+        copy.pinned = True
+        return copy
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def attended(query, key, value, attn_mask=None, enable_gqa=False, **options):
+        if key.shape[1] != query.shape[1] and (attn_mask is not None or query.dtype is torch.float32):
+            raise AssertionError("no fused kernel takes this: all scores would be made")
+        return attention(query, key, value, attn_mask, enable_gqa=enable_gqa, **options)
+
+    torch.Tensor.pin_memory = pinned
+    torch.nn.functional.scaled_dot_product_attention = attended
     torch.nn.Module._apply = applied
     from megatron.core.tensor_parallel import random
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -69,7 +68,6 @@ def step(
     """
     import torch
     import torch.distributed as dist
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from tulu_mega import topology
@@ -94,18 +92,10 @@ def step(
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         here = topology.start(settings.parallel, platform, seed=0)
-        with mode, contextlib.ExitStack() as stack:
+        with mode:
             engine = Engine(hf, settings, here, platform, reward=reward)
             engine.prepare_training(OptimSettings(), 2)
             batch, minimised = _batch(objective, engine, SimpleNamespace(topology=here, engine=engine, settings=settings))
-            tokens = len(batch.tokens_T) // here.context // (here.tensor if settings.parallel.sequence else 1)
-            shape = (tokens, 1, hf.hidden_size)  # which stages tell one another, and these know already
-            plain = P2PCommunicator._communicate_shapes
-            stack.callback(setattr, P2PCommunicator, "_communicate_shapes", plain)
-            P2PCommunicator._communicate_shapes = lambda self, tensor_send_next, tensor_send_prev, recv_prev, recv_next: (
-                shape if recv_prev else None,
-                shape if recv_next else None,
-            )
             mode.waits.clear()
             engine.score([batch] * 2)
             scoring = dict(mode.waits)

@@ -28,6 +28,7 @@ MODULE = {
     "rank 0 dies while servers generate": "tulu_mega.rollout.client",
     "asked to end while servers generate": "tulu_mega.rollout.client", "asked to end in training": "tulu_mega.engine",
     "server hangs in an update": "tulu_mega.rollout.worker", "server dies in an update": "tulu_mega.rollout.worker",
+    "server hangs while it generates": "tulu_mega.rollout.worker",
 }.get(FAULT)
 
 
@@ -77,6 +78,13 @@ def arm(module):
                 strike(ask)
             return computes(self, *arguments)
         module.Engine.forward_backward = broken
+    elif "generates" in FAULT:
+        look = module.LiveWeightsEngine._refuse_when_broken  # before each forward pass
+        def broken(self, *arguments):
+            look(self, *arguments)
+            if self._committed and self._account.version == 2:
+                strike(lambda: time.sleep(3600))
+        module.LiveWeightsEngine._refuse_when_broken = broken
     else:
         bucket = module.LiveWeightsEngine._bucket
         def broken(self, version, *arguments):
@@ -103,6 +111,7 @@ if MODULE:
 
 UPDATE_TIMEOUT = 20
 """Seconds."""
+TIMEOUTS = ("--rollout.update_timeout", str(UPDATE_TIMEOUT), "--rollout.request_timeout", "30")
 
 
 @pytest.fixture
@@ -128,12 +137,13 @@ def armed(place, tmp_path, monkeypatch):
         ("rank 0 dies while servers generate", "the ranks are started again"),
         ("server dies in an update", "it is started again"),
         ("server hangs in an update", "it is started again"),
+        ("server hangs while it generates", "no answer within 30 s; it is started again"),
     ],
 )
 def test_one_fault_changes_nothing(undisturbed, place, armed, fault, told):
     flag, name = armed(fault), fault.replace(" ", "_")
     began = time.monotonic()
-    ended(start(place, name, "--restarts", "1", "--rollout.update_timeout", str(UPDATE_TIMEOUT)), place, name)
+    ended(start(place, name, "--restarts", "1", *TIMEOUTS), place, name)
     print(json.dumps({"fault": fault, "seconds": round(time.monotonic() - began)}))
     assert flag.exists()
     assert told in (place / f"{name}.log").read_text()
@@ -141,7 +151,7 @@ def test_one_fault_changes_nothing(undisturbed, place, armed, fault, told):
     assert not processes_of(place / name)
 
 
-@pytest.mark.parametrize("fault", ["server dies in an update", "server hangs in an update"])
+@pytest.mark.parametrize("fault", ["server dies in an update", "server hangs in an update", "server hangs while it generates"])
 def test_one_fault_of_a_server_elsewhere_changes_nothing(undisturbed, place, armed, monkeypatch, fault):
     """Nobody but its own `tulu-mega serve` can start it again, and nobody but the trainer sees that it hangs."""
     flag, name = armed(fault), f"elsewhere_{fault.replace(' ', '_')}"
@@ -159,7 +169,7 @@ def test_one_fault_of_a_server_elsewhere_changes_nothing(undisturbed, place, arm
         )
     try:
         urls = serving.stdout.readline().removeprefix("rollout.urls = ").strip()
-        ended(start(place, name, "--rollout.urls", urls, "--rollout.update_timeout", str(UPDATE_TIMEOUT)), place, name)
+        ended(start(place, name, "--rollout.urls", urls, *TIMEOUTS), place, name)
     finally:
         serving.terminate()
         serving.wait(60)

@@ -135,6 +135,28 @@ def test_weights_kept_in_fp8_train_as_those_cast_each_step(model, tmp_path, plai
         assert 0.02 < away < 0.035 if matrix else away == 0.0, f"{name}: {away}"
 
 
+def settling(directory: str, precision: dict[str, Any], settles: bool) -> list[float]:
+    """Losses of steps with overlap, between which parameters are read, as a save and servers do."""
+    with jobs.session(directory, OVERLAP, "bf16", precision=precision) as made:
+        engine = made.engine
+        engine.prepare_training(OptimSettings(lr=2e-3, schedule="constant", warmup=0.0, eps=1e-3), 4)
+        losses = []
+        for step in range(4):
+            batch = jobs.share(made, jobs.sequences(engine.hf.vocab_size, seed=3 + step), 2)
+            losses.append(engine.forward_backward(batch, SftObjective("sum")).loss)
+            engine.optimizer_step(step, losses[-1])
+            if settles:
+                engine.settle()
+        return losses
+
+
+@pytest.mark.parametrize("precision", [KEPT_TENSORWISE, KEPT_BLOCKWISE], ids=str)
+def test_reading_parameters_between_steps_changes_nothing(model, precision):
+    """Their transposed bytes, which the backward pass reads, are the updated ones too."""
+    left, read = (world.run(2, settling, model, precision, settles) for settles in (False, True))
+    assert left == read
+
+
 @MORE
 def test_a_run_goes_on_with_weights_in_fp8_or_without(model, tmp_path):
     folder = str(tmp_path / "checkpoints")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tulu_mega import cli, launcher
+from tulu_mega import cli, launcher, run_lock
 from tulu_mega.config import SftSettings, load
 from tulu_mega.errors import UserError
 from tulu_mega.quickstart import task, tiny_model
@@ -136,6 +137,11 @@ def no_template(place: Path) -> None:
     (place / "model/chat_template.jinja").unlink()
 
 
+def held_out(*rows: object) -> Callable[[Path], None]:
+    """A good held-out row and these."""
+    return lambda place: write_rows(place / "heldout.jsonl", [*islice(task.demonstrations(seed=1), 1), *rows])
+
+
 def empty_data(place: Path) -> None:
     (place / "train.jsonl").write_text("\n")
 
@@ -156,6 +162,7 @@ def nothing(place: Path) -> None:
     """The files are fine, the arguments are not."""
 
 
+HELD_OUT = ["--heldout.data", "heldout.jsonl"]
 NO_ANSWER = json.dumps({"messages": [{"role": "user", "content": "hello"}]})
 CASES = {
     "unknown key": (nothing, ["--optim.lrr", "1"], ["optim.lrr: unknown setting; did you mean 'lr'?"]),
@@ -185,6 +192,17 @@ CASES = {
     "unknown role": (append(NO_ANSWER.replace("user", "bot")), [], ["train.jsonl line 5: message 1 has role 'bot'"]),
     "empty data": (empty_data, [], ["train.jsonl: no rows; expected at least one"]),
     "no data": (no_data, [], ["train.jsonl: no such file"]),
+    "no held-out data": (nothing, ["--heldout", "gone.jsonl"], ["gone.jsonl: no such file; correct heldout.data"]),
+    "held-out prompts": (held_out(json.loads(NO_ANSWER)), HELD_OUT, ["heldout.jsonl line 2: no assistant message"]),
+    "held-out pairs": (held_out({"chosen": [], "rejected": []}), HELD_OUT, ["heldout.jsonl line 2: has chosen, rejected"]),
+    "held-out rows of another model": (
+        held_out({"input_ids": [1, 99999], "labels": [1, 99999]}), HELD_OUT, ["heldout.data holds token 99999, but the model's"],
+    ),
+    "held-out rows too long": (
+        held_out(), [*HELD_OUT, "--data.overlong", "reject", "--data.max_length", "3"],
+        ["heldout.data: none of the 1 rows can be used (1 too long", "data.train: none of the 4 rows can be used"],
+    ),
+    "held-out rows that are never evaluated": (held_out(), [*HELD_OUT, "--heldout.every", "0"], ["heldout.every: "]),
     "another model's run": (a_run_of_another_model, [], ["model.path was 'elsewhere', is 'model'", "optim.lr was 0.5, is 5e-06"]),
 }  # fmt: skip
 
@@ -286,6 +304,23 @@ def test_a_directory_in_use(capsys, place, command):
         with pytest.raises(UserError, match="another run is writing there"), locked(place / "run"):  # what a rank would find
             pass
     with locked(place / "run"):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_other_run(monkeypatch, place, capsys):
+    """Lustre that is mounted without ``-o flock``."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
+    with locked(place / "run"):
+        assert "its file system has no locks (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_made(place):
+    (place / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"), locked(place / "file/run"):
         pass
 
 

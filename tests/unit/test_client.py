@@ -9,12 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
 
 from tulu_mega.config import RolloutSettings
 from tulu_mega.errors import UserError
+from tulu_mega.rollout import fleet
 from tulu_mega.rollout.addresses import ServerAddress
 from tulu_mega.rollout.auth import ABOUT
 from tulu_mega.rollout.batch import ROUTE
@@ -261,9 +263,40 @@ def test_an_answer_that_takes_too_long_is_asked_for_elsewhere(serve):
     with RolloutClient([stuck_at, serve(good)], settings(request_timeout=0.3)) as client:
         assert len(client.generate([[1], [2], [3]], SAMPLING, 3)) == 3
     assert stuck.requests and good.batches == [1, 2]
-    client = RolloutClient([stuck_at], settings(request_timeout=0.3, retries=1))
+    assert stuck.batches == [2]
+
+
+def test_a_server_that_hangs_is_not_asked_twice(serve):
+    """Where there is no other it has to be started again, and each asking would take a whole time-out."""
+
+    async def never(_request: dict) -> dict:
+        await asyncio.sleep(60)
+
+    stuck = Fake(never)
+    client = RolloutClient([serve(stuck)], settings(request_timeout=0.3, retries=5))
     with client, pytest.raises(ServerFailure, match=r"no answer within 0\.3 s"):
         client.generate([[1]], SAMPLING, 3)
+    assert stuck.batches == [1]
+
+
+def test_a_restart_is_progress(serve, monkeypatch):
+    """Each part of it may take a time-out of its own; the watchdog hears of each."""
+    marks, asked = [], []
+    stuck = Fake(lambda _: web.Response(status=503))
+
+    def restart(_run_dir, address, why, remote):
+        asked.append((address.url, remote))
+        stuck.reply = answer
+
+    monkeypatch.setattr(fleet, "ask_restart", restart)
+    address = serve(stuck)
+    made = fleet.Fleet(None, settings(retries=0), None, lambda version: marks.append(f"push {version}"))
+    made._addresses, made._sync = [address], SimpleNamespace(at=marks.append, close=lambda: None)
+    made._client = RolloutClient([address], settings(retries=0))
+    with made:
+        assert len(made.generate([[1]], SAMPLING, 3)) == 1
+    assert asked == [(address.url, False)]
+    assert marks == ["having servers started again", "push 3", "generation"]
 
 
 def test_an_error_status_says_what_the_server_said(serve):

@@ -2,7 +2,12 @@
 
 import dataclasses
 
+import pytest
+
+from tulu_mega import cluster
 from tulu_mega.cluster import Node, problems
+from tulu_mega.config import SftSettings
+from tulu_mega.errors import UserError
 
 SAME = {"package torch": "2.13.0", "setting optim.lr": "1e-05", "tulu_mega's code": "abc"}
 
@@ -40,4 +45,33 @@ def test_clocks_files_ports_and_space():
     assert clock.startswith("node n1 (rank 1): its clock is 3.0 s behind that of node n0 (rank 0)")
     assert file.startswith("node n1 (rank 1): a file that n0 (rank 0) wrote in run_dir is not seen there")
     assert port.startswith("node n1 (rank 1): n2 (rank 2) cannot be reached")
-    assert space == "node n1 (rank 1): 4.0 GiB are free at run_dir, a checkpoint takes about 10.0; make room"
+    assert space == "node n1 (rank 1): 4.0 GiB are free at run_dir, checkpoints and export take about 10.0; make room"
+
+
+def test_room_for_what_a_run_still_writes(tmp_path):
+    """Checkpoints of 14 bytes a parameter, one more than are kept while it is written, and the export of 2."""
+    (tmp_path / "model").mkdir()
+    with (tmp_path / "model/model.safetensors").open("wb") as file:
+        file.truncate(2**30)  # sparse
+    settings = SftSettings.model_validate(
+        {
+            "model": str(tmp_path / "model"),
+            "run_dir": str(tmp_path / "run"),
+            "data": {"train": "x"},
+            "checkpoint": {"keep": 3},
+        }
+    )
+    assert cluster._needed_gib(settings) == 4 * 7 + 1
+    (tmp_path / "run/checkpoints/step_4").mkdir(parents=True)
+    assert cluster._needed_gib(settings) == 3 * 7 + 1
+    elsewhere = settings.model_copy(update={"model": settings.model.model_copy(update={"path": "owner/not-fetched"})})
+    assert cluster._needed_gib(elsewhere) == 0
+
+
+def test_a_layout_that_does_not_fit_the_world_is_told_before_nodes_are_looked_at(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "32", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    parallel = {"tensor": 2, "data": 2}
+    settings = SftSettings.model_validate({"model": "m", "run_dir": "r", "data": {"train": "x"}, "parallel": parallel})
+    with pytest.raises(UserError, match=r"= 4 processes, but torchrun started 32; set parallel.data to 16, or start 4$"):
+        cluster.check(settings)

@@ -149,3 +149,13 @@ def test_defaults_of_a_stage_survive_a_section_that_sets_something_else():
     dpo, rm = DpoSettings.model_validate(rows), RmSettings.model_validate(rows)
     assert (dpo.optim.lr, dpo.optim.warmup, dpo.train.epochs, dpo.train.global_batch) == (5e-7, 0.1, 1.0, 128)
     assert (rm.optim.lr, rm.train.epochs, rm.train.global_batch, rm.data.overlong) == (3e-6, 1.0, 256, "reject")
+
+
+@pytest.mark.parametrize("stage", [SftSettings, RmSettings, DpoSettings])
+def test_rows_to_evaluate_on(file, stage):
+    assert load(stage, str(file)).heldout is None
+    found = load(stage, str(file), ["--heldout", '["c.jsonl", "owner/d"]']).heldout
+    assert (found.data, found.split, found.every, found.batch) == (["c.jsonl", "owner/d"], "test", 100, 256)
+    told = problems("--heldout.evry", "5", "--heldout.batch", "0", settings=stage, file=file)
+    assert [problem.split(":")[0] for problem in told] == ["heldout.data", "heldout.batch", "heldout.evry"]
+    assert ("Conversations" if stage is SftSettings else "Pairs") in stage.model_fields["heldout"].description

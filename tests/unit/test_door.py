@@ -65,7 +65,17 @@ def test_whoever_asks_an_incarnation_that_is_gone_ends_no_other(ask):
     assert answer.status_code == 409 and "incarnation 6 is gone, this is 7" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("asked", [{}, {"content": b"{"}, {"json": [7]}, {"json": {"incarnation": 7}}, {"json": {"why": "x"}}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"content": b"{"},
+        {"json": [7]},
+        {"json": {"incarnation": 7}},
+        {"json": {"why": "x"}},
+        {"content": b'{"incarnation": Infinity, "why": "x"}'},
+    ],
+)
 def test_a_request_that_says_nothing_ends_nothing(ask, asked):
     assert ask("POST", RESTART, **asked).status_code == 400
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tulu_mega import preflight
 from tulu_mega.config import GrpoSettings, load
 from tulu_mega.errors import UserError
 from tulu_mega.preflight import check
@@ -62,6 +63,18 @@ def test_all_prompts_too_long(problems):
     assert "none of the 1 rows can be used" in problem and "raise data.max_prompt" in problem
 
 
+def test_prompts_of_another_model(model, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(ROW), encoding="utf-8")
+    prompts = read(GrpoSettings.model_validate({"model": str(model), "run_dir": "r", "data": str(file)}))
+    largest = max(prompts.train[0].ids)
+    preflight._answerable(prompts, {"vocab_size": largest + 1})
+    with pytest.raises(UserError, match=f"data.train holds token {largest}, but the model's vocabulary has {largest} entries"):
+        preflight._answerable(prompts, {"vocab_size": largest})
+    with pytest.raises(UserError, match=r"data\.tokenizer, as the end of a response, holds token 0"):
+        preflight._answerable(prompts, {"vocab_size": 0})
+
+
 def test_no_such_file(problems):
     (problem,) = problems(heldout={"data": "nowhere.jsonl"})
     assert problem == "nowhere.jsonl: no such file; correct heldout.data"
@@ -75,6 +88,23 @@ def test_a_verifier_of_ones_own_that_is_not_there(problems):
 def test_a_language_model_is_no_reward_model(problems, model):
     (problem,) = problems(rewards={"model": str(model)})
     assert "a language model; expected what tulu-mega rm makes" in problem
+
+
+def test_a_trainer_of_servers_elsewhere_needs_no_vllm(problems, monkeypatch):
+    def missing() -> None:
+        raise UserError("vLLM is not installed")
+
+    monkeypatch.setattr(preflight, "check_vllm", missing)
+    assert problems(rollout={"urls": ["http://10.0.0.5:8000"]}) == []
+    assert problems() == ["vLLM is not installed"]
+
+
+def test_a_watchdog_that_would_bite_while_servers_start(problems):
+    (problem,) = problems(rollout={"start_timeout": 3600.0})
+    assert "may wait 7210 s for the servers, but watchdog.timeout = 1800 would end them" in problem
+    urls = ["http://10.0.0.5:8000"]
+    assert problems(rollout={"start_timeout": 3600.0, "urls": urls}, watchdog={"timeout": 3601.0}) == []
+    assert problems(rollout={"start_timeout": 3600.0}, watchdog={"timeout": 0.0}) == []
 
 
 def test_settings_that_are_refused():

@@ -62,6 +62,26 @@ def test_the_flight_recorder_is_read():
     waits, begun = hang.collectives(json.dumps({"entries": [entry(0, False, p2p=True)]}).encode(), groups)
     assert str(waits) == "gloo:recv of ranks 0, 2" and begun == {}
     assert hang.collectives("{}", groups) == (None, {})
+    assert hang.collectives(json.dumps({"entries": [entry(7, False, "weights")]}), groups)[0] is None  # no group of the ranks'
+
+
+def test_a_batch_of_messages_has_ended_with_the_entry_behind_it():
+    """As NCCL records a pipeline's: what is in a batch is never marked."""
+
+    def batch(retired: bool) -> list[dict]:
+        parts = [{**entry(0, False, p2p=True), "profiling_name": name} for name in ("nccl:send 0->1", "nccl:recv 0<-1")]
+        return [*parts, {**entry(0, retired, p2p=True), "profiling_name": "nccl:coalesced"}]
+
+    def waits(entries: list[dict]) -> str:
+        return str(hang.collectives(json.dumps({"entries": entries}), {"7": (0, 1), "8": (0, 2)})[0])
+
+    reduction = entry(3, False, "8")
+    assert waits([*batch(True), *batch(True), reduction]) == "gloo:all_reduce number 3 of ranks 0, 2"
+    assert waits([*batch(True), *batch(False)]) == "nccl:send 0->1 of ranks 0-1"
+    assert waits([*batch(True), reduction, *batch(False)]) == "gloo:all_reduce number 3 of ranks 0, 2"
+    # messages that are no batch are marked, each by itself: one that ended says nothing of another
+    alone = [{**entry(0, done, p2p=True), "profiling_name": name} for name, done in (("nccl:recv 0<-1", False), ("x", True))]
+    assert waits([*batch(True), *alone]) == "nccl:recv 0<-1 of ranks 0-1"
 
 
 def test_the_main_threads_stack():

@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from tulu_mega import cli
-from tulu_mega.config import DataInspectSettings, DataMixSettings, DataSettings, SftSettings, load
+from tulu_mega.config import DataInspectSettings, DataMixSettings, DataSettings, PreferenceDataSettings, SftSettings, load
 from tulu_mega.data.inspect import look
 from tulu_mega.data.inspect_views import print_inspection, write_page
+from tulu_mega.data.kind import of_its_kind
 from tulu_mega.data.packing import alignment
 from tulu_mega.data.store import prepare
 from tulu_mega.errors import UserError
@@ -164,8 +165,12 @@ def test_shares_of_the_settings_with_a_run():
     assert DataInspectSettings(model="m", data=DataSettings(train="x")).seed == SftSettings.model_fields["seed"].default
 
 
-@pytest.mark.parametrize(("named", "value"), [("--pairs", "true"), ("--preference.beta", "5.0")])
+@pytest.mark.parametrize(
+    ("named", "value"),
+    [("--pairs", "true"), ("--preference.beta", "5.0"), ("--data.turns", "last"), ("--heldout", "others.jsonl")],
+)
 def test_pairs_are_shown_side_by_side(run, tmp_path, capsys, named, value):
+    """They are known by the settings that only pairs have, or by what they are."""
     rows = [{side: talk("q", side[0] * n)["messages"] for side in ("chosen", "rejected")} for n in (1, 2, 3)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -175,3 +180,39 @@ def test_pairs_are_shown_side_by_side(run, tmp_path, capsys, named, value):
     for line, side, text in ((1, "chosen", "c"), (1, "rejected", "r"), (3, "chosen", "ccc"), (3, "rejected", "rrr")):
         assert f"line {line}, {side}" in shown and f"⟦{text}{EOS}⟧" in shown
     assert re.search(r"rows +3 used", shown)
+
+
+def test_rows_to_evaluate_on_do_not_make_conversations_pairs(run, capsys):
+    assert cli.main(["data", "inspect", *flags(run), "--heldout", "others.jsonl"]) == 0
+    assert "chosen" not in capsys.readouterr().out
+
+
+def test_what_a_row_is(tmp_path):
+    messages, talked = [{"role": "user", "content": "q"}], {"input_ids": [1], "labels": [1]}
+    pair = {"chosen": messages, "rejected": messages}
+    tokens = {f"{side}_{what}": [1] for side in ("chosen", "rejected") for what in ("input_ids", "labels")}
+    file = tmp_path / "rows.jsonl"
+    for row, expected in (
+        (pair, True),
+        (tokens, True),
+        (talked, False),
+        (pair | {"messages": messages}, False),
+        ({"a": 1}, False),
+    ):
+        file.write_text("{broken\n" + json.dumps(row) + "\n")
+        found = of_its_kind(DataMixSettings(data=DataSettings(train=[str(file), "gone.jsonl"], max_length=9), output="x"))
+        assert (found.pairs, isinstance(found.data, PreferenceDataSettings), found.data.max_length) == (expected, expected, 9)
+    said = DataMixSettings.model_validate({"data": {"train": str(file)}, "output": "x", "pairs": False, "preference": {}})
+    assert of_its_kind(said) == said
+    assert of_its_kind(DataMixSettings(data=DataSettings(train="gone.jsonl"), output="x")).pairs is False
+
+
+def test_pairs_of_a_table_are_mixed_as_they_are(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    sides = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"chosen": sides, "rejected": sides}]), tmp_path / "pairs.parquet")
+    output = tmp_path / "mixed.jsonl"
+    assert cli.main(["data", "mix", "--data.train", str(tmp_path / "pairs.parquet"), "--output", str(output)]) == 0
+    assert json.loads(output.read_text()) == {"chosen": sides, "rejected": sides}

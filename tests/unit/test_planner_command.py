@@ -43,6 +43,12 @@ def test_the_recipes_of_8b_fit_a_node(stage):
     assert found.question.steps == {"sft": 14_678, "dpo": 2_121, "grpo": 13_020}.get(stage, found.question.steps)
 
 
+def test_little_room_is_warned_of():
+    (told,) = outlook(ask(asked("grpo", data={"pack_length": 8192})), sampled=1).warnings
+    assert "GiB are left of a GPU" in told and "lower data.pack_length" in told
+    assert not outlook(ask(asked("grpo")), sampled=1).warnings
+
+
 def test_json_says_what_the_table_says(capsys):
     words = ["plan", str(RECIPES / "sft.toml"), "--gpus", "8", "--model", f"{MODEL}/config.json"]
     assert cli.main([*words, "--format", "json", "--parallel.pipeline", "2"]) == 0

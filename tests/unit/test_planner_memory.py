@@ -17,7 +17,7 @@ from tulu_mega.planner import memory, rollouts
 from tulu_mega.planner.calibration import CALIBRATION, HELD_OUT, RATES
 from tulu_mega.planner.hardware import GPUS
 from tulu_mega.planner.job import Job, Pack
-from tulu_mega.planner.memory import checkpoint_host_bytes, memory_by_rank
+from tulu_mega.planner.memory import checkpoint_host_bytes, memory_by_rank, resume_host_bytes
 from tulu_mega.planner.rollouts import Servers, generation_seconds, server_memory, sync_seconds
 from tulu_mega.planner.schedule import makespan, peak_held, timeline
 from tulu_mega.rollout.protocol import SLOTS
@@ -132,6 +132,13 @@ def test_host_memory_of_a_save():
     assert checkpoint_host_bytes(asked, "reshardable", False) / 1e9 == pytest.approx(369.7, abs=0.5)
     assert checkpoint_host_bytes(asked, "same_layout", False) == 0
     assert checkpoint_host_bytes(asked, "same_layout", True) == 8 * asked.held[-1].total * (2 + 6)  # with the final norm
+
+
+def test_host_memory_of_going_on():
+    """8B at TP1: each of a node's eight ranks reads 12 bytes for each of its 8.03 billion parameters."""
+    asked = job("llama3.1_8b", ParallelSettings(), data=8)
+    assert resume_host_bytes(asked, "reshardable") / 1e9 == pytest.approx(8 * 12 * 8.03, abs=0.5)
+    assert resume_host_bytes(asked, "same_layout") == 0
 
 
 def test_constants_are_those_of_what_is_planned_for():

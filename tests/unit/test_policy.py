@@ -12,7 +12,9 @@ from tulu_kernels.policy_loss.reference import divergence, importance_weights
 from tulu_mega.config.rollout import PolicySettings
 from tulu_mega.data.batch import by_token, pack
 from tulu_mega.data.packing import Alignment
+from tulu_mega.engine import BatchLoss
 from tulu_mega.objectives.policy import PolicyObjective
+from tulu_mega.recipes.grpo import _over_updates
 from tulu_mega.records import IGNORE, PackedBatch, Sequence, TokenOutput
 
 LENGTHS = [7, 3, 12, 1]
@@ -207,3 +209,23 @@ def test_values_by_token():
     with pytest.raises(ValueError, match="row 4 has 1 trained tokens, but 0 values"):
         by_token(packed, {7: [1.0, 2.0]})
     assert by_token(pack([], Alignment(1, 4)), {}).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_a_step_s_figures_are_means_over_its_trained_tokens(aggregation):
+    """Of two updates as of one over both, whatever the loss counts; the updates have 19 tokens and 4."""
+    policy = objective(aggregation=aggregation)
+
+    def update(rows) -> tuple[BatchLoss, int]:
+        packed = batch(rows)
+        out = policy(output(packed), packed)
+        means = {name: float(total / count) for name, (total, count) in out.metrics.items()}
+        largest = {name: float(value) for name, value in out.largest.items()}
+        return BatchLoss(float(out.loss_sum.detach()), int(out.count), means | largest), int(packed.loss_mask_T.sum())
+
+    (first, many), (second, few) = update([0, 2]), update([1, 3])
+    whole, tokens = update([0, 1, 2, 3])
+    assert (many, few, tokens) == (19, 4, 23)
+    found = _over_updates([first, second], [many, few], policy.largest)
+    assert found == pytest.approx(whole.metrics, rel=1e-9) and found.keys() == whole.metrics.keys()
+    assert found["kl"] != pytest.approx((first.metrics["kl"] + second.metrics["kl"]) / 2, rel=1e-2)

@@ -240,3 +240,14 @@ def test_rollouts_of_the_newest_step_are_shown_with_what_they_earned(tmp_path):
     (run / "rollouts/heldout_000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*held, {}]) + "{torn")
     assert read_runs([str(run)], 1)[0].column("heldout_solve_rate") == ([0], [0.5])  # before the first step
     assert {"reward", "solve_rate", "time"} <= {drawing.chart.name for drawing in draw(read_runs([str(run)], 1))}
+
+
+def test_the_held_out_loss_is_drawn_where_it_was_evaluated(tmp_path):
+    steps = [
+        step(number, **({"heldout_loss": 4 / number, "seconds_evaluation": 1.0} if number % 2 == 0 else {}))
+        for number in range(1, 5)
+    ]
+    page = made(make(tmp_path / "sft", steps))
+    told = "Held-out loss (mean of the trained tokens, or pairs). sft: 2 at step 2, 1 at step 4, lowest 1, highest 2."
+    assert told in [picture["alt"] for picture in page.pictures]
+    assert page.shows("time", "6 s"), "evaluation too"

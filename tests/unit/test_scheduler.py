@@ -15,6 +15,8 @@ from tulu_mega.rollout import journal
 from tulu_mega.rollout.judging import Rewards
 from tulu_mega.rollout.scheduler import Scheduler
 
+ENDS = (7,)
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -47,7 +49,11 @@ def prompts_of(tmp_path, rows, tokenizer, **options) -> PromptSet:
 
 
 class Answers:
-    """Answers prompt by prompt as a table says, by what the prompt asks for; keeps what it was asked."""
+    """Answers prompt by prompt as a table says, by what the prompt asks for; keeps what it was asked.
+
+    Args:
+        reason: why a response ended, or a function of its text that says so.
+    """
 
     def __init__(self, tokenizer, table, reason="stop"):
         self.tokenizer, self.table, self.reason, self.asked = tokenizer, table, reason, []
@@ -65,13 +71,14 @@ class Answers:
 
     def _rollout(self, prompt, text, version):
         ids = self.tokenizer.encode(text)
-        return Rollout(list(prompt), ids, [-1.0] * len(ids), [version] * len(ids), self.reason)
+        reason = self.reason(text) if callable(self.reason) else self.reason
+        return Rollout(list(prompt), ids, [-1.0] * len(ids), [version] * len(ids), reason)
 
 
 def scheduler_of(tmp_path, tokenizer, judge, table, count=6, reason="stop", **values):
     prompts = prompts_of(tmp_path, [row(n) for n in range(count)], tokenizer)
     answers = Answers(tokenizer, table, reason)
-    return Scheduler(prompts, answers, judge, settings_of(**values)), answers
+    return Scheduler(prompts, answers, judge, settings_of(**values), ENDS), answers
 
 
 def mixed(number):
@@ -89,7 +96,7 @@ def test_groups_with_their_rewards_and_figures(tmp_path, tokenizer, rewards):
     figures = step.figures()
     assert (figures["reward"], figures["solve_rate"], figures["responses"], figures["truncated"]) == (5.0, 0.5, 8, 0.0)
     ((numbers, sampling, version),) = answers.asked
-    assert numbers == [0, 1] and version == 3 and (sampling.samples, sampling.seed) == (4, 123)
+    assert numbers == [0, 1] and version == 3 and (sampling.samples, sampling.seed, sampling.stop_ids) == (4, 123, ENDS)
 
 
 def test_a_control_deals_rewards_out_at_random(tmp_path, tokenizer, rewards):
@@ -104,6 +111,37 @@ def test_a_control_deals_rewards_out_at_random(tmp_path, tokenizer, rewards):
     for at in range(4):
         assert 0.35 < sum(rewards[at] for rewards in dealt) / 990 < 0.65
     assert dealt == [[one.reward for one in group.judged] for group in again.next(version=0).groups]
+
+
+def test_a_control_deals_out_penalties_for_length_too(tmp_path, tokenizer, rewards):
+    """One response of each group is cut off, always the same: what it gets says nothing of that."""
+
+    def cut(text):
+        return "length" if text == "No idea" else "stop"
+
+    control = {"rewards": {"scale": 10.0, "workers": 1, "shuffle": True}, "train": {"prompts": 99}}
+    scheduler, _ = scheduler_of(tmp_path, tokenizer, rewards, mixed, count=99, reason=cut, **control)
+    groups = scheduler.next(version=0).groups
+    assert len(groups) == 99
+    for group in groups:
+        given = group.advantages.rewards
+        assert sorted(given) == [-10.0, 0.0, 10.0, 10.0] and given == tuple(one.reward for one in group.judged)
+        assert group.judged[2].rollout.finish_reason == "length" and group.judged[2].verdict.score == 0.0
+    for at in range(4):
+        penalised = [group.advantages.rewards[at] == -10.0 for group in groups]
+        assert 0.1 < sum(penalised) / 99 < 0.4
+        assert abs(sum(group.advantages.advantages[at] for group in groups) / 99) < 0.3  # of a deviation that is about 1
+
+
+def test_a_control_trains_no_response_that_is_masked(tmp_path, tokenizer, rewards):
+    def cut(text):
+        return "length" if text == "No idea" else "stop"
+
+    control = {"rewards": {"scale": 10.0, "workers": 1, "shuffle": True}, "policy": {"overlong": "mask"}}
+    scheduler, _ = scheduler_of(tmp_path, tokenizer, rewards, mixed, reason=cut, **control)
+    for group in scheduler.next(version=0).groups:
+        assert group.advantages.trained == (True, True, False, True)
+        assert sorted(group.advantages.rewards) == [0.0, 0.0, 10.0, 10.0]
 
 
 def test_equal_groups_are_left_out_and_others_drawn(tmp_path, tokenizer, rewards):
@@ -148,7 +186,7 @@ def test_a_failed_verifier_takes_its_sample_out_and_is_counted(tmp_path, tokeniz
         settings = settings_of(rewards={"scale": 1.0, "workers": 1, "custom": {"gsm8k": "own_verifier:judge"}})
         with Rewards(settings.rewards, ["gsm8k"], tokenizer) as own:
             prompts = prompts_of(tmp_path, [row(n + 5) for n in range(4)], tokenizer)
-            step = Scheduler(prompts, Answers(tokenizer, mixed), own, settings).next(version=0)
+            step = Scheduler(prompts, Answers(tokenizer, mixed), own, settings, ENDS).next(version=0)
     finally:
         sys.path.remove(str(tmp_path))
     for group in step.groups:
@@ -182,7 +220,7 @@ def test_a_restored_scheduler_goes_on_where_the_other_was(tmp_path, tokenizer, r
 def test_another_lag_is_refused(tmp_path, tokenizer, rewards):
     prompts = prompts_of(tmp_path, [row(1)], tokenizer)
     with pytest.raises(ValueError, match="max_policy_lag = 1: only 0"):
-        Scheduler(prompts, Answers(tokenizer, mixed), rewards, settings_of(), max_policy_lag=1)
+        Scheduler(prompts, Answers(tokenizer, mixed), rewards, settings_of(), ENDS, max_policy_lag=1)
 
 
 def test_greedy_evaluation_of_held_out_prompts(tmp_path, tokenizer, rewards):
@@ -190,7 +228,7 @@ def test_greedy_evaluation_of_held_out_prompts(tmp_path, tokenizer, rewards):
     evaluation = scheduler.evaluate(prompts_of(tmp_path, [row(n) for n in range(5)], tokenizer), version=7)
     assert evaluation.figures()["heldout_solve_rate"] == pytest.approx(2 / 5)
     ((_, sampling, version),) = answers.asked
-    assert (sampling.temperature, sampling.samples, version) == (0.0, 1, 7)
+    assert (sampling.temperature, sampling.samples, sampling.stop_ids, version) == (0.0, 1, ENDS, 7)
 
 
 def test_every_epoch_asks_each_prompt_once_in_an_order_of_its_own():

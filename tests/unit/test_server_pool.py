@@ -170,6 +170,9 @@ def test_a_trainer_elsewhere_may_ask_for_another_one(stub, tmp_path, monkeypatch
         (first,) = attached(settings(urls=urls), tmp_path / "run")
         processes = session_of(tmp_path / "serve")
         ask_restart(tmp_path / "run", first, "its update broke", remote=True)
+        assert not (tmp_path / "run").exists(), (
+            "the process remembers it: clocks of other machines and files of other runs play no part"
+        )
         (second,) = attached(settings(urls=urls), tmp_path / "run")
         assert second.url == first.url and second.incarnation > first.incarnation and gone(processes)
         assert "asked: its update broke" in (tmp_path / "serve/logs/server_0.log").read_text()
@@ -210,6 +213,22 @@ def test_one_that_cannot_start_is_not_tried_again(stub, tmp_path):
     with pool(tmp_path) as started, pytest.raises(UserError, match="status 1 while it started; the end of its log") as failed:
         started.wait()
     assert str(failed.value).count("no such model") == 1
+
+
+def test_servers_that_share_a_gpu_start_one_after_the_other(stub, tmp_path):
+    """vLLM measures what is free while it starts."""
+    stub(f"starts = open({str(tmp_path / 'starts')!r}, 'a'); print('start', time.time(), file=starts, flush=True); time.sleep(1)")
+    with pool(tmp_path, 3, devices=[[0, 1], [1, 2], [3]]) as started:
+        assert len(started.wait()) == 3
+    began = sorted(float(line.split()[1]) for line in (tmp_path / "starts").read_text().splitlines())
+    assert began[2] - began[0] > 1 and began[1] - began[0] < 1, "two at once, the third when its neighbour is ready"
+
+
+def test_one_that_met_others_on_its_gpu_is_tried_again(stub, tmp_path):
+    once = tmp_path / "once"
+    stub(f"if not os.path.exists({str(once)!r}): open({str(once)!r}, 'w').close(); sys.exit('Error in memory profiling.')")
+    with pool(tmp_path, devices=[[0]], shared=True) as started:
+        assert len(started.wait()) == 1 and once.exists()
 
 
 def test_one_that_takes_too_long_to_start_is_ended(stub, tmp_path):

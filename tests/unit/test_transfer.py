@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -184,21 +193,36 @@ def _worker(endpoint, worker, slot, nbytes):
     return ours, process
 
 
-@pytest.mark.parametrize("kind", ["shm", "gloo"])
-def test_bytes_cross_between_processes(kind):
+def _has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+IPV6 = pytest.mark.skipif(not _has_ipv6(), reason="no IPv6")
+
+
+@pytest.mark.parametrize(
+    ("kind", "url"),
+    [("shm", URL), ("gloo", URL), pytest.param("gloo", "http://[::1]:1", marks=IPV6)],
+    ids=["shm", "gloo", "IPv6"],
+)
+def test_bytes_cross_between_processes(kind, url, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")  # is about the trainer's ranks
     workers, nbytes = 2, 1_000_003
     box = transports.outbox(kind, nbytes, CPU, 20)
-    endpoint = box.endpoint(URL, workers)
+    endpoint = box.endpoint(url, workers)
     found = [_worker(endpoint, worker, 1, nbytes) for worker in range(workers)]
-    box.connect(URL)
+    box.connect(url)
     for pipe, _ in found:
         assert pipe.poll(60)
         assert pipe.recv() == "attached"
     torch.manual_seed(0)
     box.buffer(1).copy_(torch.randint(0, 255, (nbytes,), dtype=torch.uint8))
+    box.filled(1)
     for pipe, _ in found:
         pipe.send("now")
-    box.deliver(URL, 1, nbytes)
+    box.deliver(url, 1, nbytes)
     for pipe, process in found:
         assert pipe.poll(20)
         assert pipe.recv() == checksum(box.buffer(1))
@@ -248,5 +272,217 @@ def test_a_dead_sender_ends_the_waiting():
 
 
 def test_where_a_server_is():
-    assert transports.is_local("http://127.0.0.1:8000")
+    assert transports.is_local("http://127.0.0.1:8000") and transports.is_local("http://127.0.0.2:8000")
+    assert transports.is_local("http://localhost:8000")
     assert not transports.is_local("http://no-such-host.invalid:8000")
+
+
+@IPV6
+def test_where_a_server_with_an_ipv6_address_is():
+    assert transports.is_local("http://[::1]:8000")
+    assert not transports.is_local("http://[2001:db8::1]:8000")
+
+
+def test_the_rendezvous_listens_where_its_server_comes_from_alone():
+    box = transports.outbox("gloo", 64, CPU, 20)
+    port = box.endpoint(URL, 1)["port"]
+    listening = [each.laddr.ip for each in psutil.Process().net_connections("tcp") if each.laddr.port == port and not each.raddr]
+    assert listening == ["127.0.0.1"]
+    box.close()
+
+
+SENDER = """
+import sys, torch
+from tulu_mega.rollout import transports
+url, cpu = "http://10.213.9.2:8000", torch.device("cpu")
+box = transports.outbox("gloo", 1000, cpu, 30)
+print(__import__("json").dumps(box.endpoint(url, 1)), flush=True)
+box.connect(url)
+box.buffer(0).copy_(torch.arange(1000) % 251)
+box.deliver(url, 0, 1000)
+print(transports.is_local(url), flush=True)
+sys.stdin.read()
+"""
+RECEIVER = """
+import json, sys, torch
+from tulu_mega.rollout import transports
+inbox = transports.inbox(json.loads(sys.argv[1]), 0, torch.device("cpu"), 30)
+print(int(inbox.receive(0, 1000).sum()))
+"""
+
+
+def test_another_host_is_reached_whatever_interface_the_ranks_have():
+    """Hosts are network namespaces here: one cannot reach the other's loopback."""
+    names, link = [f"tw{os.getpid()}a", f"tw{os.getpid()}b"], [f"w{os.getpid()}a"[-14:], f"w{os.getpid()}b"[-14:]]
+    with contextlib.suppress(FileNotFoundError):
+        if subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode == 0:
+            try:
+                _reaches_another_host(names, link)
+            finally:
+                for name in names:
+                    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            return
+    pytest.skip("network namespaces may not be made here")
+
+
+def _reaches_another_host(names: list[str], link: list[str]) -> None:
+    subprocess.run(["ip", "netns", "add", names[1]], check=True)
+    made = subprocess.run(["ip", "link", "add", link[0], "type", "veth", "peer", "name", link[1]], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no pair of network devices can be made here: {made.stderr.strip()}")
+    for name, device, at in zip(names, link, (1, 2), strict=True):
+        for words in (
+            f"link set {device} netns {name}",
+            f"-n {name} addr add 10.213.9.{at}/24 dev {device}",
+            f"-n {name} link set {device} up",
+            f"-n {name} link set lo up",
+        ):
+            subprocess.run(["ip", *words.split()], check=True)
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}  # as the ranks of our launcher have it
+    command = ["ip", "netns", "exec", names[0], sys.executable, "-c", SENDER]
+    sender = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        endpoint = sender.stdout.readline()
+        command = ["ip", "netns", "exec", names[1], sys.executable, "-c", RECEIVER, endpoint]
+        received = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+        assert received.stdout.strip() == str(int((torch.arange(1000) % 251).sum())), received.stderr
+        assert sender.stdout.readline().strip() == "False"
+    finally:
+        sender.kill()
+        sender.wait()
+
+
+def test_memory_that_others_opened_is_taken_again():
+    """torch would keep it for a server that was killed before it let go, once for every outbox."""
+    first = transports.outbox("ipc", 100, CPU, 1)
+    at = [first.buffer(slot).data_ptr() for slot in range(SLOTS)]
+    first.close()
+    second = transports.outbox("ipc", 90, CPU, 1)
+    assert [second.buffer(slot).data_ptr() for slot in range(SLOTS)] == at
+    second.close()
+    larger = transports.outbox("ipc", 200, CPU, 1)
+    assert all(len(larger.buffer(slot)) == 200 for slot in range(SLOTS))
+    larger.close()
+    transports._SHARED.clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "written"),
+    [
+        ("", []),
+        ("max_split_size_mb:512", []),
+        ("expandable_segments:False", []),
+        (
+            "expandable_segments:True,max_split_size_mb:512",
+            ["expandable_segments:False,max_split_size_mb:512", "expandable_segments:True,max_split_size_mb:512"],
+        ),
+    ],
+)
+def test_memory_to_be_opened_by_others_lies_in_plain_segments(monkeypatch, settings, written):
+    calls = []
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: settings)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", calls.append)
+    with contextlib.suppress(KeyError), transports._plain_segments():
+        assert calls == written[:1]
+        raise KeyError
+    assert calls == written
+
+
+class Nccl:
+    """In place of torch's group: broadcasts that a test ends."""
+
+    Options = SimpleNamespace
+
+    def __init__(self, *_: object):
+        self.blocking = os.environ.get("TORCH_NCCL_BLOCKING_WAIT")
+        self.aborted, self.done, self.wrong = False, False, None
+
+    def broadcast(self, _data: list, _options: object):
+        def wait() -> None:
+            if self.wrong:
+                raise RuntimeError(self.wrong)
+
+        return SimpleNamespace(is_completed=lambda: self.done or self.wrong is not None, wait=wait)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    """Makes a group of two between GPUs that are not there, whose broadcasts may take half a second."""
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    return lambda: transports._NcclGroup(None, 0, 2, torch.device("cuda", 0), 0.5)
+
+
+ON_GPU = SimpleNamespace(nbytes=7)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_an_nccl_group_has_no_watchdog_that_ends_the_process(monkeypatch, nccl, before):
+    monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT", raising=False)
+    if before:
+        monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", before)
+    made = nccl()
+    assert made._group.blocking == "1" and os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == before
+
+
+@pytest.mark.parametrize(("wrong", "told"), [(None, r"broadcast of 7 bytes took longer than 0\.5 s"), ("gone", "gone")])
+def test_an_nccl_broadcast_is_waited_for_by_the_host_and_not_for_ever(nccl, wrong, told):
+    """One that fails is the last: its communicator is aborted."""
+    made, began = nccl(), time.monotonic()
+    group = made._group
+    group.done = True
+    made.broadcast(ON_GPU)
+    assert not group.aborted
+    group.done, group.wrong = False, wrong
+    with pytest.raises(RuntimeError, match=told):
+        made.broadcast(ON_GPU)
+    assert group.aborted and time.monotonic() - began < 5
+    with pytest.raises(RuntimeError, match="given up after an earlier failure"):
+        made.broadcast(ON_GPU)
+
+
+def test_a_communicator_that_lacks_a_member_is_not_waited_for(nccl, monkeypatch):
+    """NCCL waits for it within the call, which nothing ends."""
+    for name in ("ABORT_SECONDS", "SLACK_SECONDS"):
+        monkeypatch.setattr(transports, name, 0.1)
+    made = nccl()
+    made._group.broadcast = made._group.abort = lambda *_: time.sleep(60)
+    with pytest.raises(RuntimeError, match=r"not all members came within 0\.5 s"):
+        made.broadcast(ON_GPU)
+
+
+def test_an_nccl_groups_broadcasts_are_of_one_thread(nccl):
+    """torch keeps events for each thread that broadcasts, for ever."""
+    made, threads = nccl(), set()
+    made._group.done, broadcast = True, made._group.broadcast
+    made._group.broadcast = lambda *given: threads.add(threading.get_ident()) or broadcast(*given)
+    for _ in range(3):
+        transports.aside(lambda: made.broadcast(ON_GPU)).result(5)
+    assert len(threads) == 1
+
+
+def test_a_server_that_is_dropped_is_sent_nothing_more():
+    box = transports.outbox("gloo", 64, CPU, 20)
+    pipe, process = _worker(box.endpoint(URL, 1), 0, 0, 64)
+    box.connect(URL)
+    assert pipe.poll(60) and pipe.recv() == "attached"
+    box.drop(URL)
+    with pytest.raises(RuntimeError, match="given up"):
+        box.deliver(URL, 0, 64)
+    pipe.send("now")
+    assert pipe.poll(20) and isinstance(pipe.recv(), str), "its worker is told at once"
+    process.join(20)
+    box.close()
+
+
+def test_what_never_returns_keeps_nobody():
+    """Neither the caller nor the end of the process."""
+    script = "import time; from tulu_mega.rollout.transports import aside; aside(lambda: time.sleep(600)); print('left')"
+    left = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert left.stdout == "left\n" and left.returncode == 0, left.stderr
+    assert transports.aside(lambda: 3).result(5) == 3

@@ -32,6 +32,20 @@ def model_directory(path: str) -> Path:
     return _directory(path, fetch)
 
 
+def local_directory(path: str) -> Path | None:
+    """The directory of a model where it lies on this machine already; nothing is fetched."""
+
+    def fetch() -> str:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(path, local_files_only=True)
+
+    try:
+        return _directory(path, fetch)
+    except UserError:
+        return None
+
+
 def config_directory(path: str) -> Path:
     """The directory of a model's config.json; of a hub name nothing else is fetched.
 

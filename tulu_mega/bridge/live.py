@@ -94,7 +94,7 @@ def export_hf(
     is_writer: bool,
     dtype: torch.dtype,
     source_directory: str | os.PathLike,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Writes the model as a Hugging Face directory that transformers and vLLM load. Every rank of the world calls it.
@@ -111,7 +111,7 @@ def export_hf(
         is_writer: data parallel rank 0 and context parallel rank 0; the other ranks only wait.
         dtype: type of the written weights (float32 or bfloat16).
         source_directory: where the tokenizer, its chat template and the generation config are copied from.
-        extra_files: name -> text of files that are written beside or instead of the copied ones.
+        extra_files: name -> content of files, see `write_companions`.
         max_shard_bytes: bytes of weights a file holds at most.
 
     Raises:

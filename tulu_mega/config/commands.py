@@ -82,12 +82,16 @@ class StageSettings(RunSettings):
 
     data: DataSettings
     train: TrainSettings = TrainSettings()
+    heldout: HeldOutSettings | None = None
+    """Rows to evaluate on while training."""
 
 
 class SftSettings(StageSettings):
     """`tulu-mega sft`: supervised fine-tuning."""
 
     train: SftTrainSettings = SftTrainSettings()
+    heldout: HeldOutSettings | None = None
+    """Conversations to evaluate on while training: their mean loss per supervised token."""
 
 
 class _OnePass(TrainSettings):

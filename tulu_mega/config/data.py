@@ -22,17 +22,24 @@ class _OfARun(Section):
     """Takes a file with the settings of `sft`, `rm` or `dpo` and leaves aside what does not matter here."""
 
     data: DataSettings
-    pairs: bool = False
-    """The rows are pairs, as for `rm` and `dpo`; known by itself where the file has [preference], [reference] or [heldout]."""
+    pairs: bool | None = None
+    """Whether the rows are pairs, as for `rm` and `dpo`. Unset, they are where the file has [preference], [reference], data.turns
+    or data.margin, or where the first row has chosen and rejected and no messages."""
 
     @model_validator(mode="before")
     @classmethod
     def _others_aside(cls, values: Any) -> Any:
         stages = [stage.model_fields.keys() for stage in (SftSettings, RmSettings, DpoSettings)]
         others = set().union(*stages) - cls.model_fields.keys()
-        pairs = values.get("pairs") or any(name in values for name in others - stages[0])
+        of_pairs = PreferenceDataSettings.model_fields.keys() - DataSettings.model_fields.keys()
         kept = {name: value for name, value in values.items() if name not in others}
-        if pairs and isinstance(data := kept.get("data"), dict):
+        data = kept.get("data")
+        if not isinstance(data, dict):
+            return kept
+        pairs = kept.get("pairs")
+        if pairs is None:
+            pairs = any(name in values for name in others - stages[0]) or any(name in data for name in of_pairs)
+        if pairs is True:
             kept |= {"pairs": True, "data": PreferenceDataSettings.model_validate(data)}
         return kept
 

@@ -23,7 +23,8 @@ class PromptDataSettings(Section):
     template: Literal["tulu", "tokenizer"] = "tulu"
     """Chat template: Tulu's, or the one the tokenizer ships."""
     tokenizer: str | None = None
-    """Directory or hub name of the tokenizer; the model's own when unset."""
+    """Directory or hub name of the tokenizer; the model's own when unset. Its eos token ends a response, and the exported model
+    has it."""
     max_prompt: PositiveInt = 2048
     """Longest prompt in tokens; rows with a longer one are left out, and listed."""
     malformed: Literal["error", "reject"] = "error"
@@ -54,7 +55,8 @@ class RewardSettings(Section):
     model_weight: float = 1.0
     """Factor of its score."""
     shuffle: bool = False
-    """A control: each prompt's rewards are dealt out at random among its responses, so that there is nothing to learn."""
+    """A control: each prompt's rewards, `policy.overlong_reward` among them, are dealt out at random among its responses, so that
+    there is nothing to learn."""
 
 
 class GrpoSpikeSettings(SpikeSettings):
@@ -67,7 +69,8 @@ class GrpoTrainSettings(Section):
     steps: PositiveInt | None = None
     """Rounds of generation and training; unset, as many as `epochs` take."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the prompts; ignored when `steps` is given."""
+    """Sets the number of steps: as many as pass this often over the prompts at `prompts` a step. Those that `refills` draw are
+    not counted: with them a run asks more. Ignored when `steps` is given."""
     prompts: PositiveInt = 48
     """Prompts in a step, each with `sampling.samples` responses."""
     mini_batches: PositiveInt = 2

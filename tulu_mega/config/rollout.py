@@ -26,8 +26,9 @@ class RolloutSettings(Section):
     them; the trainer's own precision is its own (`precision.fp8`). Needs servers in bf16."""
     max_model_len: PositiveInt | None = None
     """Longest prompt and response together; what [data] and [sampling] may need when unset."""
-    gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of a GPU's memory that a server takes."""
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of a GPU's memory that a server takes: 0.9 when unset. Has to be set where servers share a GPU with one another or
+    with the trainer."""
     cpu_cache_gib: PositiveInt = 1
     """Gibibytes of a server's key-value cache on a CPU."""
     concurrency: PositiveInt = 256
@@ -39,13 +40,19 @@ class RolloutSettings(Section):
     start_timeout: Seconds = 600.0
     """Seconds a server may take to start."""
     request_timeout: Seconds = 600.0
-    """Seconds that may pass between two answers of a server; then what it has not answered is asked again elsewhere."""
+    """Seconds that may pass between two answers of a server; then what it has not answered is asked again elsewhere, or of the
+    same one, started again, where there is no other."""
     update_timeout: Seconds = 300.0
     """Seconds a bucket of weights may take to be loaded."""
     retries: Annotated[int, Field(ge=0)] = 2
     """Times a request that failed is asked again, on another server where there is one."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """Times that the launcher starts each server anew after it died or got stuck."""
+
+    @property
+    def memory_share(self) -> float:
+        """`gpu_memory`, or what it is when unset."""
+        return 0.9 if self.gpu_memory is None else self.gpu_memory
 
     @field_validator("urls")
     @classmethod

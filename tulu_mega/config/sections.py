@@ -72,7 +72,7 @@ class DataSettings(Section):
     template: Literal["tulu", "tokenizer"] = "tulu"
     """Chat template: Tulu's, or the one the tokenizer ships (must mark the assistant's tokens)."""
     tokenizer: str | None = None
-    """Directory or hub name of the tokenizer; the model's own when unset."""
+    """Directory or hub name of the tokenizer; the model's own when unset. The exported model has it."""
     max_length: PositiveInt = 4096
     """Longest sequence in tokens."""
     overlong: Literal["truncate", "reject"] = "truncate"
@@ -270,7 +270,7 @@ class HeldOutSettings(Section):
     every: PositiveInt = 100
     """Steps between evaluations; after the last step there is always one."""
     batch: PositiveInt = 256
-    """Rows evaluated at once."""
+    """Rows (conversations, or pairs) evaluated at once, over all ranks; the result does not depend on it."""
 
 
 class CheckpointSettings(Section):

@@ -7,7 +7,6 @@ record, with a hash of each tensor, is beside it; an interrupted conversion goes
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -36,6 +35,7 @@ from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.convert.sources import HfSource, MegatronSource, Source
 from tulu_mega.convert.targets import HfTarget, MegatronTarget, Target
 from tulu_mega.errors import UserError
+from tulu_mega.run_lock import taken
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PLAN = ".plan.json"
@@ -217,10 +217,8 @@ def _started(settings: ConvertSettings) -> Iterator[Job]:
     job.partial.mkdir(exist_ok=True)
     handle = os.open(job.partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"output = {settings.output}: another conversion is writing it; wait for it") from None
+        if not taken(handle, job.partial):
+            raise UserError(f"output = {settings.output}: another conversion is writing it; wait for it")
         _clear_other_plans(job)
         _check_room(job)
         yield job

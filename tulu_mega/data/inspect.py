@@ -14,6 +14,7 @@ import numpy as np
 from tulu_mega.config import DataInspectSettings
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.inspect_views import print_inspection, write_page
+from tulu_mega.data.kind import of_its_kind
 from tulu_mega.data.loader import PackedLoader
 from tulu_mega.data.store import Reject, TokenStore, prepare
 from tulu_mega.data.tokenizer import load_tokenizer
@@ -100,6 +101,7 @@ def inspect(settings: DataInspectSettings) -> None:
     Raises:
         UserError: data, tokenizer or model are not to be used, or the layout cannot pack a step.
     """
+    settings = of_its_kind(settings)
     with tempfile.TemporaryDirectory() as scratch:
         store = prepare(settings.data, settings.model, Path(scratch) / "data")
         found = look(settings, store, load_config(settings.model).to_dict())

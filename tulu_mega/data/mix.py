@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tulu_mega.config import DataMixSettings
+from tulu_mega.data.kind import of_its_kind
 from tulu_mega.data.sources import load_rows
 from tulu_mega.errors import UserError
 
@@ -16,6 +17,7 @@ def mix(settings: DataMixSettings) -> None:
     Raises:
         UserError: sources or amounts are not to be used, a row is no JSON object, or the output cannot be written.
     """
+    settings = of_its_kind(settings)
     data, output = settings.data, Path(settings.output).expanduser()
     rows = load_rows(data.train, data.split, data.seed, any_columns=settings.pairs)
     partial = output.with_name(f".{output.name}.partial")

@@ -168,6 +168,7 @@ class TokenStore:
         key: str = "",
         workers: int | None = None,
         progress: bool = True,
+        setting: str = "data.train",
     ) -> TokenStore:
         """Tokenises the rows into a new directory, which appears (or replaces an older one) only when complete.
 
@@ -178,6 +179,7 @@ class TokenStore:
             key: kept in the store, to tell later whether it is up to date.
             workers: processes; the cores this process may use when None. Few rows are done in this process.
             progress: draw a bar on stderr.
+            setting: what names the rows, for messages.
 
         Raises:
             UserError: with the first malformed rows and their number where they are not to be left out, or when no row can be
@@ -185,7 +187,7 @@ class TokenStore:
         """
         target = Path(directory)
         with _new_directory(target) as path:
-            meta = _write(path, rows, encoding, workers or cores(), progress)
+            meta = _write(path, rows, encoding, workers or cores(), progress, setting)
             (path / "meta.json").write_text(json.dumps({"version": VERSION, "key": key, **meta}, indent=1), encoding="utf-8")
         return cls.open(target)
 
@@ -232,11 +234,11 @@ def prepare(
     if store is not None:
         return store
     if data.cache is None:
-        return TokenStore.build(directory, rows, encoding, key, data.workers, progress)
+        return TokenStore.build(directory, rows, encoding, key, data.workers, progress, setting)
     cached = Path(data.cache).expanduser() / key[:32]
     with _alone(cached):
         if _up_to_date(cached, key) is None:
-            TokenStore.build(cached, rows, encoding, key, data.workers, progress)
+            TokenStore.build(cached, rows, encoding, key, data.workers, progress, setting)
     _link(directory, cached)
     return TokenStore.open(directory)
 
@@ -306,7 +308,7 @@ def content_key(rows: Rows, encoding: Encoding) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
-def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: bool) -> dict:
+def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: bool, setting: str) -> dict:
     lengths, counts, cuts, origins, margins, problems = [], [], [], [], [], []
     rejected: Counter[str] = Counter()
     wrong = max_token = 0
@@ -354,7 +356,7 @@ def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: b
     if not lengths:
         why = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in rejected.items())
         raise UserError(
-            f"none of the {len(rows)} rows can be used ({why}; at most {encoding.max_length} tokens each); "
+            f"{setting}: none of the {len(rows)} rows can be used ({why}; at most {encoding.max_length} tokens each); "
             "raise data.max_length or give other rows"
         )
     np.save(path / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))

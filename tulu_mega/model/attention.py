@@ -18,6 +18,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.model.attention_choice import Attention
 from tulu_mega.model.packed import PlacedSeqParams
 from tulu_mega.model.varlen import Spans, attend
+from tulu_mega.records import sent
 
 
 class PackedAttention(torch.nn.Module):
@@ -127,7 +128,7 @@ def _pieces(lengths_S: tuple[int, ...], rank: int, size: int, reach: int | None)
 def _places(lengths_S: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """Where each row of the pack is among the shares of all ranks end to end."""
     places = torch.cat([context_rows(lengths_S, rank, size) for rank in range(size)]).argsort()
-    return places.to(device, non_blocking=True)
+    return sent(places, device)
 
 
 @lru_cache(maxsize=64)
@@ -137,5 +138,5 @@ def _spans(lengths_S: tuple[int, ...], rank: int, size: int, reach: int | None, 
     queries, keys = tuple(piece.rows for piece in pieces), tuple(piece.end - piece.begin for piece in pieces)
     rows = torch.cat([torch.arange(piece.begin, piece.end) for piece in pieces])
     bounds = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32) for counts in (queries, keys))
-    cu_queries, cu_keys, rows = (each.to(device, non_blocking=True) for each in (*bounds, rows))
+    cu_queries, cu_keys, rows = (sent(each, device) for each in (*bounds, rows))
     return Spans(cu_queries, cu_keys, queries, keys), rows

@@ -62,7 +62,7 @@ def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transform
         init_method=_leave,
         output_layer_init_method=_leave,
         calculate_per_token_loss=True,  # losses are sums, divided once by the global count
-        variable_seq_lengths=True,  # packs differ in length
+        variable_seq_lengths=True,  # packs differ in length, which PackMessages knows
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, even in a dense model
         **settings.precision.megatron,
         **_recompute(settings.model.recompute),

@@ -57,8 +57,8 @@ def attend(
 
         groups = {"enable_gqa": True}
         if not _knows_groups(varlen_attn):  # torch 2.11 promises nothing where keys have fewer heads than queries
-            groups, each = {}, query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(each, dim=1) for x in (key, value))
+            groups = {}
+            key, value = (_for_each_query_head(x, query) for x in (key, value))
         return varlen_attn(query, key, value, *spans.bounds, scale=scale, window_size=window, **groups)
     if kernel == "flash3":
         from flash_attn_interface import flash_attn_varlen_func
@@ -84,6 +84,9 @@ def _knows_groups(varlen_attn: Callable) -> bool:
 
 def _span_by_span(query: Tensor, key: Tensor, value: Tensor, spans: Spans, reach: int | None, scale: float | None) -> Tensor:
     outputs = []
+    if query.device.type == "cuda":  # with fewer heads, float32 and masks are left to plain products, of all scores at once
+        key, value = (_for_each_query_head(x, query) for x in (key, value))
+    groups = key.shape[1] != query.shape[1]
     # split, not slices: backward puts the parts side by side, where every slice would add a gradient of the whole pack
     keys = spans.keys_P
     for parts in zip(query.split(spans.queries_P), key.split(keys), value.split(keys), strict=True):
@@ -91,9 +94,14 @@ def _span_by_span(query: Tensor, key: Tensor, value: Tensor, spans: Spans, reach
         plain = rows == seen and (reach is None or rows <= reach + 1)  # SDPA's own causal mask serves
         heads_first = (part.transpose(0, 1).unsqueeze(0) for part in parts)
         mask = None if plain else _mask(rows, seen, reach, query.device)
-        attended = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=groups)
         outputs.append(attended[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _for_each_query_head(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values, [keys, key-value heads, head_dim], with as many heads as there are of queries."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
 
 
 def _mask(queries: int, keys: int, reach: int | None, device: torch.device) -> Tensor:

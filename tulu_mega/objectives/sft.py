@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from tulu_mega.records import LossOutput, PackedBatch, TokenOutput
 
 
@@ -31,3 +33,24 @@ class SftObjective:
         tokens = len(batch.labelled_N)  # known on the host: nobody waits for a GPU
         count = batch.num_sequences if self.reduction == "sum" else tokens
         return LossOutput(nll, count, {"nll": (nll.detach(), tokens)})
+
+
+@dataclass(frozen=True)
+class HeldOutLikelihood:
+    """Mean of ``-log p(label)`` over supervised tokens, in nats: what rows are evaluated by that are not trained on.
+
+    A run's ``reduction`` does not change it, so that runs can be compared.
+    """
+
+    needs: ClassVar[str] = "token_logp"
+    reported: ClassVar[tuple[str, ...]] = ()
+    largest: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, output: TokenOutput, batch: PackedBatch) -> LossOutput:
+        """
+        Args:
+            output: log-probabilities of ``batch.labels_T``, 0 where there is no label.
+            batch: the micro-batch.
+        """
+        # float64: a float32 sum would round by how the rows are packed
+        return LossOutput(-output.values_T.sum(dtype=torch.float64), len(batch.labelled_N))

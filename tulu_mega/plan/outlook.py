@@ -15,7 +15,7 @@ from tulu_mega.planner.calibration import RATES
 from tulu_mega.planner.hardware import Gpu
 from tulu_mega.planner.job import Job, Pack
 from tulu_mega.planner.layout import pack_alignment, pipeline_of
-from tulu_mega.planner.memory import RankMemory, checkpoint_host_bytes, memory_by_rank
+from tulu_mega.planner.memory import RankMemory, checkpoint_host_bytes, memory_by_rank, resume_host_bytes
 from tulu_mega.planner.parameters import ITEMSIZE
 from tulu_mega.planner.precision import fp8_problems, rollout_fp8_problems
 from tulu_mega.planner.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
@@ -26,6 +26,8 @@ _SAMPLED = 3
 """Global batches that a step's time is the mean of."""
 _IDLE = 0.25
 """Share of waiting in a step above which there is a warning."""
+_SPARE = 0.05
+"""Share of a GPU's memory below which what is left is warned of: the plan was compared with no GPU yet."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Question:
             tensor=rollout.tensor,
             gpu=self.rollout_gpu or self.gpu,
             concurrency=rollout.concurrency,
-            share=rollout.gpu_memory,
+            share=rollout.memory_share,
             itemsize=ITEMSIZE[model.dtype if rollout.dtype == "model" else rollout.dtype],
             bucket=rollout.bucket_mib * 2**20,
             fp8=rollout.quantization == "fp8",
@@ -185,6 +187,8 @@ class Outlook:
     servers: ServerMemory | None
     host: float
     """bytes of a node's main memory that a save takes"""
+    resume: float
+    """and that going on from it takes, until the first step"""
     once: float
     """seconds before the first step: the reference's log-probabilities"""
     padding: float
@@ -259,6 +263,7 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         sync=sync_seconds(job, servers, RATES) if servers else 0.0,
         servers=server_memory(question.config, servers) if servers else None,
         host=checkpoint_host_bytes(job, settings.checkpoint.format, settings.checkpoint.asynchronous),
+        resume=resume_host_bytes(job, settings.checkpoint.format),
         once=forward * question.steps / settings.train.epochs if scores_once else 0.0,
         padding=1 - sum(step.tokens for step in made) / positions,
     )
@@ -323,6 +328,12 @@ def _unfit(result: Outlook) -> list[str]:
 
 def _doubts(result: Outlook) -> list[str]:
     question, found = result.question, []
+    left = result.job.gpu.memory - result.fullest.total
+    if 0 <= left < _SPARE * result.job.gpu.memory:
+        found.append(
+            f"{left / 2**30:.1f} GiB are left of a GPU on pipeline rank {result.fullest.rank}, which a plan may be wrong by; "
+            "lower data.pack_length, or set model.recompute = 'full'"
+        )
     parallel, gpu = question.settings.parallel, question.gpu
     if parallel.tensor > gpu.per_node:
         found.append(f"parallel.tensor = {parallel.tensor} spans nodes of {gpu.per_node} GPUs: its collectives take the network")

@@ -63,6 +63,7 @@ def as_json(result: Outlook) -> dict[str, Any]:
                 "of_gpu": job.gpu.memory,
                 "ranks": [{"rank": rank.rank, **rank.parts, "total": rank.total} for rank in result.memory],
                 "host_of_save": result.host,
+                "host_of_resume": result.resume,
                 "server": None if servers is None else vars(servers),
             },
             "seconds": {
@@ -179,7 +180,7 @@ def _remarks(result: Outlook) -> list[Text]:
     lines = [
         f"{result.step.tokens / result.seconds / result.gpus:,.0f} tokens/s/GPU; while training "
         f"{result.step.flops_per_gpu / 1e12:.0f} TFLOP/s/GPU, {result.step.flops_per_gpu / peak:.0%} of the {kind} peak",
-        f"a save takes {result.host / gib:.0f} GiB of a node's main memory",
+        f"a save takes {result.host / gib:.0f} GiB of a node's main memory, going on from it {result.resume / gib:.0f} GiB",
     ]
     if servers is not None:
         lines.append(

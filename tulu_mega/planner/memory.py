@@ -27,6 +27,8 @@ RESERVED = 3 * 2**30
 cuBLAS' and Transformer Engine's workspaces, and what the allocator cannot use. An estimate, not measured here."""
 LOGITS = 512 * 2**20
 """Bytes of float32 logits that the log-prob step makes at a time, as `logprobs` does."""
+_STATE = 12
+"""Bytes of a parameter's float32 main parameter and two moments, as megatron-core gathers them."""
 SLOTS = 3
 """Buckets that a sender of weights keeps, as `rollout.protocol` does."""
 
@@ -116,9 +118,8 @@ def memory_by_rank(job: Job, beside: int = 0, bucket: int = 0) -> list[RankMemor
 def checkpoint_host_bytes(job: Job, format: str, asynchronous: bool) -> float:
     """Main memory that a save takes on the fullest node.
 
-    `reshardable` gathers the optimizer's state of a data-parallel group (12 bytes a parameter in bf16, 8 in fp32) on its first
-    rank, and all tensor ranks of a node may be first ones. `same_layout` gathers nothing. Asynchronously everything is copied
-    first.
+    `reshardable` gathers main parameters and moments of a data-parallel group (12 bytes a parameter) on its first rank, and all
+    tensor ranks of a node may be first ones. `same_layout` gathers nothing. Asynchronously everything is copied first.
 
     Args:
         format, asynchronous: `checkpoint`'s settings.
@@ -127,12 +128,27 @@ def checkpoint_host_bytes(job: Job, format: str, asynchronous: bool) -> float:
     state = 12 if job.dtype == "bf16" else 8
     per_node = min(job.gpu.per_node, job.world)
     leads = min(per_node, job.parallel.tensor)  # ranks of a node that are first of their group: data-parallel ones come next
-    gathered = held * state * leads if format == "reshardable" else 0.0
+    gathered = held * _STATE * leads if format == "reshardable" else 0.0
     if not asynchronous:
         return gathered
     shards = job.shards if job.parallel.distributed_optimizer else 1
     copies = held * job.itemsize * leads + (0.0 if format == "reshardable" else held * state / shards * per_node)
     return gathered + copies
+
+
+def resume_host_bytes(job: Job, format: str) -> float:
+    """Main memory that reading a checkpoint takes on the fullest node.
+
+    Of the form `reshardable` every rank reads the whole state of its data-parallel group (12 bytes a parameter) and then keeps
+    its share: megatron-core 0.16.1's `DistributedOptimizer.sharded_param_state_fully_reshardable` has room for it on all ranks
+    while loading. `same_layout` is read to where it belongs.
+
+    Args:
+        format: `checkpoint.format`.
+    """
+    if format != "reshardable" or not job.parallel.distributed_optimizer:
+        return 0.0
+    return max(each.total for each in job.held) * _STATE * min(job.gpu.per_node, job.world)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ template = "tulu"
 max_length = 512
 pack_length = 4096                 # the whole batch in one packed micro-batch
 
+# [heldout]                        # rows that are not trained on: their mean loss every so many steps and at the end
+# data = "rows.jsonl"              # of messages, as data.train's; the quickstart asks the model itself instead
+# every = 100
+
 [train]
 steps = {steps}
 global_batch = 64
@@ -140,6 +144,9 @@ every = 20
 samples = 16
 max_tokens = 48
 temperature = 1.0
+
+[rollout]
+gpu_memory = 0.3                   # where a server shares a GPU with the ranks
 
 [policy]
 loss = "grpo"

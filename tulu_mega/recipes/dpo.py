@@ -39,7 +39,7 @@ def run(settings: DpoSettings, world: World) -> None:
             first = functools.partial(check_first_loss, settings, objective)
         loader = stage.loader(columns(stage.store))
         heldout = stage.heldout_store()
-        evaluated = stage.heldout(heldout, columns(heldout)) if heldout else None
+        evaluated = stage.heldout(heldout, objective, columns(heldout)) if heldout else None
         if not settings.reference.only:
             stage.fit(objective, loader, evaluated, first)
 

@@ -79,6 +79,8 @@ class _Step:
     """rank 0's"""
     losses: list[BatchLoss] = field(default_factory=list)
     """of each update"""
+    trained: list[int] = field(default_factory=list)
+    """tokens that each update trained on, over all ranks"""
     leapt: str = ""
     """what was too much of it, where the run ends for it"""
     norms: list[float] = field(default_factory=list)
@@ -158,7 +160,9 @@ class Policy:
         self.empty_in_a_row = 0
         with now.timed("data"):
             capacity = self.settings.data.pack_length or self.settings.longest
-            parts = [packed(engine, part, capacity, train.share_prompts) for part in split(now.groups, train.mini_batches)]
+            mini_batches = split(now.groups, train.mini_batches)
+            trained = [sum(len(one.response_ids) for one in part) for part in mini_batches]
+            parts = [packed(engine, part, capacity, train.share_prompts) for part in mini_batches]
             batches = [part.packs for part in parts]
             now.packed_tokens = sum(len(pack.tokens_T) for packs in batches for pack in packs)
             now.own_tokens = sum(part.own_tokens for part in parts)
@@ -170,7 +174,9 @@ class Policy:
             if not once:
                 batches = [scored(engine, part, "old_logp_T") for part in batches]
         seen: list[Tensor] | None = [] if once else None
-        for number, part in enumerate(itertools.chain.from_iterable(itertools.repeat(batches, train.passes))):
+        updates = itertools.chain.from_iterable(itertools.repeat(list(zip(batches, trained, strict=True)), train.passes))
+        for number, (part, tokens) in enumerate(updates):
+            now.trained.append(tokens)
             self._update(step, step * train.mini_batches * train.passes + number, part, seen)
             if now.leapt:
                 break
@@ -304,7 +310,7 @@ class Policy:
         made = now.rollouts
         saving, self._saving = self._saving, 0.0
         extra = {
-            **_over_updates(now.losses, self.objective.largest),
+            **_over_updates(now.losses, now.trained, self.objective.largest),
             **made.figures(),
             **now.heldout,
             "seconds_scoring": seconds.get("scoring", 0.0),
@@ -344,14 +350,19 @@ def _numbered(rollouts: StepRollouts) -> Iterator[tuple[int, Group, int]]:
     return ((number, group, at) for number, (group, at) in enumerate(places))
 
 
-def _over_updates(losses: list[BatchLoss], largest: tuple[str, ...]) -> dict[str, float]:
-    """The objective's metrics over a step: means weighted by what each update counts, of some the largest."""
-    total = sum(loss.count for loss in losses)
-    names = losses[0].metrics if losses else ()
+def _over_updates(losses: list[BatchLoss], tokens: list[int], largest: tuple[str, ...]) -> dict[str, float]:
+    """The objective's metrics over a step: means over its trained tokens, of some the largest.
+
+    Args:
+        losses: of each update. What these count may be responses, so it is no weight for a mean over tokens.
+        tokens: that each trained on.
+        largest: names of which it is the largest.
+    """
+    total, names = sum(tokens), losses[0].metrics if losses else ()
     return {
         name: max(loss.metrics[name] for loss in losses)
         if name in largest
-        else sum(loss.metrics[name] * loss.count for loss in losses) / max(total, 1)
+        else sum(loss.metrics[name] * weight for loss, weight in zip(losses, tokens, strict=True)) / max(total, 1)
         for name in names
     }
 
@@ -418,7 +429,8 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         if lead:
             ask = partial(crew.do, "reward") if scores else None
             rewards = stack.enter_context(Rewards(settings.rewards, prompts.verifiers, prompts.tokenizer, ask))
-            policy.scheduler = Scheduler(prompts.train, fleet, rewards, settings, settings.train.max_policy_lag)
+            ends = (prompts.tokenizer.eos_token_id,)
+            policy.scheduler = Scheduler(prompts.train, fleet, rewards, settings, ends, settings.train.max_policy_lag)
             if found:
                 policy.scheduler.state = found.state["prompts"]
             write_settings(settings, run_dir / CONFIG)

@@ -34,12 +34,14 @@ class HeldOut:
     """draws each row once"""
     every: int
     """steps"""
+    objective: Objective
+    """what is reported of them: means, all over what its loss is counted by (pairs, tokens)"""
 
-    def evaluate(self, engine: Engine, objective: Objective) -> dict[str, float]:
+    def evaluate(self, engine: Engine) -> dict[str, float]:
         """Loss and metrics over all rows, named ``heldout_...``; the same on every rank."""
-        losses = [engine.evaluate(data.micro_batches, objective) for data in self.loader]
+        losses = [engine.evaluate(data.micro_batches, self.objective) for data in self.loader]
         total = sum(loss.count for loss in losses)
-        names = ("loss", *objective.reported)
+        names = ("loss", *self.objective.reported)
         return {
             f"heldout_{name}": sum((loss.loss if name == "loss" else loss.metrics[name]) * loss.count for loss in losses) / total
             for name in names
@@ -157,10 +159,11 @@ class Fit:
     def _evaluated(self, done: int) -> dict[str, float]:
         if self.heldout is None or (done % self.heldout.every and done != self.loader.steps):
             return {}
-        found = self.heldout.evaluate(self.engine, self.objective)
+        began = time.perf_counter()
+        found = self.heldout.evaluate(self.engine)
         if self.log:
             self.log.evaluated(done, found)
-        return found
+        return {**found, "seconds_evaluation": time.perf_counter() - began}
 
     def _save_if_due(self, saver: checkpoint.Saver, done: int, asked: bool) -> None:
         saver.poll()

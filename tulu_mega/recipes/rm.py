@@ -17,5 +17,6 @@ def run(settings: RmSettings, world: World) -> None:
     with opened_stage(settings, world, reward=True) as stage:
         loader = stage.loader({"margin_S": stage.store.margins})
         heldout = stage.heldout_store()
-        evaluated = stage.heldout(heldout, {"margin_S": heldout.margins}) if heldout else None
-        stage.fit(RewardObjective(), loader, evaluated)
+        objective = RewardObjective()
+        evaluated = stage.heldout(heldout, objective, {"margin_S": heldout.margins}) if heldout else None
+        stage.fit(objective, loader, evaluated)

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega import checkpoint
+from tulu_mega.bridge.companions import other_tokenizer
+from tulu_mega.bridge.config_json import read_config
 from tulu_mega.checkpoint import Checkpoint
+from tulu_mega.collective import together
 from tulu_mega.config import RunSettings
 from tulu_mega.data.chat import TULU_CHAT_TEMPLATE
 from tulu_mega.errors import UserError
@@ -71,11 +74,26 @@ class Skips:
 
 @dataclass
 class Run:
-    """A session with a run directory of its own."""
+    """A session with a run directory of its own; every rank makes it.
+
+    Raises:
+        UserError: on every rank, when the tokenizer that the settings name cannot go with the model.
+    """
 
     settings: RunSettings
     session: Session
     _loaded: bool = field(default=False, init=False)
+    _tokenizer: dict[str, str | bytes] = field(default_factory=dict, init=False)
+    """rank 0's: what the export has of another tokenizer than the model's own"""
+
+    def __post_init__(self) -> None:
+        name = self.settings.data.tokenizer
+        if name is None or not self.settings.checkpoint.export:
+            return
+        with together(f"data.tokenizer = {name!r} cannot go with the model"):  # now, for at the end it would be too late
+            if self.session.lead:
+                source, trusted = self.session.source, self.settings.model.trust_remote_code
+                self._tokenizer = other_tokenizer(name, source, read_config(source), self.session.engine.reward, trusted)
 
     @property
     def run_dir(self) -> Path:
@@ -133,13 +151,16 @@ class Run:
         )
 
     def export(self) -> None:
-        """The trained model in Hugging Face format, to RUN_DIR/hf, if the settings want it."""
+        """The trained model in Hugging Face format, to RUN_DIR/hf, if the settings want it.
+
+        With it go the tokenizer and the chat template that it was trained with.
+        """
         wanted = self.settings.checkpoint
         if not wanted.export:
             return
         dtype = DTYPES[self.settings.model.dtype if wanted.export_dtype == "model" else wanted.export_dtype]
         template = {"chat_template.jinja": TULU_CHAT_TEMPLATE} if self.settings.data.template == "tulu" else {}
         directory = self.run_dir / "hf"
-        self.session.export(directory, dtype, template)
+        self.session.export(directory, dtype, self._tokenizer | template)
         if self.session.lead:
             print(f"model in Hugging Face format: {directory}", flush=True)

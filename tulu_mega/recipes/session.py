@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ class Session:
         made.load_weights()
         return made
 
-    def export(self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str]) -> None:
+    def export(self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str | bytes]) -> None:
         """Writes the model in Hugging Face format; every rank calls it.
 
         Raises:
@@ -141,7 +142,7 @@ def opened(settings: EngineSettings, world: World, seed: int, reward: bool | Non
         UserError: the model cannot be had or built, or is a reward model where a language model is wanted.
     """
     platform = platforms.install(world.local_rank)
-    place = topology.start(settings.parallel, platform, seed)
+    place = topology.start(settings.parallel, platform, seed, _patience(settings.watchdog.timeout))
     with Watchdog(settings.watchdog.timeout) as watch:
         try:
             yield _session(settings, place, platform, seed, reward, watch)
@@ -149,6 +150,11 @@ def opened(settings: EngineSettings, world: World, seed: int, reward: bool | Non
             topology.stop()
             raise
     topology.stop()  # after an error the others may be waiting in a collective: the process ends instead
+
+
+def _patience(watchdog: float) -> timedelta:
+    """How long a collective, or the ranks' first meeting, may take: longer than the watchdog, which says more about a hang."""
+    return timedelta(seconds=max(1800.0, 2 * watchdog + 60)) if watchdog else timedelta(days=30)
 
 
 def _session(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tulu_mega.config import SftSettings
 from tulu_mega.launcher import World
-from tulu_mega.objectives.sft import SftObjective
+from tulu_mega.objectives.sft import HeldOutLikelihood, SftObjective
 from tulu_mega.recipes.stage import opened_stage
 
 
@@ -15,4 +15,6 @@ def run(settings: SftSettings, world: World) -> None:
         UserError: on every rank, for whatever the user can mend.
     """
     with opened_stage(settings, world) as stage:
-        stage.fit(SftObjective(settings.train.reduction), stage.loader())
+        heldout = stage.heldout_store()
+        evaluated = stage.heldout(heldout, HeldOutLikelihood()) if heldout else None
+        stage.fit(SftObjective(settings.train.reduction), stage.loader(), evaluated)

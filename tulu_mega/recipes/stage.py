@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tulu_mega.config import DataSettings, PreferenceStageSettings, StageSettings, TrainSettings
+from tulu_mega.config import DataSettings, StageSettings, TrainSettings
 from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.loader import PackedLoader, StepData
 from tulu_mega.data.store import REJECTS, TokenStore
@@ -42,15 +42,20 @@ class Stage(Run):
 
     def heldout_store(self) -> TokenStore | None:
         """The tokenised rows to evaluate on, if the settings name some."""
-        return TokenStore.open(self.run_dir / HELDOUT) if getattr(self.settings, "heldout", None) else None
+        return TokenStore.open(self.run_dir / HELDOUT) if self.settings.heldout else None
 
-    def heldout(self, store: TokenStore, columns: Mapping[str, np.ndarray] | None = None) -> HeldOut:
-        """What is evaluated while training, all rows once."""
-        assert isinstance(self.settings, PreferenceStageSettings)
+    def heldout(self, store: TokenStore, objective: Objective, columns: Mapping[str, np.ndarray] | None = None) -> HeldOut:
+        """What is evaluated while training, all rows once.
+
+        Args:
+            store: of :meth:`heldout_store`.
+            objective: what is reported of them.
+            columns: see :class:`PackedLoader`.
+        """
         settings = self.settings.heldout
         once = TrainSettings(global_batch=settings.batch, epochs=1.0)
         unshuffled = self.settings.data.model_copy(update={"shuffle": False})
-        return HeldOut(self._loader(store, once, unshuffled, columns), settings.every)
+        return HeldOut(self._loader(store, once, unshuffled, columns), settings.every, objective)
 
     def fit(
         self, objective: Objective, loader: PackedLoader, heldout: HeldOut | None = None, first: FirstLoss | None = None

@@ -54,7 +54,7 @@ class Drawing:
 CHARTS = (
     Chart("loss", "Loss", "as the recipe reduces it", (("loss", "loss"),)),
     Chart("nll", "Negative log-likelihood", "nats per supervised token", (("nll", "nll"),)),
-    Chart("heldout_loss", "Held-out loss", "", (("heldout_loss", "held-out loss"),)),
+    Chart("heldout_loss", "Held-out loss", "mean of the trained tokens, or pairs", (("heldout_loss", "held-out loss"),)),
     Chart("accuracy", "Pairs told apart", "% of the pairs", (("accuracy", "accuracy"),), scale=100),
     Chart("heldout_accuracy", "Held-out pairs told apart", "% of the pairs", (("heldout_accuracy", "accuracy"),), scale=100),
     Chart("margin", "Margin", "mean difference of rewards", (("margin", "margin"),)),

@@ -125,7 +125,8 @@ class _Worker:
     def start(self) -> None:
         if self._closed:
             raise _Lost("the pool is closed")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        inherited = {name: value for name, value in os.environ.items() if name != "TULU_MEGA_ROLLOUT_KEY"}
+        environment = {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tulu_mega.rewards.worker"],
             stdin=subprocess.PIPE,

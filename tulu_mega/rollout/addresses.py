@@ -1,7 +1,8 @@
 """Where the servers are: what the launcher writes and the ranks read, in RUN_DIR/servers.
 
 ``server_N.json`` is the launcher's word on its server N. ``restart_*`` is a rank's request to start one again: it stands until
-the address in it is no longer the server's.
+the address in it is no longer the server's. What was asked of servers of other launchers (`rollout.urls`) is no file: the process
+that asked remembers it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ REMOTE_POLL_SECONDS = 1.0
 REPLY_SECONDS = 10.0
 SLACK_SECONDS = 10.0
 """How much longer ranks wait than the launcher, which knows better what went wrong."""
-_STARTED = time.time()
-"""Of this process: what another run wanted restarted of servers that are not its own is no concern of this one."""
+_ASKED: set[tuple[str, int]] = set()
+"""URL and incarnation of servers that are not this run's own and that this process has asked to end."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def attached(settings: RolloutSettings, run_dir: Path) -> list[ServerAddress]:
     """
     folder = Path(run_dir, FOLDER)
     if settings.urls:
-        return _remote(settings, folder)
+        return _remote(settings)
     key = key_from_environment()
     if key is None:
         raise UserError(
@@ -108,9 +109,13 @@ def attached(settings: RolloutSettings, run_dir: Path) -> list[ServerAddress]:
             and all(_ask(each.url, key) == each for each in found)
         )
 
-    # a restart may be under way when this begins, so that two starts are waited for
-    _wait(ready, 2 * settings.start_timeout + SLACK_SECONDS, POLL_SECONDS, lambda: f"{len(found)} of {settings.servers} are")
+    _wait(ready, longest_wait(settings), POLL_SECONDS, lambda: f"{len(found)} of {settings.servers} are")
     return found
+
+
+def longest_wait(settings: RolloutSettings) -> float:
+    """Seconds that `attached` waits: of our own servers a restart may be under way when it begins, so that these start twice."""
+    return settings.start_timeout if settings.urls else 2 * settings.start_timeout + SLACK_SECONDS
 
 
 def ask_restart(run_dir: Path, address: ServerAddress, why: str, remote: bool = False) -> None:
@@ -121,27 +126,24 @@ def ask_restart(run_dir: Path, address: ServerAddress, why: str, remote: bool = 
         remote: it is of `rollout.urls`. It is asked to end, its own `tulu-mega serve` starts it again; where it does not answer,
             that notices by itself.
     """
+    if remote:
+        _ASKED.add((address.url, address.incarnation))
+        with contextlib.suppress(httpx.HTTPError):
+            asked = {"incarnation": address.incarnation, "why": why}
+            _client().post(address.url + RESTART, headers=_headers(address.key), json=asked)
+        return
     folder = Path(run_dir, FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     file = _request(folder, address.url, address.incarnation)
     part = file.with_suffix(f".part{os.getpid()}")
     part.write_text(why, encoding="utf-8")
     part.replace(file)
-    if remote:
-        with contextlib.suppress(httpx.HTTPError):
-            asked = {"incarnation": address.incarnation, "why": why}
-            _client().post(address.url + RESTART, headers=_headers(address.key), json=asked)
 
 
-def restart_asked(folder: Path, url: str, incarnation: int, since: float = 0.0) -> str | None:
-    """Why a rank wants this very incarnation of a server gone, if one does.
-
-    Args:
-        since: what was asked before this time no longer counts.
-    """
-    file = _request(folder, url, incarnation)
+def restart_asked(folder: Path, url: str, incarnation: int) -> str | None:
+    """Why a rank wants this very incarnation of one of our own servers gone, if one does."""
     try:
-        return file.read_text(encoding="utf-8") if file.stat().st_mtime >= since else None
+        return _request(folder, url, incarnation).read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
 
@@ -150,23 +152,22 @@ def _request(folder: Path, url: str, incarnation: int) -> Path:
     return folder / f"restart_{hashlib.sha256(url.encode()).hexdigest()[:12]}_{incarnation}"
 
 
-def _remote(settings: RolloutSettings, folder: Path) -> list[ServerAddress]:
+def _remote(settings: RolloutSettings) -> list[ServerAddress]:
     key = key_from_environment()
     state: dict[str, ServerAddress | str] = {}
 
     def ready() -> bool:
         for url in settings.urls:
             state[url] = _ask(url, key)
-        addresses = [each for each in state.values() if isinstance(each, ServerAddress)]
-        for each in addresses:
-            if restart_asked(folder, each.url, each.incarnation, since=_STARTED) is not None:
+        for each in state.values():
+            if isinstance(each, ServerAddress) and (each.url, each.incarnation) in _ASKED:
                 state[each.url] = "has not been started again yet"
         return all(isinstance(each, ServerAddress) for each in state.values())
 
     def missing() -> str:
         return "; ".join(f"{url} {each}" for url, each in state.items() if isinstance(each, str))
 
-    _wait(ready, settings.start_timeout, REMOTE_POLL_SECONDS, missing)
+    _wait(ready, longest_wait(settings), REMOTE_POLL_SECONDS, missing)
     return [state[url] for url in settings.urls]
 
 

@@ -13,7 +13,7 @@ from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.planner.precision import rollout_fp8_problems
 from tulu_mega.rollout.server import ServerPool
-from tulu_mega.rollout.serving import ServerOptions, core_shares, device_shares
+from tulu_mega.rollout.serving import ServerOptions, core_shares, crowd, device_shares, sharing_obstacles
 from tulu_mega.rollout.vllm_process import DTYPES, check_vllm
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def servers(settings: GrpoSettings, trainers: int) -> ServerPool:
         trainers: ranks on this machine, which come first where GPUs are dealt out.
 
     Raises:
-        UserError: vLLM is not installed, or there is no such model.
+        UserError: vLLM is not installed, there is no such model, or GPUs do not do for servers and ranks.
     """
     from tulu_mega.rollout.gate import server_arguments
 
@@ -44,6 +44,8 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
     Raises:
         UserError: vLLM is not installed, there is no such model, or it or this machine does not do for FP8 blocks.
     """
+    from tulu_mega.platforms.fp8 import this_machine
+
     check_vllm()
     directory = model_directory(model.path)
     config = read_config(directory)
@@ -51,16 +53,18 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
         raise UserError(problems)
     limit = config.get("max_position_embeddings")
     asked = rollout.max_model_len or longest
+    fp8 = rollout.quantization == "fp8"
     return ServerOptions(
         model=str(directory),
         dtype=DTYPES[model.dtype if rollout.dtype == "model" else rollout.dtype],
         tensor=rollout.tensor,
         max_model_len=min(each for each in (asked, limit) if each is not None),
         concurrency=rollout.concurrency,
-        gpu_memory=rollout.gpu_memory,
+        gpu_memory=rollout.memory_share,
         cpu_cache_gib=rollout.cpu_cache_gib,
         trust_remote_code=model.trust_remote_code,
-        fp8=rollout.quantization == "fp8",
+        fp8=fp8,
+        blackwell=fp8 and (this_machine().capability or (0,)) >= (10,),
         random_weights=is_megatron(directory),  # vLLM cannot read it, and is sent the weights
         extra=extra,
     )
@@ -79,6 +83,21 @@ def fp8_obstacles(config: Mapping[str, Any], rollout: RolloutSettings) -> list[s
     return rollout_fp8_problems(config, rollout) + server_obstacles()
 
 
+def device_obstacles(rollout: RolloutSettings, trainers: int) -> list[str]:
+    """What keeps the servers from having GPUs of this machine, beside the trainer or with it.
+
+    Args:
+        trainers: ranks on this machine.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    devices = torch.cuda.device_count()
+    shares = device_shares(devices, trainers, rollout.servers, rollout.tensor)
+    return sharing_obstacles(shares, devices, trainers, rollout.gpu_memory, rollout.transport, rollout.tensor)
+
+
 def pool(
     options: ServerOptions,
     rollout: RolloutSettings,
@@ -88,12 +107,21 @@ def pool(
     ports: list[int] | None = None,
     key: str | None = None,
 ) -> ServerPool:
-    """Servers with their share of this machine's cores or GPUs."""
+    """Servers with their share of this machine's cores or GPUs.
+
+    Raises:
+        UserError: GPUs do not do for them.
+    """
     import torch
 
+    if problems := device_obstacles(rollout, trainers):
+        raise UserError(problems)
     cores = devices = None
+    shared = False  # a GPU, with others
     if torch.cuda.is_available():
         devices = device_shares(torch.cuda.device_count(), trainers, rollout.servers, rollout.tensor)
+        most, with_trainer = crowd(devices, trainers)
+        shared = most > 1 or with_trainer
     else:
         available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
         cores = core_shares(available, rollout.servers, rollout.tensor)
@@ -107,4 +135,5 @@ def pool(
         key=key,
         cores=cores,
         devices=devices,
+        shared=shared,
     )

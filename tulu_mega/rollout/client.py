@@ -260,9 +260,8 @@ class RolloutClient:
                 failure = ServerFailure(url, f"POST {ROUTE}: it ended with {len(left)} of {len(tasks)} prompts unanswered")
         except ServerFailure as error:
             failure = error
-            server.gone |= isinstance(
-                error.__cause__, aiohttp.ClientConnectorError
-            )  # it comes again at another address, if at all
+            # one that nobody listens at comes again at another address, if at all; one that hangs is not waited for twice
+            server.gone |= isinstance(error.__cause__, aiohttp.ClientConnectorError | TimeoutError)
         return _Batch(server, [*failed, *left.values()], failure)
 
     async def _lines(self, address: ServerAddress, body: bytes) -> AsyncIterator[bytes]:

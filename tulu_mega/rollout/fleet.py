@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tulu_mega.collective import from_lead
+from tulu_mega.collective import awaited_from_lead
 from tulu_mega.config import RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.records import Rollout
@@ -57,6 +57,7 @@ class Fleet:
             report = self._sync.push(version)
             if not report.failed:
                 return report
+            self._mark("having servers started again")
             if dist.get_rank() == 0:
                 self._restart(report.failed)
         raise UserError(
@@ -83,9 +84,16 @@ class Fleet:
             except ServerFailure as failure:
                 if attempt == self._settings.restarts:
                     raise UserError(f"{failure}; it failed {attempt + 1} times, see the servers' logs") from None
+                self._mark("having servers started again")
                 self._restart({failure.url: failure.reason})
                 self._repair(version)
+                self._mark("generation")
         raise AssertionError("unreachable")
+
+    def _mark(self, what: str) -> None:
+        """For the watchdog: each of these may take as long as a time-out of its own."""
+        if self._sync is not None:
+            self._sync.at(what)
 
     def _restart(self, failed: dict[str, str]) -> None:
         for address in self._addresses:
@@ -95,7 +103,7 @@ class Fleet:
 
     def _reconnect(self) -> None:
         """Follows the servers where they are now."""
-        addresses = from_lead(attached(self._settings, self._run_dir) if dist.get_rank() == 0 else [])
+        addresses = awaited_from_lead(attached(self._settings, self._run_dir) if dist.get_rank() == 0 else [])
         if self._sync is not None and addresses == self._addresses:
             return
         self._disconnect()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from tulu_mega.config import GrpoSettings
 from tulu_mega.data.prompts import Prompt, PromptSet, PromptStream
@@ -18,6 +18,7 @@ from tulu_mega.rollout.judging import Judged, Rewards
 from tulu_mega.rollout.sampling import Sampling
 
 Done = Callable[[int, list[Rollout]], None]
+Overlong = Literal["keep", "mask", "penalise"]
 
 
 class Generates(Protocol):
@@ -117,6 +118,8 @@ class Scheduler:
         generator: answers them.
         rewards: judges the answers.
         settings: of the run.
+        ends: tokens that end a response, besides those that the servers' model directory names: the tokenizer's eos. Servers
+            know no tokenizer.
         max_policy_lag: steps that the weights which answer may lie behind; only 0 is offered yet.
 
     Raises:
@@ -124,11 +127,18 @@ class Scheduler:
     """
 
     def __init__(
-        self, prompts: PromptSet, generator: Generates, rewards: Rewards, settings: GrpoSettings, max_policy_lag: int = 0
+        self,
+        prompts: PromptSet,
+        generator: Generates,
+        rewards: Rewards,
+        settings: GrpoSettings,
+        ends: tuple[int, ...],
+        max_policy_lag: int = 0,
     ):
         if max_policy_lag != 0:
             raise ValueError(f"max_policy_lag = {max_policy_lag}: only 0, synchronous, is offered yet")
         self._prompts, self._generator, self._rewards, self._settings = prompts, generator, rewards, settings
+        self._ends = ends
         self._stream = PromptStream(len(prompts), settings.seed, settings.data.shuffle)
         self._place = 0
 
@@ -160,7 +170,7 @@ class Scheduler:
 
     def evaluate(self, prompts: PromptSet, version: int) -> Evaluation:
         """The most probable answer to each prompt, judged by its verifier."""
-        sampling = Sampling(max_tokens=self._settings.sampling.max_tokens)
+        sampling = Sampling(max_tokens=self._settings.sampling.max_tokens, stop_ids=self._ends)
         verdicts: dict[int, list[Future[Verdict]]] = {}
 
         def done(index: int, rollouts: list[Rollout]) -> None:
@@ -181,6 +191,7 @@ class Scheduler:
             top_p=settings.top_p,
             samples=settings.samples,
             seed=self._settings.seed,
+            stop_ids=self._ends,
         )
         verdicts: dict[int, list[Future[Verdict]]] = {}
 
@@ -195,26 +206,31 @@ class Scheduler:
         step.judging += time.perf_counter() - generated
         step.rounds += 1
         self._place += count
+        overlong = self._settings.policy.overlong
         if self._settings.rewards.shuffle:
             judged = [self._dealt_out(group, place) for group, place in zip(judged, places, strict=True)]
+            overlong = "keep" if overlong == "penalise" else overlong  # penalties are dealt out already, to whomever
         return [
-            Group(place, prompt, group, self._advantages(group))
+            Group(place, prompt, group, self._advantages(group, overlong))
             for place, prompt, group in zip(places, prompts, judged, strict=True)
         ]
 
     def _dealt_out(self, judged: list[Judged], place: int) -> list[Judged]:
-        """The group with each other's rewards; what the verifiers said of a response stays with it."""
-        rewards = [one.reward for one in judged]
+        """The group with each other's rewards; what the verifiers said of a response stays with it.
+
+        Penalties for length are rewards too: left with the responses they belong to, they would teach length.
+        """
+        rewards = list(self._advantages(judged, self._settings.policy.overlong).rewards)
         random.Random(f"{self._settings.seed} {place}").shuffle(rewards)
         return [replace(one, reward=reward) for one, reward in zip(judged, rewards, strict=True)]
 
-    def _advantages(self, judged: list[Judged]) -> GroupAdvantages:
+    def _advantages(self, judged: list[Judged], overlong: Overlong) -> GroupAdvantages:
         policy = self._settings.policy
         return group_advantages(
             [one.reward for one in judged],
             [one.rollout.finish_reason == "length" for one in judged],
             kind=policy.advantages,
-            overlong=policy.overlong,
+            overlong=overlong,
             overlong_reward=policy.overlong_reward,
         )
 

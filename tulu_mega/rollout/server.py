@@ -50,7 +50,9 @@ class ServerPool:
         ports: of each; the kernel chooses when None.
         key: without it no route answers; a random one when None.
         cores: of each server, the cores of each of its workers; None on GPUs.
-        devices: of each server, its GPUs; all of them when None.
+        devices: of each server, its GPUs; all of them when None. Servers with one in common start one after the other, since vLLM
+            measures what is free of a GPU's memory while it starts and ends where others change that.
+        shared: whether others than one server use a GPU. A server whose start fails is then tried again: it may have met them.
 
     Raises:
         UserError: a port is taken, the directory cannot be written.
@@ -68,7 +70,9 @@ class ServerPool:
         key: str | None = None,
         cores: list[list[list[int]]] | None = None,
         devices: list[list[int]] | None = None,
+        shared: bool = False,
     ):
+        self.shared = shared
         self.key = key or secrets.token_urlsafe(32)
         self._folder = Path(directory, FOLDER)
         self._logs = Path(directory, "logs")
@@ -157,11 +161,13 @@ class ServerPool:
     def _look_after(self, server: _Server) -> None:
         if server.state == "starting":
             if server.process is None:
-                server.start()
-                self._say(server, "starting")
+                if not any(other.starts_beside(server) for other in self._servers):
+                    server.start()
+                    self._say(server, "starting")
             elif (code := server.process.poll()) is not None:
                 # killed, it may come up the next time; what it could not do itself it will not
-                self._again(server, f"ended with status {code} while it started", hopeless=code <= 128 and code != ASKED)
+                hopeless = code <= 128 and code != ASKED and not self.shared
+                self._again(server, f"ended with status {code} while it started", hopeless)
             elif server.answers():
                 self._say(server, "ready")
             elif time.monotonic() > server.started + self._start_timeout:
@@ -231,6 +237,11 @@ class _Server:
                 words, env=environ, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         self.started, self._sick = time.monotonic(), 0
+
+    def starts_beside(self, other: _Server) -> bool:
+        """Whether it starts now, on a GPU that is the other's, too."""
+        common = set(self._devices or ()) & set(other._devices or ())
+        return bool(common) and self is not other and self.process is not None and self.state == "starting"
 
     def answers(self) -> bool:
         """Whether it is ready, which is asked now and then; its URL is known from then on."""

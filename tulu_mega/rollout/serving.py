@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import getpass
 import json
+import math
 import os
 import platform
+import re
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +29,15 @@ DEFAULTS = {
 """Environment of every process that computes with vLLM."""
 FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 """What config.json says of a checkpoint in FP8 blocks, such as `bridge.fp8_blocks` makes."""
+FLOAT_SCALES = {"VLLM_USE_DEEP_GEMM_E8M0": "0"}
+"""Environment in which vLLM takes blocks as they are sent. Its default, where it has DeepGEMM, is to quantize them once more, by
+scales that are powers of two (`deepgemm_post_process_fp8_weight_block`)."""
+NO_DEEP_GEMM = {"VLLM_USE_DEEP_GEMM": "0"}
+"""The same from Blackwell on, where DeepGEMM has no products of blocks with other scales (csrc/apis/gemm.hpp)."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+SHARED_MEMORY, BESIDE_TRAINER = 0.95, 0.8
+"""Of a GPU's memory, what servers that share it may take together: the driver has a part that nobody counts, a trainer's rank has
+parameters, gradients and optimizer."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,8 @@ class ServerOptions:
     trust_remote_code: bool = False
     fp8: bool = False
     """layers of FP8 blocks, whose weights somebody sends"""
+    blackwell: bool = False
+    """GPUs of compute capability 10 or more"""
     random_weights: bool = False
     """do not read the model's weights, somebody sends others before anything is asked"""
     host: str = LOOPBACK
@@ -103,10 +118,12 @@ def environment(
         key: without which no route answers.
         scratch: for its sockets and temporary files.
         cores: of each worker, on a CPU.
-        devices: its GPUs.
+        devices: its GPUs, numbered as torch does here.
     """
     defaults = {
         **DEFAULTS,
+        **(FLOAT_SCALES if options.fp8 else {}),
+        **(NO_DEEP_GEMM if options.fp8 and options.blackwell else {}),
         "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_cache_gib),
         "TOKENIZERS_PARALLELISM": "false",
         # else it lies in TMPDIR, which each server has for itself, and each would compile the sampler anew, for some 20 s
@@ -128,9 +145,26 @@ def environment(
         "PYTHONUNBUFFERED": "1",
     }
     if devices is not None:
-        own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(device_names(devices, os.environ))
     inherited = {name: value for name, value in os.environ.items() if name not in _OF_THE_RANKS}
+    for name in ALLOCATOR:
+        if name in inherited:  # for the ranks: vLLM's all-reduce shares memory in ways that expandable segments cannot be
+            inherited[name] = re.sub(r"(expandable_segments\s*:\s*)True", r"\1False", inherited[name])
     return {**defaults, **inherited, **own}
+
+
+def device_names(devices: list[int], environ: Mapping[str, str]) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls GPUs that are numbered among those it shows now.
+
+    >>> device_names([1, 2], {"CUDA_VISIBLE_DEVICES": "4,GPU-8932f937,7"})
+    ['GPU-8932f937', '7']
+    >>> device_names([1, 2], {})
+    ['1', '2']
+    """
+    if "CUDA_VISIBLE_DEVICES" not in environ:
+        return [str(device) for device in devices]
+    shown = [name.strip() for name in environ["CUDA_VISIBLE_DEVICES"].split(",")]
+    return [shown[device] for device in devices]
 
 
 _OF_THE_RANKS = (
@@ -167,6 +201,55 @@ def device_shares(devices: int, trainers: int, servers: int, tensor: int) -> lis
     """
     first = trainers if trainers + servers * tensor <= devices else 0
     return [[(first + server * tensor + worker) % devices for worker in range(tensor)] for server in range(servers)]
+
+
+def crowd(shares: list[list[int]], trainers: int) -> tuple[int, bool]:
+    """The most workers of servers on one GPU, and whether one is on a GPU of the trainer's.
+
+    >>> crowd([[0], [0], [1]], trainers=1), crowd([[4, 5], [6, 7]], trainers=4)
+    ((2, True), (1, False))
+    """
+    workers = Counter(device for share in shares for device in share)
+    return max(workers.values(), default=0), any(device < trainers for device in workers)
+
+
+def sharing_obstacles(
+    shares: list[list[int]], devices: int, trainers: int, memory: float | None, transport: str, tensor: int
+) -> list[str]:
+    """Why servers cannot have GPUs in this way.
+
+    Args:
+        shares: of each server, its GPUs.
+        devices: GPUs that there are, the trainer's the first of them.
+        memory: `rollout.gpu_memory`.
+        transport, tensor: of the section too.
+    """
+    if tensor > devices:
+        return [f"rollout.tensor = {tensor}: each worker needs a GPU, and this machine has {devices}; use at most that"]
+    most, beside = crowd(shares, trainers)
+    if most < 2 and not beside:
+        return []
+    problems, limit = [], BESIDE_TRAINER if beside else SHARED_MEMORY
+    each = math.floor(100 * limit / most) / 100
+    who = f"{most} worker{'s' if most > 1 else ''} of the servers{' and a rank of the trainer' if beside else ''} share a GPU"
+    many = f"{devices} GPU(s) for {trainers} rank(s) and {len(shares)} server(s) of {tensor}"
+    if memory is None:
+        problems.append(
+            f"rollout.gpu_memory has to be set where GPUs are shared ({many}: {who}): the part of a GPU's memory that each "
+            f"server takes, at most {each:g}"
+            + (", with the rest for the trainer (tulu-mega plan says how much)" if beside else "")
+        )
+    elif memory > each:
+        problems.append(
+            f"rollout.gpu_memory = {memory:g}: {who} ({many}), of whose memory servers may take {limit:g} together; set it to "
+            f"{each:g} or less, or use fewer servers"
+        )
+    if beside and transport == "nccl":
+        problems.append(
+            f"rollout.transport = 'nccl' joins each GPU once, but a server and a rank share one ({many}); leave it at 'auto' "
+            "(CUDA IPC), or use more GPUs"
+        )
+    return problems
 
 
 def _intel_openmp() -> str | None:

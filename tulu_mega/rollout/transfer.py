@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ from tulu_mega.rollout.protocol import (
     plan_buckets,
     view,
 )
-from tulu_mega.rollout.transports import Outbox, is_local, outbox
+from tulu_mega.rollout.transports import Outbox, aside, is_local, outbox
 
 if TYPE_CHECKING:
     from tulu_mega.config import RolloutSettings
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 _SMALL_BUCKET = 16 * 2**20
 _BUCKETS = 5
 """A model smaller than this many of the largest buckets has smaller ones: or else filling and loading would not overlap."""
+_SLACK_SECONDS = 30.0
+"""How much longer a delivery is waited for than it may take, which it sees to itself."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class WeightSync:
         self._controls: dict[str, ServerControl] = {}
         self._lanes: dict[str, ThreadPoolExecutor] = {}
         self._hasher = ThreadPoolExecutor(1, "checksums")
+        self._timeout = 0.0
         self._lost: dict[str, str] = {}
         """servers that never attached, and why"""
 
@@ -136,6 +140,10 @@ class WeightSync:
         """
         return self._update(version, load=True)
 
+    def at(self, what: str) -> None:
+        """This rank makes progress, and is about something new; see `watchdog.Watchdog.at`."""
+        self._engine.at(what)
+
     def rehearse(self) -> SyncReport:
         """As `push`, but the workers throw away what they received and hashed, and keep their weights and version."""
         return self._update(0, load=False)
@@ -153,7 +161,8 @@ class WeightSync:
     # Attaching
 
     def _attach(self, servers: Sequence[ServerAddress], settings: RolloutSettings, stage: int, device: torch.device) -> None:
-        timeout = settings.update_timeout
+        self.at("attaching to servers")
+        self._timeout = timeout = settings.update_timeout
         for server in servers:
             if self._sends:
                 self._controls[server.url] = ServerControl(server.url, server.key, timeout)
@@ -217,6 +226,7 @@ class WeightSync:
     # Pushing
 
     def _update(self, version: int, load: bool) -> SyncReport:
+        self.at("sending weights")
         start = time.perf_counter()
         self._engine.settle()
         failed = dict(self._lost)
@@ -270,6 +280,7 @@ class WeightSync:
                 self._arrived(under_way[bucket.slot], failed)
                 for name, tensor in self._filled(bucket):
                     hashes[name] = self._hasher.submit(checksum, tensor)
+                self._outbox.filled(bucket.slot)
                 left = [control.url for control in self._left(lost | failed)]
                 sending = [self._lanes[url].submit(self._send, url, version, bucket) for url in left]
                 under_way[bucket.slot] = [*sending, *(hashes[place.name] for place in bucket.places)]
@@ -309,15 +320,15 @@ class WeightSync:
             self._outbox.deliver(url, bucket.slot, bucket.nbytes)
             control.update_weights(message)
             return
-        aside = ThreadPoolExecutor(1)
+        delivering = aside(partial(self._outbox.deliver, url, bucket.slot, bucket.nbytes))
         try:
-            delivering = aside.submit(self._outbox.deliver, url, bucket.slot, bucket.nbytes)
             control.update_weights(message)  # answered when the workers have what is delivered meanwhile
-            delivering.result()
-        except RuntimeError as error:
+            delivering.result(self._timeout + _SLACK_SECONDS)
+        except ServerFailure:
+            self._outbox.drop(url)  # what waits for its workers waits in vain
+            raise
+        except (RuntimeError, TimeoutError) as error:
             raise ServerFailure(url, f"trainer rank {dist.get_rank()} lost its workers: {reason(error)}") from None
-        finally:
-            aside.shutdown(wait=False)
 
     def _left(self, failed: dict[str, str]) -> list[ServerControl]:
         return [control for url, control in self._controls.items() if url not in failed]
