@@ -37,6 +37,7 @@ from tulu_mega.rollout.protocol import (
     read_bucket,
     view,
 )
+from tulu_mega.rollout.transports import groups, ipc
 
 MANIFEST = {
     "embed": Expected((5, 4), "float32", 0),
@@ -363,7 +364,7 @@ def test_memory_that_others_opened_is_taken_again():
     larger = transports.outbox("ipc", 200, CPU, 1)
     assert all(len(larger.buffer(slot)) == 200 for slot in range(SLOTS))
     larger.close()
-    transports._SHARED.clear()
+    ipc._SHARED.clear()
 
 
 @pytest.mark.parametrize(
@@ -382,7 +383,7 @@ def test_memory_to_be_opened_by_others_lies_in_plain_segments(monkeypatch, setti
     calls = []
     monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: settings)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", calls.append)
-    with contextlib.suppress(KeyError), transports._plain_segments():
+    with contextlib.suppress(KeyError), ipc._plain_segments():
         assert calls == written[:1]
         raise KeyError
     assert calls == written
@@ -415,7 +416,7 @@ def nccl(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
-    return lambda: transports._NcclGroup(None, 0, 2, torch.device("cuda", 0), 0.5)
+    return lambda: groups.NcclGroup(None, 0, 2, torch.device("cuda", 0), 0.5)
 
 
 ON_GPU = SimpleNamespace(nbytes=7)
@@ -449,7 +450,7 @@ def test_an_nccl_broadcast_is_waited_for_by_the_host_and_not_for_ever(nccl, wron
 def test_a_communicator_that_lacks_a_member_is_not_waited_for(nccl, monkeypatch):
     """NCCL waits for it within the call, which nothing ends."""
     for name in ("ABORT_SECONDS", "SLACK_SECONDS"):
-        monkeypatch.setattr(transports, name, 0.1)
+        monkeypatch.setattr(groups, name, 0.1)
     made = nccl()
     made._group.broadcast = made._group.abort = lambda *_: time.sleep(60)
     with pytest.raises(RuntimeError, match=r"not all members came within 0\.5 s"):
