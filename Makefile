@@ -4,7 +4,7 @@ BIN := .venv/bin
 LOCKED := .venv/.locked
 INSTALLED := .venv/.installed
 PEERS := .venv-peers/.locked
-LOGS := docs/measurements
+LOGS ?= docs/measurements
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -62,30 +62,10 @@ acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; l
 	  $(BIN)/python "$$bench" 2>&1 | tee "$(LOGS)/$$name.log"; \
 	done
 
-# Parts of `make gpu`, each with its limit in seconds and ten more to end in; the next one runs even if one fails. These take 570 s
-# at most in all, since devices are often lent by ten minutes; `fused` (190 s) is another run of the training bench.
 GPU_PARTS ?= tests kernels training smoke
 
 gpu:  ## what needs a CUDA device, in ten minutes: make gpu PYTHON=python3 [GPU_PARTS="tests kernels training smoke fused"]; logs under LOGS
-	@for part in $(GPU_PARTS); do case $$part in tests|kernels|training|smoke|fused) ;; \
-	  *) echo "error: GPU_PARTS=$$part: expected some of tests kernels training smoke fused" >&2; exit 2;; esac; done
-	@$(PYTHON) -c "import blake3, datasets, httpx, hypothesis, megatron.core, psutil, pydantic, pytest, pytest_timeout, rich, transformers, triton" || \
-	  { echo "error: $(PYTHON) lacks a package of setup.py; pip install it, megatron-core as ==0.16.1" >&2; exit 2; }
-	@mkdir -p $(LOGS); failed=; export PYTHONUNBUFFERED=1 PYTHONPATH=kernels$${PYTHONPATH:+:$$PYTHONPATH}; \
-	export PYTORCH_CUDA_ALLOC_CONF=$${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}; \
-	run() { \
-	  name=$$1 limit=$$2; shift 2; echo "== $$name (at most $$limit s)"; \
-	  timeout -k 10 "$$limit" $(PYTHON) "$$@" 2>&1 | tee "$(LOGS)/$$name.log" || failed="$$failed $$name"; \
-	}; \
-	for part in $(GPU_PARTS); do case $$part in \
-	  tests) run gpu_tests 130 -m pytest -v --durations 5 --session-timeout 120 tests/gpu tests/kernels tests/unit/test_stragglers.py -m gpu;; \
-	  kernels) run bench_kernels 140 tools/bench_kernels.py;; \
-	  training) run bench_training 170 tools/bench_training.py --steps 3;; \
-	  smoke) run gpu_smoke 90 tools/gpu_smoke.py;; \
-	  fused) run bench_training_fused 180 tools/bench_training.py --pack 8192 --profile \
-	    --set megatron.gradient_accumulation_fusion=true megatron.bias_activation_fusion=true;; \
-	esac; done; \
-	[ -z "$$failed" ] || { echo "failed:$$failed; see $(LOGS)" >&2; exit 1; }
+	@PYTHON=$(PYTHON) LOGS=$(LOGS) tools/gpu.sh $(GPU_PARTS)
 
 gpu-smoke:  ## train and score on a CUDA device with PYTHON's own packages: make gpu-smoke PYTHON=python3
 	$(PYTHON) tools/gpu_smoke.py

@@ -75,22 +75,23 @@ def test_what_was_measured_before_a_time_out_is_told(how):
     assert process.returncode != 0 and found["buckets"]["triton"] > 0 and "tflops" not in found["logprob"]["96"]
 
 
-def make(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True)
+def gpu(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
 
 def test_an_unknown_part_is_refused():
-    done = make("gpu", "GPU_PARTS=tests kernel", "PYTHON=false")
-    assert done.returncode == 2 and "GPU_PARTS=kernel: expected some of tests kernels training smoke fused" in done.stderr
+    done = gpu("tools/gpu.sh", "tests", "kernel", PYTHON="false")
+    assert done.returncode == 2 and "part kernel: expected some of tests kernels training smoke fused" in done.stderr
 
 
-def test_parts_run_one_after_another(tmp_path):
+@pytest.mark.parametrize("command", [["tools/gpu.sh", "kernels", "smoke"], ["make", "gpu", "GPU_PARTS=kernels smoke"]])
+def test_parts_run_one_after_another(tmp_path, command):
     """Each with its log, and the next although one failed; `python` stands for one that has all packages."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "ran $*"\n[ "$1" != tools/bench_kernels.py ]\n')
     python.chmod(0o755)
-    done = make("gpu", "GPU_PARTS=kernels smoke", f"PYTHON={python}", f"LOGS={tmp_path}/logs")
-    assert done.returncode == 2 and "failed: bench_kernels; see" in done.stderr
+    done = gpu(*command, PYTHON=str(python), LOGS=f"{tmp_path}/logs")
+    assert done.returncode == (2 if command[0] == "make" else 1) and "failed: bench_kernels; see" in done.stderr
     assert done.stdout.splitlines() == [
         "== bench_kernels (at most 140 s)", "ran tools/bench_kernels.py", "== gpu_smoke (at most 90 s)", "ran tools/gpu_smoke.py",
     ]  # fmt: skip
