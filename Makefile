@@ -62,8 +62,6 @@ acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; l
 	  $(BIN)/python "$$bench" 2>&1 | tee "$(LOGS)/$$name.log"; \
 	done
 
-GPU_PARTS ?= tests kernels training smoke
-
 gpu:  ## what needs a CUDA device, in ten minutes: make gpu PYTHON=python3 [GPU_PARTS="tests kernels training smoke fused"]; logs under LOGS
 	@PYTHON=$(PYTHON) LOGS=$(LOGS) tools/gpu.sh $(GPU_PARTS)
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import world
+from tests.distributed.namespaces import needs_ip, two_hosts
 from tests.distributed.sft_runs import EXAMPLE, arguments, expect_same, steps_done, undisturbed
 from tests.distributed.test_launcher import wait_until
 from tulu_mega import checkpoint
@@ -187,43 +186,32 @@ def test_ssh_hands_over_variables_and_keeps_secrets_off_command_lines(tmp_path, 
 
 
 @pytest.mark.acceptance  # seconds on an idle machine; on a busy one the agents have not met within PATIENCE
-@pytest.mark.skipif(not shutil.which("ip"), reason="needs iproute2's ip for network namespaces")
+@needs_ip
 def test_two_nodes_in_network_namespaces(tmp_path, shell):
     """Each node has a network of its own: only its address is reachable, its loopback is not the other's."""
-    names, link = [f"tm{os.getpid()}a", f"tm{os.getpid()}b"], [f"v{os.getpid()}a"[-14:], f"v{os.getpid()}b"[-14:]]
-    if subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
-        pytest.skip("network namespaces may not be made here")
+    (tmp_path / "ranks.py").write_text(
+        "import os, torch, torch.distributed as dist\ndist.init_process_group('gloo')\ntotal = torch.ones(1)\n"
+        "dist.all_reduce(total)\nopen(f\"{os.environ['OUT']}/{os.environ['RANK']}\", 'w').write(str(int(total)))\n"
+    )
     nodes = []
-    try:
-        subprocess.run(["ip", "netns", "add", names[1]], check=True)
-        pair = ["ip", "link", "add", link[0], "type", "veth", "peer", "name", link[1]]
-        made = subprocess.run(pair, capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"no pair of network devices can be made here: {made.stderr.strip()}")
-        for name, device, at in zip(names, link, (1, 2), strict=True):
-            for words in (
-                f"link set {device} netns {name}",
-                f"-n {name} addr add 10.213.7.{at}/24 dev {device}",
-                f"-n {name} link set {device} up",
-                f"-n {name} link set lo up",
-            ):
-                subprocess.run(["ip", *words.split()], check=True)
-        (tmp_path / "ranks.py").write_text(
-            "import os, torch, torch.distributed as dist\ndist.init_process_group('gloo')\ntotal = torch.ones(1)\n"
-            "dist.all_reduce(total)\nopen(f\"{os.environ['OUT']}/{os.environ['RANK']}\", 'w').write(str(int(total)))\n"
-        )
-        for rank, (name, device) in enumerate(zip(names, link, strict=True)):
-            env = shell | {"GLOO_SOCKET_IFNAME": device, "OUT": str(tmp_path), "RUN_ID": "x"}
-            endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.213.7.1:29511", "--local-addr", f"10.213.7.{rank + 1}"]
-            agent = [sys.executable, "-m", "tulu_mega.agent", "--nnodes", "2", "--nproc-per-node", "1", *endpoint]
-            host = ["--rdzv-conf", f"is_host={'false' if rank else 'true'}", str(tmp_path / "ranks.py")]
-            command = ["ip", "netns", "exec", name, *agent, *host]
-            nodes.append((start(command, env, tmp_path / f"{rank}.log"), tmp_path / f"{rank}.log"))
-        assert [end(*node) for node in nodes] == [0, 0], "\n".join(log.read_text() for _, log in nodes)
-        assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["2", "2"]
-    finally:
-        for node, _ in nodes:
-            node.kill()
-        time.sleep(0.1)
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    with two_hosts("tm", "10.213.7") as hosts:
+        try:
+            for rank, host in enumerate(hosts):
+                env = shell | {"GLOO_SOCKET_IFNAME": host.device, "OUT": str(tmp_path), "RUN_ID": "x"}
+                endpoint = [
+                    "--rdzv-backend",
+                    "c10d",
+                    "--rdzv-endpoint",
+                    f"{hosts[0].address}:29511",
+                    "--local-addr",
+                    host.address,
+                ]
+                agent = [sys.executable, "-m", "tulu_mega.agent", "--nnodes", "2", "--nproc-per-node", "1", *endpoint]
+                first = ["--rdzv-conf", f"is_host={'false' if rank else 'true'}", str(tmp_path / "ranks.py")]
+                log = tmp_path / f"{rank}.log"
+                nodes.append((start([*host.within, *agent, *first], env, log), log))
+            assert [end(*node) for node in nodes] == [0, 0], "\n".join(log.read_text() for _, log in nodes)
+        finally:
+            for node, _ in nodes:
+                node.kill()
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["2", "2"]

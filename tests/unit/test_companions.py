@@ -10,8 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.unit.conftest import EOS, byte_tokenizer
-from tulu_mega.bridge.companions import other_tokenizer, write_companions
+from tulu_mega.bridge.companions import write_companions
 from tulu_mega.bridge.config_json import read_config
+from tulu_mega.bridge.other_tokenizer import other_tokenizer
 from tulu_mega.errors import UserError
 from tulu_mega.quickstart import tiny_model
 
@@ -51,8 +52,7 @@ def exported(tmp_path: Path, model: Path, name: str | Path, extra: dict | None =
     directory = tmp_path / "export"
     directory.mkdir()
     config = read_config(model)
-    files = other_tokenizer(str(name), model, config, **options)
-    write_companions(directory, model, config, "bfloat16", files | (extra or {}))
+    write_companions(directory, model, config, "bfloat16", extra, other_tokenizer(str(name), model, config, **options))
     return directory
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.distributed.namespaces import needs_ip, two_hosts
 from tulu_mega.rollout import transports
 from tulu_mega.rollout.account import Account
 from tulu_mega.rollout.protocol import (
@@ -312,45 +313,20 @@ print(int(inbox.receive(0, 1000).sum()))
 """
 
 
+@needs_ip
 def test_another_host_is_reached_whatever_interface_the_ranks_have():
-    """Hosts are network namespaces here: one cannot reach the other's loopback."""
-    names, link = [f"tw{os.getpid()}a", f"tw{os.getpid()}b"], [f"w{os.getpid()}a"[-14:], f"w{os.getpid()}b"[-14:]]
-    with contextlib.suppress(FileNotFoundError):
-        if subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode == 0:
-            try:
-                _reaches_another_host(names, link)
-            finally:
-                for name in names:
-                    subprocess.run(["ip", "netns", "del", name], capture_output=True)
-            return
-    pytest.skip("network namespaces may not be made here")
-
-
-def _reaches_another_host(names: list[str], link: list[str]) -> None:
-    subprocess.run(["ip", "netns", "add", names[1]], check=True)
-    made = subprocess.run(["ip", "link", "add", link[0], "type", "veth", "peer", "name", link[1]], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no pair of network devices can be made here: {made.stderr.strip()}")
-    for name, device, at in zip(names, link, (1, 2), strict=True):
-        for words in (
-            f"link set {device} netns {name}",
-            f"-n {name} addr add 10.213.9.{at}/24 dev {device}",
-            f"-n {name} link set {device} up",
-            f"-n {name} link set lo up",
-        ):
-            subprocess.run(["ip", *words.split()], check=True)
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}  # as the ranks of our launcher have it
-    command = ["ip", "netns", "exec", names[0], sys.executable, "-c", SENDER]
-    sender = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        endpoint = sender.stdout.readline()
-        command = ["ip", "netns", "exec", names[1], sys.executable, "-c", RECEIVER, endpoint]
-        received = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
-        assert received.stdout.strip() == str(int((torch.arange(1000) % 251).sum())), received.stderr
-        assert sender.stdout.readline().strip() == "False"
-    finally:
-        sender.kill()
-        sender.wait()
+    with two_hosts("tw", "10.213.9") as (here, there):
+        command = [*here.within, sys.executable, "-c", SENDER]
+        sender = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            command = [*there.within, sys.executable, "-c", RECEIVER, sender.stdout.readline()]
+            received = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+            assert received.stdout.strip() == str(int((torch.arange(1000) % 251).sum())), received.stderr
+            assert sender.stdout.readline().strip() == "False"
+        finally:
+            sender.kill()
+            sender.wait()
 
 
 def test_memory_that_others_opened_is_taken_again():

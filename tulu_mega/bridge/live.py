@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tulu_mega.bridge.companions import put_in_place, write_companions
+from tulu_mega.bridge.companions import OtherTokenizer, put_in_place, write_companions
 from tulu_mega.bridge.fp8_parameters import unrounded
 from tulu_mega.bridge.hf_files import HfCheckpoint, TensorInfo
 from tulu_mega.bridge.hf_writer import ShardWriter, plan_files, write_index
@@ -94,7 +94,8 @@ def export_hf(
     is_writer: bool,
     dtype: torch.dtype,
     source_directory: str | os.PathLike,
-    extra_files: Mapping[str, str | bytes] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    tokenizer: OtherTokenizer | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Writes the model as a Hugging Face directory that transformers and vLLM load. Every rank of the world calls it.
@@ -111,7 +112,7 @@ def export_hf(
         is_writer: data parallel rank 0 and context parallel rank 0; the other ranks only wait.
         dtype: type of the written weights (float32 or bfloat16).
         source_directory: where the tokenizer, its chat template and the generation config are copied from.
-        extra_files: name -> content of files, see `write_companions`.
+        extra_files, tokenizer: what goes beside the weights, see `write_companions`.
         max_shard_bytes: bytes of weights a file holds at most.
 
     Raises:
@@ -146,7 +147,7 @@ def export_hf(
         with together(what):
             if is_first:
                 write_index(partial, files)
-                write_companions(partial, source, config, str(dtype).removeprefix("torch."), extra_files)
+                write_companions(partial, source, config, str(dtype).removeprefix("torch."), extra_files, tokenizer)
                 put_in_place(partial, final)
     except UserError:
         if is_first:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega import checkpoint
-from tulu_mega.bridge.companions import other_tokenizer
+from tulu_mega.bridge.companions import OtherTokenizer
 from tulu_mega.bridge.config_json import read_config
+from tulu_mega.bridge.other_tokenizer import other_tokenizer
 from tulu_mega.checkpoint import Checkpoint
 from tulu_mega.collective import together
 from tulu_mega.config import RunSettings
@@ -83,7 +84,7 @@ class Run:
     settings: RunSettings
     session: Session
     _loaded: bool = field(default=False, init=False)
-    _tokenizer: dict[str, str | bytes] = field(default_factory=dict, init=False)
+    _tokenizer: OtherTokenizer | None = field(default=None, init=False)
     """rank 0's: what the export has of another tokenizer than the model's own"""
 
     def __post_init__(self) -> None:
@@ -161,6 +162,6 @@ class Run:
         dtype = DTYPES[self.settings.model.dtype if wanted.export_dtype == "model" else wanted.export_dtype]
         template = {"chat_template.jinja": TULU_CHAT_TEMPLATE} if self.settings.data.template == "tulu" else {}
         directory = self.run_dir / "hf"
-        self.session.export(directory, dtype, self._tokenizer | template)
+        self.session.export(directory, dtype, template, self._tokenizer)
         if self.session.lead:
             print(f"model in Hugging Face format: {directory}", flush=True)

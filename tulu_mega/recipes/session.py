@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tulu_mega import checkpoint, platforms, topology
+from tulu_mega.bridge.companions import OtherTokenizer
 from tulu_mega.bridge.config_json import read_config
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import check_language_model, reward_fields
@@ -105,7 +106,9 @@ class Session:
         made.load_weights()
         return made
 
-    def export(self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str | bytes]) -> None:
+    def export(
+        self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str], tokenizer: OtherTokenizer | None = None
+    ) -> None:
         """Writes the model in Hugging Face format; every rank calls it.
 
         Raises:
@@ -127,6 +130,7 @@ class Session:
             dtype=dtype,
             source_directory=self.source,
             extra_files=extra_files,
+            tokenizer=tokenizer,
         )
 
 
