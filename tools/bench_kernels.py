@@ -33,12 +33,9 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import signal
 import sys
-import timeit
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,10 +43,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
+from measuring import Bench, Figures
 from tulu_kernels.buckets import BoxCopies, plan_bucket
 from tulu_kernels.fp8_blocks import BLOCK, Box, PackPlan, pack, plan_pack, quantize
 from tulu_kernels.fp8_blocks.reference import LARGEST, dequantize
@@ -58,9 +55,6 @@ from tulu_kernels.linear_logprob.function import even_chunks
 from tulu_kernels.linear_logprob.rows import BYTES
 from tulu_kernels.policy_loss import PolicyLoss, Tokens, policy_loss
 from tulu_kernels.weight_gradient import add_product
-
-Figures = Iterator[tuple[str, Any]]
-"""Names and what was measured, as soon as it was."""
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Largest relative error: of float32, sums in another order; of bf16, logits of 8 bits, which the reference is given too."""
@@ -88,6 +82,7 @@ def main() -> int:
     torch.set_float32_matmul_precision("highest")  # some images allow TF32, and float32 is what results are held against
     bench = Bench(torch.device("cuda" if on_gpu else "cpu"))
     report: dict[str, Any] = {"bench": "kernels", **bench.machine(), "hidden": hidden, "vocabulary": vocabulary}
+    report["failed"] = bench.failed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: told to end"))
     try:
         for part in options.only:
@@ -99,85 +94,8 @@ def main() -> int:
                 figures = logprob(bench, count, hidden, vocabulary, options.workspace)
                 bench.measure(f"{part} {count}", figures, into.setdefault(count, {}))
     finally:
-        report["failed"] = bench.failed
         print(json.dumps(report), flush=True)
     return int(bool(bench.failed) or not report.get("correct", {"ok": True}).get("ok", False))
-
-
-class Bench:
-    """A device, and how time and memory are taken there."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.on_gpu = device, device.type == "cuda"
-        self.failed: list[str] = []
-        """what raised an error, peers excepted"""
-
-    def measure(self, part: str, figures: Figures, into: dict[str, Any]) -> None:
-        """Collects a part's figures and prints a line for each; an error ends the part and no other."""
-        print(f"== {part}", flush=True)
-
-        def collect() -> None:
-            for name, value in figures:
-                into[name] = value
-                for key, figure in (value if isinstance(value, dict) else {"": value}).items():
-                    print(f"{name!s:>36} {key:<16} {figure}", flush=True)
-
-        why = self.attempt(part, collect)
-        if why is not None:
-            into |= why
-            print(f"{'failed':>36} {'':<16} {why['failed']}", flush=True)
-
-    def attempt(self, what: str, action: Callable[[], Any], peer: bool = False) -> Any:
-        """What an action gives, or `failed` and why; a peer may run out of memory or be missing, anything else is noted."""
-        try:
-            return action()
-        except Exception as error:
-            if not peer:
-                self.failed.append(what)
-                traceback.print_exc()
-            return {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-        finally:
-            if self.on_gpu:
-                with contextlib.suppress(RuntimeError):  # of a device that is lost
-                    torch.cuda.empty_cache()
-
-    def machine(self) -> dict[str, Any]:
-        name = torch.cuda.get_device_name(self.device) if self.on_gpu else platform.processor() or "cpu"
-        return {"device": name, "python": platform.python_version(), "torch": torch.__version__}
-
-    def random(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(shape, generator=generator, device=self.device).to(dtype)
-
-    def milliseconds(self, action: Callable[[], Any]) -> float:
-        """Median of a second of runs, each reading from memory and not from a cache; on a CPU the best of three."""
-        if self.on_gpu:
-            return round(do_bench(action, warmup=200, rep=1000, return_mode="median"), 4)
-        action()
-        return round(1e3 * min(timeit.repeat(action, number=1, repeat=3)), 4)
-
-    def captured(self, action: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """A CUDA graph of an action, and what it gave there; before, it runs twice on another stream, as capturing wants it."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            action(), action()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = action()
-        return graph, held
-
-    def peak(self, action: Callable[[], Any]) -> int | None:
-        """Bytes beyond what was there before; on a GPU alone."""
-        if not self.on_gpu:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        action()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
 
 
 # Log-probabilities
