@@ -49,6 +49,7 @@ _MATHEMATICS = (
     "train.global_batch", "train.reduction", "train.steps", "train.epochs", "sampling", "policy", "rewards", "rollout.dtype",
     "rollout.quantization", "train.prompts", "train.mini_batches", "train.passes", "train.filter_equal", "train.refills",
 )  # fmt: skip
+_LENGTH = ("train.steps", "train.epochs")
 _FOR_REWARD_MODELS = (RmSettings, ScoreSettings)
 """Commands that a reward model's directory can be given to."""
 _INDIFFERENT = (
@@ -280,12 +281,33 @@ def _same_run(settings: RunSettings) -> None:
     before, now = _flat(before), _flat(json.loads(settings.model_dump_json()))
     # compared as text: of data.train's amounts, 1 is a row and 1.0 all of them
     changed = [name for name in now | before if _decides(name) and repr(before.get(name)) != repr(now.get(name))]
+    fixed = _length_fixed_by(settings, before)
+    if not fixed:
+        changed = [name for name in changed if name not in _LENGTH]
     if changed:
         raise UserError(
             f"run_dir = {settings.run_dir} holds a run with other settings: "
             + "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
+            + (f" ({fixed})" if set(changed) & set(_LENGTH) else "")
             + ". Choose another run_dir, or the settings of before to go on"
         )
+
+
+def _length_fixed_by(settings: RunSettings, before: Mapping[str, Any]) -> str:
+    """Why a run cannot be made longer or shorter: the steps done would have been others. Empty where they would not.
+
+    Args:
+        before: the run's settings by full name.
+    """
+    optim = settings.optim
+    if optim.schedule != "constant" or optim.warmup:
+        return (
+            f"with optim.schedule = {optim.schedule!r} and optim.warmup = {optim.warmup:g} the length decides every step's rate; "
+            "to train on, begin a run with RUN_DIR/hf as model.path"
+        )
+    if isinstance(settings, StageSettings) and not (settings.train.steps and before.get("train.steps")):
+        return "the last batch of train.epochs may be short; only train.steps can be changed for another number of steps"
+    return ""
 
 
 def _schedulable(settings: StageSettings) -> None:

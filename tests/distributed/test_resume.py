@@ -117,6 +117,30 @@ def test_killed_in_a_save_and_by_a_dying_rank(material, tmp_path):
     assert before == ((run_dir / "metrics.jsonl").read_bytes(), export.read_bytes())
 
 
+def refused(settings: SftSettings) -> list[str]:
+    """What a run of two ranks says to the user when it ends."""
+    try:
+        run_sft(settings)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def test_a_run_that_has_ended_is_made_longer(material, tmp_path):
+    def settings(run: str, steps: int) -> SftSettings:
+        flags = arguments(material, tmp_path / run, steps, every=100)[1:]
+        loaded = load(SftSettings, str(EXAMPLE), [*flags, "--optim.schedule", "constant", "--optim.warmup", "0.0"])
+        preflight.ready(loaded)
+        return loaded
+
+    for run, steps in (("reference", 4), ("run", 2), ("run", 4)):
+        world.run(2, run_sft, settings(run, steps), timeout=PATIENCE)
+    expect_same(tmp_path / "run", tmp_path / "reference")
+    told = world.run(2, refused, settings("run", 3), timeout=PATIENCE)
+    assert all(len(problems) == 1 and "has 4 steps done, the settings ask for 3" in problems[0] for problems in told)
+    expect_same(tmp_path / "run", tmp_path / "reference")
+
+
 def run_with_small_files(settings: SftSettings) -> list[str]:
     """What it says to the user when no file may be larger than 100 kB."""
     from tulu_mega.recipes.sft import run

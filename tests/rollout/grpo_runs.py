@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -92,12 +93,12 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
     return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-def check_same(run: Path, other: Path) -> None:
-    """Metrics, responses and weights to the last bit."""
+def check_same(run: Path, other: Path, responses: Iterable[int] = range(1, STEPS + 1)) -> None:
+    """Metrics, responses of these steps and weights to the last bit."""
     for name in ("loss", "grad_norm", "reward", "kl", "response_length", "sampler_difference"):
         ours, theirs = ([step[name] for step in lines(directory / "metrics.jsonl")] for directory in (run, other))
         assert ours == theirs, name
-    for step in range(1, STEPS + 1):
+    for step in responses:
         file = f"rollouts/step_{step:06}.jsonl"
         assert (run / file).read_text() == (other / file).read_text()
     ours, theirs = weights(run / "hf"), weights(other / "hf")

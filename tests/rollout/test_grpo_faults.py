@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from tests.rollout.grpo_runs import LIMIT, after, check_same, ended, lines, processes_of, start
+from tests.rollout.grpo_runs import LIMIT, STEPS, after, check_same, ended, lines, processes_of, start
 from tests.rollout.test_servers import left_over, mapped
 from tulu_mega import checkpoint
 from tulu_mega.errors import Stopped
@@ -229,6 +229,15 @@ def test_a_run_whose_launcher_is_killed_goes_on(undisturbed, place):
         time.sleep(0.2)
     ended(start(place, "killed"), place, "killed")
     check_same(place / "killed", undisturbed)
+
+
+def test_a_run_that_has_ended_is_made_longer(undisturbed, place):
+    """And keeps the responses of some steps only: every third one, and each last one."""
+    for steps in (2, STEPS):
+        ended(start(place, "longer", "--train.steps", str(steps), "--train.rollouts_every", "3"), place, "longer")
+    kept = sorted(file.name for file in (place / "longer/rollouts").glob("step_*"))
+    assert kept == ["step_000002.jsonl", "step_000003.jsonl", "step_000004.jsonl"]
+    check_same(place / "longer", undisturbed, responses=(2, 3, 4))
 
 
 def test_a_verifier_that_loops_spoils_its_own_responses_alone(place):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tulu_mega.data.chat import TULU_CHAT_TEMPLATE, check_messages, encode, prompt_ids, render_tulu, tulu_prompt
+from tulu_mega.data.chat import TULU_CHAT_TEMPLATE, check_messages, encode, prompt_ids, render_tulu, template_of, tulu_prompt
 from tulu_mega.errors import UserError
 from tulu_mega.records import IGNORE
 
@@ -92,6 +92,13 @@ def test_hugging_face_gives_the_same_mask_from_the_shipped_template(tokenizer):
     ids, labels = encode(TALK, tokenizer, "tulu", None)
     assert theirs["input_ids"] == ids
     assert theirs["assistant_masks"] == [int(label != IGNORE) for label in labels]
+
+
+def test_a_model_is_asked_under_the_template_it_ships(tokenizer):
+    assert template_of(tokenizer, "auto") == template_of(tokenizer, "tulu") == "tulu", "base models ship none"
+    tokenizer.chat_template = CHATML
+    assert template_of(tokenizer, "auto") == "tokenizer"
+    assert template_of(tokenizer, "tulu") == "tulu"
 
 
 def test_a_template_without_marks_is_told_by_prefixes(tokenizer):

@@ -12,6 +12,8 @@ from tulu_mega.errors import UserError
 class Letters:
     """A tokenizer of one token a letter."""
 
+    chat_template = None
+
     def __call__(self, text, add_special_tokens):
         assert not add_special_tokens
         return {"input_ids": [ord(letter) for letter in text]}

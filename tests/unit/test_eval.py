@@ -1,6 +1,7 @@
 """The whole of an evaluation but vLLM: a generator that gives known answers must get the known scores."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,23 @@ def samples(directory: Path, task: str) -> list[dict]:
 
 def question(text: str) -> str:
     return text.rsplit("<|user|>\n", 1)[1].removesuffix("\n<|assistant|>\n")
+
+
+@pytest.mark.parametrize(
+    ("ships", "asked_for", "taken"), [(True, "auto", "tokenizer"), (True, "tulu", "tulu"), (False, "auto", "tulu")]
+)
+def test_a_model_is_asked_under_its_own_template(answering, model, tmp_path, ships, asked_for, taken):
+    shipped = tmp_path / "model"
+    shutil.copytree(model, shipped)
+    (shipped / "chat_template.jinja").unlink()
+    if ships:
+        own = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }} {% endfor %}[assistant]"
+        (shipped / "chat_template.jinja").write_text(own)
+    asked = answering(lambda text, sample: "No idea")
+    tasks = {"gsm8k": {"data": write(tmp_path / "gsm8k.jsonl", GSM8K[:1]), "shots": 0}}
+    results = evaluation.evaluate(settings(shipped, tmp_path, tasks, template=asked_for))
+    assert asked[1].startswith("[user] " if taken == "tokenizer" else "<|user|>\n")
+    assert results["settings"]["template"] == taken
 
 
 def test_known_answers_get_known_scores_on_every_task_in_one_start(answering, model, tmp_path, capsys):

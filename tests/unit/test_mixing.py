@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,6 +145,30 @@ def test_a_table_in_the_file_is_the_table_on_flags_and_prints_as_it_reads(tmp_pa
     printed = tomllib.loads(as_toml(settings.model_dump()))
     assert SftSettings.model_validate(printed) == settings
     assert type(printed["data"]["train"]["plain"]) is float
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "optim", "why"),
+    [
+        ({"steps": 4}, {"steps": 8}, {"schedule": "constant", "warmup": 0.0}, None),
+        ({"steps": 4, "epochs": 1.0}, {"steps": 8, "epochs": 2.0}, {"schedule": "constant", "warmup": 0.0}, None),
+        ({"steps": 4}, {"steps": 8}, {"schedule": "constant", "warmup": 0.1}, "warmup = 0.1 the length decides"),
+        ({"steps": 4}, {"steps": 8}, {"schedule": "linear", "warmup": 0.0}, "optim.schedule = 'linear'"),
+        ({"epochs": 1.0}, {"epochs": 2.0}, {"schedule": "constant", "warmup": 0.0}, "train.epochs may be short"),
+        ({"epochs": 1.0}, {"steps": 8}, {"schedule": "constant", "warmup": 0.0}, "train.epochs may be short"),
+    ],
+)
+def test_a_run_is_made_longer_where_the_steps_done_stay_what_they_are(tmp_path, before, now, optim, why):
+    def settings(train):
+        data = DataSettings(train="a.jsonl")
+        return SftSettings(model="m", run_dir=str(tmp_path), data=data, train=train, optim=optim)
+
+    (tmp_path / "config.json").write_text(settings(before).model_dump_json())
+    if why is None:
+        preflight._same_run(settings(now))
+    else:
+        with pytest.raises(UserError, match=re.escape(why)):
+            preflight._same_run(settings(now))
 
 
 def test_a_run_goes_on_with_the_same_mixture_only(tmp_path):

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from tulu_mega.config.megatron_fields import check_megatron_table
 from tulu_mega.config.precision import PrecisionSettings
 from tulu_mega.config.sections import (
+    AskedTemplate,
     CheckpointSettings,
     DataSettings,
     Fraction,
@@ -160,8 +161,10 @@ class ScoreSettings(EngineSettings):
     output: str
     """JSONL to write, in input order: `id`, `input_ids`, `logprobs` (natural log, tokens 2..n), `sum`; of a reward model `id`,
     `input_ids`, `score` (at the last token)."""
-    template: Annotated[str, Field(pattern="^(tulu|tokenizer)$")] = "tulu"
+    template: AskedTemplate = "auto"
+    """Chat template of `messages`: Tulu's, the one the tokenizer ships, or that and Tulu's where it ships none (`auto`)."""
     tokenizer: str | None = None
+    """Directory or hub name of the tokenizer; the model's own when unset."""
     pack_length: PositiveInt = 8192
     """Tokens a packed micro-batch may hold on one data-parallel rank (a longer text has one of its own)."""
 
@@ -174,7 +177,8 @@ class GenerateSettings(Section):
     """JSONL; rows of `messages`, `prompt` or `input_ids`. Unset: an interactive prompt."""
     output: str | None = None
     """JSONL to write: the row with `response`, `output_ids`, `finish_reason`. Unset with `input`: standard output."""
-    template: Annotated[str, Field(pattern="^(tulu|tokenizer)$")] = "tulu"
+    template: AskedTemplate = "auto"
+    """Chat template: Tulu's, the one the tokenizer ships, or that and Tulu's where it ships none (`auto`)."""
     system: str | None = None
     """System message put before a conversation that has none."""
     max_tokens: PositiveInt = 512

@@ -92,6 +92,8 @@ class GrpoTrainSettings(Section):
     straggler: StragglerSettings = StragglerSettings()
     log_every: PositiveInt = 1
     """Steps between console lines (metrics.jsonl has every step)."""
+    rollouts_every: PositiveInt = 1
+    """Steps between files of responses in RUN_DIR/rollouts; the last step has one, and any that something was wrong with."""
 
     @field_validator("max_policy_lag")
     @classmethod

@@ -92,6 +92,13 @@ def tulu_prompt(messages: Messages, eos: str) -> str:
     return render_tulu(messages, eos).text + "<|assistant|>\n"
 
 
+def template_of(tokenizer: PreTrainedTokenizerFast, asked: Literal["auto"] | Template) -> Template:
+    """The template that a model is asked under: the one it ships is the one it was trained with; base models ship none."""
+    if asked == "auto":
+        return "tokenizer" if tokenizer.chat_template else "tulu"
+    return asked
+
+
 def encode(
     messages: Any, tokenizer: PreTrainedTokenizerFast, template: Template, max_length: int | None, turns: Turns = "all"
 ) -> tuple[list[int], list[int]]:

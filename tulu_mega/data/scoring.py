@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega.config import ScoreSettings
-from tulu_mega.data.chat import Template, conversation_ids
+from tulu_mega.data.chat import Template, conversation_ids, template_of
 from tulu_mega.data.sources import JsonLines
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
@@ -82,8 +82,9 @@ def encoder(settings: ScoreSettings, rows: list[dict[str, Any]], vocab_size: int
     Raises:
         UserError: the tokenizer cannot be loaded.
     """
-    tokenizer = None
+    tokenizer, template = None, "tulu"
     if any(row.get("messages") is not None or row.get("text") is not None for row in rows):  # null is a column of another row
         model = settings.model
         tokenizer = load_tokenizer(model.path, settings.tokenizer, settings.template, model.trust_remote_code)
-    return Encoder(tokenizer, settings.template, vocab_size)
+        template = template_of(tokenizer, settings.template)
+    return Encoder(tokenizer, template, vocab_size)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega import __version__
-from tulu_mega.data.chat import prompt_ids
+from tulu_mega.data.chat import prompt_ids, template_of
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
 from tulu_mega.evaluation import rows
@@ -79,6 +79,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     config = vllm.model_config(model, settings.model.trust_remote_code)
     longest = vllm.longest_sequence(settings.model.path, config, settings.max_model_len)
     tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code)
+    settings = settings.model_copy(update={"template": template_of(tokenizer, settings.template)})
     asked, problems = [], []
     for name, task_settings in settings.tasks.items():
         try:

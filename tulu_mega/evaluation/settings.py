@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from tulu_mega.config.sections import ModelSettings, PositiveInt, Section
+from tulu_mega.config.sections import AskedTemplate, ModelSettings, PositiveInt, Section
 from tulu_mega.errors import nearest
 from tulu_mega.evaluation.tasks import TASKS
 
@@ -40,8 +40,8 @@ class EvalSettings(Section):
     tasks: dict[str, TaskSettings]
     """Table of tasks by name (gsm8k, math, ifeval, mmlu, bbh, rlvr), each with settings of its own or its file alone:
     `--tasks.gsm8k test.jsonl`."""
-    template: Literal["tulu", "tokenizer"] = "tulu"
-    """Chat template: Tulu's, or the one the tokenizer ships."""
+    template: AskedTemplate = "auto"
+    """Chat template: Tulu's, the one the tokenizer ships, or that and Tulu's where it ships none (`auto`)."""
     system: str | None = None
     """System message put before every conversation that has none."""
     samples: PositiveInt = 1

@@ -202,9 +202,11 @@ class Policy:
         if not self.session.lead:
             return
         now = self.now
-        places = {number: (group.place, at) for number, group, at in _numbered(now.rollouts)}
-        apart = {places[number]: value for number, value in now.apart.items()}
-        journal.write_rollouts(self.run.run_dir, done, now.rollouts, apart)
+        every, wrong = self.settings.train.rollouts_every, now.leapt or not now.groups
+        if wrong or done % every == 0 or done == self.steps:
+            places = {number: (group.place, at) for number, group, at in _numbered(now.rollouts)}
+            apart = {places[number]: value for number, value in now.apart.items()}
+            journal.write_rollouts(self.run.run_dir, done, now.rollouts, apart)
         self.log.step(self._record(done), slowest)
 
     def save(self, done: int) -> None:
@@ -388,9 +390,8 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         prompts = read(settings) if lead else None
         steps = from_lead(_steps(settings, len(prompts.train)) if lead else None)
 
-        updates = steps * settings.train.mini_batches * settings.train.passes
         reference = session.beside(settings.model.path, reward=False) if settings.policy.reads_reference else None
-        found = run.weights(updates)
+        found = run.weights(steps, settings.train.mini_batches * settings.train.passes)
         skips = run.skips(settings.train.max_skipped)
         session.engine.temperature = settings.sampling.temperature
         if reference:

@@ -123,16 +123,25 @@ class Run:
         train, engine = self.settings.train, self.session.engine
         return Stragglers(train.straggler, train.log_every, engine.platform.device, self.session.topology.pipeline_rank)
 
-    def weights(self, updates: int) -> Checkpoint | None:
+    def weights(self, steps: int, updates: int = 1) -> Checkpoint | None:
         """Weights and optimizer: those of the newest checkpoint, which is given back, or the model's own.
 
         Args:
-            updates: optimizer steps of the whole run.
+            steps: of the whole run.
+            updates: optimizer steps in each.
+
+        Raises:
+            UserError: on every rank, when more steps are done than the run is to have.
         """
         found = checkpoint.find(self.checkpoints)
         if not found:
             self.initial_weights()
-        self.session.engine.prepare_training(self.settings.optim, updates)
+        elif found[-1].step > steps:
+            raise UserError(
+                f"run_dir = {self.settings.run_dir} has {found[-1].step:,} steps done, the settings ask for {steps:,}; raise "
+                "train.steps (or train.epochs), or choose another run_dir"
+            )
+        self.session.engine.prepare_training(self.settings.optim, steps * updates)
         if not found:
             return None
         checkpoint.restore(self.session.engine, found[-1])

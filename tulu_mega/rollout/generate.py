@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tulu_mega.config import GenerateSettings
-from tulu_mega.data.chat import check_messages, prompt_ids
+from tulu_mega.data.chat import check_messages, prompt_ids, template_of
 from tulu_mega.data.sources import JsonLines
 from tulu_mega.errors import UserError
 from tulu_mega.rollout import vllm_process as vllm
@@ -38,6 +38,7 @@ def generate(settings: GenerateSettings) -> None:
     model = vllm.model_source(settings.model.path)
     config = vllm.model_config(model, settings.model.trust_remote_code)
     tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code)
+    settings = settings.model_copy(update={"template": template_of(tokenizer, settings.template)})
     longest = vllm.longest_sequence(settings.model.path, config, settings.max_model_len)
     rows, prompts = _read(settings, tokenizer, longest, config.vocab_size) if settings.input is not None else ([], [])
     output = _check_output(settings.output) if settings.output is not None else None
