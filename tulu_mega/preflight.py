@@ -17,6 +17,7 @@ from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.bridge.hf_files import HfCheckpoint
 from tulu_mega.bridge.hub import is_megatron, model_directory
 from tulu_mega.bridge.megatron_keys import stored_parameters
+from tulu_mega.bridge.other_tokenizer import other_tokenizer
 from tulu_mega.config import (
     DataSettings,
     EngineSettings,
@@ -125,6 +126,8 @@ def _problems(settings: Section, data_directory: Path) -> list[str]:
     if isinstance(settings, RunSettings):
         collect(lambda: check_free(Path(settings.run_dir)))
         collect(lambda: _same_run(settings))
+        if config and settings.data.tokenizer and settings.checkpoint.export:
+            collect(lambda: _goes_with_the_model(settings, config))
     if isinstance(settings, GrpoSettings):
         collect(lambda: _servable(settings, config))
         prompts = collect(lambda: read(settings))
@@ -308,6 +311,12 @@ def _length_fixed_by(settings: RunSettings, before: Mapping[str, Any]) -> str:
     if isinstance(settings, StageSettings) and not (settings.train.steps and before.get("train.steps")):
         return "the last batch of train.epochs may be short; only train.steps can be changed for another number of steps"
     return ""
+
+
+def _goes_with_the_model(settings: RunSettings, config: Mapping[str, Any]) -> None:
+    """What exporting `data.tokenizer` with the model would find out in rank 0."""
+    model, reward = settings.model, isinstance(settings, RmSettings)
+    other_tokenizer(settings.data.tokenizer, model_directory(model.path), config, reward, model.trust_remote_code)
 
 
 def _schedulable(settings: StageSettings) -> None:

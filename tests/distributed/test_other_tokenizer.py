@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.distributed import world
 from tests.unit.conftest import byte_tokenizer
 from tulu_mega import preflight
-from tulu_mega.config import DpoSettings, RmSettings, SftSettings
+from tulu_mega.config import CheckpointSettings, DpoSettings, RmSettings, SftSettings
 from tulu_mega.data.chat import TULU_CHAT_TEMPLATE
 from tulu_mega.launcher import World
 from tulu_mega.quickstart import task, tiny_model
@@ -125,7 +125,7 @@ def refused(settings) -> list[str]:
     return []
 
 
-def test_one_that_cannot_go_with_the_model_is_told_on_every_rank_before_training(material, tmp_path):
+def test_one_that_cannot_go_with_the_model_is_told_by_check_and_on_every_rank_before_training(material, tmp_path):
     rows = tmp_path / "tokens.jsonl"  # nothing is tokenised, so nothing else would notice
     rows.write_text(json.dumps({"input_ids": [5, 6, 7], "labels": [5, 6, 7]}) + "\n")
     tokenizer = byte_tokenizer()
@@ -141,7 +141,9 @@ def test_one_that_cannot_go_with_the_model_is_told_on_every_rank_before_training
             "parallel": {"tensor": 2},
         }
     )
-    preflight.ready(settings)
+    told = preflight.check(settings)
+    assert len(told) == 1 and "its eos token '<|399|>' is number" in told[0]
+    preflight.ready(settings.model_copy(update={"checkpoint": CheckpointSettings(export=False)}))
     for problems in world.run(2, refused, settings):
         assert len(problems) == 1 and "its eos token '<|399|>' is number" in problems[0]
     assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -147,6 +147,7 @@ def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
         return config
 
     monkeypatch.setattr(preflight, "_model", model)
+    monkeypatch.setattr(preflight, "model_directory", lambda path: local)  # with no tokenizer of its own
     monkeypatch.setattr(fp8, "this_machine", lambda: fp8.Machine((9, 0), (12, 9), (2, 8)))  # what recipes in FP8 are for
     rows = str(local / f"{stage(file)}.jsonl")
     flags = ["--data.train", rows, "--data.tokenizer", str(local / "tokenizer"), "--run_dir", str(tmp_path / "run")]
