@@ -46,8 +46,8 @@ _OPTIMIZER = {  # the default names no sharding and megatron-core then fails
     },
     "same_layout": {"distrib_optim_sharding_type": "dp_reshardable"},
 }
-
-
+_GATHERED = "optimizer.state."
+"""How the names of what is gathered begin."""
 _STATE_BYTES = 12
 """of a parameter's float32 main parameter and two moments"""
 
@@ -146,7 +146,7 @@ class Saver:
         }
         try:
             content = _sharded_state(engine, self._format, loading=False)
-            sharded = ShardedSave(content, partial, what, copy=self._thread is not None)
+            sharded = ShardedSave(content, partial, what, self._changes if self._thread else None)
         except UserError:
             _discard(partial)
             raise
@@ -155,6 +155,10 @@ class Saver:
             self._pending.writing = self._thread.submit(sharded.write)
         else:
             self.finish()
+
+    def _changes(self, held: ShardedTensor) -> bool:
+        """All does while training goes on, but what megatron-core gathered for this save alone."""
+        return not (held.key.startswith(_GATHERED) and _gathers(self._engine, self._format))
 
     def poll(self) -> None:
         """Ends the save under way if every rank has written; never waits for a disk. Raises as `save`."""
@@ -322,6 +326,11 @@ def _check_same_layout(engine: Engine, checkpoint: Checkpoint) -> None:
     )
 
 
+def _gathers(engine: Engine, format: Format) -> bool:
+    """Whether a save gathers the optimizer's state in main memory, on the first rank of each data-parallel group."""
+    return format == "reshardable" and engine.ddp[0].ddp_config.use_distributed_optimizer
+
+
 def _chunks(engine: Engine) -> dict[str, torch.nn.Module]:
     """The rank's model chunks under megatron-core's names; inside, tensors have the same names under every layout."""
     if len(engine.chunks) == 1:
@@ -364,13 +373,13 @@ def share(engine: Engine, format: Format) -> Share:
         format: `checkpoint.format` of the settings. An engine without optimizer writes weights alone.
     """
     model = {name: chunk.sharded_state_dict(metadata=dict(_METADATA)) for name, chunk in _chunks(engine).items()}
-    sharded = engine.optimizer is not None and engine.ddp[0].ddp_config.use_distributed_optimizer
+    gathers = engine.optimizer is not None and _gathers(engine, format)
     state = {}
-    if engine.optimizer is not None and not (sharded and format == "reshardable"):
+    if engine.optimizer is not None and not gathers:
         state = engine.optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA | _OPTIMIZER[format])
     optimizer_bytes, gathered_bytes = sum(held.data.nbytes for held in _written(state)), 0
     weights = _written(model)
-    if sharded and format == "reshardable" and dist.get_rank(engine.topology.data_context_group) == 0:
+    if gathers and dist.get_rank(engine.topology.data_context_group) == 0:
         optimizer_bytes = _STATE_BYTES * sum(held.data.numel() for held in weights)
         gathered_bytes = _STATE_BYTES * sum(buffer.numel_unpadded for ddp in engine.ddp for buffer in ddp.buffers)
     return Share(weights, optimizer_bytes, gathered_bytes)

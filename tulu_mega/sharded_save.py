@@ -8,6 +8,7 @@ reports failures to all.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ class ShardedSave:
         state: megatron-core's, with ShardedTensors and ShardedObjects in it.
         directory: empty.
         what: begins the message of a failure.
-        copy: take copies of the tensors, which may then change before they are written.
+        changing: which tensors may change before they are written; of these copies in main memory are taken.
 
     Raises:
         UserError: on every rank, when any fails.
     """
 
-    def __init__(self, state: dict[str, Any], directory: Path, what: str, copy: bool = False):
+    def __init__(self, state: dict[str, Any], directory: Path, what: str, changing: Callable[[ShardedTensor], bool] | None = None):
         self._directory, self._what = directory, what
         self._results: list[WriteResult] = []
         sharded, common = save_preprocess(state)
@@ -54,7 +55,7 @@ class ShardedSave:
         self._writer = _Writer(directory, sync_files=True)
         plans: list[SavePlan] = [SavePlan([])] * dist.get_world_size()
         with together(what):
-            self._planner.set_up_planner(_torch_state(sharded, copy), self._writer.storage_meta(), lead)
+            self._planner.set_up_planner(_torch_state(sharded, changing), self._writer.storage_meta(), lead)
             self._writer.set_up_storage_writer(lead)
             plans[dist.get_rank()] = self._writer.prepare_local_plan(self._planner.create_local_plan())
         dist.all_gather_object(plans, plans[dist.get_rank()])
@@ -93,11 +94,11 @@ class ShardedSave:
                 save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
 
 
-def _torch_state(sharded: dict[str, Any], copy: bool) -> dict[str, Any]:
+def _torch_state(sharded: dict[str, Any], changing: Callable[[ShardedTensor], bool] | None) -> dict[str, Any]:
     """What this rank is to write, in torch's terms."""
     named, _flat, _renamed = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    if copy:
-        for held in (each for parts in named.values() for each in parts if isinstance(each, ShardedTensor)):
+    if changing:
+        for held in (each for parts in named.values() for each in parts if isinstance(each, ShardedTensor) and changing(each)):
             held.data = held.data.detach().to("cpu", copy=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # megatron-core's tensors are torch's older kind

@@ -225,6 +225,59 @@ def test_asynchronous_saves_hold_the_moment_they_were_asked_for(model, tmp_path)
     assert world.run(2, train_with, model, str(tmp_path / "behind"), parallel, SAVED, STEPS, None, {})[0] == plain[SAVED:]
 
 
+def held_up(model: str, layout: dict, directory: str, format: str) -> tuple[bool, int, int]:
+    """A step is saved twice, at once and behind training, which goes on before the second is written.
+
+    Returns:
+        whether this rank wrote the same files both times, the bytes of tensors that it wrote, and those that it copied before.
+    """
+    from tulu_mega import checkpoint, sharded_save
+    from tulu_mega.config import OptimSettings
+    from tulu_mega.objectives.sft import SftObjective
+
+    go, write, wrote, copied = threading.Event(), sharded_save.ShardedSave.write, [], []
+    changes = checkpoint.Saver._changes
+
+    def counted(self, held):
+        wrote.append(held.data.nbytes)
+        copied.append(held.data.nbytes if changes(self, held) else 0)
+        return changes(self, held)
+
+    def waiting(self):
+        go.wait(60)
+        write(self)
+
+    with jobs.session(model, layout) as made:
+        made.engine.prepare_training(OptimSettings(**OPTIM), STEPS)
+
+        def step(number: int) -> None:
+            batch = jobs.share(made, jobs.sequences(made.engine.hf.vocab_size, seed=3 + number), 4)
+            made.engine.optimizer_step(number, made.engine.forward_backward(batch, SftObjective("sum")).loss)
+
+        step(0)
+        for name, asynchronous in (("at_once", False), ("behind", True)):
+            checkpoint.Saver._changes = counted
+            sharded_save.ShardedSave.write = waiting if asynchronous else write
+            saver = checkpoint.Saver(made.engine, Path(directory, name), 9, format, asynchronous)
+            saver.save(1, {})
+        step(1)
+        step(2)
+        go.set()
+        saver.finish()
+    pattern = f"step_00000001/__{os.environ['RANK']}_*.distcp"
+    files = [{file.name: file.read_bytes() for file in Path(directory, name).glob(pattern)} for name in ("at_once", "behind")]
+    return files[0] == files[1], sum(wrote), sum(copied)
+
+
+@pytest.mark.parametrize(("format", "share"), [("reshardable", 4 / 16), ("same_layout", 1.0)])
+def test_what_is_written_behind_training_is_the_step_that_was_saved(model, tmp_path, format, share):
+    """Main parameters and moments that were gathered for a save are copies already: of 16 bytes a parameter 12."""
+    ranks = world.run(2, held_up, model, LAYOUTS["DP2"], str(tmp_path), format)
+    assert all(same for same, _wrote, _copied in ranks)
+    wrote, copied = (sum(rank[at] for rank in ranks) for at in (1, 2))
+    assert wrote > 0 and copied == pytest.approx(share * wrote, rel=0.01)
+
+
 def behind_training(model: str, directory: str, fails: bool) -> dict:
     """Two saves whose writing is held up: what is there meanwhile, and afterwards."""
     from tulu_mega import checkpoint
