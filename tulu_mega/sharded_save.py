@@ -44,7 +44,9 @@ class ShardedSave:
         UserError: on every rank, when any fails.
     """
 
-    def __init__(self, state: dict[str, Any], directory: Path, what: str, changing: Callable[[ShardedTensor], bool] | None = None):
+    def __init__(
+        self, state: dict[str, Any], directory: Path, what: str, changing: Callable[[ShardedTensor], bool] | None = None
+    ):
         self._directory, self._what = directory, what
         self._results: list[WriteResult] = []
         sharded, common = save_preprocess(state)

@@ -11,13 +11,22 @@ import torch
 import torch.nn.functional as F
 
 from tulu_mega.model.swiglu import Swiglu
+from tulu_mega.platforms import matmul
 from tulu_mega.platforms.matmul import times_transposed
+
+
+@pytest.fixture(params=["MKL", "oneDNN"])
+def library(request, monkeypatch):
+    """Each of the two, whichever is the faster one here."""
+    if request.param == "oneDNN" and matmul.OPERATOR is None:
+        pytest.skip("torch without oneDNN, or without its linear operator")
+    monkeypatch.setattr(matmul, "_ONEDNN", matmul.OPERATOR if request.param == "oneDNN" else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(7, 1, 24), (1, 24), (33, 24), (0, 24)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_product(shape, transposed, dtype):
+def test_product(shape, transposed, dtype, library):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(shape, generator=generator).to(dtype)
     weight = torch.randn((24, 40) if transposed else (40, 24), generator=generator).to(dtype)
@@ -28,7 +37,7 @@ def test_product(shape, transposed, dtype):
     torch.testing.assert_close(got.double(), rows.double() @ weight.double().t(), **close)
 
 
-def test_product_of_a_slice():
+def test_product_of_a_slice(library):
     rows, weight = torch.randn(12, 16)[3:9], torch.randn(40, 16)[:30]
     torch.testing.assert_close(times_transposed(rows, weight), rows @ weight.t(), rtol=1e-5, atol=1e-5)
 
@@ -47,7 +56,10 @@ def test_swiglu():
 
 _HELD = """
 import ctypes, torch
+from tulu_mega.platforms import matmul
 from tulu_mega.platforms.matmul import times_transposed
+
+matmul._ONEDNN = matmul.OPERATOR
 
 class Account(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used free top".split()]

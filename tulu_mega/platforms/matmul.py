@@ -2,11 +2,13 @@
 
 torch hands float32 products to MKL. On an AMD EPYC with AVX-512 (Zen 4) oneDNN takes 8 to 20% less time for the shapes of a
 model's linear layers, with the same rounding error; only a product whose first factor is transposed, as in the gradient of a
-weight, is MKL's. Without AVX-512 (Zen 3) MKL is the faster one, mostly by 10 to 25%, and has them all.
+weight, is MKL's. Without AVX-512 (Zen 3) MKL is the faster one, mostly by 10 to 25%, and has them all; so it has on Intel's own
+processors, where a whole step takes 6% less with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -21,8 +23,15 @@ SHAPES = 64
 for _name in CACHES:
     os.environ.setdefault(_name, str(SHAPES))
 
-_FASTER = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _FASTER else None
+
+def _of_amd() -> bool:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as told:
+        return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in told)
+    return False
+
+
+OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN = OPERATOR if torch.backends.cpu.get_cpu_capability() == "AVX512" and _of_amd() else None
 
 
 def times_transposed(rows_NK: Tensor, weight_MK: Tensor, space: Tensor | None = None) -> Tensor:
