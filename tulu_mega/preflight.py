@@ -306,7 +306,7 @@ def _length_fixed_by(settings: RunSettings, before: Mapping[str, Any]) -> str:
     if optim.schedule != "constant" or optim.warmup:
         return (
             f"with optim.schedule = {optim.schedule!r} and optim.warmup = {optim.warmup:g} the length decides every step's rate; "
-            "to train on, begin a run with RUN_DIR/hf as model.path"
+            f"to train on, begin a run with {settings.run_dir}/hf as model.path"
         )
     if isinstance(settings, StageSettings) and not (settings.train.steps and before.get("train.steps")):
         return "the last batch of train.epochs may be short; only train.steps can be changed for another number of steps"
