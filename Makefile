@@ -5,6 +5,8 @@ LOCKED := .venv/.locked
 INSTALLED := .venv/.installed
 PEERS := .venv-peers/.locked
 LOGS ?= docs/measurements
+# acceptance tests that wait for moments or compare seconds, or take all the machine
+ALONE := tests/distributed/test_kills.py tests/trajectory
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -55,8 +57,10 @@ test: lint  ## lint, then every test that needs no GPU
 
 acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/measurements/
 	@mkdir -p $(LOGS)
-	$(BIN)/python -m pytest tests -m acceptance --ignore tests/te 2>&1 | tee $(LOGS)/acceptance.log
-	$(BIN)/python -m pytest tests/te -m acceptance 2>&1 | tee $(LOGS)/acceptance_te.log
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m acceptance -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/te \
+	  $(addprefix --ignore ,$(ALONE)) 2>&1 | tee $(LOGS)/acceptance.log
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/te -m acceptance -n 2 --dist loadfile 2>&1 | tee $(LOGS)/acceptance_te.log
+	$(BIN)/python -m pytest $(ALONE) -m acceptance -s 2>&1 | tee $(LOGS)/acceptance_alone.log
 	@shopt -s nullglob; for bench in tools/bench_*.py; do \
 	  name=$$(basename "$$bench" .py); echo "== $$name"; \
 	  $(BIN)/python "$$bench" 2>&1 | tee "$(LOGS)/$$name.log"; \
