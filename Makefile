@@ -5,8 +5,8 @@ LOCKED := .venv/.locked
 INSTALLED := .venv/.installed
 PEERS := .venv-peers/.locked
 LOGS ?= docs/measurements
-# acceptance tests that wait for moments or compare seconds, or take all the machine
-ALONE := tests/distributed/test_kills.py tests/trajectory
+# acceptance tests that wait for moments, or take all of the machine's cores or memory
+ALONE := tests/rollout/live tests/distributed/test_kills.py tests/trajectory
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help

@@ -1,4 +1,4 @@
-"""Products and activation of the local spec on a CPU, against the formula in float64."""
+"""Products, norm and activation of the local spec on a CPU, against the formula in float64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tulu_mega.model.norms import _InFewPasses
 from tulu_mega.model.swiglu import Swiglu
 from tulu_mega.platforms import matmul
 from tulu_mega.platforms.matmul import times_transposed
@@ -52,6 +53,33 @@ def test_swiglu():
     (wanted,) = torch.autograd.grad(F.silu(gate) * up, both, torch.ones(5, 1, 6, dtype=torch.float64))
     (got,) = torch.autograd.grad(Swiglu()(both), both, torch.ones(1, 1, 1, dtype=torch.float64).expand(5, 1, 6))
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 12), (3, 12), (4, 1, 2, 12), (0, 1, 12)])
+def test_norm(shape):
+    """Over the last dimension, of activations and of heads; as torch's own, with its gradients."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(12, dtype=torch.float64, generator=generator, requires_grad=True)
+    ours, theirs = _InFewPasses.apply(x, weight, 1e-5), F.rms_norm(x, (12,), weight, 1e-5)
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn(shape[::-1], dtype=torch.float64, generator=generator).permute(*range(len(shape))[::-1])  # strided
+    for got, wanted in zip(*(torch.autograd.grad(each, (x, weight), upstream) for each in (ours, theirs)), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_norm_in_float32_beside_float64():
+    generator = torch.Generator().manual_seed(3)
+    x, weight, upstream = (torch.randn(shape, generator=generator) for shape in ((935, 1, 512), (512,), (935, 1, 512)))
+    x[7] = 0.0  # eps alone
+
+    def gradients(norm, dtype):
+        inputs = [each.to(dtype).requires_grad_() for each in (x, weight)]
+        return torch.autograd.grad(norm(*inputs), inputs, upstream.to(dtype))
+
+    exact = gradients(lambda x, weight: F.rms_norm(x, (512,), weight, 1e-6), torch.float64)
+    for got, wanted in zip(gradients(lambda x, weight: _InFewPasses.apply(x, weight, 1e-6), torch.float32), exact, strict=True):
+        assert (got - wanted).abs().max() < 2e-6 * wanted.abs().max()
 
 
 _HELD = """
