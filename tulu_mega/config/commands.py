@@ -162,7 +162,6 @@ class ScoreSettings(EngineSettings):
     """JSONL to write, in input order: `id`, `input_ids`, `logprobs` (natural log, tokens 2..n), `sum`; of a reward model `id`,
     `input_ids`, `score` (at the last token)."""
     template: AskedTemplate = "auto"
-    """Chat template of `messages`: Tulu's, the one the tokenizer ships, or that and Tulu's where it ships none (`auto`)."""
     tokenizer: str | None = None
     """Directory or hub name of the tokenizer; the model's own when unset."""
     pack_length: PositiveInt = 8192
@@ -178,7 +177,6 @@ class GenerateSettings(Section):
     output: str | None = None
     """JSONL to write: the row with `response`, `output_ids`, `finish_reason`. Unset with `input`: standard output."""
     template: AskedTemplate = "auto"
-    """Chat template: Tulu's, the one the tokenizer ships, or that and Tulu's where it ships none (`auto`)."""
     system: str | None = None
     """System message put before a conversation that has none."""
     max_tokens: PositiveInt = 512

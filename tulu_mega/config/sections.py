@@ -27,8 +27,11 @@ def _sensible_amounts(sources: Any) -> Any:
 
 Sources = Annotated[str | list[str] | dict[str, int | float], BeforeValidator(_sensible_amounts)]
 """Files or data sets, or a table of them with amounts."""
-AskedTemplate = Literal["auto", "tulu", "tokenizer"]
-"""Chat template of a model that is asked, not trained."""
+AskedTemplate = Annotated[
+    Literal["auto", "tulu", "tokenizer"],
+    Field(description="Chat template: Tulu's, the one the tokenizer ships, or that and Tulu's where it ships none (`auto`)."),
+]
+"""Of a model that is asked, not trained."""
 
 
 class Section(BaseModel):

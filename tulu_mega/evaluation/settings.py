@@ -41,7 +41,6 @@ class EvalSettings(Section):
     """Table of tasks by name (gsm8k, math, ifeval, mmlu, bbh, rlvr), each with settings of its own or its file alone:
     `--tasks.gsm8k test.jsonl`."""
     template: AskedTemplate = "auto"
-    """Chat template: Tulu's, the one the tokenizer ships, or that and Tulu's where it ships none (`auto`)."""
     system: str | None = None
     """System message put before every conversation that has none."""
     samples: PositiveInt = 1

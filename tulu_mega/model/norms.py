@@ -37,7 +37,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class _InFewPasses(torch.autograd.Function):
-    """RMS norm on a CPU, where torch makes it of eight operations forward and more backward, and keeps what they make."""
+    """RMS norm on a CPU in few passes over memory, where torch makes a chain of operations of it and keeps what they make."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
