@@ -185,7 +185,7 @@ CASES = {
     "no model": (nothing, ["--model.path", "./nowhere"], ["nowhere"]),
     "small vocabulary": (fewer_words, [], ["but the model's vocabulary has 64 entries"]),
     "no tokenizer": (no_tokenizer, [], ["model.path = 'model': the tokenizer cannot be loaded: no tokenizer.json there"]),
-    "no template": (no_template, ["--data.template", "tokenizer"], ['ships no chat template; use data.template = "tulu"']),
+    "no template": (no_template, ["--data.template", "tokenizer"], ['ships no chat template; use the template "tulu"']),
     "malformed line": (append('{"messages": '), [], ["train.jsonl line 5: not valid JSON"]),
     "not an object": (append("[1, 2]"), [], ["train.jsonl line 5: expected a JSON object on each line, got list"]),
     "no answer": (append(NO_ANSWER), [], ["train.jsonl line 5: no assistant message, so there is nothing to train"]),

@@ -27,9 +27,9 @@ def test_the_chat_template_survives_on_disk(tmp_path, tokenizer):
     assert load_tokenizer(str(tmp_path), None, "tokenizer").chat_template == TULU_CHAT_TEMPLATE
 
 
-def refused(text, *args):
+def refused(text, *args, **kwargs):
     with pytest.raises(UserError) as caught:
-        load_tokenizer(*args)
+        load_tokenizer(*args, **kwargs)
     assert text in str(caught.value)
     assert "\n" not in caught.value.problems[0]
 
@@ -37,13 +37,15 @@ def refused(text, *args):
 def test_refusals(tmp_path, tokenizer_dir, make_tokenizer):
     refused("no such directory", str(tmp_path / "nowhere"), None)
     refused("data.tokenizer = './nowhere'", str(tokenizer_dir), "./nowhere")
+    refused("tokenizer = './nowhere'", str(tokenizer_dir), "./nowhere", setting="tokenizer")
     refused("cannot be loaded", "nobody/nothing", None)
     refused("ships no chat template", str(tokenizer_dir), None, "tokenizer")
     make_tokenizer(eos_token=None).save_pretrained(tmp_path / "endless")
     refused("no eos token", str(tmp_path / "endless"), None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    refused("tokenizer.json", str(tmp_path / "empty"), None)
+    refused("no tokenizer.json there; data.tokenizer names another", str(tmp_path / "empty"), None)
+    refused("no tokenizer.json there; put the files of", str(tmp_path / "empty"), None, setting=None)
     (tmp_path / "empty" / "tokenizer.json").write_text("{broken")
     refused("cannot be loaded", str(tmp_path / "empty"), None)
 

@@ -20,7 +20,11 @@ _PROBE = "<|user|>\nThe  quick, 1234 Größen!\n\n    def f(x): # 😀\n"
 
 
 def load_tokenizer(
-    model: str, tokenizer: str | None = None, template: Template = "tulu", trust_remote_code: bool = False
+    model: str,
+    tokenizer: str | None = None,
+    template: Template = "tulu",
+    trust_remote_code: bool = False,
+    setting: str | None = "data.tokenizer",
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of a directory or hub name.
 
@@ -32,20 +36,21 @@ def load_tokenizer(
         tokenizer: directory or hub name of another tokenizer, or None.
         template: ``"tokenizer"`` asks for one that ships a chat template.
         trust_remote_code: let transformers run Python code that comes with it.
+        setting: the command's setting that names another tokenizer, for messages; None where it has none.
 
     Raises:
         UserError: none there, not a fast one, no eos token, no chat template where one is asked for, a package that reads its
             vocabulary is missing, or other tokens come out than sentencepiece gives.
     """
     source = tokenizer or model
-    setting = "data.tokenizer" if tokenizer else "model.path"
+    named = f"{setting if tokenizer else 'model.path'} = {source!r}"
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
     path = Path(source).expanduser()
     if looks_local and not path.is_dir():
-        raise UserError(f"{setting} = {source!r}: no such directory; give a directory with tokenizer.json or a hub name")
+        raise UserError(f"{named}: no such directory; give a directory with tokenizer.json or a hub name")
     kind = _vocabulary_kind(path)
     if kind and not find_spec(kind):
-        raise UserError(f"{setting} = {source!r}: {_VOCABULARY} needs the package {kind!r}; install it, or give tokenizer.json")
+        raise UserError(f"{named}: {_VOCABULARY} needs the package {kind!r}; install it, or give tokenizer.json")
     try:
         with _quiet():  # a list of ranks is first taken for a sentencepiece model, with a warning
             loaded = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else source, trust_remote_code=trust_remote_code)
@@ -53,24 +58,22 @@ def load_tokenizer(
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         if path.is_dir() and not (path / "tokenizer.json").is_file():
             reason = f"{_VOCABULARY} is not to be used ({reason})" if kind else "no tokenizer.json there"
-        hint = "data.tokenizer names another directory or hub name"
+        hint = f"{setting} names another directory or hub name" if setting else "put the files of the model's tokenizer there"
         if "trust_remote_code" in str(error):
             hint = "set model.trust_remote_code = true if you trust the code that comes with it"
-        raise UserError(f"{setting} = {source!r}: the tokenizer cannot be loaded: {reason}; {hint}") from None
+        raise UserError(f"{named}: the tokenizer cannot be loaded: {reason}; {hint}") from None
     problems = []
     if not loaded.is_fast:
-        problems.append(f"{setting} = {source!r}: not a fast tokenizer ({type(loaded).__name__}); expected tokenizer.json there")
+        problems.append(f"{named}: not a fast tokenizer ({type(loaded).__name__}); expected tokenizer.json there")
     if loaded.eos_token is None:
-        problems.append(
-            f"{setting} = {source!r}: the tokenizer has no eos token to end an answer; set it in tokenizer_config.json"
-        )
+        problems.append(f"{named}: the tokenizer has no eos token to end an answer; set it in tokenizer_config.json")
     if kind == "sentencepiece" and not _as_sentencepiece(loaded, path / _VOCABULARY):
         problems.append(
-            f"{setting} = {source!r}: transformers' {type(loaded).__name__} makes other tokens than {_VOCABULARY} itself; "
+            f"{named}: transformers' {type(loaded).__name__} makes other tokens than {_VOCABULARY} itself; "
             'name the model\'s class in tokenizer_config.json (as "tokenizer_class": "LlamaTokenizer"), or give tokenizer.json'
         )
     if template == "tokenizer" and not loaded.chat_template:
-        problems.append(f'{setting} = {source!r}: the tokenizer ships no chat template; use data.template = "tulu"')
+        problems.append(f'{named}: the tokenizer ships no chat template; use the template "tulu"')
     if problems:
         raise UserError(problems)
     return loaded

@@ -78,7 +78,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     model = vllm.model_source(settings.model.path)
     config = vllm.model_config(model, settings.model.trust_remote_code)
     longest = vllm.longest_sequence(settings.model.path, config, settings.max_model_len)
-    tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code)
+    tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code, setting=None)
     settings = settings.model_copy(update={"template": template_of(tokenizer, settings.template)})
     asked, problems = [], []
     for name, task_settings in settings.tasks.items():

@@ -37,7 +37,7 @@ def generate(settings: GenerateSettings) -> None:
     vllm.check_vllm()
     model = vllm.model_source(settings.model.path)
     config = vllm.model_config(model, settings.model.trust_remote_code)
-    tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code)
+    tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code, setting=None)
     settings = settings.model_copy(update={"template": template_of(tokenizer, settings.template)})
     longest = vllm.longest_sequence(settings.model.path, config, settings.max_model_len)
     rows, prompts = _read(settings, tokenizer, longest, config.vocab_size) if settings.input is not None else ([], [])
