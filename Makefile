@@ -56,15 +56,14 @@ test: lint  ## lint, then every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/te -m "not acceptance" -n 2 --dist loadfile --durations 5
 
 acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/measurements/
-	@mkdir -p $(LOGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m acceptance -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/te \
-	  $(addprefix --ignore ,$(ALONE)) 2>&1 | tee $(LOGS)/acceptance.log
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/te -m acceptance -n 2 --dist loadfile 2>&1 | tee $(LOGS)/acceptance_te.log
-	$(BIN)/python -m pytest $(ALONE) -m acceptance -s 2>&1 | tee $(LOGS)/acceptance_alone.log
-	@shopt -s nullglob; for bench in tools/bench_*.py; do \
-	  name=$$(basename "$$bench" .py); echo "== $$name"; \
-	  $(BIN)/python "$$bench" 2>&1 | tee "$(LOGS)/$$name.log"; \
-	done
+	@mkdir -p $(LOGS); failed=; \
+	part() { name=$$1; shift; echo "== $$name"; "$$@" 2>&1 | tee "$(LOGS)/$$name.log" || failed="$$failed $$name"; }; \
+	pool="env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m acceptance -n 2 --dist loadfile --no-loadscope-reorder"; \
+	part acceptance $$pool tests --ignore tests/te $(addprefix --ignore ,$(ALONE)); \
+	part acceptance_te $$pool tests/te; \
+	part acceptance_alone $(BIN)/python -m pytest $(ALONE) -m acceptance -s; \
+	for bench in tools/bench_*.py; do part "$$(basename "$$bench" .py)" $(BIN)/python "$$bench"; done; \
+	[ -z "$$failed" ] || { echo "failed:$$failed; see $(LOGS)" >&2; exit 1; }
 
 gpu:  ## what needs a CUDA device, in ten minutes: make gpu PYTHON=python3 [GPU_PARTS="tests kernels training smoke fused"]; logs under LOGS
 	@PYTHON=$(PYTHON) LOGS=$(LOGS) tools/gpu.sh $(GPU_PARTS)

@@ -111,6 +111,7 @@ RANK = """
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
     open(f"DIRECTORY/met{os.environ['RANK']}", "w").write(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    dist.destroy_process_group()
 """
 
 
