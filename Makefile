@@ -56,7 +56,7 @@ test: lint  ## lint, then every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/te -m "not acceptance" -n 2 --dist loadfile --durations 5
 
 acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/measurements/
-	@mkdir -p $(LOGS); failed=; \
+	@mkdir -p $(LOGS); failed=; trap 'exit 130' INT; \
 	part() { name=$$1; shift; echo "== $$name"; "$$@" 2>&1 | tee "$(LOGS)/$$name.log" || failed="$$failed $$name"; }; \
 	pool="env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m acceptance -n 2 --dist loadfile --no-loadscope-reorder"; \
 	part acceptance $$pool tests --ignore tests/te $(addprefix --ignore ,$(ALONE)); \

@@ -29,6 +29,7 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=kernels${PYTHONPATH:+:$PYTHONPATH}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 failed=
+trap 'exit 130' INT  # else Ctrl-C would end one part only
 run() {
   local name=$1 limit=$2
   shift 2

@@ -32,12 +32,14 @@ def refused(text, *args, **kwargs):
         load_tokenizer(*args, **kwargs)
     assert text in str(caught.value)
     assert "\n" not in caught.value.problems[0]
+    return caught.value.problems[0]
 
 
 def test_refusals(tmp_path, tokenizer_dir, make_tokenizer):
     refused("no such directory", str(tmp_path / "nowhere"), None)
     refused("data.tokenizer = './nowhere'", str(tokenizer_dir), "./nowhere")
-    refused("tokenizer = './nowhere'", str(tokenizer_dir), "./nowhere", setting="tokenizer")
+    told = refused("no such directory", str(tokenizer_dir), "./nowhere", setting="tokenizer")
+    assert told.startswith("tokenizer = './nowhere'")
     refused("cannot be loaded", "nobody/nothing", None)
     refused("ships no chat template", str(tokenizer_dir), None, "tokenizer")
     make_tokenizer(eos_token=None).save_pretrained(tmp_path / "endless")

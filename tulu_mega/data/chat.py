@@ -185,7 +185,7 @@ def _render_marked(messages: Messages, tokenizer: PreTrainedTokenizerFast) -> Re
             **tokenizer.special_tokens_map,
         )
     if not spans[0]:
-        raise UserError("the tokenizer's chat template marks no text as the assistant's; use data.template = 'tulu'")
+        raise UserError("the tokenizer's chat template marks no text as the assistant's; use the template 'tulu'")
     return Rendered(texts[0], [(start, end) for start, end in spans[0]])
 
 
@@ -205,7 +205,7 @@ def _render_by_prefixes(messages: Messages, tokenizer: PreTrainedTokenizerFast) 
         if not (after.startswith(before) and whole.startswith(after)):
             raise UserError(
                 f"the tokenizer's chat template renders the messages up to {index + 1} otherwise than inside the whole, "
-                "so the assistant's text cannot be told; mark it there with {% generation %} or use data.template = 'tulu'"
+                "so the assistant's text cannot be told; mark it there with {% generation %} or use the template 'tulu'"
             )
         end = len(after)
         eos = tokenizer.eos_token

@@ -85,6 +85,7 @@ def encoder(settings: ScoreSettings, rows: list[dict[str, Any]], vocab_size: int
     tokenizer, template = None, "tulu"
     if any(row.get("messages") is not None or row.get("text") is not None for row in rows):  # null is a column of another row
         model = settings.model
-        tokenizer = load_tokenizer(model.path, settings.tokenizer, settings.template, model.trust_remote_code, "tokenizer")
+        asked = (model.path, settings.tokenizer, settings.template, model.trust_remote_code)
+        tokenizer = load_tokenizer(*asked, setting="tokenizer")
         template = template_of(tokenizer, settings.template)
     return Encoder(tokenizer, template, vocab_size)
