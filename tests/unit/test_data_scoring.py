@@ -23,7 +23,7 @@ class Letters:
 def loaded(monkeypatch):
     """The tokenizers that were loaded."""
     found = []
-    monkeypatch.setattr(scoring, "load_tokenizer", lambda *asked: found.append(asked) or Letters())
+    monkeypatch.setattr(scoring, "load_tokenizer", lambda *asked, setting: found.append((*asked, setting)) or Letters())
     return found
 
 
