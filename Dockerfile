@@ -27,4 +27,4 @@ RUN python -m venv /opt/serve \
  && /opt/serve/bin/pip install --no-deps megatron-core==0.16.1 . \
  && /opt/serve/bin/python -c "import vllm, tulu_mega"
 
-RUN python -c "import transformer_engine, megatron.core, transformers, tulu_mega.engine, tulu_mega.reference, tulu_mega.rewards"
+RUN python -c "import transformer_engine, megatron.core, transformers, tulu_mega.train.engine, tulu_mega.train.reference_cache, tulu_mega.rewards"

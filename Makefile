@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PEERS := .venv-peers/.locked
 LOGS ?= docs/measurements
 # acceptance tests that wait for moments, or take all of the machine's cores or memory
-ALONE := tests/rollout/live tests/distributed/test_kills.py tests/trajectory
+ALONE := tests/weight_transfer/live tests/end_to_end/test_kills.py tests/end_to_end/test_quickstart.py
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -52,15 +52,15 @@ lint: $(INSTALLED)  ## ruff and the import contracts
 	$(BIN)/lint-imports
 
 test: lint  ## lint, then every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not acceptance and not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations 15 --ignore tests/te
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/te -m "not acceptance" -n 2 --dist loadfile --durations 5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not acceptance and not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations 15 --ignore tests/standins/transformer_engine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/standins/transformer_engine -m "not acceptance" -n 2 --dist loadfile --durations 5
 
 acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/measurements/
 	@mkdir -p $(LOGS); failed=; trap 'exit 130' INT; \
 	part() { name=$$1; shift; echo "== $$name"; "$$@" 2>&1 | tee "$(LOGS)/$$name.log" || failed="$$failed $$name"; }; \
 	pool="env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m acceptance -n 2 --dist loadfile --no-loadscope-reorder"; \
-	part acceptance $$pool tests --ignore tests/te $(addprefix --ignore ,$(ALONE)); \
-	part acceptance_te $$pool tests/te; \
+	part acceptance $$pool tests --ignore tests/standins/transformer_engine $(addprefix --ignore ,$(ALONE)); \
+	part acceptance_te $$pool tests/standins/transformer_engine; \
 	part acceptance_alone $(BIN)/python -m pytest $(ALONE) -m acceptance -s; \
 	for bench in tools/bench_*.py; do part "$$(basename "$$bench" .py)" $(BIN)/python "$$bench"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed; see $(LOGS)" >&2; exit 1; }

@@ -72,6 +72,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["tulu-mega = tulu_mega.cli:program"],
-        "vllm.general_plugins": ["tulu_mega = tulu_mega.rollout.plugin:register"],  # vLLM calls it in each of its processes
+        "vllm.general_plugins": ["tulu_mega = tulu_mega.vllm_plugin.plugin:register"],  # vLLM calls it in each of its processes
     },
 )

@@ -78,7 +78,7 @@ def write_model(directory: Path, nbytes: float) -> int:
     sys.path.insert(0, str(ROOT))
     from tools.bench_load import model_config
     from tulu_mega.bridge.families import family_for
-    from tulu_mega.bridge.hf_writer import ShardWriter, plan_files, tensor_info, write_index
+    from tulu_mega.bridge.files.hf_writer import ShardWriter, plan_files, tensor_info, write_index
 
     shape = argparse.Namespace(hidden=4096, layers=1, vocab=128256, dtype="bf16")
     fixed = 2 * 2 * 128256 * 4096
@@ -158,7 +158,7 @@ def _watch(process: subprocess.Popen, note: Callable[[int], None]) -> None:
 
 def hashes(directory: Path) -> dict[str, str]:
     """Of every tensor, computed from the files."""
-    from tulu_mega.bridge.hf_files import HfCheckpoint
+    from tulu_mega.bridge.files.hf_files import HfCheckpoint
     from tulu_mega.convert.manifest import hash_of
 
     files = HfCheckpoint.open(directory)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from tulu_mega.config import DecontaminateSettings
-from tulu_mega.data.decontamination import decontaminate
+from tulu_mega.data.tools.decontaminate import decontaminate
 from tulu_mega.data.workers import cores
 
 EVALUATIONS = {"gsm8k": (1319, 46), "math": (5000, 32), "ifeval": (541, 37), "mmlu": (14042, 60)}

@@ -85,7 +85,7 @@ def write_checkpoint(directory: Path, config: dict, dtype: str) -> None:
     import torch
 
     from tulu_mega.bridge.families import family_for
-    from tulu_mega.bridge.hf_writer import ShardWriter, plan_files, tensor_info, write_index
+    from tulu_mega.bridge.files.hf_writer import ShardWriter, plan_files, tensor_info, write_index
 
     if directory.exists() and any(directory.iterdir()):
         known = all(each.name == "config.json" or each.name.startswith("model") for each in directory.iterdir())
@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace) -> dict:
     import torch
 
     from tulu_mega.bridge.families import family_for
-    from tulu_mega.bridge.hf_files import HfCheckpoint
+    from tulu_mega.bridge.files.hf_files import HfCheckpoint
     from tulu_mega.bridge.live import load_hf
 
     torch.set_num_threads(1)

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tulu_mega.data.cost import sequence_flops
-from tulu_mega.data.packing import Alignment, plan_step
-from tulu_mega.planner.schedule import Pipeline, simulate
+from tulu_mega.data.packing import plan_step
+from tulu_mega.layout.alignment import Alignment
+from tulu_mega.layout.cost import sequence_flops
+from tulu_mega.layout.schedule import Pipeline, simulate
 
 BATCH, CAPACITY = 128, 4096
 CASES = {"DP8": (8, Pipeline()), "PP4xVPP2xDP2": (2, Pipeline(4, 2))}

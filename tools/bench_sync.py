@@ -50,9 +50,9 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, root: Path) -> dict:
-    from tulu_mega.rollout.gate import server_arguments
-    from tulu_mega.rollout.server import ServerPool
-    from tulu_mega.rollout.serving import ServerOptions, core_shares
+    from tulu_mega.inference.command_line import ServerOptions, core_shares
+    from tulu_mega.inference.pool import ServerPool
+    from tulu_mega.vllm_plugin.gate import server_arguments
 
     model = root / "model"
     model.mkdir()
@@ -86,10 +86,10 @@ def race(options: argparse.Namespace, model: str, servers: list) -> dict:
     import torch
 
     from tulu_mega.config import EngineSettings, RolloutSettings
-    from tulu_mega.launcher import World
-    from tulu_mega.recipes.session import opened
-    from tulu_mega.rollout.control import ServerControl
-    from tulu_mega.rollout.transfer import WeightSync
+    from tulu_mega.launch.launcher import World
+    from tulu_mega.train.session import opened
+    from tulu_mega.weight_transfer.control import ServerControl
+    from tulu_mega.weight_transfer.transfer import WeightSync
 
     torch.set_num_threads(1)
     with socket.socket() as probe:
@@ -107,7 +107,7 @@ def race(options: argparse.Namespace, model: str, servers: list) -> dict:
             for chunk in session.engine.chunks:
                 for parameter in chunk.parameters():
                     parameter.uniform_(-0.1, 0.1)
-        sync = WeightSync.connect(session, servers, rollout)
+        sync = WeightSync.connect(session.sender(rollout), servers, rollout)
         nbytes = _good(sync.push(0)).bytes  # the first meets untouched memory and learns vLLM's names
         source, target = torch.rand(nbytes // 4), torch.empty(nbytes // 4)
         for version in range(options.rounds):

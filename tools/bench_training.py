@@ -5,7 +5,7 @@
     python3 tools/bench_training.py --pack 8192 --profile          and which kernels the time goes to
     python3 tools/bench_training.py --device cpu                   a small model, to see that it works
 
-As many layers are taken as `tulu_mega.planner` says fit with gradients and optimizer; two fewer each time that it was wrong.
+As many layers are taken as `tulu_mega.plan.model` says fit with gradients and optimizer; two fewer each time that it was wrong.
 Packs hold conversations of lengths like Tulu 3's, a step's packs 64k tokens, and steps are SFT's by this project's engine.
 Nothing has to be installed but megatron-core and what setup.py lists; the repository is put on the path. Prints figures as soon
 as they are there, and at the end one JSON line; after a failure or a time-out (an interrupt, or a signal to end) with what was
@@ -52,25 +52,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from tulu_mega.config import SftSettings, load
 from tulu_mega.data.batch import pack
-from tulu_mega.data.packing import Alignment
-from tulu_mega.engine import Engine
 from tulu_mega.errors import UserError
-from tulu_mega.launcher import World
-from tulu_mega.metrics import peak_flops
+from tulu_mega.launch.launcher import World
+from tulu_mega.layout.alignment import Alignment
+from tulu_mega.layout.flops import training_flops
+from tulu_mega.layout.schedule import Pipeline
 from tulu_mega.model.build import attention_of
 from tulu_mega.model.config import DTYPES
 from tulu_mega.objectives.sft import SftObjective
-from tulu_mega.planner.calibration import RATES
-from tulu_mega.planner.flops import training_flops
-from tulu_mega.planner.hardware import GPUS, Gpu
-from tulu_mega.planner.job import Job, Pack
-from tulu_mega.planner.memory import rank_memory
-from tulu_mega.planner.schedule import Pipeline
-from tulu_mega.planner.timing import train_step
-from tulu_mega.planner.workload import LABELLED, MEAN_LENGTH, draw_lengths, pack_step
-from tulu_mega.recipes.session import opened
+from tulu_mega.plan.model.calibration import RATES
+from tulu_mega.plan.model.hardware import GPUS, Gpu
+from tulu_mega.plan.model.job import Job, Pack
+from tulu_mega.plan.model.memory import rank_memory
+from tulu_mega.plan.model.timing import train_step
+from tulu_mega.plan.model.workload import LABELLED, MEAN_LENGTH, draw_lengths, pack_step
 from tulu_mega.records import IGNORE, PackedBatch
 from tulu_mega.records import Sequence as Row
+from tulu_mega.train.engine import Engine
+from tulu_mega.train.metrics import peak_flops
+from tulu_mega.train.session import opened
 
 SHAPE = Path(__file__).resolve().parents[1] / "examples/architectures/llama3.1_8b/config.json"
 SMALL = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 2048}

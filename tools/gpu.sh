@@ -38,7 +38,7 @@ run() {
 }
 for part in "${parts[@]}"; do
   case $part in
-    tests) run gpu_tests 130 -m pytest -v --durations 5 --session-timeout 120 tests/gpu tests/kernels tests/unit/test_stragglers.py -m gpu ;;
+    tests) run gpu_tests 130 -m pytest -v --durations 5 --session-timeout 120 tests/gpu tests/kernels tests/resilience/test_stragglers.py -m gpu ;;
     kernels) run bench_kernels 140 tools/bench_kernels.py ;;
     training) run bench_training 170 tools/bench_training.py --steps 3 ;;
     smoke) run gpu_smoke 90 tools/gpu_smoke.py ;;

@@ -9,10 +9,10 @@ from laps import Laps, spec
 from racer_steps import settings, timed
 
 from tulu_mega.config import DpoSettings
-from tulu_mega.launcher import World
+from tulu_mega.launch.launcher import World
 from tulu_mega.objectives.preference import PreferenceObjective
-from tulu_mega.recipes.stage import opened_stage
-from tulu_mega.reference import ReferenceCache, fill
+from tulu_mega.train.dataset_run import opened_stage
+from tulu_mega.train.reference_cache import ReferenceCache, fill
 
 
 def main() -> None:

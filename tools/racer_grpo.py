@@ -8,9 +8,9 @@ from pathlib import Path
 from laps import Laps, spec
 
 from tulu_mega.config import GrpoSettings
-from tulu_mega.launcher import World
+from tulu_mega.inference.for_run import servers
+from tulu_mega.launch.launcher import World
 from tulu_mega.recipes.grpo import Policy, opened_policy
-from tulu_mega.rollout.beside import servers
 
 
 def main() -> None:

@@ -8,12 +8,12 @@ from laps import Laps, spec
 from racer_steps import settings, timed
 
 from tulu_mega.config import SftSettings
-from tulu_mega.data.cost import sequence_flops
 from tulu_mega.data.loader import PackedLoader
 from tulu_mega.data.store import TokenStore
-from tulu_mega.launcher import World
+from tulu_mega.launch.launcher import World
+from tulu_mega.layout.cost import sequence_flops
 from tulu_mega.objectives.sft import SftObjective
-from tulu_mega.recipes.session import opened
+from tulu_mega.train.session import opened
 
 
 def main() -> None:

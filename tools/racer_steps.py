@@ -7,7 +7,7 @@ from typing import Any
 from laps import Laps
 
 from tulu_mega.data.loader import PackedLoader
-from tulu_mega.engine import Engine, Objective
+from tulu_mega.train.engine import Engine, Objective
 
 
 def settings(wanted: dict[str, Any], run_dir: str, rows: str, **train: Any) -> dict[str, Any]:

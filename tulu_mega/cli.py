@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from tulu_mega import __version__, launcher
+from tulu_mega import __version__
 from tulu_mega.errors import Stopped, UserError, nearest
-from tulu_mega.imports import leave
+from tulu_mega.launch import launcher
+from tulu_mega.process import leave
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ COMMANDS = {
     "generate": Command(
         "answers by vLLM, from JSONL or at a prompt",
         "tulu_mega.config:GenerateSettings",
-        "tulu_mega.rollout.generate:generate",
+        "tulu_mega.inference.generate:generate",
         example="tulu-mega generate --model DIR --input prompts.jsonl --output answers.jsonl",
     ),
     "serve": Command(
         "vLLM servers for a trainer on another node, which attaches to them by rollout.urls",
         "tulu_mega.config:ServeSettings",
-        "tulu_mega.rollout.serve:serve",
+        "tulu_mega.inference.serve:serve",
         example="TULU_MEGA_ROLLOUT_KEY=... tulu-mega serve --model DIR --host 10.0.0.5 --port 8000 --rollout.servers 2",
     ),
     "convert": Command(
@@ -115,19 +116,19 @@ COMMANDS = {
     "data inspect": Command(
         "what a run would train on: rows with what is trained of them, lengths, rejects, packing",
         "tulu_mega.config:DataInspectSettings",
-        "tulu_mega.data.inspect:inspect",
+        "tulu_mega.data.tools.inspect:inspect",
         example="tulu-mega data inspect examples/tulu3/8b/sft.toml --parallel.data 8 --html data.html",
     ),
     "data mix": Command(
         "the rows that data.train draws of its sources, as one JSONL file",
         "tulu_mega.config:DataMixSettings",
-        "tulu_mega.data.mix:mix",
+        "tulu_mega.data.tools.mix:mix",
         example='tulu-mega data mix --data.train \'{"a.jsonl" = 0.5, "owner/b" = 2000}\' --output mixed.jsonl',
     ),
     "data decontaminate": Command(
         "finds training rows that hold evaluation rows, by 8-grams, and writes the data without them",
         "tulu_mega.config:DecontaminateSettings",
-        "tulu_mega.data.decontamination:decontaminate",
+        "tulu_mega.data.tools.decontaminate:decontaminate",
         example='tulu-mega data decontaminate --train train.jsonl --evaluations \'{"test.jsonl" = "question"}\' --output DIR',
     ),
     "quickstart": Command(
@@ -199,7 +200,11 @@ def _dispatch(arguments: list[str]) -> int:
         launcher.die_with_launcher()
         settings = _settings(command, rest)
         program = [sys.executable, "-m", "tulu_mega", name, *rest]
-        return launcher.run(command.run, settings, program, prepare=lambda it: launcher.resolve("tulu_mega.preflight:ready")(it))
+
+        def prepare(it: Any) -> None:  # imported only where it is called: ranks do not prepare
+            launcher.resolve("tulu_mega.preflight.check:ready")(it)
+
+        return launcher.run(command.run, settings, program, prepare=prepare)
     settings = _settings(command, rest)
     status = launcher.resolve(command.run)(settings)
     return int(status or 0)
@@ -249,10 +254,10 @@ def _check(arguments: list[str]) -> int:
         print(as_toml(settings.model_dump()), flush=True)
 
     def look() -> list[str]:
-        return launcher.resolve("tulu_mega.preflight:check")(settings)
+        return launcher.resolve("tulu_mega.preflight.check:check")(settings)
 
     if cluster:
-        nodes = launcher.resolve("tulu_mega.cluster:check")(settings, look)
+        nodes = launcher.resolve("tulu_mega.preflight.cluster:check")(settings, look)
     elif problems := look():
         raise UserError(problems)
     if not first:

@@ -7,9 +7,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tests.distributed import world
-from tulu_mega import platforms, topology
+from tests.lib import world
+from tulu_mega import platforms
 from tulu_mega.config import ParallelSettings
+from tulu_mega.distributed import topology
 
 
 def timeouts(seconds: float) -> list[float]:

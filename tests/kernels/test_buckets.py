@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tulu_kernels.buckets import BoxCopies, BucketPlan, plan_bucket
 from tulu_kernels.buckets.plan import ALIGNMENT, ODD_TILE, TILE, VECTOR, launches
 
-from tests.distributed import world
 from tests.kernels.compiled import compiled
+from tests.lib import world
 
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = [(BF16, BF16), (FP32, BF16), (FP32, FP32), (BF16, FP32)]

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tulu_kernels.fp8_blocks import BLOCK, Box, NotAligned, PackPlan, pack, plan_pack, quantize
 from tulu_kernels.fp8_blocks.reference import dequantize
 
-from tests.distributed import world
 from tests.kernels.compiled import compiled
+from tests.lib import world
 from tulu_mega.bridge.families import llama
 
 BY_VLLM = """

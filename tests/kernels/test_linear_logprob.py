@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tulu_kernels.linear_logprob.function import TILE, even_chunks
 
-from tests.distributed import world
 from tests.kernels.compiled import compiled
+from tests.lib import world
 
 FLOAT_BF16 = 2.0**-8
 """relative spacing of bf16 numbers"""

@@ -1,6 +1,6 @@
 """The policy loss's kernel, in Triton's interpreter, against torch autograd in float64, over pairs of everything it knows.
 
-That the formulas in torch are the published ones is shown in tests/distributed/test_policy.py and tests/unit/test_policy_trl.py.
+That the formulas in torch are the published ones is shown in tests/objectives (test_policy_ranks.py, test_policy_trl.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import pytest
 import torch
 from tulu_kernels.policy_loss import PolicyLoss, Tokens, policy_loss
 
-from tests.distributed import world
 from tests.kernels.compiled import compiled
+from tests.lib import world
 
 CHOICES: dict[str, list[Any]] = {
     "loss": ["grpo", "dapo", "cispo", "gspo"],

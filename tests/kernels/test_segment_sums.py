@@ -8,8 +8,8 @@ import pytest
 import torch
 from tulu_kernels.segment_sums import segment_sums
 
-from tests.distributed import world
 from tests.kernels.compiled import compiled
+from tests.lib import world
 
 LENGTHS = {
     "odd": [3, 1, 12],

@@ -8,8 +8,8 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from tulu_mega.rollout.protocol import DTYPES
-from tulu_mega.rollout.worker import WeightsReport
+from tulu_mega.vllm_plugin.worker import WeightsReport
+from tulu_mega.weight_transfer.protocol import DTYPES
 
 
 class OwnLoading(WeightsReport):

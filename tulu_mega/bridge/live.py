@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tulu_mega.bridge.companions import OtherTokenizer, put_in_place, write_companions
+from tulu_mega.bridge.files.companions import OtherTokenizer, put_in_place, write_companions
+from tulu_mega.bridge.files.hf_files import HfCheckpoint, TensorInfo
+from tulu_mega.bridge.files.hf_writer import ShardWriter, plan_files, write_index
 from tulu_mega.bridge.fp8_parameters import unrounded
-from tulu_mega.bridge.hf_files import HfCheckpoint, TensorInfo
-from tulu_mega.bridge.hf_writer import ShardWriter, plan_files, write_index
 from tulu_mega.bridge.rules import Config, Family, Piece
 from tulu_mega.bridge.shards import (
     Outbound,
@@ -27,7 +27,7 @@ from tulu_mega.bridge.shards import (
     outbound,
     send,
 )
-from tulu_mega.collective import together
+from tulu_mega.distributed.collectives import together
 from tulu_mega.errors import UserError
 
 

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tulu_mega.bridge.hf_files import TensorInfo
-from tulu_mega.bridge.hf_writer import tensor_info
+from tulu_mega.bridge.files.hf_files import TensorInfo
+from tulu_mega.bridge.files.hf_writer import tensor_info
 from tulu_mega.bridge.rules import Config, Family, Piece, Region, is_weight
 
 _SLAB_BYTES = 32 * 2**20

@@ -1,16 +1,5 @@
 """Settings: pydantic, strict, frozen, importable without torch."""
 
-from tulu_mega.config.commands import (
-    DpoSettings,
-    EngineSettings,
-    GenerateSettings,
-    PreferenceStageSettings,
-    RmSettings,
-    RunSettings,
-    ScoreSettings,
-    SftSettings,
-    StageSettings,
-)
 from tulu_mega.config.data import DataInspectSettings, DataMixSettings, DecontaminateSettings
 from tulu_mega.config.grpo import (
     GrpoSettings,
@@ -39,6 +28,17 @@ from tulu_mega.config.sections import (
     WatchdogSettings,
 )
 from tulu_mega.config.source import describe, load
+from tulu_mega.config.stages import (
+    DpoSettings,
+    EngineSettings,
+    GenerateSettings,
+    PreferenceStageSettings,
+    RmSettings,
+    RunSettings,
+    ScoreSettings,
+    SftSettings,
+    StageSettings,
+)
 
 __all__ = [
     "CheckpointSettings",

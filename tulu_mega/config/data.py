@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tulu_mega.config.commands import DpoSettings, EngineSettings, RmSettings, SftSettings
 from tulu_mega.config.sections import (
     DataSettings,
     Fraction,
@@ -16,6 +15,7 @@ from tulu_mega.config.sections import (
     SftTrainSettings,
     TrainSettings,
 )
+from tulu_mega.config.stages import DpoSettings, EngineSettings, RmSettings, SftSettings
 
 
 class _OfARun(Section):

@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tulu_mega.config.commands import RunSettings
 from tulu_mega.config.rollout import PolicySettings, RolloutSettings, SamplingSettings, Seconds, check_servers
 from tulu_mega.config.sections import Fraction, OptimSettings, PositiveInt, Section, Sources, SpikeSettings, StragglerSettings
+from tulu_mega.config.stages import RunSettings
 
 
 class PromptDataSettings(Section):

@@ -12,8 +12,8 @@ from typing import Any
 from blake3 import blake3
 from torch import Tensor
 
-from tulu_mega.bridge.disk import tensor_bytes
-from tulu_mega.bridge.hf_writer import write_durably
+from tulu_mega.bridge.files.disk import tensor_bytes
+from tulu_mega.bridge.files.hf_writer import write_durably
 from tulu_mega.errors import UserError
 
 NAME = "manifest.json"

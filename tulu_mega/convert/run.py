@@ -25,17 +25,17 @@ from typing import Any
 
 import torch
 
-from tulu_mega.bridge.companions import put_in_place, write_companions
-from tulu_mega.bridge.config_json import read_config
 from tulu_mega.bridge.families import family_for
-from tulu_mega.bridge.hub import is_megatron, model_directory
+from tulu_mega.bridge.files.companions import put_in_place, write_companions
+from tulu_mega.bridge.files.config_json import read_config
+from tulu_mega.bridge.files.hub import is_megatron, model_directory
 from tulu_mega.convert import manifest
 from tulu_mega.convert.manifest import FileRecord
 from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.convert.sources import HfSource, MegatronSource, Source
 from tulu_mega.convert.targets import HfTarget, MegatronTarget, Target
 from tulu_mega.errors import UserError
-from tulu_mega.run_lock import taken
+from tulu_mega.launch.run_dir import taken
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PLAN = ".plan.json"
@@ -294,7 +294,7 @@ def _on_ranks(settings: ConvertSettings, rank: int, ranks: int) -> None:
     """The same under torchrun: rank r takes files r, r + ranks, ... on a file system that all share."""
     import torch.distributed as dist
 
-    from tulu_mega.collective import together
+    from tulu_mega.distributed.collectives import together
 
     dist.init_process_group("gloo")
     torch.set_num_threads(1)

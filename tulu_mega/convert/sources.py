@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tulu_mega.bridge.disk import begin_reading
-from tulu_mega.bridge.hf_files import HfCheckpoint
-from tulu_mega.bridge.megatron_files import MegatronCheckpoint
+from tulu_mega.bridge.files.disk import begin_reading
+from tulu_mega.bridge.files.hf_files import HfCheckpoint
+from tulu_mega.bridge.files.megatron_files import MegatronCheckpoint
 from tulu_mega.bridge.megatron_keys import Slab, StoredParameter, stored_parameters
 from tulu_mega.bridge.rules import Config, Family, Piece
 from tulu_mega.convert.manifest import hashes, matches

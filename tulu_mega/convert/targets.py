@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tulu_mega.bridge import megatron_files
-from tulu_mega.bridge.hf_files import HfCheckpoint
-from tulu_mega.bridge.hf_writer import ShardWriter, plan_files, tensor_info, write_index
+from tulu_mega.bridge.files import megatron_files
+from tulu_mega.bridge.files.hf_files import HfCheckpoint
+from tulu_mega.bridge.files.hf_writer import ShardWriter, plan_files, tensor_info, write_index
 from tulu_mega.bridge.megatron_keys import Slab, slabs, stored_parameters
 from tulu_mega.bridge.rules import Config, Family
 from tulu_mega.convert.manifest import Entry, FileRecord, entry

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tulu_mega.data.packing import Alignment
-from tulu_mega.data.sharing import Family
+from tulu_mega.data.prefix_sharing import Family
+from tulu_mega.layout.alignment import Alignment
+from tulu_mega.layout.context import context_rows
 from tulu_mega.records import IGNORE, PackedBatch, Sequence
 
 
@@ -29,7 +30,7 @@ def pack(sequences: Iterable[Sequence], align: Alignment, pad_token: int = 0) ->
 
 
 def pack_families(families: Iterable[Family], align: Alignment, pad_token: int = 0) -> PackedBatch:
-    """As :func:`pack`, but of families, which leave out what a :class:`~tulu_mega.data.sharing.Family` says.
+    """As :func:`pack`, but of families, which leave out what a :class:`~tulu_mega.data.prefix_sharing.Family` says.
 
     Shared tokens are a segment of row -1, right before the segments of those that share them (see `PackedBatch.key_rows_K`).
     """
@@ -139,26 +140,6 @@ def by_token(batch: PackedBatch, values: Mapping[int, Series[float]]) -> Tensor:
         found.append(np.asarray(given, dtype=np.float32))
     laid_T[batch.loss_mask_T] = torch.from_numpy(np.concatenate(found))
     return laid_T
-
-
-def context_rows(lengths_S: Series[int], rank: int, size: int) -> Tensor:
-    """Which rows of a pack a context-parallel rank holds, int64 [T / size] on the CPU, in its order.
-
-    Each segment is cut into ``2 * size`` pieces of equal length, of which the rank has number ``rank`` and number
-    ``2 * size - 1 - rank``: under a causal mask every rank then has as much to attend to as any other. It is the order that
-    megatron-core's rotary embedding and Transformer Engine's attention expect.
-
-    Args:
-        lengths_S: of the whole pack's segments, multiples of ``2 * size``.
-    """
-    rows = []
-    for begin, length in zip(itertools.accumulate(lengths_S, initial=0), lengths_S, strict=False):
-        piece, rest = divmod(length, 2 * size)
-        if rest:
-            raise ValueError(f"a segment of {length} tokens does not divide into {2 * size} pieces")
-        for number in (rank, 2 * size - 1 - rank):
-            rows.append(torch.arange(begin + number * piece, begin + (number + 1) * piece))
-    return torch.cat(rows)
 
 
 def context_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:

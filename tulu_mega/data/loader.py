@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tulu_mega.config import DataSettings, TrainSettings
 from tulu_mega.data.batch import pack
-from tulu_mega.data.cost import Cost
-from tulu_mega.data.packing import Alignment, plan_step
+from tulu_mega.data.packing import plan_step
 from tulu_mega.data.store import TokenStore
-from tulu_mega.planner.schedule import Pipeline, simulate
+from tulu_mega.layout.alignment import Alignment
+from tulu_mega.layout.cost import Cost
+from tulu_mega.layout.schedule import Pipeline, simulate
 from tulu_mega.records import PackedBatch
 
 _NO_PIPELINE = Pipeline()

@@ -7,50 +7,15 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from collections.abc import Sequence as Series
-from dataclasses import dataclass
-from typing import Literal
 
 from tulu_mega.errors import UserError
-from tulu_mega.planner.schedule import Pipeline, shortest_order
+from tulu_mega.layout.alignment import Alignment
+from tulu_mega.layout.schedule import Pipeline, shortest_order
 
 Bins = list[list[int]]
 
-FP8_MULTIPLE = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
-"""What every extent of an FP8 product is a multiple of, by recipe."""
 _EXCHANGES = 32
 _NO_PIPELINE = Pipeline()
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """What the parallel layout asks of lengths: multiples for each sequence, and for the packed total."""
-
-    sequence: int = 1
-    total: int = 1
-
-    def padded_sequence(self, length: int) -> int:
-        """Tokens a sequence occupies in a pack."""
-        return -(-length // self.sequence) * self.sequence
-
-    def padded_total(self, length: int) -> int:
-        """Tokens of a pack that holds so many."""
-        return max(1, -(-length // self.total)) * self.total
-
-
-def alignment(
-    tensor: int = 1,
-    sequence_parallel: bool = False,
-    context: int = 1,
-    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None,
-) -> Alignment:
-    """The alignment of a layout.
-
-    Context parallelism cuts each sequence into ``2 * context`` equal pieces. What is left of the pack on a rank must divide
-    over the tensor group (sequence parallelism), and each share must be a multiple of what the FP8 recipe asks for.
-    """
-    pieces = 2 * context if context > 1 else 1
-    shards = tensor if sequence_parallel else 1
-    return Alignment(sequence=pieces, total=math.lcm(pieces, context * shards * FP8_MULTIPLE[fp8]))
 
 
 def plan_step(
@@ -76,7 +41,7 @@ def plan_step(
         capacity: tokens a pack may hold.
         align: what the layout asks of lengths.
         micro_batches: packs on each rank; the fewest that best-fit decreasing finds when None.
-        cost: cost of a sequence by its length, positive (see :func:`tulu_mega.data.cost.sequence_flops`).
+        cost: cost of a sequence by its length, positive (see :func:`tulu_mega.layout.cost.sequence_flops`).
         multiple: what the number of micro-batches on a rank is to be a multiple of (interleaved pipelines ask for it).
         pipeline: decides the order of a rank's packs: that in which the schedule ends first.
         together: sequences in a group: so many that follow one another are never parted (2 for pairs).

@@ -25,7 +25,7 @@ from tulu_mega.evaluation.settings import EvalSettings, TaskSettings
 from tulu_mega.evaluation.statistics import Estimate, estimate, pass_at_k
 from tulu_mega.evaluation.task import Messages, Problem, Shot, Task
 from tulu_mega.evaluation.tasks import TASKS
-from tulu_mega.rollout import vllm_process as vllm
+from tulu_mega.inference import offline as vllm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from tulu_mega.data.batch import context_rows
 from tulu_mega.errors import UserError
+from tulu_mega.layout.context import context_rows
 from tulu_mega.model.attention_choice import Attention
 from tulu_mega.model.packed import PlacedSeqParams
 from tulu_mega.model.varlen import Spans, attend

@@ -11,6 +11,7 @@ from tulu_kernels.dispatch import Backend
 
 from tulu_mega.bridge.rules import padded_vocab
 from tulu_mega.config import EngineSettings, ParallelSettings
+from tulu_mega.distributed.topology import Topology
 from tulu_mega.model.attention_choice import Attention, choose_attention, situation
 from tulu_mega.model.config import transformer_config
 from tulu_mega.model.gpt import PolicyModel
@@ -18,7 +19,6 @@ from tulu_mega.model.reward import RewardModel
 from tulu_mega.model.rope import PlacedRotary, ropes
 from tulu_mega.model.spec import block_spec, use_transformer_engine
 from tulu_mega.platforms import Platform
-from tulu_mega.topology import Topology
 
 
 def build_model(

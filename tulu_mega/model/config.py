@@ -9,9 +9,9 @@ from transformers import PretrainedConfig
 
 from tulu_mega.config import EngineSettings, ParallelSettings
 from tulu_mega.errors import UserError
+from tulu_mega.layout.stages import stage_layers
 from tulu_mega.model.hf_config import head_dim, layer_needs
 from tulu_mega.model.rope import ropes
-from tulu_mega.planner.stages import stage_layers
 
 _ACTIVATION_FIELDS = {"bias_activation_fusion", "activation_func_clamp_value", "glu_linear_offset"}
 """Of the `[megatron]` table; where one is set, megatron-core's own activation runs."""

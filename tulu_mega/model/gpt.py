@@ -7,7 +7,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from tulu_kernels.dispatch import Backend
 
-from tulu_mega.logprobs import token_logprobs
+from tulu_mega.model.logprobs import token_logprobs
 
 
 class HiddenThrough(tensor_parallel.ColumnParallelLinear):

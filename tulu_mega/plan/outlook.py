@@ -10,17 +10,17 @@ from typing import Any
 
 from tulu_mega.config import DpoSettings, GrpoSettings, ParallelSettings, PreferenceStageSettings
 from tulu_mega.errors import UserError
+from tulu_mega.layout.fp8 import fp8_problems, rollout_fp8_problems
+from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
+from tulu_mega.plan.model.calibration import RATES
+from tulu_mega.plan.model.hardware import Gpu
+from tulu_mega.plan.model.job import Job, Pack
+from tulu_mega.plan.model.memory import RankMemory, checkpoint_host_bytes, memory_by_rank, resume_host_bytes
+from tulu_mega.plan.model.parameters import ITEMSIZE
+from tulu_mega.plan.model.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
+from tulu_mega.plan.model.timing import Step, score_seconds, train_step
+from tulu_mega.plan.model.workload import LABELLED, MEAN_LENGTH, ROWS, draw_lengths, pack_step
 from tulu_mega.plan.source import Stage
-from tulu_mega.planner.calibration import RATES
-from tulu_mega.planner.hardware import Gpu
-from tulu_mega.planner.job import Job, Pack
-from tulu_mega.planner.layout import pack_alignment, pipeline_of
-from tulu_mega.planner.memory import RankMemory, checkpoint_host_bytes, memory_by_rank, resume_host_bytes
-from tulu_mega.planner.parameters import ITEMSIZE
-from tulu_mega.planner.precision import fp8_problems, rollout_fp8_problems
-from tulu_mega.planner.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
-from tulu_mega.planner.timing import Step, score_seconds, train_step
-from tulu_mega.planner.workload import LABELLED, MEAN_LENGTH, ROWS, draw_lengths, pack_step
 
 _SAMPLED = 3
 """Global batches that a step's time is the mean of."""

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tulu_mega.errors import UserError
+from tulu_mega.plan.model.calibration import RATES
+from tulu_mega.plan.model.timing import step_timeline
 from tulu_mega.plan.outlook import Outlook
 from tulu_mega.plan.table import layout
-from tulu_mega.planner.calibration import RATES
-from tulu_mega.planner.timing import step_timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

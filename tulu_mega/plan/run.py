@@ -6,13 +6,13 @@ import json
 
 from tulu_mega.config import RmSettings
 from tulu_mega.errors import UserError
+from tulu_mega.plan.model.hardware import gpu_named
 from tulu_mega.plan.outlook import Outlook, Question, outlook
 from tulu_mega.plan.picture import draw
 from tulu_mega.plan.search import search
 from tulu_mega.plan.settings import PlanSettings
 from tulu_mega.plan.source import read_architecture, read_stage
 from tulu_mega.plan.table import as_json, as_ranking, as_table
-from tulu_mega.planner.hardware import gpu_named
 
 
 def run(settings: PlanSettings) -> None:
@@ -23,8 +23,8 @@ def run(settings: PlanSettings) -> None:
     """
     question = ask(settings)
     if settings.dry_run:
-        from tulu_mega.dryrun.run import dry_run  # brings torch along
-        from tulu_mega.dryrun.show import tell
+        from tulu_mega.plan.dry_run.run import dry_run  # brings torch along
+        from tulu_mega.plan.dry_run.show import tell
 
         tell(dry_run(question.settings, question.config, question.trainers), settings.format)
         return

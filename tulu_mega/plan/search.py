@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from tulu_mega.config import ParallelSettings
 from tulu_mega.errors import UserError
+from tulu_mega.layout.flops import matmul_parameters
 from tulu_mega.plan.outlook import Outlook, Question, outlook, with_layout
-from tulu_mega.planner.flops import matmul_parameters
 
 _CHUNKS = (1, 2, 3, 4, 5, 8)
 _SMALLEST_SHARE = 1024

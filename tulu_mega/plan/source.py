@@ -8,10 +8,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from tulu_mega.bridge.config_json import read_config
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import reward_fields
-from tulu_mega.bridge.hub import config_directory
+from tulu_mega.bridge.files.config_json import read_config
+from tulu_mega.bridge.files.hub import config_directory
 from tulu_mega.config import DpoSettings, GrpoSettings, ModelSettings, RmSettings, SftSettings, load
 from tulu_mega.errors import UserError
 from tulu_mega.plan.settings import STAGES, PlanSettings

@@ -11,10 +11,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from tulu_mega.layout.flops import matmul_parameters
+from tulu_mega.plan.model.calibration import RATES
+from tulu_mega.plan.model.parameters import model_parameters
 from tulu_mega.plan.outlook import Outlook
-from tulu_mega.planner.calibration import RATES
-from tulu_mega.planner.flops import matmul_parameters
-from tulu_mega.planner.parameters import model_parameters
 
 _GIB = 2**30
 _PARTS = {

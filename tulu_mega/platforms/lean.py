@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from tulu_mega.imports import uncollected
+from tulu_mega.process import uncollected
 
 
 def import_megatron() -> None:

@@ -49,7 +49,7 @@ def run(settings: QuickstartSettings) -> None:
     """
     from rich.console import Console
 
-    from tulu_mega.rollout.vllm_process import check_vllm
+    from tulu_mega.inference.offline import check_vllm
 
     check_vllm()
     console = Console()

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tulu_mega import reference
 from tulu_mega.config import DpoSettings
 from tulu_mega.data.store import TokenStore
-from tulu_mega.engine import BatchLoss
 from tulu_mega.errors import UserError
-from tulu_mega.launcher import World
+from tulu_mega.launch.launcher import World
 from tulu_mega.model.config import DTYPES
 from tulu_mega.objectives.preference import PreferenceObjective
-from tulu_mega.recipes.stage import Stage, opened_stage
+from tulu_mega.train import reference_cache
+from tulu_mega.train.dataset_run import Stage, opened_stage
+from tulu_mega.train.engine import BatchLoss
 
 REFERENCE = "reference"
 """The run's own cache of reference log-probabilities."""
@@ -35,7 +35,7 @@ def run(settings: DpoSettings, world: World) -> None:
     with opened_stage(settings, world, reward=False) as stage:
         columns, first = (lambda store: None), None
         if settings.preference.reads_reference:
-            columns = functools.partial(_reference, stage, reference.weights_digest(stage.session.source))
+            columns = functools.partial(_reference, stage, reference_cache.weights_digest(stage.session.source))
             first = functools.partial(check_first_loss, settings, objective)
         loader = stage.loader(columns(stage.store))
         heldout = stage.heldout_store()
@@ -52,13 +52,13 @@ def _reference(stage: Stage, weights: str, store: TokenStore) -> dict[str, np.nd
     """
     settings = stage.settings
     computed = settings.precision.megatron | settings.megatron
-    key = reference.content_key(weights, settings.model.dtype, computed, store)
+    key = reference_cache.content_key(weights, settings.model.dtype, computed, store)
     root = Path(settings.reference.cache).expanduser() if settings.reference.cache else stage.run_dir / REFERENCE
-    cache = reference.ReferenceCache.under(root, key, len(store))
-    if missing := reference.missing_parts(cache):
+    cache = reference_cache.ReferenceCache.under(root, key, len(store))
+    if missing := reference_cache.missing_parts(cache):
         stage.initial_weights()  # never those of a checkpoint: that would be another reference
         capacity = settings.data.pack_length or 2 * settings.data.max_length
-        reference.fill(stage.session.engine, store, cache, missing, capacity, functools.partial(print, flush=True))
+        reference_cache.fill(stage.session.engine, store, cache, missing, capacity, functools.partial(print, flush=True))
     return {"ref_logp_S": cache.values()}
 
 

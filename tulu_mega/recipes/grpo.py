@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,31 +15,31 @@ from typing import Any
 
 from torch import Tensor
 
-from tulu_mega import checkpoint
-from tulu_mega.collective import Crew, from_lead, gathered_at_lead
 from tulu_mega.config import GrpoSettings
-from tulu_mega.ending import Ending
-from tulu_mega.engine import BatchLoss
+from tulu_mega.distributed.collectives import Crew, from_lead, gathered_at_lead
 from tulu_mega.errors import Stopped, UserError
-from tulu_mega.launcher import World
-from tulu_mega.metrics import MetricsLog, StepRecord, StepSeconds
+from tulu_mega.launch.launcher import World
+from tulu_mega.launch.run_dir import CONFIG, locked
+from tulu_mega.layout.flops import training_flops
 from tulu_mega.objectives.policy import PolicyObjective
-from tulu_mega.planner.flops import training_flops
-from tulu_mega.policy_batches import Response, differences, packed, scored, split, with_column
-from tulu_mega.preflight import CONFIG
-from tulu_mega.recipes.run import Run, Skips
-from tulu_mega.recipes.session import Session, opened, write_settings
 from tulu_mega.records import PackedBatch
-from tulu_mega.rollout import journal
-from tulu_mega.rollout.fleet import Fleet
-from tulu_mega.rollout.judging import Rewards
-from tulu_mega.rollout.prompting import Prompts, read, write_rejects
-from tulu_mega.rollout.reward_model import RewardModelScores
-from tulu_mega.rollout.scheduler import Group, Scheduler, StepRollouts
-from tulu_mega.rollout.transfer import SyncReport, WeightSync
-from tulu_mega.run_lock import locked
-from tulu_mega.spikes import Spikes
-from tulu_mega.stragglers import Stragglers
+from tulu_mega.resilience.spikes import Spikes
+from tulu_mega.resilience.stop_signal import Ending
+from tulu_mega.resilience.stragglers import Stragglers
+from tulu_mega.rl import journal
+from tulu_mega.rl.batches import Response, differences, packed, scored, split, with_column
+from tulu_mega.rl.fleet import Fleet
+from tulu_mega.rl.judging import Rewards
+from tulu_mega.rl.prompts import Prompts, read, write_rejects
+from tulu_mega.rl.reward_model import RewardModelScores
+from tulu_mega.rl.scheduler import Group, Scheduler, StepRollouts
+from tulu_mega.train import checkpoint
+from tulu_mega.train.engine import BatchLoss
+from tulu_mega.train.metrics import MetricsLog, StepRecord, StepSeconds
+from tulu_mega.train.run import Run, Skips
+from tulu_mega.train.session import Session, opened, write_settings
+from tulu_mega.weight_transfer.server import ServerAddress
+from tulu_mega.weight_transfer.transfer import SyncReport, WeightSync
 
 TOLD = ("reward", "solve_rate", "response_length", "kl")
 """What the console's line has beside the loss."""
@@ -401,7 +401,10 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         if settings.rewards.model:
             scores = RewardModelScores(session.beside(settings.rewards.model, reward=True).engine, settings.longest)
         crew = Crew({"push": lambda version: fleet.push(version), "reward": scores})
-        connect = partial(WeightSync.connect, session, settings=settings.rollout)
+
+        def connect(servers: Sequence[ServerAddress]) -> WeightSync:
+            return WeightSync.connect(session.sender(settings.rollout), servers, settings.rollout)
+
         fleet = stack.enter_context(Fleet(connect, settings.rollout, run_dir, partial(crew.do, "push")))
         policy = Policy(
             settings=settings,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tulu_mega.config import RmSettings
-from tulu_mega.launcher import World
+from tulu_mega.launch.launcher import World
 from tulu_mega.objectives.reward import RewardObjective
-from tulu_mega.recipes.stage import opened_stage
+from tulu_mega.train.dataset_run import opened_stage
 
 
 def run(settings: RmSettings, world: World) -> None:

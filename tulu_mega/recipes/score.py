@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tulu_mega.collective import from_lead
 from tulu_mega.config import ScoreSettings
-from tulu_mega.data import scoring
-from tulu_mega.launcher import World
-from tulu_mega.packed_scoring import score_rows
-from tulu_mega.recipes.session import Session, opened
+from tulu_mega.data import score_input
+from tulu_mega.distributed.collectives import from_lead
+from tulu_mega.launch.launcher import World
 from tulu_mega.records import PackedBatch, Sequence
+from tulu_mega.train.scoring import score_rows
+from tulu_mega.train.session import Session, opened
 
 _CHUNK = 1024
 """Rows scored between two writes of the output."""
@@ -36,8 +36,8 @@ def run(settings: ScoreSettings, world: World) -> None:
 
 def _lead(session: Session, settings: ScoreSettings) -> None:
     """Rank 0 reads, tokenises and writes; the others get the tokens, and nothing at the end."""
-    rows = [row for _where, row in scoring.read(settings.input)]
-    encode = scoring.encoder(settings, rows, session.engine.hf.vocab_size)
+    rows = [row for _where, row in score_input.read(settings.input)]
+    encode = score_input.encoder(settings, rows, session.engine.hf.vocab_size)
     partial = Path(f"{settings.output}.partial")
     with partial.open("w") as file:
         for start in range(0, len(rows), _CHUNK):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tulu_mega.config import SftSettings
-from tulu_mega.launcher import World
+from tulu_mega.launch.launcher import World
 from tulu_mega.objectives.sft import HeldOutLikelihood, SftObjective
-from tulu_mega.recipes.stage import opened_stage
+from tulu_mega.train.dataset_run import opened_stage
 
 
 def run(settings: SftSettings, world: World) -> None:

@@ -1,0 +1,217 @@
+"""The launcher with ranks of the tests' own: real processes, the real store, no model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from tulu_mega.config import ParallelSettings, ScoreSettings, SftSettings
+from tulu_mega.errors import UserError
+from tulu_mega.launch import launcher
+
+# A rank: what `python -m tulu_mega COMMAND` does, with a target of the test's own.
+RANK = """
+    import os, sys, time
+    from tulu_mega import launcher
+    from tulu_mega.errors import UserError
+    launcher.die_with_launcher()
+    rank = int(os.environ["RANK"])
+
+    def recipe(settings, world):
+        BODY
+
+    import types
+    module = types.ModuleType("the_recipe"); module.run = recipe; sys.modules["the_recipe"] = module
+    from tulu_mega.config import EngineSettings
+    settings = EngineSettings.model_validate({"model": "m", "parallel": {"tensor": 2}})
+    try:
+        sys.exit(launcher.run("the_recipe:run", settings, [], prepare=None))
+    except UserError as error:
+        launcher.report(error.problems)
+        sys.exit(2)
+    except Exception as error:
+        launcher.record_crash(error)
+        raise
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Runs a recipe's body as a world of two ranks and returns the exit status."""
+
+    def start(body: str, keep_logs: bool = True) -> int:
+        script = write_rank(tmp_path, body)
+        parallel = {"tensor": 2}
+        if keep_logs:
+            settings = SftSettings.model_validate(
+                {"model": "unused", "run_dir": str(tmp_path / "run"), "data": {"train": "unused"}, "parallel": parallel}
+            )
+        else:
+            settings = ScoreSettings.model_validate({"model": "unused", "input": "i", "output": "o", "parallel": parallel})
+        prepared = []
+        status = launcher.run("the_recipe:run", settings, [sys.executable, str(script)], prepared.append)
+        assert prepared == [settings]  # once, here
+        return status
+
+    return start
+
+
+def write_rank(directory: Path, body: str) -> Path:
+    script = directory / "rank.py"
+    lines = textwrap.dedent(body).strip()
+    script.write_text(textwrap.dedent(RANK).replace("    BODY", textwrap.indent(lines, "    ")))
+    return script
+
+
+def test_ranks_meet_over_loopback(start, tmp_path, capfd):
+    status = start("""
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        total = torch.tensor([world.rank + 1.0])
+        dist.all_reduce(total)
+        assert total.item() == 3.0
+        print(f"rank {world.rank} of {world.size}, DP {world.data_parallel}, threads {os.environ['OMP_NUM_THREADS']}")
+        dist.barrier()
+        dist.destroy_process_group()
+    """)
+    assert status == 0
+    assert "rank 0 of 2, DP 1, threads 1" in capfd.readouterr().out
+    assert "rank 1 of 2" in (tmp_path / "run/logs/rank_1.stdout.log").read_text()
+
+
+def test_a_crash_names_the_rank_and_shows_its_last_lines(start, capfd):
+    status = start("""
+        if world.rank == 1:
+            raise RuntimeError("the second rank fell over")
+        time.sleep(60)
+    """)
+    err = capfd.readouterr().err
+    assert status == 1
+    assert "rank 1 of 2 failed with exit status 1" in err
+    assert "the second rank fell over" in err
+    assert "torch.distributed.elastic" not in err and len(err.splitlines()) < 30
+
+
+def test_logs_of_a_command_without_run_dir_are_shown_when_it_fails(start, capfd):
+    assert start("print('nearly there'); sys.exit(7 if world.rank else 0)", keep_logs=False) == 7
+    err = capfd.readouterr().err
+    assert "exit status 7" in err and "nearly there" in err and "/tmp" not in err
+
+
+def test_a_user_error_on_every_rank_is_told_once(start, capfd):
+    assert start("raise UserError(['data: first', 'data: second'])") == 2
+    err = capfd.readouterr().err
+    assert err == "error: data: first\nerror: data: second\n"
+
+
+def test_a_user_error_on_a_later_rank_is_told(start, capfd):
+    body = """
+        if world.rank == 1:
+            raise UserError("only rank 1 saw this")
+        time.sleep(60)
+    """
+    assert start(body) == 2
+    assert capfd.readouterr().err == "error: only rank 1 saw this\n"
+
+
+def test_a_killed_rank(start, capfd):
+    status = start("os.kill(os.getpid(), 9) if world.rank == 1 else time.sleep(60)")
+    assert status == 128 + signal.SIGKILL
+    assert "rank 1 of 2 was killed" in capfd.readouterr().err
+
+
+LAUNCHER = """
+    import sys
+    from tulu_mega import launcher
+    from tulu_mega.config import ScoreSettings
+    settings = ScoreSettings.model_validate({"model": "unused", "input": "i", "output": "o", "parallel": {"tensor": 2}})
+    if __name__ == "__main__":
+        sys.exit(launcher.run("the_recipe:run", settings, [sys.executable, sys.argv[1]], lambda settings: None))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl")
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 128 + signal.SIGINT)],
+)
+def test_ranks_die_with_the_launcher(tmp_path, number, status):
+    script = write_rank(tmp_path, f"open(f'{tmp_path}/pid{{world.rank}}', 'w').write(f'{{os.getpid()}}.'); time.sleep(120)")
+    (tmp_path / "launch.py").write_text(textwrap.dedent(LAUNCHER))
+    process = subprocess.Popen([sys.executable, str(tmp_path / "launch.py"), str(script)])
+    files = [tmp_path / f"pid{rank}" for rank in range(2)]
+    try:
+        wait_until(lambda: process.poll() is not None or all(f.exists() and f.read_text().endswith(".") for f in files), 90)
+        pids = [int(file.read_text().rstrip(".")) for file in files]
+        process.send_signal(number)
+        assert process.wait(30) == status
+        wait_until(lambda: not any(alive(pid) for pid in pids), 10)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+ENV = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+
+
+def test_a_joined_world():
+    world = launcher.joined_world(ParallelSettings(tensor=2, pipeline=2), ENV)
+    assert world == launcher.World(rank=5, size=8, local_rank=1, local_size=4, data_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "env", "message"),
+    [
+        (ParallelSettings(tensor=3), ENV, "do not divide the world of 8"),
+        (ParallelSettings(tensor=2, data=2), ENV, "= 4 processes, but torchrun started 8"),
+        (ParallelSettings(), {k: v for k, v in ENV.items() if k != "LOCAL_RANK"}, "but not LOCAL_RANK"),
+        (ParallelSettings(), {**ENV, "RANK": "x"}, "RANK='x'"),
+    ],
+)
+def test_a_world_that_does_not_fit(parallel, env, message):
+    with pytest.raises(UserError, match=message):
+        launcher.joined_world(parallel, env)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"takes 2 processes .* has 1 GPU"):
+        launcher._check_devices(ParallelSettings(tensor=2), 2)
+
+
+def test_under_a_foreign_torchrun_rank_0_prints_and_all_record(tmp_path, monkeypatch, capsys):
+    for rank, printed in (("0", "error: wrong\n"), ("1", "")):
+        file = tmp_path / f"{rank}.json"
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        launcher.report(["wrong"])
+        assert capsys.readouterr().err == printed
+        assert '"message": "wrong"' in file.read_text()
+
+
+def test_the_environment_is_left_alone():
+    assert "TULU_MEGA_LAUNCHER_PID" not in os.environ

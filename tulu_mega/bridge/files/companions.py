@@ -1,0 +1,91 @@
+"""What lies beside the weights of a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tulu_mega.bridge.files.hf_writer import sync_directory, write_durably
+from tulu_mega.bridge.rules import Config
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that a tokenizer may have."""
+
+
+@dataclass(frozen=True)
+class OtherTokenizer:
+    """What goes with a model that was trained with another tokenizer than its own (`bridge.other_tokenizer`)."""
+
+    files: Mapping[str, bytes]
+    """by name, its chat template among them"""
+    config: Mapping[str, Any]
+    """fields of config.json that differ: special tokens"""
+    generation: Mapping[str, Any]
+    """the same of generation_config.json"""
+
+
+def write_companions(
+    directory: Path,
+    source: Path,
+    config: Config,
+    dtype_name: str,
+    extra_files: Mapping[str, str] | None = None,
+    tokenizer: OtherTokenizer | None = None,
+) -> None:
+    """Writes config.json and copies what there is of tokenizer, chat template and, for a model that generates, generation config.
+
+    Args:
+        source: directory they are copied from.
+        config: the model's config.json.
+        dtype_name: of the weights, as config.json spells it: ``bfloat16``.
+        extra_files: name -> text of files that are written beside or instead of the copied ones.
+        tokenizer: goes with the model in the place of the source's, of which nothing is copied then: two do not mix.
+    """
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    written = {**config, **dict.fromkeys(keys, dtype_name), **(tokenizer.config if tokenizer else {})}
+    files = dict(tokenizer.files) if tokenizer else found(source, TOKENIZER)
+    if any(each.endswith("ForCausalLM") for each in config.get("architectures") or ()):
+        files |= found(source, (GENERATION,))
+        if tokenizer:
+            files[GENERATION] = as_json(json.loads(files.get(GENERATION, "{}")) | dict(tokenizer.generation))
+    files[CONFIG] = as_json(written)
+    files |= {each: text.encode() for each, text in (extra_files or {}).items()}
+    for each, content in files.items():
+        write_durably(directory / each, content)
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """The complete directory takes its name; the one it replaces goes afterwards."""
+    sync_directory(partial)
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    sync_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def found(directory: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
+    """Files of a directory, by name."""
+    return {file.name: file.read_bytes() for each in patterns for file in directory.glob(each) if file.is_file()}
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """As configs are written."""
+    return json.dumps(content, indent=2).encode() + b"\n"

@@ -1,0 +1,1 @@
+"""The commands `tulu-mega data inspect`, `mix` and `decontaminate`."""

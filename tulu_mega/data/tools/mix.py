@@ -1,0 +1,44 @@
+"""`tulu-mega data mix`: what `data.train` draws, as one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tulu_mega.config import DataMixSettings
+from tulu_mega.data.sources import load_rows
+from tulu_mega.data.tools.row_kind import of_its_kind
+from tulu_mega.errors import UserError
+
+
+def mix(settings: DataMixSettings) -> None:
+    """Writes the drawn rows in order, JSONL's as they lie there, and beside them what was drawn: OUTPUT.sources.json.
+
+    Raises:
+        UserError: sources or amounts are not to be used, a row is no JSON object, or the output cannot be written.
+    """
+    settings = of_its_kind(settings)
+    data, output = settings.data, Path(settings.output).expanduser()
+    rows = load_rows(data.train, data.split, data.seed, any_columns=settings.pairs)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        try:
+            with open(partial, "wb") as file:
+                for index in range(len(rows)):
+                    try:
+                        rows.row(index)
+                    except ValueError as error:
+                        raise UserError(f"{rows.where(index)}: {error}") from None
+                    file.write(rows.raw(index) + b"\n")
+            # what was drawn is written first: an output without it would not say where it is from
+            drawn = {"seed": data.seed, "sources": rows.sources()}
+            output.with_name(f"{output.name}.sources.json").write_text(json.dumps(drawn, indent=1, ensure_ascii=False) + "\n")
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output = {settings.output}: cannot be written: {error.strerror or error}") from None
+    for source in rows.sources():
+        amount = "all" if source["amount"] is None else source["amount"]
+        print(f"{source['source']}: {source['drawn']:,} rows ({amount} of {source['rows']:,})")
+    print(f"{output}: {len(rows):,} rows")

@@ -1,0 +1,1 @@
+"""vLLM seen from outside: servers and their clients, offline generation."""

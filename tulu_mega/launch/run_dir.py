@@ -1,0 +1,65 @@
+"""A run directory: names of what lies in it, and the lock that lets one run at a time write there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tulu_mega.errors import UserError
+
+CONFIG = "config.json"
+"""The settings as resolved."""
+DATA = "data"
+"""The tokenised training data."""
+HELDOUT = "heldout"
+"""The tokenised rows that are evaluated on."""
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps a second run out of a directory, which is made if it is not there. Rank 0 only.
+
+    Raises:
+        UserError: another process has it, or it cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"run_dir = {run_dir}: cannot be written: {error.strerror}; choose a directory you may write") from None
+    try:
+        if not taken(handle, run_dir):
+            raise UserError(f"run_dir = {run_dir}: another run is writing there; wait for it or choose another run_dir")
+        yield
+    finally:
+        os.close(handle)
+
+
+def taken(handle: int, directory: Path) -> bool:
+    """Takes the lock of an open file, until it is closed; False where another process has it.
+
+    A file system without locks (Lustre mounted without ``-o flock``) keeps nobody out: that is said, and no reason to end.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(
+            f"warning: {directory}: its file system has no locks ({error.strerror}); see to it that nothing else writes there",
+            file=sys.stderr,
+            flush=True,
+        )
+    return True
+
+
+def check_free(run_dir: Path) -> None:
+    """Sees whether :func:`locked` would succeed now; writes nothing. Raises as it does."""
+    if (run_dir / _LOCK).exists():
+        with locked(run_dir):
+            pass

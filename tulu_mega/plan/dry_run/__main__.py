@@ -1,0 +1,74 @@
+"""``python -m tulu_mega.plan.dry_run DIRECTORY``: builds the ranks, in a process of its own.
+
+megatron-core's global state needs one.
+
+Reads job.json and config.json there and writes result.json: ``problems`` to tell the user, or else what `run` makes a record of.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tulu_mega import config
+from tulu_mega.errors import UserError
+from tulu_mega.platforms import meta
+
+RESULT, JOB = "result.json", "job.json"
+
+
+def main(directory: Path) -> None:
+    """Does the job that lies in a directory."""
+    job = json.loads((directory / JOB).read_text())
+    settings = getattr(config, job["kind"]).model_validate_json(json.dumps(job["settings"]))
+    platform = meta.install()  # before anything of megatron-core
+    try:
+        result = _build(directory, settings, job["world"], platform)
+    except UserError as error:
+        result = {"problems": error.problems}
+    (directory / RESULT).write_text(json.dumps(result))
+
+
+def _build(directory: Path, settings: config.EngineSettings, world: int, platform: Any) -> dict[str, Any]:
+    from tulu_mega.bridge.families import family_for
+    from tulu_mega.bridge.families.reward import reward_fields
+    from tulu_mega.distributed.topology import data_parallel_size
+    from tulu_mega.model.hf_config import load_config
+    from tulu_mega.plan.dry_run import rank
+    from tulu_mega.plan.dry_run.record import Layout
+    from tulu_mega.plan.dry_run.truth import hf_shapes
+
+    parallel = settings.parallel
+    data = data_parallel_size(parallel, world)
+    layout = Layout(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context, data)
+    hf = load_config(settings.model.model_copy(update={"path": str(directory)}))
+    family = family_for(hf.to_dict())
+    reward = family.reward or isinstance(settings, config.RmSettings)
+    if reward:
+        hf.update(reward_fields(family, hf.to_dict()))
+
+    def built(stage: int, tensor_rank: int, copy: int) -> dict[str, Any]:
+        number = rank.number(layout, stage, tensor_rank, copy)
+        with rank.place(settings, number, layout.world, platform) as here:
+            return asdict(rank.report(hf, settings, here, platform, reward))
+
+    first = [built(stage, tensor_rank, 0) for stage in range(layout.pipeline) for tensor_rank in range(layout.tensor)]
+    last = []
+    if layout.copies > 1:
+        last = [built(stage, layout.tensor - 1, layout.copies - 1) for stage in range(layout.pipeline)]
+    return {
+        "layout": asdict(layout),
+        "config": hf.to_dict(),
+        "first": first,
+        "last": last,
+        "hf_shapes": hf_shapes(hf, reward),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,142 @@
+"""One rank of a world that is not there: its model, gradient buffers and optimizer by megatron-core, on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PretrainedConfig
+
+from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.shards import global_parameters
+from tulu_mega.bridge.stream import outgoing
+from tulu_mega.config import EngineSettings, GrpoSettings, RolloutSettings, RunSettings
+from tulu_mega.distributed import topology
+from tulu_mega.distributed.topology import Topology
+from tulu_mega.plan.dry_run.record import Layout, RankReport, Sending, Shard, Stored, Training
+from tulu_mega.platforms import Platform
+from tulu_mega.train import checkpoint
+from tulu_mega.train.engine import Engine
+from tulu_mega.weight_transfer.protocol import SLOTS, Expected
+from tulu_mega.weight_transfer.transfer import sender_buckets, stream_dtype
+
+
+def number(layout: Layout, stage: int, tensor_rank: int, copy: int) -> int:
+    """A rank's number in the world: tensor ranks first, then the copies, context ranks first, then stages."""
+    return tensor_rank + layout.tensor * (copy + layout.copies * stage)
+
+
+@contextlib.contextmanager
+def place(settings: EngineSettings, rank: int, world: int, platform: Platform) -> Iterator[Topology]:
+    """This process as a rank of a world whose collectives do nothing.
+
+    Args:
+        platform: `platforms.meta`'s.
+    """
+    dist.init_process_group(platform.backend, store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield topology.start(settings.parallel, platform, seed=0)
+    finally:
+        topology.stop()
+
+
+def report(hf: PretrainedConfig, settings: EngineSettings, here: Topology, platform: Platform, reward: bool) -> RankReport:
+    """What this rank holds, writes and sends.
+
+    Args:
+        hf: the model's, of a reward model as it is trained.
+        here: of `place`.
+    """
+    engine = Engine(hf, settings, here, platform, reward=reward)
+    layers = tuple(len(chunk.decoder.layers) for chunk in engine.chunks)
+    shards = tuple(
+        Shard(name, tuple(parameter.shape), parameter.itemsize, bool(getattr(parameter, "tensor_model_parallel", False)))
+        for chunk in engine.chunks
+        for name, parameter in global_parameters(chunk)
+    )
+    training, format = None, "reshardable"
+    if isinstance(settings, RunSettings):
+        engine.prepare_training(settings.optim, 1)
+        training, format = _training(engine), settings.checkpoint.format
+    saved = checkpoint.share(engine, format)
+    if training:
+        training = replace(training, gathered=saved.gathered_bytes)
+    stored = tuple(
+        Stored(
+            held.key,
+            tuple(held.global_shape),
+            tuple(
+                (start, start + extent)
+                for start, extent in zip(held.global_offset, (1,) * held.prepend_axis_num + tuple(held.local_shape), strict=True)
+            ),
+        )
+        for held in saved.weights
+    )
+    grpo = settings if isinstance(settings, GrpoSettings) else None
+    size = sum(shard.nbytes for shard in shards)
+    return RankReport(
+        rank=here.rank,
+        stage=here.pipeline_rank,
+        tensor_rank=here.tensor_rank,
+        copy=dist.get_rank(here.data_context_group),
+        layers=layers,
+        shards=shards,
+        stored=stored,
+        weights_saved=sum(held.data.nbytes for held in saved.weights),
+        optimizer_saved=saved.optimizer_bytes,
+        beside=size if grpo and grpo.policy.reads_reference else 0,
+        training=training,
+        sending=_sending(engine, settings.model.dtype, grpo.rollout) if grpo else None,
+    )
+
+
+def _training(engine: Engine) -> Training:
+    """From megatron-core's buffers and optimizer."""
+    ranks = engine.topology.data * engine.topology.context
+    buffers = [buffer for ddp in engine.ddp for buffer in ddp.buffers]
+    main = sum(parameter.numel() for parameter in engine.optimizer_parameters())
+    parts = [part.optimizer for part in engine.optimizer.chained_optimizers]
+    moments = [value for part in parts for state in part.state.values() for value in state.values() if getattr(value, "ndim", 0)]
+    copies = 4 * main if engine.settings.model.dtype == "bf16" else 0  # float32 parameters are their own
+    held, saved = [0] * ranks, [0] * ranks
+    sharded = engine.ddp[0].ddp_config.use_distributed_optimizer
+    for buffer in buffers if sharded else ():
+        for bucket in buffer.buckets:
+            share = bucket.grad_data.numel() // ranks
+            for rank in range(ranks):
+                start, stop = bucket.offset + rank * share, bucket.offset + (rank + 1) * share
+                held[rank] += sum(
+                    max(0, min(stop, last) - max(start, first))
+                    for first, last, at in buffer.param_index_map.values()
+                    if at == bucket.bucket_id
+                )
+                saved[rank] += max(0, min(stop, bucket.offset + bucket.numel_unpadded) - start)
+    return Training(
+        sharded=sharded,
+        parameter_buffer=sum(buffer.param_data.nbytes for buffer in buffers if buffer.param_data is not None),
+        gradient_buffer=sum(buffer.grad_data.nbytes for buffer in buffers),
+        slice=sum(buffer.numel for buffer in buffers) // ranks if sharded else main,
+        held_D=tuple(held) if sharded else (main,) * ranks,
+        saved_D=tuple(saved) if sharded else (main,) + (0,) * (ranks - 1),
+        main=main,
+        optimizer_bytes=copies + sum(value.nbytes for value in moments),
+        gathered=0,
+    )
+
+
+def _sending(engine: Engine, dtype: str, rollout: RolloutSettings) -> Sending:
+    """What a rank of the first copy sends."""
+    here, config = engine.topology, engine.hf.to_dict()
+    if here.data_rank or here.context_rank:
+        return Sending({}, 0, 0, 0)
+    kind, fp8 = stream_dtype(dtype, rollout.dtype), rollout.quantization == "fp8"
+    out = outgoing(engine.chunks, config, family_for(config), here.tensor, kind, fp8)
+    if here.tensor_rank:
+        return Sending({}, 0, 0, sum(each.sent[here.tensor_rank] for each in out.values() if here.tensor_rank < len(each.sent)))
+    manifest = {name: Expected(each.shape, str(each.dtype).removeprefix("torch."), here.rank) for name, each in out.items()}
+    buckets = sender_buckets(here.rank, list(manifest), manifest, rollout.bucket_mib * 2**20)
+    buffers = SLOTS * max(bucket.nbytes for bucket in buckets)
+    return Sending({name: each.nbytes for name, each in manifest.items()}, len(buckets), buffers, 0)

@@ -1,0 +1,226 @@
+"""What a layer and the head cost a rank for one micro-batch: seconds, by what they are spent on.
+
+Matrix products run at a share of the GPU's peak and write their results at its memory's rate (reading operands is hidden behind
+the products). Everything between them is bound by memory: its bytes are counted below. Attention's rate depends on the length.
+Collectives take the bytes that a rank sends over the rate of its link.
+
+T tokens on this rank (those of a pack / CP)   t tensor parallel size   h hidden   f feed-forward   q, k channels of queries, keys
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tulu_mega.plan.model.hardware import link
+from tulu_mega.plan.model.job import Job, Pack
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Shares of what the hardware could do at best."""
+
+    products: float
+    """of the dense peak that matrix products reach. Fitted, see `calibration`"""
+    tensor_exposed: float
+    """of the tensor-parallel collectives' time that is not hidden behind products. Fitted, see `calibration`"""
+    attention: float = 0.635
+    """of the bf16 peak that attention reaches forward at great length. FlashAttention-3 on an H100, head size 128, gives
+    430, 517, 566, 590, 614, 621 TFLOP/s at lengths 512 to 16,384 (pytorch/benchmark, pull request 2391): as 0.635 n / (n + 220)
+    within 2%"""
+    attention_half: float = 220.0
+    """length at which attention reaches half of that"""
+    attention_backward: float = 0.8
+    """backward rate over forward rate (FlashAttention-3, arXiv 2407.08608, figures 5 and 6: 0.75 to 0.85 at 4k to 16k)"""
+    memory: float = 0.85
+    """of the memory's rate that kernels bound by it reach"""
+    links: float = 0.8
+    """of the links' rate that collectives of some megabytes reach"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one rank; adds up, and is multiplied by a number."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    tensor: float = 0.0
+    """exposed tensor-parallel communication"""
+    context: float = 0.0
+    """exposed context-parallel communication"""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.products + self.attention + self.elementwise + self.tensor + self.context
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.elementwise + other.elementwise,
+            self.tensor + other.tensor,
+            self.context + other.context,
+        )
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(
+            self.products * factor,
+            self.attention * factor,
+            self.elementwise * factor,
+            self.tensor * factor,
+            self.context * factor,
+        )
+
+
+def layer_cost(job: Job, pack: Pack, rates: Rates) -> tuple[Cost, Cost]:
+    """Forward and backward of a layer of mean kind (with and without a window), recomputation in the backward pass."""
+    tokens = pack.tokens / job.parallel.context
+    attention_forward, attention_backward = _attention(job, pack, rates)
+    context_forward, context_backward = _context(job, pack, rates)
+    tensor_forward, tensor_backward = _tensor(job, tokens, rates)
+    product, result_forward, result_backward, accumulated = _products(job, tokens)
+    speed, memory = rates.products * _peak(job), rates.memory * job.gpu.bandwidth
+    between_forward, between_backward = (each * tokens / memory for each in _between(job))
+    forward = Cost(
+        product / speed,
+        attention_forward,
+        between_forward + result_forward / memory,
+        tensor_forward,
+        max(0.0, context_forward - attention_forward),
+    )
+    backward = Cost(
+        2 * product / speed,
+        attention_backward,
+        between_backward + (result_backward + accumulated) / memory,
+        tensor_backward,
+        max(0.0, context_backward - attention_backward),
+    )
+    if job.recompute == "full":
+        backward += forward
+    elif job.recompute == "selective":
+        backward += Cost(attention=forward.attention, context=forward.context)
+    return forward, backward
+
+
+def head_cost(job: Job, pack: Pack, rates: Rates) -> tuple[Cost, Cost]:
+    """Forward and backward of the head and the log-probabilities, which look only at labelled tokens.
+
+    Logits in chunks are made again backward; bytes a logit, float32: product 6, largest 4, softmax 8 and largest of it 4, gather;
+    backward product 6, exponential and factors 24, to bf16 6. All at once (a fused cross-entropy): 8 forward and 6 backward.
+    """
+    size, tensor = job.size, job.parallel.tensor
+    tokens = pack.labelled / job.parallel.context
+    if size.columns == 1:  # a reward model's score
+        once = Cost(elementwise=4 * pack.tokens / job.parallel.context * size.hidden / (rates.memory * job.gpu.bandwidth))
+        return once, once * 2
+    columns = size.columns / tensor
+    product = 2 * tokens * size.hidden * columns / (rates.products * (job.gpu.fp32 if job.dtype == "fp32" else job.gpu.bf16))
+    logits = tokens * columns / (rates.memory * job.gpu.bandwidth)
+    if job.full_logits:
+        return Cost(products=product, elementwise=8 * logits), Cost(products=2 * product, elementwise=6 * logits)
+    with_entropy = 12 if job.entropy else 0
+    return (
+        Cost(products=product, elementwise=(22 + with_entropy) * logits),
+        Cost(products=3 * product, elementwise=(36 + with_entropy) * logits),
+    )
+
+
+def transfer(job: Job, tokens: float, rates: Rates) -> float:
+    """Seconds to hand a micro-batch's hidden states to the neighbouring pipeline rank."""
+    parallel = job.parallel
+    share = parallel.tensor if job.sequence else 1
+    rate = job.gpu.nvlink if job.world <= job.gpu.per_node else job.gpu.network  # one hop of several nodes' sets the pace
+    return tokens / parallel.context / share * job.size.hidden * job.itemsize / (rates.links * rate)
+
+
+def _peak(job: Job) -> float:
+    if job.dtype == "fp32":
+        return job.gpu.fp32
+    return job.gpu.fp8 if job.fp8 else job.gpu.bf16
+
+
+def _products(job: Job, tokens: float) -> tuple[float, float, float, float]:
+    """FLOPs of the four forward products; bytes of their results, of backward results, and of the weights' gradients."""
+    size, t, item = job.size, job.parallel.tensor, job.itemsize
+    shapes = (  # columns of result and of operand on this rank
+        ((size.queries + 2 * size.keys) / t, size.hidden),
+        (size.hidden, size.queries / t),
+        (2 * size.ffn / t, size.hidden),
+        (size.hidden, size.ffn / t),
+    )
+    weights = sum(wide * deep for wide, deep in shapes)
+    results, gradients = (tokens * item * sum(shape[at] for shape in shapes) for at in (0, 1))
+    return 2 * tokens * weights, results, gradients, 2 * job.grad_bytes * weights
+
+
+def _between(job: Job) -> tuple[float, float]:
+    """Bytes that a token moves between a layer's matrix products, forward and backward, all of it shared by tensor ranks under
+    sequence parallelism.
+
+    Forward: two norms and two additions (10 h elements), rotation of queries and keys (2 each), SwiGLU (3 f). Backward: norms and
+    additions (12 h), rotation, SwiGLU (5 f). FP8 products want operands with a scale taken from all of the tensor: 6 bytes an
+    element (read for the largest, read, written plain and transposed) of h + q + h + f forward, (q + 2k) + h + 2f + h backward.
+    """
+    size, item, tensor = job.size, job.itemsize, job.parallel.tensor
+    h, f, q, k = size.hidden, size.ffn, size.queries, size.keys
+    own = tensor if job.sequence else 1  # without sequence parallelism every rank norms and adds all tokens
+    normed = 2 * (q + k) if size.needs.qk_norm != "none" else 0
+    forward = item * (10 * h / own + (2 * (q + k) + normed + 3 * f) / tensor)
+    backward = item * (12 * h / own + (2 * (q + k) + 2 * normed + 5 * f) / tensor)
+    if job.fp8:
+        forward += 6 * (2 * h / own + (q + f) / tensor)
+        backward += 6 * (2 * h / own + (q + 2 * k + 2 * f) / tensor)
+    return forward, backward
+
+
+def _attention(job: Job, pack: Pack, rates: Rates) -> tuple[float, float]:
+    """Seconds of scores and their application to the values: 4 q n^2 FLOPs forward, half under the causal mask; backward makes
+    the scores again and so takes 2.5 times as many (Dao, arXiv 2307.08691)."""
+    size, parallel = job.size, job.parallel
+    peak = job.gpu.fp32 if job.dtype == "fp32" else job.gpu.bf16
+    flops = 0.0
+    for length in pack.lengths:
+        share = length / parallel.context
+        flops += _pairs(job, length) * (share + rates.attention_half) / share
+    forward = 4 * size.queries * flops / (parallel.tensor * parallel.context) / (rates.attention * peak)
+    return forward, 2.5 * forward / rates.attention_backward
+
+
+def _pairs(job: Job, length: int) -> float:
+    """Queries times the keys they see, mean over the layers."""
+    needs, full = job.size.needs, length**2 / 2
+    if needs.window is None or length <= needs.window or not needs.windowed:
+        return full
+    return full - sum(needs.windowed) / len(needs.windowed) * (length - needs.window) ** 2 / 2
+
+
+def _tensor(job: Job, tokens: float, rates: Rates) -> tuple[float, float]:
+    """Exposed seconds of tensor-parallel collectives (Korthikanti et al., arXiv 2205.05198): forward, all-gather before and
+    reduce-scatter after each of attention and feed-forward; backward the mirror image, and the inputs gathered once more for
+    the weights' gradients. Without sequence parallelism two all-reduces each way. FP8 gathers a byte an element."""
+    t = job.parallel.tensor
+    if t == 1:
+        return 0.0, 0.0
+    gathered = 1 if job.fp8 else job.itemsize
+    once = tokens * job.size.hidden * (t - 1) / t / (rates.links * link(job.gpu, t, 1)) * rates.tensor_exposed
+    if not job.sequence:
+        return (4 * job.itemsize * once,) * 2
+    return once * 2 * (gathered + job.itemsize), once * 2 * (2 * gathered + job.itemsize)
+
+
+def _context(job: Job, pack: Pack, rates: Rates) -> tuple[float, float]:
+    """Seconds in which keys and values go round the context-parallel ring, backward with their gradients; meant to hide behind
+    attention."""
+    parallel = job.parallel
+    if parallel.context == 1:
+        return 0.0, 0.0
+    sent = (parallel.context - 1) * pack.tokens / parallel.context * 2 * job.size.keys / parallel.tensor * job.itemsize
+    seconds = sent / (rates.links * link(job.gpu, parallel.context, parallel.tensor))
+    return seconds, 2 * seconds
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """Sum."""
+    return sum(costs, Cost())

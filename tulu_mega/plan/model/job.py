@@ -1,0 +1,140 @@
+"""A training step as the planner sees it: a model, a layout, a GPU and what is in the micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.rules import LayerNeeds
+from tulu_mega.config import ParallelSettings
+from tulu_mega.layout.flops import head_columns
+from tulu_mega.layout.stages import stage_layers
+from tulu_mega.plan.model.hardware import Gpu
+from tulu_mega.plan.model.parameters import ITEMSIZE, Parameters, rank_parameters
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A packed micro-batch."""
+
+    tokens: int
+    """positions, padding among them"""
+    lengths: tuple[int, ...]
+    """tokens of its sequences, each of which attends within itself"""
+    labelled: int
+    """tokens whose log-probability is asked for"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One optimizer step. What the trainer of this project does is the default; the rest is for runs of others.
+
+    Args:
+        config: Hugging Face's config.json.
+        parallel: the layout; `data` is read from `packs`.
+        gpu: of the trainer's ranks.
+        packs: micro-batches of each data-parallel replica.
+        dtype: of parameters and activations.
+        recompute: as `model.recompute`.
+        fp8: the layers' matrix products are FP8, the head's and attention are not.
+        fp8_weights: the parameters themselves are.
+        grad_bytes: bytes of an accumulated gradient.
+        fsdp: weights and gradients are sharded over the replicas too, and gathered layer by layer.
+        full_logits: the head makes all logits of a micro-batch at once and keeps them.
+        entropy: whether the objective asks for entropies.
+        split: layers of every virtual stage, where they are not those of `stages`.
+    """
+
+    config: Mapping[str, Any]
+    parallel: ParallelSettings
+    gpu: Gpu
+    packs: tuple[tuple[Pack, ...], ...]
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    fp8: bool = False
+    fp8_weights: bool = False
+    grad_bytes: int = 4
+    fsdp: bool = False
+    full_logits: bool = False
+    entropy: bool = False
+    split: tuple[int, ...] | None = None
+
+    @property
+    def data(self) -> int:
+        """Data-parallel replicas."""
+        return len(self.packs)
+
+    @property
+    def world(self) -> int:
+        """Ranks of the trainer."""
+        return self.parallel.model_parallel * self.data
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share a distributed optimizer's state: DP x CP."""
+        return self.data * self.parallel.context
+
+    @property
+    def sequence(self) -> bool:
+        """Whether tensor ranks share the tokens between the layers' products."""
+        return self.parallel.sequence and self.parallel.tensor > 1
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation."""
+        return ITEMSIZE[self.dtype]
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Of every virtual stage."""
+        return self.split or stage_layers(self.config, self.parallel)
+
+    @cached_property
+    def held(self) -> tuple[Parameters, ...]:
+        """Parameters of every pipeline rank."""
+        ranks = range(self.parallel.pipeline)
+        return tuple(rank_parameters(self.config, self.parallel, rank, self.layers) for rank in ranks)
+
+    @cached_property
+    def size(self) -> Sizes:
+        """Extents of the model."""
+        return sizes_of(self.config)
+
+    @cached_property
+    def longest(self) -> int:
+        """Positions of the largest micro-batch."""
+        return max(pack.tokens for packs in self.packs for pack in packs)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Extents of a model's layer and head."""
+
+    hidden: int
+    ffn: int
+    queries: int
+    """channels of all query heads"""
+    keys: int
+    """channels of all key heads, and of all value heads"""
+    heads: int
+    columns: int
+    """of the head: entries of the vocabulary, or one"""
+    needs: LayerNeeds
+
+
+def sizes_of(config: Mapping[str, Any]) -> Sizes:
+    """Raises UserError for a config that no family can read."""
+    family = family_for(config)
+    sizes = family.sizes(config)
+    return Sizes(
+        hidden=sizes["hidden"],
+        ffn=sizes["ffn"],
+        queries=sizes["queries"],
+        keys=sizes["keys"],
+        heads=config["num_attention_heads"],
+        columns=head_columns(config),
+        needs=family.needs(config),
+    )

@@ -1,0 +1,1 @@
+"""Reinforcement learning's data: prompts, responses, rewards, groups, batches."""

@@ -1,0 +1,119 @@
+"""The servers as a trainer sees them: of the weights it last pushed, or started again and given them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tulu_mega.config import RolloutSettings
+from tulu_mega.distributed.collectives import awaited_from_lead
+from tulu_mega.errors import UserError
+from tulu_mega.inference.addresses import ask_restart, attached
+from tulu_mega.inference.client import RolloutClient
+from tulu_mega.inference.sampling import Sampling
+from tulu_mega.records import Rollout
+from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
+from tulu_mega.weight_transfer.transfer import SyncReport, WeightSync
+
+
+class Fleet:
+    """Servers and the connection that carries weights to them. A context manager; every rank has one.
+
+    Args:
+        connect: makes the connection to servers; every rank calls it.
+        settings: of the rollouts.
+        run_dir: where the launcher says which servers there are.
+        repair: on rank 0, has every rank call :meth:`push` while the others wait for what rank 0 says.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[list[ServerAddress]], WeightSync],
+        settings: RolloutSettings,
+        run_dir: Path,
+        repair: Callable[[int], SyncReport],
+    ):
+        self._connect, self._settings, self._run_dir, self._repair = connect, settings, run_dir, repair
+        self._addresses: list[ServerAddress] = []
+        self._sync: WeightSync | None = None
+        self._client: RolloutClient | None = None
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._disconnect()
+
+    def push(self, version: int) -> SyncReport:
+        """Every server gets this trainer's weights; one that cannot take them is started again first. Every rank calls it.
+
+        Raises:
+            UserError: a server that is not ours to start again fails, or one that fails each time.
+        """
+        for _ in range(self._settings.restarts + 1):
+            self._reconnect()
+            report = self._sync.push(version)
+            if not report.failed:
+                return report
+            self._mark("having servers started again")
+            if dist.get_rank() == 0:
+                self._restart(report.failed)
+        raise UserError(
+            f"the weights of version {version} did not reach {', '.join(report.failed)} in {self._settings.restarts + 1} "
+            f"attempts: {'; '.join(report.failed.values())}; see the servers' logs"
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        version: int,
+        numbers: Sequence[int] | None = None,
+        done: Callable[[int, list[Rollout]], None] | None = None,
+    ) -> list[list[Rollout]]:
+        """Rank 0: as :meth:`RolloutClient.generate`; where no server is left to answer, they are started again and asked anew.
+
+        Raises:
+            UserError: they fail each time, or are not ours to start again.
+        """
+        for attempt in range(self._settings.restarts + 1):
+            try:
+                return self._client.generate(prompts, sampling, version, numbers, done)
+            except ServerFailure as failure:
+                if attempt == self._settings.restarts:
+                    raise UserError(f"{failure}; it failed {attempt + 1} times, see the servers' logs") from None
+                self._mark("having servers started again")
+                self._restart({failure.url: failure.reason})
+                self._repair(version)
+                self._mark("generation")
+        raise AssertionError("unreachable")
+
+    def _mark(self, what: str) -> None:
+        """For the watchdog: each of these may take as long as a time-out of its own."""
+        if self._sync is not None:
+            self._sync.at(what)
+
+    def _restart(self, failed: dict[str, str]) -> None:
+        for address in self._addresses:
+            if address.url in failed:
+                print(f"{address.url}: {failed[address.url]}; it is started again", flush=True)
+                ask_restart(self._run_dir, address, failed[address.url], remote=bool(self._settings.urls))
+
+    def _reconnect(self) -> None:
+        """Follows the servers where they are now."""
+        addresses = awaited_from_lead(attached(self._settings, self._run_dir) if dist.get_rank() == 0 else [])
+        if self._sync is not None and addresses == self._addresses:
+            return
+        self._disconnect()
+        self._addresses = addresses
+        self._sync = self._connect(self._addresses)
+        if dist.get_rank() == 0:
+            self._client = RolloutClient(self._addresses, self._settings)
+
+    def _disconnect(self) -> None:
+        for each in (self._sync, self._client):
+            if each is not None:
+                each.close()
+        self._sync = self._client = None

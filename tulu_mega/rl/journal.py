@@ -1,0 +1,85 @@
+"""What was said and what it earned: RUN_DIR/rollouts/*.jsonl, one object a response."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tulu_mega.data.prompts import Prompt
+from tulu_mega.rl.judging import Judged
+from tulu_mega.rl.scheduler import Evaluation, StepRollouts
+
+FOLDER = "rollouts"
+Differences = Mapping[tuple[int, int], tuple[float, float]]
+"""(place of the prompt, number of the response) -> mean and largest |log-probability by sampler less that by trainer|"""
+
+
+def rollouts_file(run_dir: Path, step: int) -> Path:
+    """Of a step, counted from 1."""
+    return run_dir / FOLDER / f"step_{step:06}.jsonl"
+
+
+def evaluation_file(run_dir: Path, step: int) -> Path:
+    """Of the held-out prompts after so many steps."""
+    return run_dir / FOLDER / f"heldout_{step:06}.jsonl"
+
+
+def write_rollouts(run_dir: Path, step: int, rollouts: StepRollouts, differences: Differences) -> None:
+    """All responses of a step, also those that are not trained on, in the order of their prompts' places."""
+    trained = {group.place for group in rollouts.groups}
+    groups = sorted([*rollouts.groups, *rollouts.left_out], key=lambda group: group.place)
+    _write(
+        rollouts_file(run_dir, step),
+        (
+            {
+                "place": group.place,
+                "sample": number,
+                **_said(group.prompt, one),
+                "advantage": advantage,
+                "trained": group.place in trained and group.advantages.trained[number],
+                **_apart(differences.get((group.place, number))),
+            }
+            for group in groups
+            for number, (one, advantage) in enumerate(zip(group.judged, group.advantages.advantages, strict=True))
+        ),
+    )
+
+
+def write_evaluation(run_dir: Path, step: int, evaluation: Evaluation) -> None:
+    """The answers to the held-out prompts, in their order."""
+    pairs = zip(evaluation.prompts.prompts, evaluation.judged, strict=True)
+    _write(evaluation_file(run_dir, step), (_said(prompt, one) for prompt, one in pairs))
+
+
+def _said(prompt: Prompt, one: Judged) -> dict[str, Any]:
+    rollout, verdict = one.rollout, one.verdict
+    versions = sorted(set(rollout.versions))
+    return {
+        "messages": prompt.messages,
+        "ground_truth": prompt.ground_truth,
+        "dataset": prompt.dataset,
+        "response": one.text,
+        "tokens": len(rollout.response_ids),
+        "finish_reason": rollout.finish_reason,
+        "reward": one.reward,
+        "scores": verdict.parts,
+        **({"detail": verdict.detail} if verdict.detail else {}),
+        **({"error": verdict.error} if verdict.error else {}),
+        **({"model_score": one.model_score} if one.model_score is not None else {}),
+        "version": versions[0] if len(versions) == 1 else versions,
+    }
+
+
+def _apart(difference: tuple[float, float] | None) -> dict[str, float]:
+    return {} if difference is None else {"logp_difference_mean": difference[0], "logp_difference_max": difference[1]}
+
+
+def _write(file: Path, lines: Iterable[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as out:
+        for line in lines:
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    partial.replace(file)

@@ -1,0 +1,74 @@
+"""The prompts of a run, read and checked: what can be rendered, judged and answered within the model's length."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tulu_mega.config import GrpoSettings
+from tulu_mega.data.prompts import PromptSet, read_prompts
+from tulu_mega.data.sources import load_rows
+from tulu_mega.data.tokenizer import load_tokenizer
+from tulu_mega.errors import UserError
+from tulu_mega.rewards.registry import Judge
+from tulu_mega.rl.judging import reward_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+REJECTS = "rejects.jsonl"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a run asks."""
+
+    train: PromptSet
+    heldout: PromptSet | None
+    tokenizer: PreTrainedTokenizerFast
+    verifiers: list[str]
+    """that the rows need"""
+    rejects: Path
+    """the file that lists the rows which are not used"""
+
+
+def read(settings: GrpoSettings) -> Prompts:
+    """
+    Raises:
+        UserError: with everything that is wrong with data, verifiers and tokenizer, by file and line.
+    """
+    data, problems = settings.data, []
+    tokenizer = load_tokenizer(settings.model.path, data.tokenizer, data.template, settings.model.trust_remote_code)
+    judge, needed = Judge(reward_spec(settings.rewards)), set()
+
+    def judgeable(row: dict[str, Any]) -> list[str]:
+        found = judge.check(row)
+        if not found:
+            names = row["dataset"]
+            needed.update(judge.resolve(name) for name in ([names] if isinstance(names, str) else names))
+        return found
+
+    wanted = [("data.train", data.train, data.split)]
+    if settings.heldout:
+        wanted.append(("heldout.data", settings.heldout.data, settings.heldout.split))
+    sets: dict[str, PromptSet] = {}
+    for setting, sources, split in wanted:
+        try:
+            rows = load_rows(sources, split, data.seed, setting, any_columns=True)
+            sets[setting] = read_prompts(rows, tokenizer, data.template, data.max_prompt, data.malformed, judgeable, setting)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    rejects = Path(settings.run_dir) / "data" / REJECTS
+    return Prompts(sets["data.train"], sets.get("heldout.data"), tokenizer, sorted(needed), rejects)
+
+
+def write_rejects(prompts: Prompts) -> None:
+    """The rows that are not used, with the reason."""
+    prompts.rejects.parent.mkdir(parents=True, exist_ok=True)
+    lines = [*prompts.train.rejects, *(prompts.heldout.rejects if prompts.heldout else ())]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    prompts.rejects.write_text(text, encoding="utf-8")

@@ -1,0 +1,359 @@
+"""The training engine: megatron-core's schedules, DDP and optimizer behind three verbs. Knows no algorithm by name."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from tulu_mega.config import EngineSettings, OptimSettings
+from tulu_mega.data.batch import context_share
+from tulu_mega.distributed.topology import Topology
+from tulu_mega.layout.context import context_rows
+from tulu_mega.model.build import attention_of, build_model, wrap_for_training
+from tulu_mega.model.gpt import PolicyModel
+from tulu_mega.model.messages import PackMessages
+from tulu_mega.model.packed import packed_seq_params
+from tulu_mega.model.reward import RewardModel
+from tulu_mega.platforms import Platform
+from tulu_mega.records import LossOutput, PackedBatch, TokenOutput, sent
+from tulu_mega.train.optimizer import Schedule, build_optimizer
+
+_GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp_cp"]
+"""What a schedule wants to be given where it is given what sends its messages."""
+
+
+class Objective(Protocol):
+    """What the engine minimises; see `objectives/`."""
+
+    @property
+    def needs(self) -> Literal["token_logp", "token_logp+entropy", "sequence_logp", "sequence_score"]:
+        """What it is called with: a `TokenOutput` of this rank's share, with entropies or without, of which it gives the share's
+        loss; or float64 [S], the same on all context-parallel ranks, of which it gives the whole loss: the sum of the
+        log-probabilities over each segment, or the score at each segment's end."""
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Metrics that are means, of `LossOutput.metrics`."""
+
+    @property
+    def largest(self) -> tuple[str, ...]:
+        """Metrics that are largest values, of `LossOutput.largest`."""
+
+    def __call__(self, output: TokenOutput | Tensor, batch: PackedBatch) -> LossOutput: ...
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A global batch's loss, the same on every rank."""
+
+    loss: float
+    """sum over the batch / global count"""
+    count: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of an optimizer step, the same on every rank."""
+
+    grad_norm: float
+    """global, before clipping"""
+    lr: float
+    applied: bool
+    """False when loss or gradient was not finite, or not allowed: parameters and optimizer state stay as they were"""
+    finite: bool = True
+
+
+class Engine:
+    """A model under a layout, ready to train or to score.
+
+    Args:
+        hf: the model's Hugging Face config.
+        settings: model, layout and `[megatron]` table.
+        topology, platform: this process's place.
+        reward: whether the model is a reward model, which gives scores instead of log-probabilities.
+    """
+
+    def __init__(
+        self, hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform, reward: bool = False
+    ):
+        self.hf, self.settings, self.topology, self.platform, self.reward = hf, settings, topology, platform, reward
+        self.chunks: list[PolicyModel] | list[RewardModel] = build_model(hf, settings, topology, platform, reward)
+        """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
+        self.temperature = 1.0
+        """logits are divided by it, in training and in scoring: for policies, whose responses are drawn at it"""
+        self.at: Callable[[str], None] = _unmarked
+        """told of what this rank is about whenever it makes progress; see `watchdog.Watchdog.at`"""
+        self.ddp: list[DistributedDataParallel] = []
+        self.optimizer: MegatronOptimizer | None = None
+
+    @functools.cached_property
+    def whole_packs(self) -> bool:
+        """Whether attention is our own and each rank has all of a pack: then sequences in a pack may share prefixes."""
+        return self.topology.context == 1 and attention_of(self.hf, self.settings, self.topology, self.platform) != "te"
+
+    def prepare_training(self, optim: OptimSettings, steps: int) -> None:
+        """Adds gradient buffers, optimizer and schedule. The weights are to be there already."""
+        self.optim = optim
+        for chunk in self.chunks:
+            chunk.train()
+        parallel = self.settings.parallel
+        sharded = parallel.distributed_optimizer and optim.name == "adamw"  # SGD has no state to shard
+        self.ddp = wrap_for_training(self.chunks, parallel, sharded)
+        self.optimizer = build_optimizer(
+            optim, self.settings.model.dtype, self.ddp, sharded, gloo_groups=self.platform.backend == "nccl"
+        )
+        self.schedule = Schedule(self.optimizer, optim, steps)
+        config = self.chunks[0].config  # all chunks share it
+        config.finalize_model_grads_func = finalize_model_grads
+        if parallel.overlap_grad_reduce:
+            several = len(self.ddp) > 1  # the schedules want a list then, and only then
+            config.no_sync_func = [ddp.no_sync for ddp in self.ddp] if several else self.ddp[0].no_sync
+            config.grad_sync_func = [ddp.start_grad_sync for ddp in self.ddp] if several else self.ddp[0].start_grad_sync
+
+    def forward_backward(
+        self, micro_batches: Sequence[PackedBatch], objective: Objective, seen: list[Tensor] | None = None
+    ) -> BatchLoss:
+        """Gradients of a global batch, summed over micro-batches and DP x CP and divided once by the global count.
+
+        Args:
+            micro_batches: this data-parallel rank's share, whole packs; every rank of a replica gets the same, all replicas as
+                many. An interleaved pipeline takes a multiple of its ranks.
+            seen: gets what :meth:`score` would have returned.
+        """
+        for ddp in self.ddp:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._losses(micro_batches, objective, forward_only=False, seen=seen)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> BatchLoss:
+        """The loss of a batch by the weights as they are, in evaluation mode, and no gradients.
+
+        Args:
+            micro_batches: as for :meth:`forward_backward`.
+        """
+        with self._evaluating():
+            return self._losses(micro_batches, objective, forward_only=True)
+
+    def optimizer_step(self, step: int, loss: float, allow: Callable[[float, float], bool] | None = None) -> Update:
+        """Clips by the global norm and updates, unless loss or norm is not finite.
+
+        Args:
+            step: from 0; decides the learning rate.
+            loss: of the batch the gradients are of.
+            allow: of loss and norm, when they are finite, whether to update; the same on every rank.
+        """
+        self.at("update")
+        lr = self.schedule.set(step)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        applied = finite and (allow is None or allow(loss, norm))
+        if applied:
+            if self.optim.clip > 0:
+                parameters = self.optimizer_parameters()
+                if parameters:
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.optim.clip, total_norm=norm)
+            self.optimizer.step_with_ready_grads()
+        return Update(norm, lr, applied, finite)
+
+    def optimizer_parameters(self) -> list[Tensor]:
+        """The (main) parameters this rank's optimizer updates."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Log-probabilities of every micro-batch's labels.
+
+        Args:
+            micro_batches: as for :meth:`forward_backward`.
+
+        Returns:
+            [T] float32 for each micro-batch, in the pack's order, on the last pipeline stage; an empty list on the others.
+        """
+
+        def step(batches, model):
+            return self._forward(model, next(batches).to(self.platform.device)), lambda values, non_loss_data: values[0]
+
+        with self._evaluating() as models:
+            shares = self._run(step, micro_batches, models, forward_only=True, collect_non_loss_data=True)
+        return self._wholes(shares, micro_batches)
+
+    def settle(self) -> None:
+        """Ends what overlap left under way, so that every rank's parameters are the updated ones; before they are read."""
+        for ddp in self.ddp:
+            if ddp.ddp_config.overlap_param_gather:
+                for group in ddp.bucket_groups:  # start_param_sync(force_sync=True) would leave transposed FP8 bytes as they were
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    def _losses(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        objective: Objective,
+        forward_only: bool,
+        seen: list[Tensor] | None = None,
+    ) -> BatchLoss:
+        outputs: list[LossOutput] = []
+        shares: list[Tensor] = []
+
+        def step(batches, model):
+            batch = next(batches).to(self.platform.device)
+
+            def loss(output):
+                out = self._loss(output, batch, objective)
+                outputs.append(out)
+                if seen is not None:
+                    shares.append((output[0] if isinstance(output, tuple) else output)[0].detach())
+                return out.loss_sum.float(), _scalar(out.count, torch.int32, self.platform.device), {}
+
+            return self._forward(model, batch), loss
+
+        self._run(step, micro_batches, self.ddp or self.chunks, forward_only, entropy=objective.needs == "token_logp+entropy")
+        if seen is not None:
+            seen += self._wholes(shares, micro_batches)
+        return self._reduce(outputs, objective)
+
+    def _loss(self, output: Tensor | tuple[Tensor, Tensor], batch: PackedBatch, objective: Objective) -> LossOutput:
+        """This rank's share of a micro-batch's loss."""
+        values, entropy = output if isinstance(output, tuple) else (output, None)
+        tokens = TokenOutput(
+            values[0], None if entropy is None else entropy[0], batch, self._over_context, self.settings.model.kernels
+        )
+        if objective.needs not in ("sequence_logp", "sequence_score"):
+            return objective(tokens, batch)
+        # log-probabilities are 0 where not trained
+        chosen_T = tokens.values_T * batch.ends_T if objective.needs == "sequence_score" else tokens.values_T
+        whole = objective(tokens.segment_sums(chosen_T), batch)
+        if batch.context_rank == 0:
+            return whole
+        # every context rank has all of it and the first counts it; the gradient of the others' tokens comes from there
+        return LossOutput(0 * whole.loss_sum, 0, dict.fromkeys(objective.reported, (0.0, 0)), whole.largest)
+
+    def _over_context(self, share: Tensor) -> Tensor:
+        if self.topology.context == 1:
+            return share
+        group = self.topology.context_group
+        return copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(share, group), group)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[list[torch.nn.Module]]:
+        """The model in evaluation mode, and back in the mode it was in."""
+        models = self.ddp or self.chunks
+        training = [model.training for model in models]
+        for model in models:
+            model.eval()
+        yield models
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
+
+    def _wholes(self, shares: list[Tensor], micro_batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Of every micro-batch the whole pack's values, on the stage that has any."""
+        if self.topology.context == 1:
+            return shares
+        return [self._whole(share, batch) for share, batch in zip(shares, micro_batches, strict=False)]
+
+    def _whole(self, share_T: Tensor, batch: PackedBatch) -> Tensor:
+        """The context-parallel ranks' values of a pack, in its own order."""
+        ranks = self.topology.context
+        whole_T = share_T.new_empty(len(batch.tokens_T))
+        gathered_T = torch.empty_like(whole_T)
+        dist.all_gather_into_tensor(gathered_T, share_T.contiguous(), group=self.topology.context_group)
+        rows = torch.cat([context_rows(batch.lengths_S, rank, ranks) for rank in range(ranks)])
+        whole_T[sent(rows, whole_T.device)] = gathered_T
+        return whole_T
+
+    def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+        self.at("forward and backward" if model.training else "forward")
+        for chunk in self.chunks:
+            if isinstance(chunk, PolicyModel):
+                chunk.labelled_N = batch.labelled_N
+        return model(
+            input_ids=batch.tokens_T[None],
+            position_ids=batch.positions_T[None],
+            attention_mask=None,
+            labels=batch.labels_T[None],
+            packed_seq_params=packed_seq_params(batch, self.topology.context, self.chunks[0].config.apply_rope_fusion),
+        )
+
+    def _run(
+        self,
+        step,
+        micro_batches: Sequence[PackedBatch],
+        model: Sequence[torch.nn.Module],
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        entropy: bool = False,
+    ) -> list:
+        for chunk in self.chunks:
+            if isinstance(chunk, PolicyModel):
+                chunk.temperature, chunk.gives_entropy = self.temperature, entropy
+        schedule = get_forward_backward_func()
+        shares = [context_share(batch, self.topology.context_rank, self.topology.context) for batch in micro_batches]
+        iterators = [iter(shares) for _ in model]  # every chunk meets every micro-batch
+        config, pipeline = self.chunks[0].config, {}
+        if self.topology.pipeline > 1:
+            over = self.topology.tensor if config.sequence_parallel else 1
+            rows_M = [len(share.tokens_T) // over for share in shares]
+            pipeline["p2p_communicator"] = PackMessages(self.topology.pipeline_group, config, rows_M, len(model))
+            pipeline["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups(_GROUPS)
+        return schedule(
+            forward_step_func=step,
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=list(model),
+            num_microbatches=len(micro_batches),
+            seq_length=max(len(batch.tokens_T) for batch in micro_batches),  # not read: stages know every pack's length
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+            **pipeline,
+        )
+
+    def _reduce(self, outputs: Sequence[LossOutput], objective: Objective) -> BatchLoss:
+        """Sums of the ranks that hold losses, to every rank, in one collective; in another the largest values, if any."""
+        device, names = self.platform.device, objective.reported
+        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
+        largest = torch.full((len(objective.largest),), -math.inf, dtype=torch.float64, device=device)
+        if self.topology.reports_loss:
+            for out in outputs:
+                pairs = [(out.loss_sum.detach(), out.count), *(out.metrics[name] for name in names)]
+                sums += _stacked([x for pair in pairs for x in pair], device)
+                if objective.largest:
+                    largest = largest.maximum(_stacked([out.largest[name] for name in objective.largest], device))
+        dist.all_reduce(sums)
+        if objective.largest:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        (loss, count), *rest = sums.view(-1, 2).tolist()
+        metrics = {name: total / max(n, 1) for name, (total, n) in zip(names, rest, strict=True)}
+        return BatchLoss(loss / max(count, 1), int(count), metrics | dict(zip(objective.largest, largest.tolist(), strict=True)))
+
+
+def _unmarked(_what: str) -> None:
+    """Where nobody watches."""
+
+
+def _stacked(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    return torch.stack([_scalar(value, torch.float64, device) for value in values])
+
+
+def _scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device, without the wait for it that ``torch.tensor`` of a number has."""
+    return value.detach().to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)

@@ -1,0 +1,364 @@
+"""What a run reports: RUN_DIR/metrics.jsonl, the console and, if asked for, wandb. Rank 0 only.
+
+metrics.jsonl has one object a step. Keys: ``step`` (finished steps, from 1) · ``loss`` · ``grad_norm`` (before clipping) ·
+``lr`` · ``tokens`` ``supervised_tokens`` (of the global batch, padding not counted) · ``tokens_per_second``
+``supervised_tokens_per_second`` (all ranks together) · ``padding`` (share of the packed positions) · ``tflops`` (1e12 FLOP/s
+of one process) · ``mfu`` (share of the device's dense peak; null where that is unknown) · ``seconds_data``
+``seconds_forward_backward`` ``seconds_optimizer`` ``seconds_checkpoint`` · ``memory_gib`` (peak so far) · in some steps
+``slowest_rank`` ``slowest_host`` ``slowest_times_median`` (see `stragglers`) · of stages with ``[heldout]``, in steps that end
+with an evaluation, ``heldout_loss`` and other means and ``seconds_evaluation`` · and whatever the recipe adds. Rates leave the
+seconds of checkpoints and evaluations out. JSON has no NaN: what is not finite is written as the string ``"NaN"``,
+``"Infinity"`` or ``"-Infinity"``, which ``float()`` reads back.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import secrets
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tulu_mega.config import RunSettings, WandbSettings
+from tulu_mega.errors import Stopped
+
+if TYPE_CHECKING:
+    import torch
+
+    from tulu_mega.resilience.stragglers import Slowest
+
+FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Where the wall-clock time of a step went, in seconds."""
+
+    data: float
+    forward_backward: float
+    optimizer: float
+    checkpoint: float = 0.0
+
+    @property
+    def working(self) -> float:
+        """Without the checkpoint: what rates are measured over."""
+        return self.data + self.forward_backward + self.optimizer
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the recipe knows after a step, over the whole global batch."""
+
+    step: int
+    """finished steps, this one included"""
+    loss: float
+    grad_norm: float
+    """before clipping"""
+    lr: float
+    tokens: int
+    """real tokens, padding not counted"""
+    supervised_tokens: int
+    padding: float
+    """share of the packed positions that hold none of the tokens, 0..1"""
+    flops: float
+    """of the whole step over all ranks (`planner.flops.training_flops`)"""
+    seconds: StepSeconds
+    extra: Mapping[str, float | int | None] = field(default_factory=dict)
+    """further values, written under their own names"""
+    told: tuple[str, ...] = ()
+    """those of them that the console's line has too"""
+
+
+class MetricsLog:
+    """Writes steps to the run directory, the console and wandb.
+
+    Args:
+        run_dir: the run's directory; made if missing.
+        settings: shown to wandb as the run's configuration.
+        total_steps: last step of the run.
+        resumed_step: step of the checkpoint that the run goes on from; later lines of metrics.jsonl are cut off, so that the
+            file reads as one undisturbed run.
+        world_size: processes that share the work.
+        device: whose memory is reported; CPU when None.
+        peak: the device's dense FLOP/s (`peak_flops`); None leaves mfu null.
+        console: where progress goes; standard output when None.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        settings: RunSettings,
+        total_steps: int,
+        *,
+        resumed_step: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        peak: float | None = None,
+        console: TextIO | None = None,
+    ):
+        directory = Path(run_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        cut_after(directory / FILE, resumed_step)
+        self._file = open(directory / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._world_size, self._device, self._peak = world_size, device, peak
+        self._console = _Console(console or sys.stdout, total_steps, resumed_step, settings.train.log_every)
+        self._wandb = _Wandb(settings.wandb, directory, settings.model_dump())
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, exception_type, *_: object) -> None:
+        self.close(failed=exception_type not in (None, Stopped))
+
+    def step(self, record: StepRecord, slowest: Slowest | None = None) -> None:
+        """Reports one step; its line is on disk when this returns (with the operating system, not yet synced).
+
+        Args:
+            slowest: rank, after steps that it was looked for.
+        """
+        values = self._values(record) | (slowest.figures if slowest else {})
+        self._file.write(json.dumps({name: _json_number(value) for name, value in values.items()}, allow_nan=False) + "\n")
+        self._file.flush()
+        self._console.step(values, record.told, slowest)
+        for warning in slowest.warnings if slowest else ():
+            print(f"warning: step {record.step}: {warning}", file=sys.stderr, flush=True)
+        self._wandb.log(values)
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """A line on the console about rows that are not trained on; the step's record is to carry the values."""
+        self._console.say(f"step {step}  " + "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()))
+
+    def close(self, failed: bool = False) -> None:
+        """Ends the report; `failed` marks the wandb run."""
+        self._file.close()
+        self._console.close()
+        self._wandb.finish(failed)
+
+    def _values(self, record: StepRecord) -> dict[str, Any]:
+        seconds = record.seconds
+        working = max(seconds.working, 1e-9)
+        per_process = record.flops / working / self._world_size
+        return {
+            "step": record.step,
+            "loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "lr": record.lr,
+            "tokens": record.tokens,
+            "supervised_tokens": record.supervised_tokens,
+            "tokens_per_second": record.tokens / working,
+            "supervised_tokens_per_second": record.supervised_tokens / working,
+            "padding": record.padding,
+            "tflops": per_process / 1e12,
+            "mfu": per_process / self._peak if self._peak else None,
+            "seconds_data": seconds.data,
+            "seconds_forward_backward": seconds.forward_backward,
+            "seconds_optimizer": seconds.optimizer,
+            "seconds_checkpoint": seconds.checkpoint,
+            "memory_gib": peak_memory(self._device) / 2**30,
+            **record.extra,
+        }
+
+
+def cut_after(file: Path, step: int) -> None:
+    """Drops the lines of later steps, and a last line that a crash tore, from a metrics file."""
+    if not file.exists():
+        return
+    lines = file.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
+    if kept != lines:
+        temporary = file.with_name(f"{file.name}.tmp")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, file)
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if line.endswith(b"\n") and isinstance(step, int) else None
+
+
+def _json_number(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+_BEHIND = 1.1
+"""times the median's: what the console tells of; less is the weather"""
+
+
+class _Console:
+    """One readable line every few steps; on a terminal a progress bar below them."""
+
+    def __init__(self, stream: TextIO, total: int, done: int, every: int):
+        self._total, self._every, self._stream = total, every, stream
+        self._seconds: deque[float] = deque(maxlen=20)
+        self._last = time.monotonic()
+        self._bar = None
+        if stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=Console(file=stream), transient=True)
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._bar.start()
+
+    def step(self, values: Mapping[str, Any], told: Sequence[str] = (), slowest: Slowest | None = None) -> None:
+        now = time.monotonic()
+        self._seconds.append(now - self._last)
+        self._last = now
+        step = values["step"]
+        left = clock(statistics.median(self._seconds) * (self._total - step))
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=f"{left} left")
+        if step % self._every and step != self._total:
+            return
+        mfu = f"  mfu {values['mfu']:.1%}" if values["mfu"] is not None else ""
+        more = "".join(f"{name.replace('_', ' ')} {values[name]:.3g}  " for name in told)
+        behind = slowest and slowest.times >= _BEHIND
+        slow = f"slowest rank {slowest.rank} ({slowest.host}) {slowest.times:.2f}x  " if behind else ""
+        line = (
+            f"step {step:>{len(str(self._total))}}/{self._total}  {more}loss {values['loss']:.4f}  "
+            f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s{mfu}  {slow}{left} left"
+        )
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._bar:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as ``h:mm:ss`` or ``m:ss``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class _Wandb:
+    """A wandb run that can fail without the training noticing: the first failure is told, then it is left alone."""
+
+    def __init__(self, settings: WandbSettings, run_dir: Path, config: dict[str, Any]):
+        self._run = None
+        if settings.mode == "disabled":
+            return
+        id_file = run_dir / "wandb_id"
+        try:
+            import wandb
+
+            if not id_file.exists():
+                id_file.write_text(secrets.token_hex(8))
+            self._run = wandb.init(
+                project=settings.project,
+                name=settings.name or run_dir.resolve().name,
+                id=id_file.read_text().strip(),
+                resume="allow",  # a run that goes on is one run there too
+                mode=settings.mode,
+                dir=run_dir,
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except Exception as error:
+            self._give_up("cannot start", error)
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log({k: v for k, v in values.items() if k != "step" and v is not None}, step=values["step"])
+        except Exception as error:
+            self._give_up("stopped", error)
+
+    def finish(self, failed: bool) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.finish(exit_code=int(failed))
+        except Exception as error:
+            self._give_up("did not finish", error)
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        self._run = None
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(
+            f"warning: wandb {what}: {reason[0]}; the run goes on without it, metrics are in {FILE}", file=sys.stderr, flush=True
+        )
+
+
+# Dense peaks in FLOP/s from NVIDIA's data sheets, without sparsity; fp32 without TF32, as torch computes by default.
+_PEAKS = {
+    "H200": (989e12, 67e12),
+    "GH200": (989e12, 67e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak FLOP/s of a device in bf16 or fp32.
+
+    GPUs by name (H100, H200, A100); a CPU is measured, once, by a matmul of that precision on this process's threads.
+
+    Returns:
+        FLOP/s, or None for a GPU that is not in the table.
+    """
+    import torch
+
+    if device.type == "cpu":
+        return _measured_cpu_peak(dtype)
+    name = torch.cuda.get_device_name(device)
+    return named_peak(name, dtype == torch.float32)
+
+
+def named_peak(name: str, fp32: bool) -> float | None:
+    """Peak FLOP/s of a GPU by the name its driver gives; None when unknown."""
+    known = [key for key in _PEAKS if all(word in name.replace("-", " ").split() for word in key.split())]
+    return _PEAKS[max(known, key=len)][int(fp32)] if known else None
+
+
+@functools.cache
+def _measured_cpu_peak(dtype: torch.dtype) -> float:
+    import torch
+
+    size = 768
+    left = torch.full((size, size), 0.5, dtype=dtype)
+    right = torch.full((size, size), 0.5, dtype=dtype)
+    left @ right  # threads and code paths warm up
+    best, end = math.inf, time.perf_counter() + 0.1
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best if best < math.inf else 0.0
+
+
+def peak_memory(device: torch.device | None) -> int:
+    """Most bytes this process has held: CUDA's allocator on a GPU, resident memory on a CPU."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

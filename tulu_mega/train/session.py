@@ -1,0 +1,210 @@
+"""What every stage on a Megatron model begins with: a place among the ranks, the model and its weights, a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from tulu_mega import platforms
+from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.families.reward import check_language_model, reward_fields
+from tulu_mega.bridge.files.companions import OtherTokenizer
+from tulu_mega.bridge.files.config_json import read_config
+from tulu_mega.bridge.files.hf_files import HfCheckpoint
+from tulu_mega.bridge.files.hub import is_megatron, model_directory
+from tulu_mega.bridge.live import export_hf, load_hf
+from tulu_mega.bridge.stream import LiveWeights
+from tulu_mega.config import EngineSettings, RolloutSettings
+from tulu_mega.distributed import topology
+from tulu_mega.distributed.topology import Topology
+from tulu_mega.errors import Stopped, UserError
+from tulu_mega.launch.launcher import World
+from tulu_mega.layout.alignment import Alignment
+from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
+from tulu_mega.layout.schedule import Pipeline
+from tulu_mega.model.hf_config import load_config
+from tulu_mega.model.reward import HEAD
+from tulu_mega.platforms import Platform
+from tulu_mega.resilience.watchdog import Watchdog
+from tulu_mega.train import checkpoint
+from tulu_mega.train.engine import Engine
+from tulu_mega.weight_transfer.sender import Sender
+from tulu_mega.weight_transfer.transfer import stream_dtype
+
+
+@dataclass(frozen=True)
+class Session:
+    """A world that stands, and an engine in it without weights yet."""
+
+    settings: EngineSettings
+    topology: Topology
+    engine: Engine
+    source: Path
+    """directory the model came from"""
+    seed: int
+    """of what is drawn rather than loaded"""
+    watch: Watchdog
+
+    @property
+    def lead(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
+        return self.topology.rank == 0
+
+    @property
+    def align(self) -> Alignment:
+        """What the layout and the FP8 recipe ask of lengths."""
+        return pack_alignment(self.settings)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What the simulation of the schedule knows of this layout."""
+        return pipeline_of(self.engine.hf.to_dict(), self.settings)
+
+    def load_weights(self) -> None:
+        """The model's weights from its directory of either format, each rank its own slices.
+
+        A reward model made from a language model takes all but the head, which is drawn, the same under every layout.
+
+        Raises:
+            UserError: with everything that does not fit.
+        """
+        self.engine.at("loading weights")
+        family = family_for(read_config(self.source))
+        drawn = (HEAD,) if self.engine.reward and not family.reward else ()
+        if is_megatron(self.source):
+            checkpoint.load_weights(self.engine, self.source, leave=drawn)
+        else:
+            with contextlib.closing(HfCheckpoint.open(self.source)) as files:
+                for chunk in self.engine.chunks:
+                    load_hf(chunk, files, family, self.topology.tensor_rank, self.topology.tensor, leave=drawn)
+        if drawn:
+            for chunk in self.engine.chunks:
+                chunk.initialise_head(self.seed)
+
+    def beside(self, path: str, reward: bool) -> Session:
+        """Another model under the same layout, weights loaded, for scoring: nothing of it but the weights takes memory.
+
+        Of equal weights it computes the same bits as this one.
+
+        Args:
+            path: its directory of either format, or hub name.
+            reward: whether it is to be a reward model.
+
+        Raises:
+            UserError: it cannot be had or built, or is of the other kind.
+        """
+        settings = EngineSettings(
+            model=self.settings.model.model_copy(update={"path": path}),
+            parallel=self.settings.parallel,
+            precision=self.settings.precision,
+            megatron=self.settings.megatron,
+        )
+        made = _session(settings, self.topology, self.engine.platform, self.seed, reward, self.watch)
+        if reward and not family_for(read_config(made.source)).reward:
+            raise UserError(f"{path}: not a reward model but a language model; tulu-mega rm makes reward models")
+        made.load_weights()
+        return made
+
+    def sender(self, rollout: RolloutSettings) -> Sender:
+        """This rank's part in giving the model's weights to servers.
+
+        Args:
+            rollout: what the servers take.
+        """
+        place, engine = self.topology, self.engine
+        config, weights = engine.hf.to_dict(), None
+        if place.data_rank == 0 and place.context_rank == 0:
+            weights = LiveWeights(
+                engine.chunks,
+                config,
+                family_for(config),
+                stream_dtype(self.settings.model.dtype, rollout.dtype),
+                fp8=rollout.quantization == "fp8",
+                **place.model_shard,
+                kernels=self.settings.model.kernels,
+            )
+        sends = weights is not None and place.tensor_rank == 0
+        # what `engine.at` is may change after this
+        return Sender(weights, sends, place.pipeline_rank, engine.platform.device, lambda what: engine.at(what), engine.settle)
+
+    def export(
+        self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str], tokenizer: OtherTokenizer | None = None
+    ) -> None:
+        """Writes the model in Hugging Face format; every rank calls it.
+
+        Raises:
+            UserError: the directory cannot be used.
+        """
+        place = self.topology
+        self.engine.at("export")
+        self.engine.settle()
+        config = read_config(self.source)
+        if self.engine.reward:
+            config |= reward_fields(family_for(config), config)
+        export_hf(
+            self.engine.chunks,
+            directory,
+            config,
+            family_for(config),
+            **place.model_shard,
+            is_writer=place.data_rank == 0 and place.context_rank == 0,
+            dtype=dtype,
+            source_directory=self.source,
+            extra_files=extra_files,
+            tokenizer=tokenizer,
+        )
+
+
+@contextlib.contextmanager
+def opened(settings: EngineSettings, world: World, seed: int, reward: bool | None = None) -> Iterator[Session]:
+    """Joins the world, builds this rank's part of the model, and leaves the world at the end.
+
+    Args:
+        seed: of random states, and of a head that is drawn.
+        reward: whether to build a reward model, which a language model's directory is enough for; None does as config.json says.
+
+    Raises:
+        UserError: the model cannot be had or built, or is a reward model where a language model is wanted.
+    """
+    platform = platforms.install(world.local_rank)
+    place = topology.start(settings.parallel, platform, seed, _patience(settings.watchdog.timeout))
+    with Watchdog(settings.watchdog.timeout) as watch:
+        try:
+            yield _session(settings, place, platform, seed, reward, watch)
+        except Stopped:  # on every rank
+            topology.stop()
+            raise
+    topology.stop()  # after an error the others may be waiting in a collective: the process ends instead
+
+
+def _patience(watchdog: float) -> timedelta:
+    """How long a collective, or the ranks' first meeting, may take: longer than the watchdog, which says more about a hang."""
+    return timedelta(seconds=max(1800.0, 2 * watchdog + 60)) if watchdog else timedelta(days=30)
+
+
+def _session(
+    settings: EngineSettings, place: Topology, platform: Platform, seed: int, reward: bool | None, watch: Watchdog
+) -> Session:
+    source = model_directory(settings.model.path)
+    hf = load_config(settings.model.model_copy(update={"path": str(source)}))
+    family = family_for(hf.to_dict())
+    if reward is False:
+        check_language_model(settings.model.path, hf.architectures)
+    if reward or family.reward:
+        hf.update(reward_fields(family, hf.to_dict()))
+    engine = Engine(hf, settings, place, platform, reward=family.reward if reward is None else reward)
+    engine.at = watch.at
+    return Session(settings, place, engine, source, seed, watch)
+
+
+def write_settings(settings: EngineSettings, file: Path) -> None:
+    """The resolved settings as JSON, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(json.loads(settings.model_dump_json()), indent=2) + "\n")
+    partial.replace(file)

@@ -1,0 +1,127 @@
+"""Prompts by the batch: a route of a vLLM server that computes the same bits whenever it is asked the same.
+
+What a CPU or GPU computes for a sequence depends, in its last bits, on the sequences computed beside it, and those on the moments
+at which requests arrive. vLLM's own routes take one prompt a request. Here all prompts of a batch come in one and wait in the
+engine, in order, until all are there; then it begins. Its schedule depends on the batch alone. It costs less, too.
+
+ASGI middleware in the server's process, on top of vLLM's engine client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+from typing import Any
+
+from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, body
+
+ROUTE = "/inference/tulu_mega/batch"
+"""POST ``{"prompts": [{"token_ids", "sampling_params"}, ...]}``. Answers a line of JSON for each prompt, as they end: ``{"place",
+"choices": [{"index", "token_ids", "logprobs", "finish_reason", "weight_versions"}, ...]}``; ``{"error"}`` ends it early."""
+
+
+class Batches:
+    """Middleware: answers `ROUTE`, hands everything else on."""
+
+    def __init__(self, app: App):
+        self._app = app
+        self._adding = asyncio.Lock()
+        self._numbers = itertools.count()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != ROUTE:
+            await self._app(scope, receive, send)
+            return
+        asked = json.loads(await body(receive))["prompts"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/x-ndjson")]})
+        answering = asyncio.create_task(self._answer(scope["app"].state.engine_client, asked, send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (answering, leaving):
+                task.cancel()
+            await asyncio.gather(answering, leaving, return_exceptions=True)
+
+    async def _answer(self, engine: Any, asked: list[dict[str, Any]], send: Send) -> None:
+        names = [f"tulu-mega-{next(self._numbers)}" for _ in asked]
+        waiting: dict[asyncio.Task[Any], int] = {}
+        try:
+            collectors = await self._add(engine, names, asked)
+            waiting |= {asyncio.create_task(_finished(collector)): place for place, collector in enumerate(collectors)}
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                lines = [_line({"place": waiting[task], "choices": _choices(task.result())}) for task in done]
+                for task in done:
+                    del waiting[task]
+                await send({"type": "http.response.body", "body": b"".join(lines), "more_body": True})
+        except Exception as error:  # whatever it is, the one who asked is to know
+            await send(
+                {"type": "http.response.body", "body": _line({"error": f"{type(error).__name__}: {error}"}), "more_body": True}
+            )
+        finally:
+            for task in waiting:
+                task.cancel()
+            if waiting:
+                await asyncio.shield(engine.abort([names[place] for place in waiting.values()]))
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _add(self, engine: Any, names: list[str], asked: list[dict[str, Any]]) -> list[Any]:
+        """Puts all prompts into the engine before it computes any of them."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        async with self._adding:
+            if await engine.is_paused():
+                raise RuntimeError("the server is paused")
+            await engine.pause_generation(mode="keep", clear_cache=False)
+            collectors = []
+            try:
+                for name, one in zip(names, asked, strict=True):
+                    parameters = SamplingParams(**one["sampling_params"], logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+                    collectors.append(await engine.add_request(name, tokens_input(one["token_ids"]), parameters))
+            except BaseException:
+                await asyncio.shield(engine.abort(names[: len(collectors)]))
+                raise
+            finally:
+                await asyncio.shield(engine.resume_generation())
+            return collectors
+
+
+async def _finished(collector: Any) -> Any:
+    """A prompt's output, once all of its responses have ended."""
+    while not (output := collector.get_nowait() or await collector.get()).finished:
+        pass
+    return output
+
+
+def _choices(output: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": response.index,
+            "token_ids": list(response.token_ids),
+            "logprobs": [
+                entry[token].logprob if entry and token in entry else None
+                for token, entry in zip(response.token_ids, response.logprobs or (), strict=False)
+            ],
+            "finish_reason": response.finish_reason,
+            "weight_versions": [
+                {"version": span.version, "start": span.start, "end": span.end} for span in response.weight_versions or ()
+            ],
+        }
+        for response in output.outputs
+    ]
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+async def _left(receive: Receive) -> None:
+    """Until the one who asked has gone."""
+    with contextlib.suppress(asyncio.CancelledError):
+        while (await receive())["type"] != "http.disconnect":
+            pass

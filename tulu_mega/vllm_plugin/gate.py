@@ -1,0 +1,84 @@
+"""What a vLLM server for training refuses, and the arguments that make a server one.
+
+Weights are whole or they are not, and only the workers know: before anything that would serve them the gate asks. It is ASGI
+middleware, in the server's process, so it holds whoever calls.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, refuse
+
+BACKEND = "tulu_mega"
+"""Our weight transfer engine's name in vLLM's registries."""
+ASK_SECONDS = 60.0
+KIND = "WeightsError"
+"""Of its refusals."""
+SERVING = ("/v1/", "/inference/", "/generate")
+"""Beginnings of the routes that use the model."""
+
+
+def server_arguments() -> list[str]:
+    """What a vLLM server's command line needs to take weights from a trainer and to refuse serving broken ones.
+
+    Its environment needs ``VLLM_SERVER_DEV_MODE=1``.
+    """
+    return [
+        *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
+        *("--worker-extension-cls", "tulu_mega.vllm_plugin.worker.WeightsReport"),
+        *("--middleware", "tulu_mega.vllm_plugin.gate.WeightsGate"),
+    ]
+
+
+class WeightsGate:
+    """Middleware: no update of a server that is not paused, none finished that did not come whole, nothing served meanwhile."""
+
+    def __init__(self, app: App):
+        self._app = app
+        self._updating = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            refusal = None
+            if scope["method"] == "POST":
+                engine = scope["app"].state.engine_client
+                if path == "/start_weight_update":
+                    refusal = await self._may_start(engine)
+                elif path == "/finish_weight_update":
+                    refusal = await _unless_all(engine, "committed")
+                elif path == "/resume":
+                    refusal = await _unless_all(engine, "whole")
+                    self._updating = self._updating and refusal is not None
+            if self._updating and path.startswith(SERVING):
+                why = "the weights of this server are being updated, or an update of them broke; ask another"
+                await refuse(send, 503, why, KIND)
+                return
+            if refusal is not None:
+                await refuse(send, 409, refusal, KIND)
+                return
+        await self._app(scope, receive, send)
+
+    async def _may_start(self, engine: Any) -> str | None:
+        if not await engine.is_paused():
+            return "the server is not paused: POST /pause first"
+        self._updating = True
+        if any(worker["open"] for worker in await _status(engine)):
+            await engine.finish_weight_update()  # of a trainer that went away; vLLM opens no second one beside it
+        return None
+
+
+async def _status(engine: Any) -> list[dict[str, Any]]:
+    return await engine.collective_rpc("weights_status", timeout=ASK_SECONDS)
+
+
+async def _unless_all(engine: Any, state: str) -> str | None:
+    """What is wrong, unless all workers are in a state."""
+    workers = await _status(engine)
+    wrong = [worker for worker in workers if not worker[state]]
+    if not wrong:
+        return None
+    problems = [problem for worker in wrong for problem in worker["problems"]]
+    return "\n".join(problems) or f"worker {wrong[0]['worker']}: {wrong[0]['broken'] or 'no update has been committed'}"

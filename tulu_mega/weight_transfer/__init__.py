@@ -1,0 +1,1 @@
+"""A trainer's weights to vLLM servers: protocol, ledger, both ends of every transport."""

@@ -1,0 +1,132 @@
+"""The control plane of one vLLM server: its routes for pausing and for weights, as plain calls that end in finite time.
+
+Has the methods of vLLM's ``VLLMWeightSyncClient``, so that vLLM's own trainer engines may drive it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from tulu_mega.weight_transfer.server import ServerFailure
+
+CONNECT_SECONDS = 10.0
+
+
+class ServerControl:
+    """One server. Safe to call from several threads.
+
+    Args:
+        url: such as ``http://127.0.0.1:8000``.
+        key: sent as bearer token with every request; None for a server without.
+        timeout_s: seconds that any one call may take.
+
+    Every method but `healthy` raises `ServerFailure` when the server does not do as asked, within that time.
+    """
+
+    def __init__(self, url: str, key: str | None, timeout_s: float):
+        self.url = url.rstrip("/")
+        self._timeout = timeout_s
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_SECONDS, timeout_s)),
+            trust_env=False,  # a proxy has no business between a trainer and its servers
+        )
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._client.close()
+
+    def healthy(self) -> bool:
+        """Whether the server is there and its engine alive."""
+        try:
+            return self._client.get("/health", timeout=min(CONNECT_SECONDS, self._timeout)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def pause(self) -> None:
+        """Aborts what is being generated and holds new requests back until `resume`."""
+        self._ask("POST", "/pause", params={"mode": "abort"})
+
+    def resume(self) -> None:
+        """Lets requests in again; the server refuses while its weights are not whole."""
+        self._ask("POST", "/resume")
+
+    def is_paused(self) -> bool:
+        return bool(self._ask("GET", "/is_paused")["is_paused"])
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the keys and values of earlier prompts; vLLM answers 200 even when it could not, and says so in the body."""
+        if self._ask("POST", "/reset_prefix_cache").get("success") is not True:
+            raise ServerFailure(self.url, "the prefix cache could not be emptied: blocks are still held by requests")
+
+    def weight_info(self) -> dict[str, Any]:
+        """``{"weight_version": ...}``"""
+        return self._ask("GET", "/weight_info")
+
+    def world_size(self) -> int:
+        """Workers that hold a part of the model."""
+        return int(self._ask("GET", "/get_world_size")["world_size"])
+
+    def weights_status(self) -> list[dict[str, Any]]:
+        """Of each worker, as `rollout.worker.WeightsReport` tells."""
+        return self.call_workers("weights_status")
+
+    def arrived_checksums(self) -> list[dict[str, str]]:
+        """Of each worker: Hugging Face name -> hash of the bytes that arrived in the last update."""
+        return self.call_workers("arrived_checksums")
+
+    def weight_checksums(self) -> dict[str, str]:
+        """vLLM's own hashes of its parameters, after its processing."""
+        return self._ask("POST", "/weight_checker", json={"action": "checksum"})["checksums"]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Has the workers attach to the senders."""
+        self._ask("POST", "/init_weight_transfer_engine", json={"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Opens an update; one that was left open by a trainer that died is closed, and its weights stay unusable."""
+        self._ask("POST", "/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Passes a message of `rollout.protocol` to the workers; what they make of it is in `weights_status`."""
+        self._ask("POST", "/update_weights", json={"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Closes an update; the server refuses unless all workers committed it. From here on responses bear the version."""
+        self._ask("POST", "/finish_weight_update", json={"weight_version": weight_version})
+
+    def call_workers(self, method: str) -> list[Any]:
+        """What a method of the workers returns, of each of them."""
+        return self._ask("POST", "/collective_rpc", json={"method": method, "timeout": self._timeout})["results"]
+
+    def _ask(self, verb: str, path: str, **arguments: Any) -> dict[str, Any]:
+        what = f"{verb} {path}"
+        try:
+            response = self._client.request(verb, path, **arguments)
+        except httpx.TimeoutException:
+            raise ServerFailure(self.url, f"{what}: no answer within {self._timeout:g} s") from None
+        except httpx.HTTPError as error:
+            raise ServerFailure(self.url, f"{what}: {str(error) or type(error).__name__}") from None
+        try:
+            body = response.json()
+        except ValueError:
+            body = None
+        if response.status_code != 200:
+            raise ServerFailure(self.url, f"{what}: status {response.status_code}: {_message(body, response.text)}")
+        if not isinstance(body, dict):
+            raise ServerFailure(self.url, f"{what}: expected a JSON object, got {response.text[:200]!r}")
+        return body
+
+
+def _message(body: Any, text: str) -> str:
+    """The text of an error, in whichever form vLLM's handlers gave it."""
+    if isinstance(body, dict):
+        error = body.get("error", body.get("detail"))
+        if isinstance(error, dict):
+            error = error.get("message")
+        if isinstance(error, str) and error:
+            return error
+    return text[:500] or "no reason given"
