@@ -252,7 +252,7 @@ LAUNCHER = """
     import signal, sys, time
     from pathlib import Path
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    from tulu_mega.rollout import server
+    from tulu_mega.inference import pool as server
     from tulu_mega.inference.command_line import ServerOptions
     server.command = lambda _options, port, on_cpu: [sys.executable, sys.argv[1], str(port)]
     if __name__ == "__main__":

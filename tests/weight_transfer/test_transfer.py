@@ -295,7 +295,7 @@ def test_the_rendezvous_listens_where_its_server_comes_from_alone():
 
 SENDER = """
 import sys, torch
-from tulu_mega.rollout import transports
+from tulu_mega.weight_transfer import transports
 url, cpu = "http://10.213.9.2:8000", torch.device("cpu")
 box = transports.outbox("gloo", 1000, cpu, 30)
 print(__import__("json").dumps(box.endpoint(url, 1)), flush=True)
@@ -307,7 +307,7 @@ sys.stdin.read()
 """
 RECEIVER = """
 import json, sys, torch
-from tulu_mega.rollout import transports
+from tulu_mega.weight_transfer import transports
 inbox = transports.inbox(json.loads(sys.argv[1]), 0, torch.device("cpu"), 30)
 print(int(inbox.receive(0, 1000).sum()))
 """

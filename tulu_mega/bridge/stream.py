@@ -70,7 +70,7 @@ class LiveWeights:
 
     Every rank of one replica (data and context parallel rank 0) has one, and all of a tensor parallel group walk through it
     together: rank 0 gathers, the others send. Importing vLLM's own base class would cost every trainer rank seconds and some
-    270 MB; `rollout.vllm_trainer` has the true subclass.
+    270 MB.
 
     Args:
         chunks: this rank's model chunks, unwrapped; read anew in each pass.
