@@ -6,11 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tulu_mega.quickstart import tiny_model
-
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_model.make(directory, seed=0)
-    return directory
+def model(tiny) -> Path:
+    return tiny
