@@ -290,7 +290,8 @@ def test_a_restart_is_progress(serve, monkeypatch):
     monkeypatch.setattr(fleet, "ask_restart", restart)
     address = serve(stuck)
     made = fleet.Fleet(None, settings(retries=0), None, lambda version: marks.append(f"push {version}"))
-    made._addresses, made._sync = [address], SimpleNamespace(at=marks.append, close=lambda: None)
+    connection = SimpleNamespace(sender=SimpleNamespace(at=marks.append), close=lambda: None)
+    made._addresses, made._connection = [address], connection
     made._client = RolloutClient([address], settings(retries=0))
     with made:
         assert len(made.generate([[1]], SAMPLING, 3)) == 1

@@ -38,8 +38,9 @@ from tulu_mega.train.engine import BatchLoss
 from tulu_mega.train.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.train.run import Run, Skips
 from tulu_mega.train.session import Session, opened, write_settings
+from tulu_mega.weight_transfer.attach import Connection, attach
+from tulu_mega.weight_transfer.push import SyncReport
 from tulu_mega.weight_transfer.server import ServerAddress
-from tulu_mega.weight_transfer.transfer import SyncReport, WeightSync
 
 TOLD = ("reward", "solve_rate", "response_length", "kl")
 """What the console's line has beside the loss."""
@@ -402,8 +403,8 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
             scores = RewardModelScores(session.beside(settings.rewards.model, reward=True).engine, settings.longest)
         crew = Crew({"push": lambda version: fleet.push(version), "reward": scores})
 
-        def connect(servers: Sequence[ServerAddress]) -> WeightSync:
-            return WeightSync.connect(session.sender(settings.rollout), servers, settings.rollout)
+        def connect(servers: Sequence[ServerAddress]) -> Connection:
+            return attach(session.sender(settings.rollout), servers, settings.rollout)
 
         fleet = stack.enter_context(Fleet(connect, settings.rollout, run_dir, partial(crew.do, "push")))
         policy = Policy(

@@ -14,8 +14,9 @@ from tulu_mega.inference.addresses import ask_restart, attached
 from tulu_mega.inference.client import RolloutClient
 from tulu_mega.inference.sampling import Sampling
 from tulu_mega.records import Rollout
+from tulu_mega.weight_transfer.attach import Connection
+from tulu_mega.weight_transfer.push import SyncReport, push
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
-from tulu_mega.weight_transfer.transfer import SyncReport, WeightSync
 
 
 class Fleet:
@@ -30,14 +31,14 @@ class Fleet:
 
     def __init__(
         self,
-        connect: Callable[[list[ServerAddress]], WeightSync],
+        connect: Callable[[list[ServerAddress]], Connection],
         settings: RolloutSettings,
         run_dir: Path,
         repair: Callable[[int], SyncReport],
     ):
         self._connect, self._settings, self._run_dir, self._repair = connect, settings, run_dir, repair
         self._addresses: list[ServerAddress] = []
-        self._sync: WeightSync | None = None
+        self._connection: Connection | None = None
         self._client: RolloutClient | None = None
 
     def __enter__(self) -> Fleet:
@@ -54,7 +55,7 @@ class Fleet:
         """
         for _ in range(self._settings.restarts + 1):
             self._reconnect()
-            report = self._sync.push(version)
+            report = push(self._connection, version)
             if not report.failed:
                 return report
             self._mark("having servers started again")
@@ -92,8 +93,8 @@ class Fleet:
 
     def _mark(self, what: str) -> None:
         """For the watchdog: each of these may take as long as a time-out of its own."""
-        if self._sync is not None:
-            self._sync.at(what)
+        if self._connection is not None:
+            self._connection.sender.at(what)
 
     def _restart(self, failed: dict[str, str]) -> None:
         for address in self._addresses:
@@ -104,16 +105,16 @@ class Fleet:
     def _reconnect(self) -> None:
         """Follows the servers where they are now."""
         addresses = awaited_from_lead(attached(self._settings, self._run_dir) if dist.get_rank() == 0 else [])
-        if self._sync is not None and addresses == self._addresses:
+        if self._connection is not None and addresses == self._addresses:
             return
         self._disconnect()
         self._addresses = addresses
-        self._sync = self._connect(self._addresses)
+        self._connection = self._connect(self._addresses)
         if dist.get_rank() == 0:
             self._client = RolloutClient(self._addresses, self._settings)
 
     def _disconnect(self) -> None:
-        for each in (self._sync, self._client):
+        for each in (self._connection, self._client):
             if each is not None:
                 each.close()
-        self._sync = self._client = None
+        self._connection = self._client = None

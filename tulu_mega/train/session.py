@@ -34,8 +34,7 @@ from tulu_mega.platforms import Platform
 from tulu_mega.resilience.watchdog import Watchdog
 from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import Engine
-from tulu_mega.weight_transfer.sender import Sender
-from tulu_mega.weight_transfer.transfer import stream_dtype
+from tulu_mega.weight_transfer.sender import Sender, stream_dtype
 
 
 @dataclass(frozen=True)

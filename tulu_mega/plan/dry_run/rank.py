@@ -21,7 +21,7 @@ from tulu_mega.platforms import Platform
 from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import Engine
 from tulu_mega.weight_transfer.protocol import SLOTS, Expected
-from tulu_mega.weight_transfer.transfer import sender_buckets, stream_dtype
+from tulu_mega.weight_transfer.sender import sender_buckets, stream_dtype
 
 
 def number(layout: Layout, stage: int, tensor_rank: int, copy: int) -> int:

@@ -1,33 +1,69 @@
-"""Buckets broadcast to each server's workers, over TCP (gloo) or between GPUs (NCCL)."""
+"""Buckets broadcast to each server's workers, by whichever library: what the transports gloo and nccl have in common."""
 
 from __future__ import annotations
 
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tulu_mega.weight_transfer.protocol import SLOTS
-from tulu_mega.weight_transfer.transports.ends import Endpoint
-from tulu_mega.weight_transfer.transports.fills import Fills
-from tulu_mega.weight_transfer.transports.groups import Group, group_of
-from tulu_mega.weight_transfer.transports.routes import address_towards, source_address
+from tulu_mega.weight_transfer.server import address_towards, source_address
+from tulu_mega.weight_transfer.transports import Endpoint
+from tulu_mega.weight_transfer.waiting import FillEvents
+
+ENDED = "the connection was given up after an earlier failure"
+
+
+class Group(Protocol):
+    """A process group beside, and unknown to, the ones that trainer and vLLM have. Rank 0 sends. The first failure ends it."""
+
+    def meet(self) -> None:
+        """Waits for the others.
+
+        Raises:
+            RuntimeError: not all came within the time-out, or they cannot be a group.
+        """
+        ...
+
+    def broadcast(self, data: Tensor) -> None:
+        """Returns when all of it is here, or sent.
+
+        Raises:
+            RuntimeError: a member is gone, it took longer than the time-out, or the group has ended.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Ends it, and what is under way."""
+        ...
+
+
+GroupOf = Callable[[dist.Store, int, int, torch.device, str, float], Group]
+"""Makes a group: where its members meet, this one's rank, their number, the device of what is sent, this process's own address
+towards the others, seconds of each wait."""
 
 
 class GroupOutbox:
-    """A process group of its own for each server: the sender is rank 0, the workers follow."""
+    """The sending end: a process group of its own for each server, in which the sender is rank 0 and the workers follow.
 
-    mapped = False
+    Args:
+        kind: the transport's name.
+        group_of: makes a group.
+        capacity: bytes of a buffer.
+        device: of the buffers.
+        timeout_s: seconds that waiting for the others may take.
+    """
 
-    def __init__(self, kind: str, capacity: int, device: torch.device, timeout_s: float):
-        self._kind, self._device, self._timeout = kind, device, timeout_s
+    def __init__(self, kind: str, group_of: GroupOf, capacity: int, device: torch.device, timeout_s: float):
+        self._kind, self._group_of, self._device, self._timeout = kind, group_of, device, timeout_s
         self._buffers = [torch.empty(capacity, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        self._fills = Fills(device)
+        self._fills = FillEvents(device)
         self._stores: dict[str, tuple[dist.TCPStore, str, str, int]] = {}
         """of each server: where it meets this process, at which address, under which name, and how many meet"""
         self._groups: dict[str, Group] = {}
@@ -53,7 +89,7 @@ class GroupOutbox:
 
     def connect(self, url: str) -> None:
         store, own, name, size = self._stores[url]
-        group = group_of(self._kind, dist.PrefixStore(name, store), 0, size, self._device, own, self._timeout)
+        group = self._group_of(dist.PrefixStore(name, store), 0, size, self._device, own, self._timeout)
         self._groups[url] = group
         group.meet()
 
@@ -75,13 +111,23 @@ class GroupOutbox:
 
 
 class GroupInbox:
-    def __init__(self, endpoint: Mapping[str, Any], worker: int, device: torch.device, timeout_s: float):
+    """The receiving end: a member of one sender's group; attached once it is made.
+
+    Args:
+        endpoint: the sender's.
+        group_of: makes a group.
+        worker: this worker's rank in its server.
+        device: of the buffer.
+        timeout_s: seconds that waiting for the others may take.
+    """
+
+    def __init__(self, endpoint: Mapping[str, Any], group_of: GroupOf, worker: int, device: torch.device, timeout_s: float):
         host, port, timeout = endpoint["host"], endpoint["port"], timedelta(seconds=timeout_s)
         self._device = device
         self._store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
         prefixed = dist.PrefixStore(endpoint["name"], self._store)
         own = source_address(host, port)
-        self._group = group_of(endpoint["kind"], prefixed, 1 + worker, endpoint["size"], device, own, timeout_s)
+        self._group = group_of(prefixed, 1 + worker, endpoint["size"], device, own, timeout_s)
         self._group.meet()
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
 
@@ -96,3 +142,9 @@ class GroupInbox:
     def close(self) -> None:
         self._group.abort()
         self._group = self._store = None
+
+
+def from_first(timeout: timedelta) -> dist.BroadcastOptions:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor, options.timeout = 0, 0, timeout
+    return options
