@@ -26,7 +26,6 @@ class Fleet:
         connect: makes the connection to servers; every rank calls it.
         settings: of the rollouts.
         run_dir: where the launcher says which servers there are.
-        repair: on rank 0, has every rank call :meth:`push` while the others wait for what rank 0 says.
     """
 
     def __init__(
@@ -34,9 +33,8 @@ class Fleet:
         connect: Callable[[list[ServerAddress]], Connection],
         settings: RolloutSettings,
         run_dir: Path,
-        repair: Callable[[int], SyncReport],
     ):
-        self._connect, self._settings, self._run_dir, self._repair = connect, settings, run_dir, repair
+        self._connect, self._settings, self._run_dir = connect, settings, run_dir
         self._addresses: list[ServerAddress] = []
         self._connection: Connection | None = None
         self._client: RolloutClient | None = None
@@ -66,31 +64,6 @@ class Fleet:
             f"attempts: {'; '.join(report.failed.values())}; see the servers' logs"
         )
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        version: int,
-        numbers: Sequence[int] | None = None,
-        done: Callable[[int, list[Rollout]], None] | None = None,
-    ) -> list[list[Rollout]]:
-        """Rank 0: as :meth:`RolloutClient.generate`; where no server is left to answer, they are started again and asked anew.
-
-        Raises:
-            UserError: they fail each time, or are not ours to start again.
-        """
-        for attempt in range(self._settings.restarts + 1):
-            try:
-                return self._client.generate(prompts, sampling, version, numbers, done)
-            except ServerFailure as failure:
-                if attempt == self._settings.restarts:
-                    raise UserError(f"{failure}; it failed {attempt + 1} times, see the servers' logs") from None
-                self._mark("having servers started again")
-                self._restart({failure.url: failure.reason})
-                self._repair(version)
-                self._mark("generation")
-        raise AssertionError("unreachable")
-
     def _mark(self, what: str) -> None:
         """For the watchdog: each of these may take as long as a time-out of its own."""
         if self._connection is not None:
@@ -118,3 +91,41 @@ class Fleet:
             if each is not None:
                 each.close()
         self._connection = self._client = None
+
+
+class FleetClient:
+    """Rank 0's way to have a fleet's servers answer prompts.
+
+    Args:
+        fleet: the servers.
+        repair: has every rank call :meth:`Fleet.push`, with the version of the weights, while the others wait for rank 0.
+    """
+
+    def __init__(self, fleet: Fleet, repair: Callable[[int], SyncReport]):
+        self._fleet, self._repair = fleet, repair
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        version: int,
+        numbers: Sequence[int] | None = None,
+        done: Callable[[int, list[Rollout]], None] | None = None,
+    ) -> list[list[Rollout]]:
+        """As :meth:`RolloutClient.generate`; where no server is left to answer, they are started again and asked anew.
+
+        Raises:
+            UserError: they fail each time, or are not ours to start again.
+        """
+        fleet = self._fleet
+        for attempt in range(fleet._settings.restarts + 1):
+            try:
+                return fleet._client.generate(prompts, sampling, version, numbers, done)
+            except ServerFailure as failure:
+                if attempt == fleet._settings.restarts:
+                    raise UserError(f"{failure}; it failed {attempt + 1} times, see the servers' logs") from None
+                fleet._mark("having servers started again")
+                fleet._restart({failure.url: failure.reason})
+                self._repair(version)
+                fleet._mark("generation")
+        raise AssertionError("unreachable")
