@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from measuring import Bench, Figures
 from tulu_kernels.buckets import BoxCopies, plan_bucket
-from tulu_kernels.fp8_blocks import BLOCK, Box, PackPlan, pack, plan_pack, quantize
+from tulu_kernels.fp8_blocks import BLOCK, PackPlan, Piece, pack, plan_pack, quantize
 from tulu_kernels.fp8_blocks.reference import LARGEST, dequantize
 from tulu_kernels.linear_logprob import WORKSPACE, linear_logprob
 from tulu_kernels.linear_logprob.function import even_chunks
@@ -174,7 +174,7 @@ def _shard(bench: Bench, small: bool) -> tuple[Tensor, PackPlan]:
     rows, columns = (256, 384) if small else (3584, 4096)
     weight = bench.random(2 * rows, columns, dtype=torch.bfloat16, seed=4)
     boxes = [
-        Box(name, (4 * rows, columns), ((0, rows), (0, columns)), ((at, at + rows), (0, columns)))
+        Piece(name, (4 * rows, columns), ((0, rows), (0, columns)), ((at, at + rows), (0, columns)))
         for name, at in (("gate", 0), ("up", rows))
     ]
     return weight, plan_pack(boxes)

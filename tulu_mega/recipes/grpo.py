@@ -33,10 +33,10 @@ from tulu_mega.rl.judging import Rewards
 from tulu_mega.rl.prompts import Prompts, read, write_rejects
 from tulu_mega.rl.reward_model import RewardModelScores
 from tulu_mega.rl.scheduler import Group, Scheduler, StepRollouts
-from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import BatchLoss
 from tulu_mega.train.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.train.run import Run, Skips
+from tulu_mega.train.saver import Saver
 from tulu_mega.train.session import Session, opened, write_settings
 from tulu_mega.weight_transfer.server import ServerAddress
 from tulu_mega.weight_transfer.transfer import SyncReport, WeightSync
@@ -126,7 +126,7 @@ class Policy:
     """rank 0's"""
     steps: int
     objective: PolicyObjective
-    saver: checkpoint.Saver
+    saver: Saver
     skips: Skips
     spikes: Spikes
     stragglers: Stragglers
@@ -416,8 +416,8 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
             scheduler=None,
             steps=steps,
             objective=PolicyObjective.of(settings.policy, settings.sampling.max_tokens),
-            saver=checkpoint.Saver(
-                session.engine, run.checkpoints, settings.checkpoint.keep, settings.checkpoint.format,
+            saver=Saver(
+                {"policy": session.engine}, run.checkpoints, settings.checkpoint.keep, settings.checkpoint.format,
                 settings.checkpoint.asynchronous,
             ),
             skips=skips,

@@ -17,10 +17,10 @@ from tulu_mega.resilience.spikes import Spikes
 from tulu_mega.resilience.stop_signal import Ending
 from tulu_mega.resilience.stragglers import Stragglers
 from tulu_mega.resilience.watchdog import Watchdog
-from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import BatchLoss, Engine, Objective
 from tulu_mega.train.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.train.run import Skips
+from tulu_mega.train.saver import Saver
 
 FirstLoss = Callable[[BatchLoss], None]
 """Looks at the loss of the first step before its update; raises UserError, on every rank, when it cannot be right."""
@@ -80,15 +80,15 @@ class Fit:
             UserError: a checkpoint cannot be written, or too many steps in a row are not finite.
             Stopped: on every rank, after a step at whose end one of them had been asked to end.
         """
-        saver = checkpoint.Saver(
-            self.engine, self.directory, self.settings.keep, self.settings.format, self.settings.asynchronous
+        saver = Saver(
+            {"model": self.engine}, self.directory, self.settings.keep, self.settings.format, self.settings.asynchronous
         )
         with self.ending:
             for step in range(start, self.loader.steps):
                 self._step(step, saver)
         saver.finish()
 
-    def _step(self, step: int, saver: checkpoint.Saver) -> None:
+    def _step(self, step: int, saver: Saver) -> None:
         self.watch.step(step + 1)
         began = time.perf_counter()
         data = self.loader.batches(step)
@@ -137,7 +137,7 @@ class Fit:
     def _state(self) -> dict[str, Any]:
         return {**self.skips.state, "spikes": self.spikes.state}
 
-    def _look_at_spike(self, step: int, data: StepData, saver: checkpoint.Saver) -> None:
+    def _look_at_spike(self, step: int, data: StepData, saver: Saver) -> None:
         """Says so when the step leapt; on every rank ends the run where that is wanted, with the state before its update."""
         if not self.spikes.found:
             return
@@ -165,7 +165,7 @@ class Fit:
             self.log.evaluated(done, found)
         return {**found, "seconds_evaluation": time.perf_counter() - began}
 
-    def _save_if_due(self, saver: checkpoint.Saver, done: int, asked: bool) -> None:
+    def _save_if_due(self, saver: Saver, done: int, asked: bool) -> None:
         saver.poll()
         every = self.settings.every
         if asked or done == self.loader.steps or (every and done % every == 0):

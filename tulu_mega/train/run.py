@@ -144,7 +144,7 @@ class Run:
         self.session.engine.prepare_training(self.settings.optim, steps * updates)
         if not found:
             return None
-        checkpoint.restore(self.session.engine, found[-1])
+        checkpoint.restore({"model": self.session.engine}, found[-1])
         return found[-1]
 
     def metrics(self, steps: int, start: int) -> MetricsLog:
