@@ -23,7 +23,7 @@ from tulu_mega.config import RolloutSettings
 from tulu_mega.weight_transfer.protocol import checksum
 from tulu_mega.weight_transfer.transfer import WeightSync
 
-ORACLE = Path(__file__).with_name("fp8_oracle.py")
+ORACLE = Path(__file__).parents[1] / "lib/oracles/fp8.py"
 
 
 def make_model(directory: str) -> None:
