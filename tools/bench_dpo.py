@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from bench_packing import tulu_lengths
 from bench_sft import LAYERS, LONGEST, SHRINK, make_model
-from racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, loss_gap, race, rates, wait_until_idle
+from race.racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, loss_gap, race, rates, wait_until_idle
 
 BETA = 5.0
 

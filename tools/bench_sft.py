@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_packing import tulu_lengths
-from racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, loss_gap, race, rates, wait_until_idle
+from race.racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, loss_gap, race, rates, wait_until_idle
 
 LAYERS = {128: 4, 512: 8}
 SHRINK = 4

@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace, root: Path) -> dict:
         "dtype": DTYPES[options.dtype],
     }
     (model / "config.json").write_text(json.dumps(config))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "peers"), *sys.path])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "race/peers"), *sys.path])
     extra = (*server_arguments(), "--worker-extension-cls", "vllm_loading.OwnLoading")
     served = ServerOptions(
         str(model), dtype=DTYPES[options.dtype], max_model_len=256, concurrency=8, random_weights=True, extra=extra

@@ -37,18 +37,18 @@ import statistics
 import sys
 import tempfile
 import time
-import timeit
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+from training_products import products
 
 from tulu_mega.config import SftSettings, load
 from tulu_mega.data.batch import pack
@@ -361,41 +361,6 @@ def timed(
             "memory": round((memory.total - memory.reserved) / torch.cuda.max_memory_allocated(), 3),
         }
     return found
-
-
-def products(engine: Engine, shape: dict[str, Any], tokens: int) -> dict[str, float]:
-    """FLOP/s of a layer's four products and the head's, each forward and both ways backward, as torch has them."""
-    device, dtype = engine.platform.device, DTYPES[engine.settings.model.dtype]
-    hidden, ffn, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
-    head = shape.get("head_dim") or hidden // heads
-    fused = (heads + 2 * shape["num_key_value_heads"]) * head
-    layer = ((hidden, fused), (heads * head, hidden), (hidden, 2 * ffn), (ffn, hidden))
-    labelled = round(LABELLED * tokens)
-
-    def seconds(rows: int, inputs: int, outputs: int) -> float:
-        x, weight = (torch.randn(*size, device=device, dtype=dtype) for size in ((rows, inputs), (outputs, inputs)))
-        upstream = torch.randn(rows, outputs, device=device, dtype=dtype)
-        ways: tuple[Callable[[], Tensor], ...] = (lambda: x @ weight.t(), lambda: upstream @ weight, lambda: upstream.t() @ x)
-        return sum(map(_seconds, ways))
-
-    layer_flops, layer_seconds = 6.0 * tokens * sum(a * b for a, b in layer), sum(seconds(tokens, *each) for each in layer)
-    head_flops = 6.0 * labelled * hidden * shape["vocab_size"]
-    head_seconds = seconds(labelled, hidden, shape["vocab_size"])
-    layers = shape["num_hidden_layers"]
-    return {
-        "layer": layer_flops / layer_seconds,
-        "head": head_flops / head_seconds,
-        "tflops": (layers * layer_flops + head_flops) / (layers * layer_seconds + head_seconds),
-    }
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        from triton.testing import do_bench
-
-        return do_bench(action, warmup=25, rep=100, return_mode="median") / 1e3
-    action()
-    return min(timeit.repeat(action, number=1, repeat=3))
 
 
 def profile(timer: Timer, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:

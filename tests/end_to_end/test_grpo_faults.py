@@ -11,8 +11,8 @@ import time
 import psutil
 import pytest
 
-from tests.inference.test_servers import left_over, mapped
 from tests.lib.grpo_runs import LIMIT, STEPS, after, check_same, ended, lines, processes_of, start
+from tests.lib.server_processes import left_over, mapped
 from tulu_mega.errors import Stopped
 from tulu_mega.train import checkpoint
 from tulu_mega.vllm_plugin.auth import KEY

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from laps import MARK
+from race.laps import MARK
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OURS = Path(sys.executable)
 PEERS = ROOT / ".venv-peers/bin/python"
 IDLE = 0.03
@@ -43,7 +43,7 @@ class Entry:
     python: Path
     """interpreter of its environment"""
     script: str
-    """under tools/"""
+    """under tools/race/"""
     setting: dict[str, Any]
     """what the script reads beside the texts; goes into the report"""
     ranks: int = 1
@@ -79,7 +79,7 @@ class Racer:
         """
         if not entry.python.exists():
             sys.exit(f"{entry.python} is not there; `make peers` builds it")
-        command = [str(entry.python), str(ROOT / "tools" / entry.script), json.dumps({**spec, **entry.setting})]
+        command = [str(entry.python), str(ROOT / "tools/race" / entry.script), json.dumps({**spec, **entry.setting})]
         port, processes = _free_port(), []
         for rank in range(entry.ranks):
             with log.open("ab") as errors:
@@ -159,7 +159,7 @@ def environment(entry: Entry, rank: int, port: int) -> dict[str, str]:
     """Variables of one rank: the same OpenMP library and allocator on both sides, all cores shared out."""
     openmp = entry.python.parents[1] / "lib/libiomp5.so"
     variables = {
-        "PYTHONPATH": f"{ROOT / 'tools'}{os.pathsep}{ROOT}",
+        "PYTHONPATH": f"{ROOT / 'tools/race'}{os.pathsep}{ROOT}",
         "OMP_NUM_THREADS": str(max(1, cores_here() // entry.ranks)),
         "LD_PRELOAD": str(openmp) if openmp.exists() else "",
         "KMP_BLOCKTIME": "1",  # a racer that waits for its next lap is to sleep
