@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tulu_mega.config import RunSettings, WandbSettings
 from tulu_mega.errors import Stopped
+from tulu_mega.layout.hardware import named_peak
 
 if TYPE_CHECKING:
     import torch
@@ -299,17 +300,6 @@ class _Wandb:
         )
 
 
-# Dense peaks in FLOP/s from NVIDIA's data sheets, without sparsity; fp32 without TF32, as torch computes by default.
-_PEAKS = {
-    "H200": (989e12, 67e12),
-    "GH200": (989e12, 67e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-}
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense peak FLOP/s of a device in bf16 or fp32.
 
@@ -324,12 +314,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return _measured_cpu_peak(dtype)
     name = torch.cuda.get_device_name(device)
     return named_peak(name, dtype == torch.float32)
-
-
-def named_peak(name: str, fp32: bool) -> float | None:
-    """Peak FLOP/s of a GPU by the name its driver gives; None when unknown."""
-    known = [key for key in _PEAKS if all(word in name.replace("-", " ").split() for word in key.split())]
-    return _PEAKS[max(known, key=len)][int(fp32)] if known else None
 
 
 @functools.cache

@@ -20,9 +20,10 @@ from tulu_mega.model.config import DTYPES
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.resilience.spikes import SIGNALS
 from tulu_mega.train import checkpoint
-from tulu_mega.train.checkpoint import Checkpoint, Saver
+from tulu_mega.train.checkpoint import Checkpoint
 from tulu_mega.train.metrics import MetricsLog, peak_flops
 from tulu_mega.train.save_schedule import SaveSchedule
+from tulu_mega.train.saver import Saver
 from tulu_mega.train.session import Session, opened
 
 
@@ -89,7 +90,7 @@ class Run:
         self.session.engine.prepare_training(self.settings.optim, steps * updates)
         if not found:
             return None
-        checkpoint.restore(self.session.engine, found[-1])
+        checkpoint.restore({"model": self.session.engine}, found[-1])
         return found[-1]
 
     def guards(self, found: Checkpoint | None, spike_signals: Sequence[str] = SIGNALS) -> Guards:
@@ -121,7 +122,7 @@ class Run:
             guards: ask for a checkpoint when the run is to stop.
         """
         wanted = self.settings.checkpoint
-        saver = Saver(self.session.engine, self.checkpoints, wanted.keep, wanted.format, wanted.asynchronous)
+        saver = Saver({"model": self.session.engine}, self.checkpoints, wanted.keep, wanted.format, wanted.asynchronous)
         return SaveSchedule(saver, wanted.every, steps, guards.stop_requested)
 
     def metrics(self, steps: int, start: int) -> MetricsLog:

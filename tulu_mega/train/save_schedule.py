@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tulu_mega.errors import Stopped, UserError
-from tulu_mega.train.checkpoint import Saver
+from tulu_mega.train.saver import Saver
 
 
 class SaveSchedule:

@@ -18,7 +18,7 @@ class Gpu:
     memory: int
     """that the driver reports, in bytes"""
     bf16: float
-    """dense peak, FLOP/s"""
+    """dense peak, FLOP/s, rounded to 1e12"""
     fp8: float
     """dense peak, FLOP/s; bf16's where there is none"""
     fp32: float
@@ -41,13 +41,29 @@ GPUS: dict[str, Gpu] = {
     "a100": Gpu("a100", 80 * _GIB, 312e12, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, 32e9),
     # H100 SXM data sheet: 1,979 bf16 and 3,958 FP8 TFLOP/s with sparsity, half of them without; 3.35 TB/s; NVLink 900 GB/s both
     # ways; PCIe 5 x16. DGX H100: eight 400 Gb/s NICs. The driver reports 81,559 MiB.
-    "h100": Gpu("h100", 81_559 * 2**20, 989.4e12, 1978.9e12, 67e12, 3.35e12, 450e9, 50e9, 64e9),
+    "h100": Gpu("h100", 81_559 * 2**20, 989e12, 1978.9e12, 67e12, 3.35e12, 450e9, 50e9, 64e9),
     # H200 SXM data sheet: H100's compute, 141 GB at 4.8 TB/s. The driver reports 143,771 MiB.
-    "h200": Gpu("h200", 143_771 * 2**20, 989.4e12, 1978.9e12, 67e12, 4.8e12, 450e9, 50e9, 64e9),
+    "h200": Gpu("h200", 143_771 * 2**20, 989e12, 1978.9e12, 67e12, 4.8e12, 450e9, 50e9, 64e9),
     # HGX B200 (NVIDIA Blackwell architecture brief): 2,250 bf16 and 4,500 FP8 TFLOP/s dense at 1,000 W, 8 TB/s (DGX B200's data
     # sheet: 64 TB/s for eight), NVLink 1.8 TB/s both ways; 180 GB of 192 in DGX B200 (1,440 GB for eight). Its NICs: 400 Gb/s.
     "b200": Gpu("b200", 180 * 10**9, 2250e12, 4500e12, 75e12, 8.0e12, 900e9, 50e9, 64e9),
 }
+
+
+PEAKS: dict[str, tuple[float, float]] = {
+    # data sheets of what is not in a node of eight: H100 NVL, H100 PCIe
+    "H100 NVL": (835e12, 60e12),
+    "H100 PCIe": (756e12, 51e12),
+    **{name: (GPUS[gpu].bf16, GPUS[gpu].fp32) for name, gpu in
+       {"A100": "a100", "H100": "h100", "H200": "h200", "GH200": "h200", "B200": "b200"}.items()},
+}  # fmt: skip
+"""bf16 and fp32 (without TF32, as torch computes by default) peaks, FLOP/s, by words of the name that the driver gives."""
+
+
+def named_peak(name: str, fp32: bool) -> float | None:
+    """Peak FLOP/s of a GPU by the name its driver gives; None when unknown."""
+    known = [key for key in PEAKS if all(word in name.replace("-", " ").split() for word in key.split())]
+    return PEAKS[max(known, key=len)][int(fp32)] if known else None
 
 
 def gpu_named(name: str) -> Gpu:
