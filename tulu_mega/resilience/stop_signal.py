@@ -7,7 +7,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from tulu_mega.launch.launcher import ASKS
+from tulu_mega.launch.reporting import ASKS
 
 
 class StopSignal:
