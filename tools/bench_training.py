@@ -57,12 +57,12 @@ from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.layout.flops import training_flops
+from tulu_mega.layout.hardware import GPUS, Gpu
 from tulu_mega.layout.schedule import Pipeline
 from tulu_mega.model.build import attention_of
 from tulu_mega.model.config import DTYPES
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.plan.model.calibration import RATES
-from tulu_mega.plan.model.hardware import GPUS, Gpu
 from tulu_mega.plan.model.job import Job, Pack
 from tulu_mega.plan.model.memory import rank_memory
 from tulu_mega.plan.model.timing import train_step

@@ -6,7 +6,7 @@ import torch
 from measuring import Bench
 from torch import Tensor
 from tulu_kernels.buckets import plan_bucket
-from tulu_kernels.fp8_blocks import Box, PackPlan, plan_pack
+from tulu_kernels.fp8_blocks import PackPlan, Piece, plan_pack
 from tulu_kernels.policy_loss import PolicyLoss, Tokens, policy_loss
 
 
@@ -15,7 +15,7 @@ def draw_shard(bench: Bench, small: bool) -> tuple[Tensor, PackPlan]:
     rows, columns = (256, 384) if small else (3584, 4096)
     weight = bench.random(2 * rows, columns, dtype=torch.bfloat16, seed=4)
     boxes = [
-        Box(name, (4 * rows, columns), ((0, rows), (0, columns)), ((at, at + rows), (0, columns)))
+        Piece(name, (4 * rows, columns), ((0, rows), (0, columns)), ((at, at + rows), (0, columns)))
         for name, at in (("gate", 0), ("up", rows))
     ]
     return weight, plan_pack(boxes)

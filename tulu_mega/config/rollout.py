@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +11,8 @@ from tulu_mega.config.effects import Effect
 from tulu_mega.config.sections import ModelSettings, PositiveInt, Section
 
 Seconds = Annotated[float, Field(gt=0)]
+# The registry lies above settings and is asked by name; it does without torch.
+Transport = Literal[("auto", *import_module("tulu_mega.weight_transfer.transports").names())]
 
 
 class RolloutSettings(Section):
@@ -34,7 +37,7 @@ class RolloutSettings(Section):
     """Gibibytes of a server's key-value cache on a CPU."""
     concurrency: Annotated[PositiveInt, Effect.NONE] = 256
     """Responses that a server computes at once; the others wait there."""
-    transport: Annotated[Literal["auto", "shm", "gloo", "nccl", "ipc"], Effect.NONE] = "auto"
+    transport: Annotated[Transport, Effect.NONE] = "auto"
     """How weights travel: shared memory (one host), gloo (several), NCCL or CUDA IPC (GPUs). `auto`: by where the servers are."""
     bucket_mib: Annotated[PositiveInt, Effect.NONE] = 256
     """Mebibytes of weights sent at once; a tensor larger than that has a bucket of its own."""

@@ -15,9 +15,9 @@ from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import resolve
 from tulu_mega.layout.division import layout_problems
 from tulu_mega.layout.fp8 import fp8_problems, rollout_fp8_problems
+from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.plan.model.calibration import RATES
-from tulu_mega.plan.model.hardware import Gpu
 from tulu_mega.plan.model.job import Job, Pack
 from tulu_mega.plan.model.memory import RankMemory, checkpoint_host_bytes, memory_by_rank, resume_host_bytes
 from tulu_mega.plan.model.parameters import ITEMSIZE

@@ -6,7 +6,7 @@ import json
 
 from tulu_mega.config.stages import STAGES
 from tulu_mega.errors import UserError
-from tulu_mega.plan.model.hardware import gpu_named
+from tulu_mega.layout.hardware import gpu_named
 from tulu_mega.plan.outlook import Outlook, Question, outlook
 from tulu_mega.plan.picture import draw
 from tulu_mega.plan.search import search

@@ -38,14 +38,14 @@ def main(directory: Path) -> None:
 def _build(directory: Path, settings: EngineSettings, world: int, platform: Any) -> dict[str, Any]:
     from tulu_mega.bridge.families import family_for
     from tulu_mega.bridge.families.reward import reward_fields
+    from tulu_mega.distributed.grid import ShardGrid
     from tulu_mega.model.hf_config import load_config
     from tulu_mega.plan.dry_run import rank
-    from tulu_mega.plan.dry_run.record import Layout
     from tulu_mega.plan.dry_run.truth import hf_shapes
 
     parallel = settings.parallel
     data = parallel.replicas(world)
-    layout = Layout(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context, data)
+    layout = ShardGrid(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context, data)
     hf = load_config(settings.model.model_copy(update={"path": str(directory)}))
     family = family_for(hf.to_dict())
     stage = stage_of(settings)  # scoring is none
@@ -55,7 +55,7 @@ def _build(directory: Path, settings: EngineSettings, world: int, platform: Any)
         hf.update(reward_fields(family, hf.to_dict()))
 
     def built(stage: int, tensor_rank: int, copy: int) -> dict[str, Any]:
-        number = rank.number(layout, stage, tensor_rank, copy)
+        number = layout.at(tensor_rank=tensor_rank, pipeline_rank=stage, copy=copy).rank
         with rank.place(settings, number, layout.world, platform) as here:
             return asdict(rank.report(hf, settings, here, platform, reward, workload))
 
@@ -64,7 +64,7 @@ def _build(directory: Path, settings: EngineSettings, world: int, platform: Any)
     if layout.copies > 1:
         last = [built(stage, layout.tensor - 1, layout.copies - 1) for stage in range(layout.pipeline)]
     return {
-        "layout": asdict(layout),
+        "layout": layout.sizes,
         "config": hf.to_dict(),
         "first": first,
         "last": last,
