@@ -21,7 +21,7 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenizedRow:
     """One tokenised row: ``input_ids`` and ``labels`` of equal length, labels *not* shifted, IGNORE where not trained."""
 
     row: int

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from tulu_mega.data.batch import context_share, pack
 from tulu_mega.layout.alignment import Alignment, alignment
 from tulu_mega.layout.context import context_rows
-from tulu_mega.records import IGNORE, Sequence
+from tulu_mega.records import IGNORE, TokenizedRow
 
 
 def test_the_example_of_the_record():
-    batch = pack([Sequence(7, [10, 11, 12], [IGNORE, IGNORE, 12]), Sequence(4, [20, 21], [20, 21])], Alignment(1, 8))
+    batch = pack([TokenizedRow(7, [10, 11, 12], [IGNORE, IGNORE, 12]), TokenizedRow(4, [20, 21], [20, 21])], Alignment(1, 8))
     assert batch.tokens_T.tolist() == [10, 11, 12, 20, 21, 0, 0, 0]
     assert batch.labels_T.tolist() == [IGNORE, 12, IGNORE, 21, IGNORE, IGNORE, IGNORE, IGNORE]
     assert batch.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
@@ -37,7 +37,7 @@ sequences = st.lists(st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_
 @settings(max_examples=200, deadline=None)
 @given(rows=sequences, piece=st.sampled_from([1, 2, 4]), times=st.sampled_from([1, 3]))
 def test_every_sequence_comes_back(rows, piece, times):
-    given_rows = [Sequence(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)]
+    given_rows = [TokenizedRow(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)]
     batch = pack(given_rows, Alignment(piece, piece * times))
     bounds = batch.cu_seqlens_S1.tolist()
     assert bounds[0] == 0 and bounds[-1] == len(batch.tokens_T) > 0 and bounds[-1] % (piece * times) == 0
@@ -57,7 +57,9 @@ def test_every_sequence_comes_back(rows, piece, times):
 @given(rows=sequences, size=st.sampled_from([2, 3]), tensor=st.sampled_from([1, 2]))
 def test_context_shares_are_the_pack_in_other_words(rows, size, tensor):
     align = alignment(tensor, tensor > 1, size)
-    whole = pack([Sequence(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)], align)
+    whole = pack(
+        [TokenizedRow(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)], align
+    )
     shares = [context_share(whole, rank, size) for rank in range(size)]
     places = [context_rows(whole.lengths_S, rank, size) for rank in range(size)]
     assert torch.cat(places).sort().values.tolist() == list(range(len(whole.tokens_T)))  # each token once

@@ -14,7 +14,7 @@ from tulu_mega.data.batch import by_token, pack
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.recipes.grpo import _over_updates
-from tulu_mega.records import IGNORE, PackedBatch, Sequence, TokenOutput
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow, TokenOutput
 from tulu_mega.train.engine import BatchLoss
 
 LENGTHS = [7, 3, 12, 1]
@@ -26,7 +26,7 @@ def batch(rows=(0, 1, 2, 3), untrained=(), **columns) -> PackedBatch:
     made = []
     for row in rows:
         ids = [row + 1] * (2 + LENGTHS[row])
-        made.append(Sequence(row, ids, [IGNORE] * len(ids) if row in untrained else [IGNORE, IGNORE, *ids[2:]]))
+        made.append(TokenizedRow(row, ids, [IGNORE] * len(ids) if row in untrained else [IGNORE, IGNORE, *ids[2:]]))
     packed = pack(made, Alignment(total=32))
 
     def drawn(seed: int, scale: float, shift: float = 0.0) -> torch.Tensor:
@@ -201,7 +201,7 @@ def test_settings_become_the_objective(given, low, high, aggregation):
 
 
 def test_values_by_token():
-    packed = pack([Sequence(7, [5, 6, 7], [IGNORE, 6, 7]), Sequence(4, [8, 9], [8, 9])], Alignment(1, 8))
+    packed = pack([TokenizedRow(7, [5, 6, 7], [IGNORE, 6, 7]), TokenizedRow(4, [8, 9], [8, 9])], Alignment(1, 8))
     laid_T = by_token(packed, {4: [0.5], 7: [1.0, 2.0]})
     assert laid_T.tolist() == [1.0, 2.0, 0.0, 0.5, 0, 0, 0, 0] and laid_T.dtype == torch.float32
     with pytest.raises(ValueError, match="row 7 has 2 trained tokens, but 3 values"):

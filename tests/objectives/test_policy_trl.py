@@ -14,7 +14,7 @@ import torch
 from tulu_mega.data.batch import by_token, pack
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.objectives.policy import PolicyObjective
-from tulu_mega.records import IGNORE, Sequence, TokenOutput
+from tulu_mega.records import IGNORE, TokenizedRow, TokenOutput
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / ".venv-peers/bin/python"
@@ -61,7 +61,7 @@ def test_policy(trl, case):
     directory, answer = trl
     model = LlamaForCausalLM.from_pretrained(directory / "policy", dtype=torch.float64)
     rows = [
-        Sequence(at, prompt + response, [IGNORE] * len(prompt) + response)
+        TokenizedRow(at, prompt + response, [IGNORE] * len(prompt) + response)
         for at, (prompt, response) in enumerate(answer["rows"])
     ]
     batch = pack(rows, Alignment(total=64))

@@ -13,7 +13,7 @@ from tulu_mega.data.batch import pack
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.objectives.preference import PreferenceObjective
 from tulu_mega.objectives.reward import RewardObjective
-from tulu_mega.records import IGNORE, Sequence
+from tulu_mega.records import IGNORE, TokenizedRow
 
 LENGTHS = [(7, 3), (4, 12), (9, 9)]
 BETA = {"dpo": 0.1, "dpo_norm": 5.0, "ipo": 0.3, "simpo": 2.0}
@@ -22,7 +22,7 @@ BETA = {"dpo": 0.1, "dpo_norm": 5.0, "ipo": 0.3, "simpo": 2.0}
 def batch(pairs=LENGTHS, total=64):
     """Pairs with two tokens of prompt, padded to a total."""
     lengths = [length for pair in pairs for length in pair]
-    rows = [Sequence(row, list(range(2 + n)), [IGNORE, IGNORE, *range(2, 2 + n)]) for row, n in enumerate(lengths)]
+    rows = [TokenizedRow(row, list(range(2 + n)), [IGNORE, IGNORE, *range(2, 2 + n)]) for row, n in enumerate(lengths)]
     packed = pack(rows, Alignment(total=total))
     generator = torch.Generator().manual_seed(1)
     segments = len(packed.rows_S)

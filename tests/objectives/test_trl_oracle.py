@@ -15,7 +15,7 @@ from tulu_mega.data.batch import pack
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.objectives.preference import PreferenceObjective
 from tulu_mega.objectives.reward import RewardObjective
-from tulu_mega.records import IGNORE, PackedBatch, Sequence
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / ".venv-peers/bin/python"
@@ -50,12 +50,12 @@ def trl(tmp_path_factory) -> tuple[Path, dict]:
     return directory, json.loads(found[0][1:])
 
 
-def sequences(pairs: list[dict]) -> list[Sequence]:
+def sequences(pairs: list[dict]) -> list[TokenizedRow]:
     sides = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs for side in ("chosen", "rejected")]
-    return [Sequence(row, ids + more, [IGNORE] * len(ids) + more) for row, (ids, more) in enumerate(sides)]
+    return [TokenizedRow(row, ids + more, [IGNORE] * len(ids) + more) for row, (ids, more) in enumerate(sides)]
 
 
-def response_logp(model: torch.nn.Module, rows: list[Sequence]) -> torch.Tensor:
+def response_logp(model: torch.nn.Module, rows: list[TokenizedRow]) -> torch.Tensor:
     """Sum over each response, one sequence at a time."""
     sums = []
     for row in rows:

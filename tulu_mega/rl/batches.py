@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Series
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from tulu_mega.data.batch import by_token, pack_families
 from tulu_mega.data.prefix_sharing import plan_families
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
-from tulu_mega.records import IGNORE, PackedBatch, Sequence
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.scoring import flops_of
 
@@ -28,12 +27,12 @@ class Response:
     advantage: float
 
     @property
-    def sequence(self) -> Sequence:
+    def sequence(self) -> TokenizedRow:
         """Prompt and response, of which the response is trained."""
-        return Sequence(self.number, self.prompt_ids + self.response_ids, [IGNORE] * len(self.prompt_ids) + self.response_ids)
+        return TokenizedRow(self.number, self.prompt_ids + self.response_ids, [IGNORE] * len(self.prompt_ids) + self.response_ids)
 
 
-def split(groups: Series[Series[Response]], parts: int) -> list[list[Response]]:
+def split(groups: Sequence[Sequence[Response]], parts: int) -> list[list[Response]]:
     """Whole groups to mini-batches of about as many, in their order; fewer mini-batches where there are fewer groups."""
     parts = min(parts, len(groups))
     bounds = [len(groups) * part // parts for part in range(parts + 1)]
@@ -52,7 +51,7 @@ class MiniBatch:
     """lengths of the prompts, on all ranks, that others in the same pack were spared by having them already"""
 
 
-def packed(engine: Engine, responses: Series[Response], capacity: int, share: bool = True) -> MiniBatch:
+def packed(engine: Engine, responses: Sequence[Response], capacity: int, share: bool = True) -> MiniBatch:
     """A mini-batch in packs, with what each token was sampled with and its advantage.
 
     Args:
@@ -84,7 +83,7 @@ def scored(engine: Engine, batches: list[PackedBatch], column: str) -> list[Pack
     return with_column(batches, column, engine.score(batches))
 
 
-def with_column(batches: list[PackedBatch], column: str, found: Series[Tensor]) -> list[PackedBatch]:
+def with_column(batches: list[PackedBatch], column: str, found: Sequence[Tensor]) -> list[PackedBatch]:
     """The same packs with a field filled; as they are where nothing was found.
 
     Args:
