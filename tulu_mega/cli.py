@@ -55,7 +55,7 @@ COMMANDS = {
         example="tulu-mega rm examples/tulu3/8b/rm.toml --heldout.data pairs.jsonl",
     ),
     "dpo": Command(
-        "preference tuning (dpo_norm, dpo, ipo, simpo): a model and pairs in, a run directory out",
+        "preference tuning by DPO and its relatives: a model and pairs in, a run directory out",
         "tulu_mega.config:DpoSettings",
         "tulu_mega.recipes.dpo:run",
         world=True,

@@ -158,7 +158,7 @@ def engine(
         scored = made.engine.score(micro)
         if scored:
             micro = [
-                dataclasses.replace(one, old_logp_T=logp, ref_logp_T=logp, sampler_logp_T=logp)
+                one.with_columns(old_logp_T=logp, ref_logp_T=logp, sampler_logp_T=logp)
                 for one, logp in zip(micro, scored, strict=True)
             ]
         settings = {"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence", "beta": 0.1}
@@ -197,7 +197,7 @@ def _objective(settings: dict[str, Any]) -> PolicyObjective:
 
 
 def _filled(batch: PackedBatch, given: Columns) -> PackedBatch:
-    return dataclasses.replace(batch, **{name: by_token(batch, values) for name, values in given.items()})
+    return batch.with_columns(**{name: by_token(batch, values) for name, values in given.items()})
 
 
 def _trained(sequence: TokenizedRow) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -68,7 +67,7 @@ def test_policy(trl, case):
     lengths = [len(response) for _, response in answer["rows"]]
     given = {f"{name}_logp_T": dict(enumerate(values)) for name, values in answer["columns"].items()}
     given["advantages_T"] = {at: [answer["advantages"][at]] * n for at, n in enumerate(lengths)}
-    batch = dataclasses.replace(batch, **{name: by_token(batch, values) for name, values in given.items()})
+    batch = batch.with_columns(**{name: by_token(batch, values) for name, values in given.items()})
 
     values_T = torch.zeros(2, len(batch.tokens_T), dtype=torch.float64)  # one sequence at a time, laid into the pack
     for row, start in zip(rows, batch.cu_seqlens_S1.tolist(), strict=False):

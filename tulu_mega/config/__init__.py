@@ -9,6 +9,7 @@ from tulu_mega.config.grpo import (
     RewardSettings,
 )
 from tulu_mega.config.precision import PrecisionSettings
+from tulu_mega.config.preference import PreferenceSettings
 from tulu_mega.config.rollout import PolicySettings, RolloutSettings, SamplingSettings, ServeSettings
 from tulu_mega.config.sections import (
     CheckpointSettings,
@@ -18,7 +19,6 @@ from tulu_mega.config.sections import (
     OptimSettings,
     ParallelSettings,
     PreferenceDataSettings,
-    PreferenceSettings,
     ReferenceSettings,
     Section,
     SpikeSettings,

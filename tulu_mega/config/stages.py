@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tulu_mega.config.megatron_fields import check_megatron_table
 from tulu_mega.config.precision import PrecisionSettings
+from tulu_mega.config.preference import PreferenceSettings
 from tulu_mega.config.sections import (
     AskedTemplate,
     CheckpointSettings,
@@ -19,7 +20,6 @@ from tulu_mega.config.sections import (
     ParallelSettings,
     PositiveInt,
     PreferenceDataSettings,
-    PreferenceSettings,
     ReferenceSettings,
     Section,
     SftTrainSettings,
@@ -117,7 +117,7 @@ class PreferenceStageSettings(StageSettings):
 
 
 class DpoSettings(PreferenceStageSettings):
-    """`tulu-mega dpo`: preference tuning of a policy (dpo_norm, dpo, ipo, simpo)."""
+    """`tulu-mega dpo`: preference tuning of a policy by DPO and its relatives."""
 
     optim: _DpoOptim = _DpoOptim()
     preference: PreferenceSettings = PreferenceSettings()

@@ -156,6 +156,7 @@ def context_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     if size == 1:
         return batch
     rows = context_rows(batch.lengths_S, rank, size)
-    per_token = {name: value for name, value in vars(batch).items() if name.endswith("_T") and value is not None}
-    share = {name: value[rows] for name, value in per_token.items()}
-    return dataclasses.replace(batch, context_rank=rank, labelled_N=share["loss_mask_T"].nonzero().squeeze(1), **share)
+    share = {name: value[rows] for name, value in vars(batch).items() if name.endswith("_T")}
+    columns = {name: value[rows] if name.endswith("_T") else value for name, value in batch.columns.items()}
+    labelled_N = share["loss_mask_T"].nonzero().squeeze(1)
+    return dataclasses.replace(batch, context_rank=rank, labelled_N=labelled_N, columns=columns, **share)

@@ -385,7 +385,8 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         run_dir = Path(settings.run_dir)
         if lead:
             stack.enter_context(locked(run_dir))
-        session = stack.enter_context(opened(settings, world, settings.seed, reward=False))
+        temperature = settings.sampling.temperature
+        session = stack.enter_context(opened(settings, world, settings.seed, reward=False, temperature=temperature))
         run = Run(settings, session)
         prompts = read(settings) if lead else None
         steps = from_lead(_steps(settings, len(prompts.train)) if lead else None)
@@ -393,9 +394,6 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         reference = session.beside(settings.model.path, reward=False) if settings.policy.reads_reference else None
         found = run.weights(steps, settings.train.mini_batches * settings.train.passes)
         skips = run.skips(settings.train.max_skipped)
-        session.engine.temperature = settings.sampling.temperature
-        if reference:
-            reference.engine.temperature = settings.sampling.temperature
 
         scores = None
         if settings.rewards.model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -68,7 +68,7 @@ def packed(engine: Engine, responses: Sequence[Response], capacity: int, share: 
     own = plan[engine.topology.data_rank]
     packs = [pack_families(families, align) for families in own]
     return MiniBatch(
-        [replace(pack, sampler_logp_T=by_token(pack, logp), advantages_T=by_token(pack, advantages)) for pack in packs],
+        [pack.with_columns(sampler_logp_T=by_token(pack, logp), advantages_T=by_token(pack, advantages)) for pack in packs],
         sum(family.size for families in own for family in families),
         [each.shared for rank in plan for families in rank for each in families for _ in each.sequences[1:]],
     )
@@ -78,29 +78,29 @@ def scored(engine: Engine, batches: list[PackedBatch], column: str) -> list[Pack
     """The same packs with a model's log-probabilities, computed as training will: equal weights give equal bits.
 
     Args:
-        column: the field of :class:`PackedBatch` to fill. Ranks that see no log-probabilities leave it empty: nobody reads it.
+        column: the column of :class:`PackedBatch` to add. Ranks that see no log-probabilities do without: nobody reads it there.
     """
     return with_column(batches, column, engine.score(batches))
 
 
 def with_column(batches: list[PackedBatch], column: str, found: Sequence[Tensor]) -> list[PackedBatch]:
-    """The same packs with a field filled; as they are where nothing was found.
+    """The same packs with a further column; as they are where nothing was found.
 
     Args:
         found: [T] of each pack, or none at all.
     """
-    return [replace(batch, **{column: each_T.cpu()}) for batch, each_T in zip(batches, found, strict=True)] if found else batches
+    return [batch.with_columns(**{column: each.cpu()}) for batch, each in zip(batches, found, strict=True)] if found else batches
 
 
 def differences(batches: Iterable[PackedBatch]) -> dict[int, tuple[float, float]]:
     """By response: mean and largest |log-probability by the sampler less that by the trainer's same weights|.
 
     Args:
-        batches: whole packs with ``old_logp_T``.
+        batches: whole packs with the columns ``sampler_logp_T`` and ``old_logp_T``.
     """
     found = {}
     for batch in batches:
-        apart_T = (batch.sampler_logp_T - batch.old_logp_T).abs()
+        apart_T = (batch.column("sampler_logp_T") - batch.column("old_logp_T")).abs()
         for segment, number in enumerate(batch.rows_S.tolist()):
             if number >= 0:
                 apart = apart_T[(batch.segments_T == segment) & batch.loss_mask_T]
