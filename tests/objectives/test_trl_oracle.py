@@ -23,6 +23,7 @@ OURS = {
     "dpo": {"loss": "dpo", "beta": 0.1},
     "dpo_norm": {"loss": "dpo_norm", "beta": 5.0},
     "ipo": {"loss": "ipo", "beta": 0.3},
+    "apo_zero": {"loss": "apo_zero", "beta": 0.1},
     "dpo with SFT term": {"loss": "dpo", "beta": 0.1, "sft_weight": 0.7},
     "simpo": {"loss": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.3},
     "simpo, labels smoothed": {"loss": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.3, "label_smoothing": 0.2},

@@ -1,6 +1,6 @@
 """Losses of a pair after TRL's formulas, for autograd in float64; test_trl_oracle.py holds them against TRL's trainers.
 
-Read in TRL 1.16: trl/trainer/dpo_trainer.py (dpo, dpo_norm, ipo), trl/experimental/cpo/cpo_trainer.py (simpo) and
+Read in TRL 1.16: trl/trainer/dpo_trainer.py (dpo, dpo_norm, ipo, apo_zero), trl/experimental/cpo/cpo_trainer.py (simpo) and
 trl/experimental/orpo/orpo_trainer.py (orpo).
 """
 
@@ -62,4 +62,10 @@ def orpo(given: PreferenceSettings, chosen: Scored, rejected: Scored) -> Tensor:
     return -chosen.mean - given.beta * F.logsigmoid(log_odds)
 
 
-FORMULAS = {formula.__name__: formula for formula in (dpo, dpo_norm, ipo, simpo, orpo)}
+def apo_zero(given: PreferenceSettings, chosen: Scored, rejected: Scored) -> Tensor:
+    losses_chosen = 1 - F.sigmoid(given.beta * chosen.gain)
+    losses_rejected = F.sigmoid(given.beta * rejected.gain)
+    return losses_chosen + losses_rejected
+
+
+FORMULAS = {formula.__name__: formula for formula in (dpo, dpo_norm, ipo, simpo, orpo, apo_zero)}

@@ -29,6 +29,7 @@ DPO = {
     "dpo": dict(loss_type=["sigmoid"], beta=0.1),
     "dpo_norm": dict(loss_type=["sigmoid_norm"], beta=5.0),
     "ipo": dict(loss_type=["ipo"], beta=0.3),
+    "apo_zero": dict(loss_type=["apo_zero"], beta=0.1),
     "dpo with SFT term": dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7], beta=0.1),
 }
 CPO = {
