@@ -8,8 +8,9 @@ Shape suffixes, here and everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenizedRow:
     """One tokenised row: ``input_ids`` and ``labels`` of equal length, labels *not* shifted, IGNORE where not trained."""
 
     row: int
@@ -94,18 +95,6 @@ class PackedBatch:
     """tokens of each segment; on the host, so that no layer has to ask a GPU where segments begin"""
     trained_S: Tensor
     """int64, trained tokens of each segment"""
-    ref_logp_S: Tensor | None = None
-    """float64, sum of the reference model's log-probabilities over each segment's trained tokens; None where not read"""
-    sampler_logp_T: Tensor | None = None
-    """float32, log-probability of the label where it was sampled, 0 where nothing is trained; None where not read"""
-    old_logp_T: Tensor | None = None
-    """float32, the same by the weights that the rollouts were sampled with, on this trainer; None where not read"""
-    ref_logp_T: Tensor | None = None
-    """float32, the same by the frozen reference; None where not read"""
-    advantages_T: Tensor | None = None
-    """float32, of the label, 0 where nothing is trained; None where not read"""
-    margin_S: Tensor | None = None
-    """float64, by how much a chosen sequence is to be better than the one behind it; None where not read"""
     key_rows_K: Tensor | None = None
     """int64, the pack's rows that each segment's tokens may see, end to end: those of its prefix, then its own; None where no
     prefixes are shared"""
@@ -116,6 +105,41 @@ class PackedBatch:
     context_rank: int = 0
     """Whose share of a pack this is under context parallelism: tensors of shape [T] have the share's tokens only,
     ``cu_seqlens_S1``, ``lengths_S`` and ``rows_S`` are still the whole pack's."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a stage adds, by name. The name's suffix says the shape: ``_T``, a value for each token, of which a share has its own
+    tokens' only; ``_S``, a value for each segment, which every share has whole. Objectives say which columns they read."""
+
+    def __post_init__(self) -> None:
+        for name, column in self.columns.items():
+            sized = {"_T": self.tokens_T, "_S": self.rows_S}.get(name[-2:])
+            if sized is None:
+                raise ValueError(f"column {name!r}: expected a name that ends with its shape, _T (by token) or _S (by segment)")
+            if name in self.__dataclass_fields__:
+                raise ValueError(f"column {name!r}: every batch has a field of that name; give the column another one")
+            if len(column) != len(sized):
+                raise ValueError(f"column {name!r} has {len(column)} values, but the batch {len(sized)} of that shape")
+
+    def column(self, name: str) -> Tensor:
+        """A column that has to be there.
+
+        Raises:
+            LookupError: it is not; the error names those that are.
+        """
+        if name not in self.columns:
+            raise LookupError(f"the batch has no column {name!r}; it has {', '.join(map(repr, sorted(self.columns))) or 'none'}")
+        return self.columns[name]
+
+    def optional_column(self, name: str) -> Tensor | None:
+        """A column, or None where the batch does not have it."""
+        return self.columns.get(name)
+
+    def with_columns(self, **columns: Tensor) -> PackedBatch:
+        """The same batch with further columns, or others in the place of those of the same name.
+
+        Raises:
+            ValueError: a name does not end with a shape, is a field's, or the column is not of that shape.
+        """
+        return replace(self, columns={**self.columns, **columns})
 
     @property
     def num_sequences(self) -> Tensor | int:
@@ -131,7 +155,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch(**{k: sent(v, device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        core = {name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **core, columns={name: sent(value, device) for name, value in self.columns.items()})
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -172,6 +197,20 @@ class TokenOutput:
         """
         batch = self.batch
         return self.over_context(segment_sums(values_T, batch.segments_T, len(batch.rows_S), backend=self.kernels))
+
+
+class Reads(enum.Enum):
+    """What an objective is called with, beside the batch, and what it gives back."""
+
+    TOKENS = enum.auto()
+    """a `TokenOutput` of this rank's share of the tokens, without entropies; the objective gives the share's loss"""
+    TOKENS_WITH_ENTROPY = enum.auto()
+    """the same with entropies"""
+    SEQUENCE_LOGP = enum.auto()
+    """float64 [S], the sum of each segment's log-probabilities, the same on all context-parallel ranks; the objective gives the
+    whole loss on each of them"""
+    SEQUENCE_SCORE = enum.auto()
+    """float64 [S], the score at each segment's end (`PackedBatch.ends_T`), likewise"""
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ from tulu_mega.data.prefix_sharing import Family, plan_families
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.layout.cost import sequence_flops
 from tulu_mega.layout.schedule import Pipeline
-from tulu_mega.records import IGNORE, Sequence
+from tulu_mega.records import IGNORE, TokenizedRow
 
 FLOPS = sequence_flops(hidden=64, ffn=128, layers=2)
 
 
 def test_the_example_of_the_record():
-    family = Family((Sequence(7, [10, 11, 20], [IGNORE, IGNORE, 20]), Sequence(4, [10, 11, 30, 31], [IGNORE, IGNORE, 30, 31])), 1)
+    family = Family(
+        (TokenizedRow(7, [10, 11, 20], [IGNORE, IGNORE, 20]), TokenizedRow(4, [10, 11, 30, 31], [IGNORE, IGNORE, 30, 31])), 1
+    )
     batch = pack_families([family], Alignment())
     assert family.size == len(batch.tokens_T) == 4
     assert batch.tokens_T.tolist() == [10, 11, 11, 30]
@@ -33,7 +35,7 @@ def test_the_example_of_the_record():
 
 
 def test_one_alone_shares_nothing():
-    batch = pack_families([Family((Sequence(0, [1, 2, 3], [IGNORE, 2, 3]),), 0)], Alignment())
+    batch = pack_families([Family((TokenizedRow(0, [1, 2, 3], [IGNORE, 2, 3]),), 0)], Alignment())
     assert batch.tokens_T.tolist() == [1, 2] and batch.labels_T.tolist() == [2, 3] and batch.key_rows_K is None
 
 
@@ -43,13 +45,13 @@ groups = st.lists(
 )
 
 
-def sequences_of(drawn) -> list[Sequence]:
+def sequences_of(drawn) -> list[TokenizedRow]:
     """Prompts of few kinds of tokens, so that neighbours happen to begin alike too; responses that tell rows apart."""
     made = []
     for prompt, lengths in drawn:
         for length in lengths:
             response = [100 + len(made)] * length
-            made.append(Sequence(len(made), prompt + response, [IGNORE] * len(prompt) + response))
+            made.append(TokenizedRow(len(made), prompt + response, [IGNORE] * len(prompt) + response))
     return made
 
 

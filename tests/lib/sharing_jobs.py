@@ -10,24 +10,24 @@ import torch
 from tests.lib import jobs
 from tulu_mega.config import OptimSettings
 from tulu_mega.objectives.sft import SftObjective
-from tulu_mega.records import IGNORE, Sequence
+from tulu_mega.records import IGNORE, TokenizedRow
 
 PROMPTS, SAMPLES, STEPS = [9, 1, 30, 14], [4, 3, 1, 5], 3
 
 
-def sequences(vocab: int, seed: int) -> list[Sequence]:
+def sequences(vocab: int, seed: int) -> list[TokenizedRow]:
     """Responses of 1 to 40 tokens to prompts of `PROMPTS` tokens, `SAMPLES` to each."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> list[int]:
         return torch.randint(0, vocab, (count,), generator=generator).tolist()
 
-    made: list[Sequence] = []
+    made: list[TokenizedRow] = []
     for length, samples in zip(PROMPTS, SAMPLES, strict=True):
         prompt = draw(length)
         for _ in range(samples):
             response = draw(int(torch.randint(1, 41, (), generator=generator)))
-            made.append(Sequence(len(made), prompt + response, [IGNORE] * length + response))
+            made.append(TokenizedRow(len(made), prompt + response, [IGNORE] * length + response))
     return made
 
 

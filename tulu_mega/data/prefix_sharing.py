@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Series
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -10,7 +10,7 @@ from tulu_mega.data.packing import plan_groups
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.layout.cost import Cost
 from tulu_mega.layout.schedule import Pipeline, simulate
-from tulu_mega.records import IGNORE, Sequence
+from tulu_mega.records import IGNORE, TokenizedRow
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Family:
     trained is predicted by a sequence's own tokens, of which the first is the last that it has in common with the others.
     """
 
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[TokenizedRow, ...]
     shared: int
     """tokens"""
 
@@ -30,7 +30,7 @@ class Family:
         """Tokens in a pack."""
         return self.shared + sum(self.own(sequence) for sequence in self.sequences)
 
-    def own(self, sequence: Sequence) -> int:
+    def own(self, sequence: TokenizedRow) -> int:
         """Tokens that one of them has in a pack for itself."""
         return len(sequence.input_ids) - 1 - self.shared
 
@@ -40,24 +40,24 @@ class Family:
         return whole - (len(self.sequences) - 1) * cost(self.shared)
 
 
-def related(sequences: Series[Sequence]) -> list[list[Sequence]]:
+def related(sequences: Sequence[TokenizedRow]) -> list[list[TokenizedRow]]:
     """Neighbours whose tokens up to the first trained one are the same, together."""
     return [list(members) for _, members in groupby(sequences, key=_beginning)]
 
 
-def _beginning(sequence: Sequence) -> list[int] | int:
+def _beginning(sequence: TokenizedRow) -> list[int] | int:
     """The tokens that others may share; something of its own where nothing is trained."""
     untrained = _untrained(sequence)
     return sequence.row if untrained is None else sequence.input_ids[:untrained]
 
 
-def _untrained(sequence: Sequence) -> int | None:
+def _untrained(sequence: TokenizedRow) -> int | None:
     """Tokens before the first trained one."""
     return next((at for at, label in enumerate(sequence.labels) if label != IGNORE), None)
 
 
 def plan_families(
-    sequences: Series[Sequence],
+    sequences: Sequence[TokenizedRow],
     data_parallel: int,
     capacity: int,
     align: Alignment,
@@ -94,7 +94,7 @@ def plan_families(
     return min(plans, key=lambda made: made[0])[1]
 
 
-def _cut(members: list[Sequence], most: int, room: int) -> list[Family]:
+def _cut(members: list[TokenizedRow], most: int, room: int) -> list[Family]:
     """Families of at most so many members, as alike in number as can be, that go into a pack (single ones need not)."""
     for parts in range(-(-len(members) // most), len(members) + 1):
         bounds = [len(members) * part // parts for part in range(parts + 1)]
@@ -104,5 +104,5 @@ def _cut(members: list[Sequence], most: int, room: int) -> list[Family]:
     return families
 
 
-def _family(members: tuple[Sequence, ...]) -> Family:
+def _family(members: tuple[TokenizedRow, ...]) -> Family:
     return Family(members, max((_untrained(members[0]) or 0) - 1, 0) if len(members) > 1 else 0)

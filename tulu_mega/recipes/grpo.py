@@ -140,7 +140,7 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         UserError: on every rank, for whatever the user can mend.
     """
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(opened_session(settings, world, reward=False))
+        session = stack.enter_context(opened_session(settings, world, reward=False, temperature=settings.sampling.temperature))
         run, engine, lead = Run(settings, session), session.engine, session.lead
         prompts = read(settings) if lead else None
         steps = from_lead(_steps(settings, len(prompts.train)) if lead else None)
@@ -148,8 +148,6 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         reference = session.beside(settings.model.path, reward=False).engine if settings.policy.reads_reference else None
         found = run.weights(steps, settings.train.mini_batches * settings.train.passes)
         start = found.step if found else 0
-        for each in (engine, reference) if reference else (engine,):
-            each.temperature = settings.sampling.temperature
         scores = None
         if settings.rewards.model:
             scores = RewardModelScores(session.beside(settings.rewards.model, reward=True).engine, settings.longest)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Series
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from tulu_mega.data.batch import by_token, pack_families
 from tulu_mega.data.prefix_sharing import plan_families
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
-from tulu_mega.records import IGNORE, PackedBatch, Sequence
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.scoring import flops_of
 
@@ -28,12 +27,12 @@ class Response:
     advantage: float
 
     @property
-    def sequence(self) -> Sequence:
+    def sequence(self) -> TokenizedRow:
         """Prompt and response, of which the response is trained."""
-        return Sequence(self.number, self.prompt_ids + self.response_ids, [IGNORE] * len(self.prompt_ids) + self.response_ids)
+        return TokenizedRow(self.number, self.prompt_ids + self.response_ids, [IGNORE] * len(self.prompt_ids) + self.response_ids)
 
 
-def split(groups: Series[Series[Response]], parts: int) -> list[list[Response]]:
+def split(groups: Sequence[Sequence[Response]], parts: int) -> list[list[Response]]:
     """Whole groups to mini-batches of about as many, in their order; fewer mini-batches where there are fewer groups."""
     parts = min(parts, len(groups))
     bounds = [len(groups) * part // parts for part in range(parts + 1)]
@@ -52,7 +51,7 @@ class MiniBatch:
     """lengths of the prompts, on all ranks, that others in the same pack were spared by having them already"""
 
 
-def packed(engine: Engine, responses: Series[Response], capacity: int, share: bool = True) -> MiniBatch:
+def packed(engine: Engine, responses: Sequence[Response], capacity: int, share: bool = True) -> MiniBatch:
     """A mini-batch in packs, with what each token was sampled with and its advantage.
 
     Args:
@@ -69,7 +68,7 @@ def packed(engine: Engine, responses: Series[Response], capacity: int, share: bo
     own = plan[engine.topology.data_rank]
     packs = [pack_families(families, align) for families in own]
     return MiniBatch(
-        [replace(pack, sampler_logp_T=by_token(pack, logp), advantages_T=by_token(pack, advantages)) for pack in packs],
+        [pack.with_columns(sampler_logp_T=by_token(pack, logp), advantages_T=by_token(pack, advantages)) for pack in packs],
         sum(family.size for families in own for family in families),
         [each.shared for rank in plan for families in rank for each in families for _ in each.sequences[1:]],
     )
@@ -79,29 +78,29 @@ def scored(engine: Engine, batches: list[PackedBatch], column: str) -> list[Pack
     """The same packs with a model's log-probabilities, computed as training will: equal weights give equal bits.
 
     Args:
-        column: the field of :class:`PackedBatch` to fill. Ranks that see no log-probabilities leave it empty: nobody reads it.
+        column: the column of :class:`PackedBatch` to add. Ranks that see no log-probabilities do without: nobody reads it there.
     """
     return with_column(batches, column, engine.score(batches))
 
 
-def with_column(batches: list[PackedBatch], column: str, found: Series[Tensor]) -> list[PackedBatch]:
-    """The same packs with a field filled; as they are where nothing was found.
+def with_column(batches: list[PackedBatch], column: str, found: Sequence[Tensor]) -> list[PackedBatch]:
+    """The same packs with a further column; as they are where nothing was found.
 
     Args:
         found: [T] of each pack, or none at all.
     """
-    return [replace(batch, **{column: each_T.cpu()}) for batch, each_T in zip(batches, found, strict=True)] if found else batches
+    return [batch.with_columns(**{column: each.cpu()}) for batch, each in zip(batches, found, strict=True)] if found else batches
 
 
 def differences(batches: Iterable[PackedBatch]) -> dict[int, tuple[float, float]]:
     """By response: mean and largest |log-probability by the sampler less that by the trainer's same weights|.
 
     Args:
-        batches: whole packs with ``old_logp_T``.
+        batches: whole packs with the columns ``sampler_logp_T`` and ``old_logp_T``.
     """
     found = {}
     for batch in batches:
-        apart_T = (batch.sampler_logp_T - batch.old_logp_T).abs()
+        apart_T = (batch.column("sampler_logp_T") - batch.column("old_logp_T")).abs()
         for segment, number in enumerate(batch.rows_S.tolist()):
             if number >= 0:
                 apart = apart_T[(batch.segments_T == segment) & batch.loss_mask_T]

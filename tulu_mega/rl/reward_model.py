@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Series
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from tulu_mega.records import PackedBatch, Rollout, Sequence
+from tulu_mega.records import PackedBatch, Rollout, TokenizedRow
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.scoring import score_rows
 
@@ -22,10 +22,10 @@ class RewardModelScores:
     def __init__(self, engine: Engine, capacity: int):
         self._engine, self._capacity = engine, capacity
 
-    def __call__(self, rollouts: Series[Rollout]) -> list[float]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Every rank calls it with the same responses; rank 0 gets the scores, the others nothing."""
         sequences = [
-            Sequence(number, ids, ids)
+            TokenizedRow(number, ids, ids)
             for number, ids in enumerate(rollout.prompt_ids + rollout.response_ids for rollout in rollouts)
         ]
         found = score_rows(self._engine, sequences, self._capacity, _at_the_end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tulu_mega.config import RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference.client import RolloutClient
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.records import Rollout, Sequence
+from tulu_mega.records import Rollout, TokenizedRow
 from tulu_mega.train.session import Session
 from tulu_mega.weight_transfer import push as pushing
 from tulu_mega.weight_transfer import sender
@@ -53,7 +53,7 @@ def settings(**changes: Any) -> RolloutSettings:
 def push(
     directory: str,
     layout: dict[str, Any],
-    servers: Several[ServerAddress],
+    servers: Sequence[ServerAddress],
     version: int,
     dtype: str = "fp32",
     export: str | None = None,
@@ -93,7 +93,7 @@ def generated(server: ServerAddress, rollout: RolloutSettings, version: int) -> 
 
 def _difference(made: Session, rollouts: list[Rollout]) -> float:
     """Largest absolute difference of log-probabilities of what was sampled."""
-    batch = [Sequence(row, ids := each.prompt_ids + each.response_ids, ids) for row, each in enumerate(rollouts)]
+    batch = [TokenizedRow(row, ids := each.prompt_ids + each.response_ids, ids) for row, each in enumerate(rollouts)]
     micro = jobs.share(made, batch, 2)
     found: dict[int, list[float]] = {}
     for packed, logp in zip(micro, made.engine.score(micro), strict=False):
@@ -112,7 +112,7 @@ def _difference(made: Session, rollouts: list[Rollout]) -> float:
 
 
 def push_in_small_buckets(
-    directory: str, servers: Several[ServerAddress], version: int, dtype: str, export: str | None
+    directory: str, servers: Sequence[ServerAddress], version: int, dtype: str, export: str | None
 ) -> tuple[SyncReport, float]:
     """As `push`, with buckets smaller than a layer."""
     sender._SMALL_BUCKET = 1  # a model has at least eight buckets
