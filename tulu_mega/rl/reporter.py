@@ -16,7 +16,7 @@ from tulu_mega.train.engine import BatchLoss
 from tulu_mega.train.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.train.save_schedule import SaveSchedule
 from tulu_mega.train.step_clock import StepClock
-from tulu_mega.weight_transfer.transfer import SyncReport
+from tulu_mega.weight_transfer.push import SyncReport
 
 TOLD = ("reward", "solve_rate", "response_length", "kl")
 """Names of the figures that the console line shows beside the loss."""
