@@ -12,7 +12,7 @@ from tulu_mega.data.prompts import Prompt
 from tulu_mega.records import Rollout
 from tulu_mega.rewards.pool import VerifierPool
 from tulu_mega.rewards.registry import RewardSpec
-from tulu_mega.rewards.verdict import Sample, Verdict
+from tulu_mega.rewards.verdict import Verdict, VerifierInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -76,7 +76,7 @@ class Rewards:
     def begin(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Future[Verdict]]:
         """Queues the responses to a prompt; from any thread."""
         return [
-            self._pool.submit(Sample(self._text(rollout), prompt.dataset, prompt.ground_truth, prompt.messages))
+            self._pool.submit(VerifierInput(self._text(rollout), prompt.dataset, prompt.ground_truth, prompt.messages))
             for rollout in rollouts
         ]
 
