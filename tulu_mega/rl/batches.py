@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tulu_mega.data.batch import by_token, pack_families
-from tulu_mega.data.prefix_sharing import plan_families
+from tulu_mega.data.batch import by_token, pack_prefix_groups
+from tulu_mega.data.prefix_sharing import plan_prefix_groups
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.records import IGNORE, PackedBatch, Sequence
 from tulu_mega.train.engine import Engine
@@ -63,15 +63,15 @@ def packed(engine: Engine, responses: Series[Response], capacity: int, share: bo
     share = share and engine.whole_packs
     align, pipeline = pack_alignment(engine.settings), pipeline_of(engine.hf.to_dict(), engine.settings)
     sequences = [response.sequence for response in responses]
-    plan = plan_families(sequences, engine.topology.data, capacity, align, flops_of(engine.hf), pipeline, share)
+    plan = plan_prefix_groups(sequences, engine.topology.data, capacity, align, flops_of(engine.hf), pipeline, share)
     logp = {response.number: response.sampler_logp for response in responses}
     advantages = {response.number: [response.advantage] * len(response.response_ids) for response in responses}
     own = plan[engine.topology.data_rank]
-    packs = [pack_families(families, align) for families in own]
+    packs = [pack_prefix_groups(groups, align) for groups in own]
     return MiniBatch(
         [replace(pack, sampler_logp_T=by_token(pack, logp), advantages_T=by_token(pack, advantages)) for pack in packs],
-        sum(family.size for families in own for family in families),
-        [each.shared for rank in plan for families in rank for each in families for _ in each.sequences[1:]],
+        sum(group.size for groups in own for group in groups),
+        [group.shared for rank in plan for groups in rank for group in groups for _ in group.sequences[1:]],
     )
 
 
