@@ -14,7 +14,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.rewards import CodeLimits, Judge, RewardSpec, Verdict, VerifierInput, VerifierPool, check_rows
 from tulu_mega.rewards.registry import BUILT_IN
 from tulu_mega.rewards.verifiers.gsm8k import Gsm8k
-from tulu_mega.rl.judging import Judged
+from tulu_mega.rl.judging import JudgedResponse
 
 NO_COMMAS = json.dumps({"func_name": "validate_no_commas", "N": None})
 
@@ -132,7 +132,7 @@ def test_a_verifier_that_is_named_twice_is_summed_and_solves_only_where_it_is_me
     ]
     assert [verdict.score for verdict in verdicts] == [1.5, 2.0]
     assert [verdict.parts for verdict in verdicts] == [{"ifeval": 1.0, "ifeval#2": met, "exact_match": 1.0} for met in (0.0, 1.0)]
-    assert [Judged(None, "", verdict, verdict.score).solved for verdict in verdicts] == [False, True]
+    assert [JudgedResponse(None, "", verdict, verdict.score).solved for verdict in verdicts] == [False, True]
 
 
 def test_names_of_ones_own_that_look_like_a_second_verifier_keep_their_scores_apart():

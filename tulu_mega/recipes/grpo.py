@@ -21,13 +21,14 @@ from tulu_mega.errors import Stopped, UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.launch.run_dir import CONFIG, locked
 from tulu_mega.layout.flops import training_flops
+from tulu_mega.objectives.advantages import ESTIMATORS
 from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.records import PackedBatch
 from tulu_mega.resilience.spikes import Spikes
 from tulu_mega.resilience.stop_signal import Ending
 from tulu_mega.resilience.stragglers import Stragglers
 from tulu_mega.rl import journal
-from tulu_mega.rl.batches import Response, differences, packed, scored, split, with_column
+from tulu_mega.rl.batches import TrainedResponse, differences, packed, scored, split, with_column
 from tulu_mega.rl.fleet import Fleet
 from tulu_mega.rl.judging import Rewards
 from tulu_mega.rl.prompts import Prompts, read, write_rejects
@@ -74,7 +75,7 @@ class _Step:
 
     at: Callable[[str], None]
     """told of each part that begins"""
-    groups: list[list[Response]] = field(default_factory=list)
+    groups: list[list[TrainedResponse]] = field(default_factory=list)
     rollouts: StepRollouts | None = None
     """rank 0's"""
     losses: list[BatchLoss] = field(default_factory=list)
@@ -107,7 +108,7 @@ class _Step:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     @property
-    def responses(self) -> list[Response]:
+    def responses(self) -> list[TrainedResponse]:
         return [response for group in self.groups for response in group]
 
 
@@ -161,7 +162,7 @@ class Policy:
         with now.timed("data"):
             capacity = self.settings.data.pack_length or self.settings.longest
             mini_batches = split(now.groups, train.mini_batches)
-            trained = [sum(len(one.response_ids) for one in part) for part in mini_batches]
+            trained = [sum(one.response.num_trained for one in part) for part in mini_batches]
             parts = [packed(engine, part, capacity, train.share_prompts) for part in mini_batches]
             batches = [part.packs for part in parts]
             now.packed_tokens = sum(len(pack.tokens_T) for packs in batches for pack in packs)
@@ -240,16 +241,13 @@ class Policy:
         self.saver.finish()
         self.run.export()
 
-    def _rollouts(self, step: int) -> list[list[Response]]:
+    def _rollouts(self, step: int) -> list[list[TrainedResponse]]:
         self.now.rollouts = self.scheduler.next(version=step)
-        groups: dict[int, list[Response]] = {}
+        groups: dict[int, list[TrainedResponse]] = {}
         for number, group, at in _numbered(self.now.rollouts):
             if group.advantages.trained[at]:
-                rollout = group.judged[at].rollout
                 groups.setdefault(group.place, []).append(
-                    Response(
-                        number, rollout.prompt_ids, rollout.response_ids, rollout.sampler_logp, group.advantages.advantages[at]
-                    )
+                    TrainedResponse(number, group.judged[at].response, group.advantages.advantages[at])
                 )
         return list(groups.values())
 
@@ -301,8 +299,8 @@ class Policy:
     def _record(self, done: int) -> StepRecord:
         now, seconds = self.now, self.now.seconds
         responses = now.responses
-        lengths = [len(one.prompt_ids) + len(one.response_ids) for one in responses]
-        tokens, trained = sum(lengths), sum(len(one.response_ids) for one in responses)
+        lengths = [one.response.num_tokens for one in responses]
+        tokens, trained = sum(lengths), sum(one.response.num_trained for one in responses)
         passes = self.settings.train.passes
         scorings = ((len(now.losses) > 1) + bool(self.reference)) / 3  # of a forward and backward pass the forward one is a third
         hf = self.session.engine.hf.to_dict()
@@ -434,7 +432,8 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
             ask = partial(crew.do, "reward") if scores else None
             rewards = stack.enter_context(Rewards(settings.rewards, prompts.verifiers, prompts.tokenizer, ask))
             ends = (prompts.tokenizer.eos_token_id,)
-            policy.scheduler = Scheduler(prompts.train, fleet, rewards, settings, ends, settings.train.max_policy_lag)
+            estimator = ESTIMATORS[settings.policy.advantages]
+            policy.scheduler = Scheduler(prompts.train, fleet, rewards, estimator, settings, ends)
             if found:
                 policy.scheduler.state = found.state["prompts"]
             write_settings(settings, run_dir / CONFIG)
