@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -31,18 +32,99 @@ class TokenizedRow:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One sampled response; token ids as the sampler had them, never made from text again."""
+class Segment:
+    """Consecutive tokens of one origin in a :class:`Response`: what the policy sampled in one answer, or what it was given.
 
-    prompt_ids: list[int]
-    response_ids: list[int]
-    """the token that ended it included"""
-    sampler_logp: list[float]
-    """log-probability of each response token in the distribution that it was drawn from"""
-    versions: list[int]
-    """of the weights that drew each response token"""
+    Not to be confused with a segment of a :class:`PackedBatch`, which is a whole sequence.
+
+    Raises:
+        ValueError: there are no tokens, or not as many log-probabilities and versions as the field says.
+    """
+
+    token_ids: list[int]
+    """as the sampler had them, never made from text again; of an answer, the token that ended it included"""
+    trained: bool
+    """whether the policy is trained on these tokens: it sampled them"""
+    sampler_logp: list[float] = field(default_factory=list)
+    """log-probability of each trained token in the distribution that it was drawn from; empty where not trained"""
+    versions: list[int] = field(default_factory=list)
+    """version of the weights that drew each trained token; empty where not trained"""
+
+    def __post_init__(self) -> None:
+        tokens = len(self.token_ids)
+        expected = tokens if self.trained else 0
+        if not tokens or len(self.sampler_logp) != expected or len(self.versions) != expected:
+            raise ValueError(
+                f"a segment of {tokens} tokens that are {'' if self.trained else 'not '}trained, with {len(self.sampler_logp)} "
+                f"log-probabilities and {len(self.versions)} versions; expected at least one token and {expected} of each"
+            )
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a policy made of a prompt: the prompt, its answer and whatever else came in between, one behind the other.
+
+    A response of one turn is two segments, the prompt and the answer. One with tools is more: prompt, answer, the tool's
+    output, answer.
+
+    Raises:
+        ValueError: the first segment is trained, though no token comes before it that could predict its first one.
+    """
+
+    segments: tuple[Segment, ...]
     finish_reason: str
     """``stop``: a token ended it; ``length``: room ran out"""
+
+    def __post_init__(self) -> None:
+        if not self.segments or self.segments[0].trained:
+            raise ValueError("a response begins with a segment that is not trained: its prompt")
+
+    @classmethod
+    def of_one_turn(
+        cls, prompt_ids: list[int], answer_ids: list[int], sampler_logp: list[float], versions: list[int], finish_reason: str
+    ) -> Response:
+        """A prompt and the answer to it.
+
+        Args:
+            sampler_logp, versions: of each token of the answer.
+        """
+        return cls((Segment(prompt_ids, False), Segment(answer_ids, True, sampler_logp, versions)), finish_reason)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens, prompt included."""
+        return list(chain.from_iterable(segment.token_ids for segment in self.segments))
+
+    @property
+    def labels(self) -> list[int]:
+        """:attr:`token_ids`, IGNORE in the place of those that are not trained; not shifted."""
+        masked = (part.token_ids if part.trained else [IGNORE] * len(part.token_ids) for part in self.segments)
+        return list(chain.from_iterable(masked))
+
+    @property
+    def sampler_logp(self) -> list[float]:
+        """The sampler's log-probability of each trained token."""
+        return list(chain.from_iterable(segment.sampler_logp for segment in self.segments))
+
+    @property
+    def versions(self) -> list[int]:
+        """The version of the weights that drew each trained token."""
+        return list(chain.from_iterable(segment.versions for segment in self.segments))
+
+    @property
+    def last_answer(self) -> list[int]:
+        """Tokens of the last trained segment; none where nothing is trained."""
+        return next((segment.token_ids for segment in reversed(self.segments) if segment.trained), [])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, prompt included."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
+    def num_trained(self) -> int:
+        """Trained tokens."""
+        return sum(len(segment.token_ids) for segment in self.segments if segment.trained)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from tests.lib.checkpoints import save
 from tulu_mega.bridge.fp8 import in_fp8
 from tulu_mega.config import EngineSettings, OptimSettings
-from tulu_mega.data.batch import pack, pack_families
+from tulu_mega.data.batch import pack, pack_prefix_groups
 from tulu_mega.data.packing import plan_step
-from tulu_mega.data.prefix_sharing import plan_families
+from tulu_mega.data.prefix_sharing import plan_prefix_groups
 from tulu_mega.launch.launcher import World
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
@@ -78,12 +78,12 @@ def share(
     return [pack([batch[i] for i in bin_], made.align) for bin_ in plan[place.data_rank]]
 
 
-def share_families(made: Session, batch: list[TokenizedRow], capacity: int = 160) -> list[PackedBatch]:
+def share_prefixes(made: Session, batch: list[TokenizedRow], capacity: int = 160) -> list[PackedBatch]:
     """This rank's packed micro-batches of a global batch whose sequences share what they begin with."""
     assert made.engine.whole_packs
     place, cost = made.topology, flops_of(made.engine.hf)
-    plan = plan_families(batch, place.data, capacity, made.align, cost, made.pipeline, share=True)
-    packs = [pack_families(families, made.align) for families in plan[place.data_rank]]
+    plan = plan_prefix_groups(batch, place.data, capacity, made.align, cost, made.pipeline, share=True)
+    packs = [pack_prefix_groups(groups, made.align) for groups in plan[place.data_rank]]
     assert any(one.key_rows_K is not None for one in packs)
     return packs
 

@@ -143,7 +143,7 @@ def engine(
     """
     with jobs.session(directory, layout) as made:
         batch = sequences(made.engine.hf.vocab_size)
-        whole = jobs.share_families(made, batch) if micro_batches == "shared" else jobs.share(made, batch, micro_batches, PACK)
+        whole = jobs.share_prefixes(made, batch) if micro_batches == "shared" else jobs.share(made, batch, micro_batches, PACK)
         micro = [_filled(one, given) for one in whole]
         made.engine.prepare_training(OptimSettings(name="sgd", lr=0.0, schedule="constant", warmup=0.0, clip=0.0), MAX_STEPS)
         found: dict[str, Any] = {}

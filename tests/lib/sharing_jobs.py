@@ -62,14 +62,14 @@ def engine(directory: str, layout: dict[str, Any], lr: float, trained: str, reco
     with jobs.session(directory, layout, recompute=recompute) as made:
         vocab = made.engine.hf.vocab_size
         found: dict[str, Any] = {"logp": {}, "losses": [], "norms": []}
-        packs = jobs.share_families(made, sequences(vocab, 0))
+        packs = jobs.share_prefixes(made, sequences(vocab, 0))
         for pack, logp_T in zip(packs, made.engine.score(packs), strict=False):
             for segment, row in enumerate(pack.rows_S.tolist()):
                 if row >= 0:
                     found["logp"][row] = logp_T[(pack.segments_T == segment) & pack.loss_mask_T].tolist()
         made.engine.prepare_training(OptimSettings(name="sgd", lr=lr, schedule="constant", warmup=0.0, clip=0.0), STEPS)
         for step in range(STEPS):
-            loss = made.engine.forward_backward(jobs.share_families(made, sequences(vocab, step)), SftObjective("token_mean"))
+            loss = made.engine.forward_backward(jobs.share_prefixes(made, sequences(vocab, step)), SftObjective("token_mean"))
             found["losses"].append(loss.loss)
             found["norms"].append(made.engine.optimizer_step(step, loss.loss).grad_norm)
         made.export(Path(trained), torch.float32, {})

@@ -6,12 +6,13 @@ from hypothesis import strategies as st
 
 from tulu_mega.data.batch import by_token, pack
 from tulu_mega.layout.alignment import Alignment
-from tulu_mega.records import IGNORE
-from tulu_mega.rl.batches import Response, differences, split
+from tulu_mega.records import IGNORE, Response
+from tulu_mega.rl.batches import TrainedResponse, differences, split
 
 
 def response(number, prompt=2, length=3):
-    return Response(number, [1] * prompt, [5 + number] * length, [-0.5] * length, 0.25)
+    made = Response.of_one_turn([1] * prompt, [5 + number] * length, [-0.5] * length, [0] * length, "stop")
+    return TrainedResponse(number, made, 0.25)
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.integers(1, 8))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tulu_mega.data.prefix_sharing import Family
+from tulu_mega.data.prefix_sharing import PrefixGroup
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.layout.context import context_rows
 from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
@@ -28,17 +28,17 @@ def pack(sequences: Iterable[TokenizedRow], align: Alignment, pad_token: int = 0
     return pack.batch()
 
 
-def pack_families(families: Iterable[Family], align: Alignment, pad_token: int = 0) -> PackedBatch:
-    """As :func:`pack`, but of families, which leave out what a :class:`~tulu_mega.data.prefix_sharing.Family` says.
+def pack_prefix_groups(groups: Iterable[PrefixGroup], align: Alignment, pad_token: int = 0) -> PackedBatch:
+    """As :func:`pack`, without the tokens that a :class:`~tulu_mega.data.prefix_sharing.PrefixGroup` leaves out.
 
     Shared tokens are a segment of row -1, right before the segments of those that share them (see `PackedBatch.key_rows_K`).
     """
     pack = _Pack(align, pad_token)
-    for family in families:
-        shared, before = family.shared, None
+    for group in groups:
+        shared, before = group.shared, None
         if shared:
-            before = pack.add(-1, family.sequences[0].input_ids[:shared], [])
-        for one in family.sequences:
+            before = pack.add(-1, group.sequences[0].input_ids[:shared], [])
+        for one in group.sequences:
             pack.add(one.row, one.input_ids[shared:-1], one.labels[shared + 1 :], before=before)
     return pack.batch()
 

@@ -15,6 +15,7 @@ from tulu_mega.distributed.collectives import Crew, from_lead
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.launch.run_dir import CONFIG
+from tulu_mega.objectives.advantages import ESTIMATORS
 from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl import journal
@@ -201,7 +202,8 @@ def _scheduler(
     settings: GrpoSettings, prompts: Prompts, generator: Generates, rewards: Rewards, found: Checkpoint | None
 ) -> Scheduler:
     """Make rank 0's scheduler, at the place among the prompts that the checkpoint has."""
-    scheduler = Scheduler(prompts.train, generator, rewards, settings, (prompts.tokenizer.eos_token_id,))
+    estimator = ESTIMATORS[settings.policy.advantages]
+    scheduler = Scheduler(prompts.train, generator, rewards, estimator, settings, (prompts.tokenizer.eos_token_id,))
     if found:
         scheduler.state = found.state["prompts"]
     return scheduler

@@ -159,7 +159,7 @@ def _batch(objective: str, engine, made):
         return batch, PreferenceObjective(dpo_norm.Loss())
     sequences = policy_jobs.sequences(vocab)
     if objective == "shared":
-        batch = jobs.share_families(made, sequences)[0]
+        batch = jobs.share_prefixes(made, sequences)[0]
     else:
         batch = jobs.share(made, sequences * made.topology.data, None, capacity=policy_jobs.PACK)[0]
     zeros = torch.zeros(len(batch.tokens_T))
