@@ -167,10 +167,10 @@ def test_a_run_is_made_longer_where_the_steps_done_stay_what_they_are(tmp_path, 
 
     (tmp_path / "config.json").write_text(settings(before).model_dump_json())
     if why is None:
-        same_run(settings(now))
+        same_run(settings(now), short_batches=True)
     else:
         with pytest.raises(UserError, match=re.escape(why)):
-            same_run(settings(now))
+            same_run(settings(now), short_batches=True)
 
 
 def test_a_run_goes_on_with_the_same_mixture_only(tmp_path):

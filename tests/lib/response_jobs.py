@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def engine(directory: str, layout: dict[str, Any], lr: float, trained: str, shar
     """The same by the engine on packs, and the tokens that sharing spared."""
     with jobs.session(directory, layout) as made:
         batch = packed(made.engine, responses(made.engine.hf.vocab_size), CAPACITY, share)
-        packs = [dataclasses.replace(pack, old_logp_T=pack.sampler_logp_T) for pack in batch.packs]
+        packs = [pack.with_columns(old_logp_T=pack.column("sampler_logp_T")) for pack in batch.packs]
         made.engine.prepare_training(OptimSettings(name="sgd", lr=lr, schedule="constant", warmup=0.0, clip=0.0), 1)
         objective = PolicyObjective(loss="grpo", clip_low=CLIP, clip_high=CLIP, aggregation="token", max_tokens=64)
         loss = made.engine.forward_backward(packs, objective)

@@ -1,6 +1,5 @@
 """Responses of several segments, trained and untrained in turn: masks, labels, values by token, packs, prefixes, figures."""
 
-import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -66,7 +65,7 @@ def laid_out(packs: list[PackedBatch]) -> dict[int, tuple[list, list, list, list
         for row, rows in zip(batch.rows_S.tolist(), seen, strict=True):
             if row >= 0:
                 assert row not in found, "in one pack only"
-                columns = (batch.tokens_T, batch.labels_T, batch.sampler_logp_T, batch.advantages_T)
+                columns = (batch.tokens_T, batch.labels_T, batch.column("sampler_logp_T"), batch.column("advantages_T"))
                 found[row] = tuple(column[rows].tolist() for column in columns)
     return found
 
@@ -136,7 +135,7 @@ def test_differences_are_of_trained_tokens():
     (pack,) = packed(engine(), responses_of([([1, 2], [parts])]), 64).packs
     moved_T = torch.where(pack.loss_mask_T, torch.tensor(0.25), torch.tensor(100.0))
     moved_T[pack.labels_T == 9] = 0.75
-    assert differences([dataclasses.replace(pack, old_logp_T=pack.sampler_logp_T - moved_T)]) == {0: (0.375, 0.75)}
+    assert differences([pack.with_columns(old_logp_T=pack.column("sampler_logp_T") - moved_T)]) == {0: (0.375, 0.75)}
 
 
 @pytest.mark.parametrize(
