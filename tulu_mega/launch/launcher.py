@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +83,7 @@ def run(target: str, settings: EngineSettings, program: Sequence[str], prepare: 
         world = joined_world(settings.parallel, os.environ)
         if world.rank == 0 and not _started_by_launcher():
             prepare(settings)  # the other ranks wait for this one where they meet
-        # On import megatron-core warns of every package it could also use, torch of names it will change.
-        warnings.filterwarnings("ignore", module=r"megatron\.")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+        resolve("tulu_mega.platforms:prepare_imports")()
         return int(resolve(target)(settings, world) or 0)
     size = settings.parallel.model_parallel * (settings.parallel.data or 1)
     _check_devices(settings.parallel, size)
@@ -293,8 +290,6 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
     from torch.distributed.elastic.multiprocessing import start_processes
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
-    from tulu_mega.platforms.caches import memcpy_environment
-
     class RankLogs(LogsSpecs):
         """Rank 0 on the console, the others in files."""
 
@@ -323,7 +318,6 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
         "PYTHONUNBUFFERED": "1",  # a killed rank's log is whole
         # messages of tensor parallelism overlap products only when kernels start in the order in which they are queued
         "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
-        **memcpy_environment(),
         _LAUNCHER_PID: str(os.getpid()),
         **environ,
     }
