@@ -171,3 +171,14 @@ def test_the_table_names_no_file_that_does_not_use_it():
         attribute = name.name.replace(":", ".").rpartition(".")[2]
         assert name.file in FILES, f"{name.file} is gone; its lines in platforms/surface.py go as well, or move"
         assert attribute in (PACKAGE / name.file).read_text(encoding="utf-8"), f"{name.file} does not use {name.name} any more"
+
+
+def test_no_object_changes_its_class():
+    """A class of ours comes in through construction: what an object was made as it stays."""
+    for file in FILES:
+        stores = [
+            node
+            for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == "__class__"
+        ]
+        assert not stores, f"tulu_mega/{file}, line {stores[0].lineno}"
