@@ -30,7 +30,7 @@ class Name:
     ours; `replaced`: for the whole process, only by platforms/."""
     why: str
     issue: str = ""
-    """of the library's tracker, where one is known"""
+    """``owner/repository#number`` of an issue or a change that concerns it, where one is known"""
 
     @property
     def package(self) -> str:
@@ -49,7 +49,7 @@ _TORCH = (
     Name("distributed/collectives.py", "torch.distributed.ProcessGroup._get_backend", "read",
          "the only way to the options that the world's NCCL group was made with"),
     Name("distributed/collectives.py", f"{_C10D}.Backend.Options._timeout", "read",
-         "the gloo group beside NCCL's has to wait as long; torch tells a group's time-out nowhere else"),
+         "the gloo group beside NCCL's has to wait as long; torch tells it nowhere else", "pytorch/pytorch#56531"),
     Name("distributed/topology.py", f"{_DIST}._world", "read", "the ranks of every group: torch lists groups nowhere else"),
     Name("distributed/topology.py", f"{_DIST}._get_default_store", "read",
          "the store through which the ranks met; torch hands it out nowhere else"),
@@ -71,11 +71,12 @@ _TORCH = (
          "a gloo group without a process-wide world, bound to an address: no public constructor takes one"),
     Name("weight_transfer/transports/groups.py", "torch.distributed.ProcessGroupGloo._Options._devices", "set",
          "the address"),
-    Name("weight_transfer/transports/groups.py", f"{_C10D}.Backend.Options._timeout", "set", "such a group's time-out"),
+    Name("weight_transfer/transports/groups.py", f"{_C10D}.Backend.Options._timeout", "set", "such a group's time-out",
+         "pytorch/pytorch#56531"),
     Name("weight_transfer/transports/ipc.py", "torch._C._accelerator_getAllocatorSettings", "read",
          "what the user has set, to write it again"),
     Name("weight_transfer/transports/ipc.py", "torch._C._accelerator_setAllocatorSettings", "read",
-         "memory that other processes map must lie outside of expandable segments"),
+         "memory that other processes map must lie outside of expandable segments", "pytorch/pytorch#165685"),
     Name("weight_transfer/transports/ipc.py", "torch.UntypedStorage._share_cuda_", "read", "makes a CUDA IPC handle"),
     Name("weight_transfer/transports/ipc.py", "torch.UntypedStorage._new_shared_cuda", "read", "opens a CUDA IPC handle"),
     Name("train/sharded_save.py", "torch.distributed.checkpoint.FileSystemWriter.write_data", "overridden",
@@ -84,7 +85,8 @@ _TORCH = (
 )  # fmt: skip
 
 _NO_CUDA = (
-    Name(_CUDA, "torch.cuda.current_device", "replaced", "parameters, buffers and pipeline receives are allocated there"),
+    Name(_CUDA, "torch.cuda.current_device", "replaced", "parameters, buffers and pipeline receives are allocated there",
+         "NVIDIA/Megatron-LM#6270"),
     Name(_CUDA, "torch.cuda.synchronize", "replaced", "pipeline sends, timers and checkpoint writing wait for the device"),
     Name(_CUDA, "torch.cuda.stream", "replaced", "DDP and checkpoint staging name streams even where nothing overlaps"),
     Name(_CUDA, "torch.cuda.current_stream", "replaced", "as torch.cuda.stream"),
