@@ -4,7 +4,7 @@ BIN := .venv/bin
 LOCKED := .venv/.locked
 INSTALLED := .venv/.installed
 PEERS := .venv-peers/.locked
-LOGS ?= docs/measurements
+LOGS ?= docs/notes/measurements
 # acceptance tests that wait for moments, or take all of the machine's cores or memory
 ALONE := tests/weight_transfer/live tests/end_to_end/test_kills.py tests/end_to_end/test_quickstart.py
 SHELL := bash
@@ -55,7 +55,7 @@ test: lint  ## lint, then every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not acceptance and not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations 15 --ignore tests/standins/transformer_engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/standins/transformer_engine -m "not acceptance" -n 2 --dist loadfile --durations 5
 
-acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/measurements/
+acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/notes/measurements/
 	@mkdir -p $(LOGS); failed=; trap 'exit 130' INT; \
 	part() { name=$$1; shift; echo "== $$name"; "$$@" 2>&1 | tee "$(LOGS)/$$name.log" || failed="$$failed $$name"; }; \
 	pool="env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m acceptance -n 2 --dist loadfile --no-loadscope-reorder"; \

@@ -13,20 +13,26 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
 
-SHARED_SERVERS = "tests/weight_transfer/live/"
+SHARED = {
+    "tests/weight_transfer/live/": "servers that take weights",
+    "tests/end_to_end/test_grpo": "a run of grpo that others are compared with",
+    "tests/inference/test_generate.py": "one vLLM",
+    "tests/evaluation/test_eval_vllm.py": "one vLLM",
+}
+"""Beginning of a test file's path -> what its tests share, which takes long to start; one worker runs all that share it."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Which tests one worker takes: a file's; of a folder that shares servers, all."""
+    """Which tests one worker takes: a file's; of files that share servers, all."""
     from xdist.scheduler import LoadFileScheduling
 
-    class ByServers(LoadFileScheduling):
+    class ByWhatIsShared(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return SHARED_SERVERS if file.startswith(SHARED_SERVERS) else file
+            return next((shared for start, shared in SHARED.items() if file.startswith(start)), file)
 
-    return ByServers(config, log)
+    return ByWhatIsShared(config, log)
 
 
 @pytest.fixture
@@ -47,6 +53,26 @@ def tokenizer_dir(make_tokenizer, tmp_path) -> Path:
     directory = tmp_path / "tokenizer"
     make_tokenizer().save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Directory of the quickstart's model, of random weights, with its tokenizer."""
+    from tulu_mega.quickstart import tiny_model
+
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_model.make(directory, seed=0)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def vllm(tiny):
+    """A vLLM that answers for `tiny`, started once for all tests of a worker."""
+    pytest.importorskip("vllm")
+    from tulu_mega.inference.offline import Generator
+
+    with Generator(str(tiny), log=tiny.parent / "vllm.log") as generator:
+        yield generator
 
 
 # What starts worlds of ranks is imported by the fixture that needs it: tests/standins/transformer_engine chooses another

@@ -158,12 +158,12 @@ def _watch(process: subprocess.Popen, note: Callable[[int], None]) -> None:
 
 def hashes(directory: Path) -> dict[str, str]:
     """Of every tensor, computed from the files."""
+    from tulu_mega.bridge.box import Box
     from tulu_mega.bridge.files.hf_files import HfCheckpoint
     from tulu_mega.convert.manifest import hash_of
 
     files = HfCheckpoint.open(directory)
-    regions = {name: tuple((0, extent) for extent in info.shape) for name, info in files.tensors.items()}
-    return {name: hash_of(files.read_region(name, region)) for name, region in regions.items()}
+    return {name: hash_of(files.read_box(name, Box.whole(info.shape))) for name, info in files.tensors.items()}
 
 
 if __name__ == "__main__":

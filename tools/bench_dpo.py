@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from bench_packing import tulu_lengths
 from bench_sft import LAYERS, LONGEST, SHRINK, make_model
-from racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, loss_gap, race, rates, wait_until_idle
+from race.racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, loss_gap, race, rates, wait_until_idle
 
 BETA = 5.0
 
@@ -105,7 +105,7 @@ def main() -> None:
 def prepare(directory: Path, options: argparse.Namespace) -> dict:
     """Model, pairs, the same as texts, and both tokenised; what every racer is told of them."""
     from tulu_mega.config import DataSettings, ModelSettings, PreferenceDataSettings
-    from tulu_mega.data.store import prepare as tokenised
+    from tulu_mega.data.prepare import prepare as tokenised
     from tulu_mega.launch.run_dir import DATA
 
     steps = max(1, round({128: 6, 512: 1}[options.hidden] * options.lap))

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_sft import make_model
-from racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, race, rates, wait_until_idle
+from race.racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, race, rates, wait_until_idle
 
 HIDDEN, VOCAB, SAMPLES, MEAN = 512, 8192, 8, 64
 CAPS = {"equal": 64, "tail": 512}

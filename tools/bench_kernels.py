@@ -46,18 +46,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
+from kernel_inputs import draw_shard, draw_tokens, layer_boxes, policy_step
+from kernel_results import correct
 from measuring import Bench, Figures
-from tulu_kernels.buckets import BoxCopies, plan_bucket
-from tulu_kernels.fp8_blocks import BLOCK, Box, PackPlan, pack, plan_pack, quantize
+from tulu_kernels.buckets import BoxCopies
+from tulu_kernels.fp8_blocks import BLOCK, pack, quantize
 from tulu_kernels.fp8_blocks.reference import LARGEST, dequantize
 from tulu_kernels.linear_logprob import WORKSPACE, linear_logprob
 from tulu_kernels.linear_logprob.function import even_chunks
 from tulu_kernels.linear_logprob.rows import BYTES
-from tulu_kernels.policy_loss import PolicyLoss, Tokens, policy_loss
 from tulu_kernels.weight_gradient import add_product
-
-BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-"""Largest relative error: of float32, sums in another order; of bf16, logits of 8 bits, which the reference is given too."""
 
 
 def main() -> int:
@@ -169,19 +167,8 @@ def _full_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 # FP8 blocks, policy loss, buckets
 
 
-def _shard(bench: Bench, small: bool) -> tuple[Tensor, PackPlan]:
-    """A quarter of Llama 3.1 8B's gate and up, as megatron-core fuses them: two boxes."""
-    rows, columns = (256, 384) if small else (3584, 4096)
-    weight = bench.random(2 * rows, columns, dtype=torch.bfloat16, seed=4)
-    boxes = [
-        Box(name, (4 * rows, columns), ((0, rows), (0, columns)), ((at, at + rows), (0, columns)))
-        for name, at in (("gate", 0), ("up", rows))
-    ]
-    return weight, plan_pack(boxes)
-
-
 def fp8(bench: Bench) -> Figures:
-    weight, plan = _shard(bench, small=not bench.on_gpu)
+    weight, plan = draw_shard(bench, small=not bench.on_gpu)
     into = torch.empty(plan.bytes, dtype=torch.uint8, device=bench.device)
     scales = torch.empty(plan.scales, device=bench.device)
     moved = weight.nbytes + plan.bytes + scales.nbytes
@@ -255,35 +242,11 @@ def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _tokens(bench: Bench, count: int, responses: int) -> Tokens:
-    segments = torch.arange(count, device=bench.device) * responses // count
-    trained = torch.rand(count, generator=torch.Generator().manual_seed(5)).to(bench.device) < 0.9
-    logp = -bench.random(count, seed=6).abs()
-    near = [logp + 0.05 * bench.random(count, seed=seed) for seed in (7, 8, 9)]
-    logp, old, sampler, reference = (each * trained for each in (logp, *near))
-    return Tokens(
-        logp_T=logp.requires_grad_(), entropy_T=bench.random(count, seed=10).abs(), sampler_logp_T=sampler,
-        advantages_T=bench.random(responses, seed=11)[segments], trained_T=trained, segments_T=segments,
-        trained_S=torch.zeros(responses, dtype=torch.int64, device=bench.device).index_add(0, segments, trained.long()),
-        old_logp_T=old, ref_logp_T=reference,
-    )  # fmt: skip
-
-
-_LOSS = PolicyLoss("grpo", clip_low=0.2, clip_high=0.28, aggregation="sequence", max_tokens=4096, beta=0.05, importance="token")
-
-
-def _policy_step(tokens: Tokens, backend: str) -> tuple[Tensor, Tensor]:
-    """Loss and gradient."""
-    loss = policy_loss(_LOSS, tokens, backend=backend).loss_sum
-    (gradient,) = torch.autograd.grad(loss, tokens.logp_T)
-    return loss.detach(), gradient
-
-
 def policy(bench: Bench) -> Figures:
     for count in (8192, 65536) if bench.on_gpu else (1024,):
-        tokens, times = _tokens(bench, count, count // 512), {}
+        tokens, times = draw_tokens(bench, count, count // 512), {}
         for name in ("triton", "torch"):
-            step = partial(_policy_step, tokens, name)
+            step = partial(policy_step, tokens, name)
             times[name] = 1e3 * bench.milliseconds(step)
             if bench.on_gpu:
                 replayed = bench.attempt(f"policy {name} replayed", partial(_replayed, bench, step), peer=name == "torch")
@@ -302,112 +265,14 @@ def _replayed(bench: Bench, action: Callable[[], Any]) -> float:
     return 1e3 * bench.milliseconds(graph.replay)
 
 
-def _layer_boxes(bench: Bench) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """A layer of Llama 3.1 8B in float32, its fused matrices in eight groups of heads, and where they lie in a bf16 bucket."""
-    hidden, groups, head = (4096, 8, 128) if bench.on_gpu else (256, 2, 32)
-    fused = bench.random(groups * 6 * head, hidden, seed=12)
-    sources = []
-    for group in range(groups):
-        first = group * 6 * head
-        sources += [fused[first : first + 4 * head], fused[first + 4 * head : first + 5 * head]]
-        sources.append(fused[first + 5 * head : first + 6 * head])
-    both = bench.random(7 * hidden, hidden, seed=13)
-    sources += [both[: 7 * hidden // 2], both[7 * hidden // 2 :], *(bench.random(hidden, seed=seed) for seed in (14, 15))]
-    plan = plan_bucket([each.shape for each in sources], torch.bfloat16)
-    bucket = torch.zeros(plan.nbytes, dtype=torch.uint8, device=bench.device)
-    return sources, plan.views(bucket), bucket
-
-
 def buckets(bench: Bench) -> Figures:
-    sources, targets, bucket = _layer_boxes(bench)
+    sources, targets, bucket = layer_boxes(bench)
     yield "boxes", len(sources)
     yield "bytes", bucket.nbytes
     together, each = BoxCopies("triton"), BoxCopies("torch")
     yield "triton", (ours := bench.milliseconds(lambda: together(sources, targets)))
     yield "copies", (theirs := bench.milliseconds(lambda: each(sources, targets)))
     yield "of_copies", round(ours / theirs, 3)
-
-
-# Results
-
-
-def correct(bench: Bench) -> Figures:
-    """On odd shapes, against torch in float64."""
-    before, good = len(bench.failed), True
-    checks: dict[str, Callable[[], dict[str, float | bool]]] = {
-        "logprob float32": partial(_logprob_errors, bench, torch.float32),
-        "logprob bfloat16": partial(_logprob_errors, bench, torch.bfloat16),
-        "fp8": partial(_fp8_bits, bench),
-        "buckets": partial(_bucket_bits, bench),
-        "policy": partial(_policy_errors, bench),
-    }
-    for check, compare in checks.items():
-        bound = BOUNDS[torch.bfloat16 if "bfloat16" in check else torch.float32]
-        for key, error in bench.attempt(check, compare).items():
-            yield f"{check} {key}", error
-            if key != "failed":
-                good &= error if isinstance(error, bool) else error < bound
-    yield "ok", bool(good and len(bench.failed) == before)
-
-
-def _fp8_bits(bench: Bench) -> dict[str, bool]:
-    weight, plan = _shard(bench, small=True)
-    packed = []
-    for backend in ("triton", "torch"):
-        into = torch.zeros(plan.bytes, dtype=torch.uint8, device=bench.device)
-        scales = torch.zeros(plan.scales, device=bench.device)
-        pack(weight, plan, into, scales, backend=backend)
-        packed.append((into, scales))
-    return {"same bits": all(torch.equal(*pair) for pair in zip(*packed, strict=True))}
-
-
-def _bucket_bits(bench: Bench) -> dict[str, bool]:
-    sources, targets, bucket = _layer_boxes(bench)
-    BoxCopies("triton")(sources, targets)
-    by_kernel = bucket.clone()
-    BoxCopies("torch")(sources, targets)
-    return {"same bits": torch.equal(by_kernel, bucket)}
-
-
-def _policy_errors(bench: Bench) -> dict[str, float]:
-    tokens = _tokens(bench, 1031, 7)
-    sides = zip(_policy_step(tokens, "triton"), _policy_step(tokens, "torch"), strict=True)
-    return {key: _relative(*pair) for key, pair in zip(("loss", "gradient"), sides, strict=True)}
-
-
-def _logprob_errors(bench: Bench, dtype: torch.dtype) -> dict[str, float]:
-    rows, hidden_size, vocabulary, columns = 77, 256, 1031, 1013
-    hidden = bench.random(rows, hidden_size, dtype=dtype, seed=1).requires_grad_()
-    weight = (bench.random(vocabulary, hidden_size, seed=2) / 16).to(dtype).requires_grad_()
-    labels = torch.randint(columns, (rows,), generator=torch.Generator().manual_seed(3)).to(bench.device)
-    up, up_entropy = bench.random(rows, seed=4), bench.random(rows, seed=5)
-    buffer = torch.zeros(weight.shape, device=bench.device)
-
-    def ours(into: Tensor | None) -> list[Tensor]:
-        values = linear_logprob(
-            hidden, weight, labels, columns=columns, temperature=0.7, entropy=True, workspace=dtype.itemsize * columns * 32,
-            gradient_buffer=lambda _weight: into, backend="triton",
-        )  # fmt: skip
-        return [*values, *torch.autograd.grad(values, (hidden, weight), (up, up_entropy))]
-
-    got = ours(None)
-    ours(buffer)
-    wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
-    logits = wide[0] @ wide[1][:columns].t()
-    if dtype == torch.bfloat16:  # what the kernel is given
-        logits = logits + (logits.to(dtype).double() - logits).detach()
-    logs = (logits / 0.7).log_softmax(-1)
-    wanted_logp, wanted_entropy = logs.gather(1, labels[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
-    gradients = torch.autograd.grad((wanted_logp, wanted_entropy), wide, (up.double(), up_entropy.double()))
-    wanted = [wanted_logp, wanted_entropy, *gradients, gradients[1]]
-    names = ("logp", "entropy", "d hidden", "d weight", "d weight in float32")
-    return {name: _relative(mine, truth) for name, mine, truth in zip(names, [*got, buffer], wanted, strict=True)}
-
-
-def _relative(got: Tensor, wanted: Tensor) -> float:
-    """Largest difference over the largest entry."""
-    got, wanted = got.detach().double(), wanted.detach().double()
-    return float((got - wanted).abs().max() / wanted.abs().max())
 
 
 # CUDA graphs
@@ -425,10 +290,10 @@ def graphs(bench: Bench) -> Figures:
         logp, _ = linear_logprob(hidden, weight, labels, columns=1024, workspace=2**18, backend="triton")
         return [logp, *torch.autograd.grad(logp.sum(), (hidden, weight))]
 
-    shard, plan = _shard(bench, small=True)
+    shard, plan = draw_shard(bench, small=True)
     into, scales = torch.zeros(plan.bytes, dtype=torch.uint8, device=bench.device), torch.zeros(plan.scales, device=bench.device)
-    tokens = _tokens(bench, 4096, 16)
-    sources, targets, bucket = _layer_boxes(bench)
+    tokens = draw_tokens(bench, 4096, 16)
+    sources, targets, bucket = layer_boxes(bench)
     copies = BoxCopies("triton")
 
     def of_fp8() -> list[Tensor]:
@@ -440,7 +305,7 @@ def graphs(bench: Bench) -> Figures:
         return [bucket]
 
     def of_policy() -> list[Tensor]:
-        return list(_policy_step(tokens, "triton"))
+        return list(policy_step(tokens, "triton"))
 
     actions = {"logprob": of_logprob, "fp8": of_fp8, "policy": of_policy, "buckets": of_buckets}
     for name, action in actions.items():

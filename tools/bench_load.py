@@ -112,13 +112,15 @@ def measure(options: argparse.Namespace) -> dict:
     from tulu_mega.bridge.families import family_for
     from tulu_mega.bridge.files.hf_files import HfCheckpoint
     from tulu_mega.bridge.live import load_hf
+    from tulu_mega.bridge.shards import ModelShard
+    from tulu_mega.distributed.grid import ShardGrid
 
     torch.set_num_threads(1)
     dtype = getattr(torch, DTYPES[options.param_dtype or options.dtype])
     checkpoint = HfCheckpoint.open(options.directory)
     files = sorted({options.directory / info.file for info in checkpoint.tensors.values()})
     size = sum(file.stat().st_size for file in files)
-    family = family_for(checkpoint.config)
+    family, grid = family_for(checkpoint.config), ShardGrid(tensor=options.tp)
     rates = {state: {"load": 0.0, "reload": 0.0, "read": 0.0} for state in ("cold", "warm")}
     overhead = shard = 0
     for _ in range(options.rounds):
@@ -128,11 +130,11 @@ def measure(options: argparse.Namespace) -> dict:
             prepare(files)
             before = anonymous_bytes()
             with PeakAnonymous() as peak:
-                model = shard_module(family, checkpoint.config, options.tp, dtype)
+                model = shard_module(family, checkpoint.config, grid, dtype)
                 loaded = HfCheckpoint.open(options.directory)
                 elements = sum(parameter.numel() for parameter in model.parameters())
                 shard = elements * getattr(torch, DTYPES[options.dtype]).itemsize
-                load = functools.partial(load_hf, model, loaded, family, 0, options.tp)
+                load = functools.partial(load_hf, ModelShard([model], checkpoint.config, family, grid), loaded)
                 _best(rates[state], "load", shard, load)
             overhead = max(overhead, peak.bytes - before - elements * dtype.itemsize)
             loaded.close()
@@ -145,7 +147,7 @@ def measure(options: argparse.Namespace) -> dict:
     return {**result, "checkpoint_bytes": size, "shard_bytes": shard, "overhead_bytes": overhead, "tp": options.tp, **rounded}
 
 
-def shard_module(family, config: dict, tp_size: int, dtype):
+def shard_module(family, config: dict, grid, dtype):
     """A module with the parameters, and nothing else, of Megatron's model on one tensor parallel rank; never touched memory."""
     import torch
     from torch import nn
@@ -160,7 +162,7 @@ def shard_module(family, config: dict, tp_size: int, dtype):
                 if not hasattr(module, parent):
                     module.add_module(parent, nn.ModuleList() if parent == "layers" else nn.Module())
                 module = getattr(module, parent)
-            module.register_parameter(last, nn.Parameter(torch.empty(family.local_shape(name, tp_size, config), dtype=dtype)))
+            module.register_parameter(last, nn.Parameter(torch.empty(family.local_shape(name, config, grid), dtype=dtype)))
     for i, layer in enumerate(root.decoder.layers):
         layer.layer_number = i + 1
     return root

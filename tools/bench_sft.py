@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_packing import tulu_lengths
-from racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, loss_gap, race, rates, wait_until_idle
+from race.racing import OURS, PEERS, SPARE, Entry, Racer, calm, lap_ratios, loss_gap, race, rates, wait_until_idle
 
 LAYERS = {128: 4, 512: 8}
 SHRINK = 4
@@ -100,7 +100,7 @@ def main() -> None:
 def prepare(directory: Path, hidden: int, options: argparse.Namespace) -> dict:
     """Model, texts and tokenised data; what every racer is told of them."""
     from tulu_mega.config import DataSettings, ModelSettings
-    from tulu_mega.data.store import prepare as tokenised
+    from tulu_mega.data.prepare import prepare as tokenised
 
     steps = max(1, round({128: 6, 512: 1}[hidden] * options.lap))
     model, texts, store = directory / "model", directory / "texts.jsonl", directory / "store"

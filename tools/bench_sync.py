@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace, root: Path) -> dict:
         "dtype": DTYPES[options.dtype],
     }
     (model / "config.json").write_text(json.dumps(config))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "peers"), *sys.path])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "race/peers"), *sys.path])
     extra = (*server_arguments(), "--worker-extension-cls", "vllm_loading.OwnLoading")
     served = ServerOptions(
         str(model), dtype=DTYPES[options.dtype], max_model_len=256, concurrency=8, random_weights=True, extra=extra
@@ -84,8 +84,9 @@ def race(options: argparse.Namespace, model: str, servers: list) -> dict:
     from tulu_mega.config import EngineSettings, RolloutSettings
     from tulu_mega.launch.launcher import World
     from tulu_mega.train.session import opened
+    from tulu_mega.weight_transfer.attach import attach
     from tulu_mega.weight_transfer.control import ServerControl
-    from tulu_mega.weight_transfer.transfer import WeightSync
+    from tulu_mega.weight_transfer.push import push
 
     torch.set_num_threads(1)
     with socket.socket() as probe:
@@ -103,19 +104,19 @@ def race(options: argparse.Namespace, model: str, servers: list) -> dict:
             for chunk in session.engine.chunks:
                 for parameter in chunk.parameters():
                     parameter.uniform_(-0.1, 0.1)
-        sync = WeightSync.connect(session.sender(rollout), servers, rollout)
-        nbytes = _good(sync.push(0)).bytes  # the first meets untouched memory and learns vLLM's names
+        connection = attach(session.sender(rollout), servers, rollout)
+        nbytes = _good(push(connection, 0)).bytes  # the first meets untouched memory and learns vLLM's names
         source, target = torch.rand(nbytes // 4), torch.empty(nbytes // 4)
         for version in range(options.rounds):
-            best["hands"] = max(best["hands"], nbytes / _good(sync.rehearse()).streaming / 1e9)
+            best["hands"] = max(best["hands"], nbytes / _good(push(connection, 0, load=False)).streaming / 1e9)
             best["copy"] = max(best["copy"], nbytes / _timed(lambda: target.copy_(source)) / 1e9)
             best["memcpy"] = max(best["memcpy"], nbytes / _timed(lambda: np.copyto(target.numpy(), source.numpy())) / 1e9)
-            seconds = _good(sync.push(version + 1)).seconds
+            seconds = _good(push(connection, version + 1)).seconds
             if seconds < best["update"]:
                 best["update"], worker = seconds, control.weights_status()[0]["seconds"]
             loading = control.call_workers("own_loading")[0]["seconds"]
             best["loading"] = min(best["loading"], loading)
-        sync.close()
+        connection.close()
     control.close()
     return {
         "bench": "sync",

@@ -37,35 +37,36 @@ import statistics
 import sys
 import tempfile
 import time
-import timeit
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
+from training_products import products
+
 from tulu_mega.config import SftSettings, load
+from tulu_mega.config.sft import MEAN_LENGTH
 from tulu_mega.data.batch import pack
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.layout.flops import training_flops
+from tulu_mega.layout.hardware import GPUS, Gpu
 from tulu_mega.layout.schedule import Pipeline
 from tulu_mega.model.build import attention_of
 from tulu_mega.model.config import DTYPES
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.plan.model.calibration import RATES
-from tulu_mega.plan.model.hardware import GPUS, Gpu
 from tulu_mega.plan.model.job import Job, Pack
 from tulu_mega.plan.model.memory import rank_memory
 from tulu_mega.plan.model.timing import train_step
-from tulu_mega.plan.model.workload import LABELLED, MEAN_LENGTH, draw_lengths, pack_step
+from tulu_mega.plan.model.workload import LABELLED, draw_lengths, pack_step
 from tulu_mega.records import IGNORE, PackedBatch
 from tulu_mega.records import Sequence as Row
 from tulu_mega.train.engine import Engine
@@ -235,7 +236,7 @@ def known_gpu() -> Gpu | None:
 def contents(shape: dict[str, Any], length: int, count: int) -> tuple[Pack, ...]:
     """Packs of conversations of lengths like Tulu 3's: about as many as asked for, all but full."""
     taken: list[int] = []
-    for each in draw_lengths(count * length // 64, MEAN_LENGTH["sft"], length, seed=0):
+    for each in draw_lengths(count * length // 64, MEAN_LENGTH, length, seed=0):
         if sum(taken) + each <= 0.985 * count * length:  # what is too long for the rest is passed over
             taken.append(each)
     (packs,) = pack_step(
@@ -361,41 +362,6 @@ def timed(
             "memory": round((memory.total - memory.reserved) / torch.cuda.max_memory_allocated(), 3),
         }
     return found
-
-
-def products(engine: Engine, shape: dict[str, Any], tokens: int) -> dict[str, float]:
-    """FLOP/s of a layer's four products and the head's, each forward and both ways backward, as torch has them."""
-    device, dtype = engine.platform.device, DTYPES[engine.settings.model.dtype]
-    hidden, ffn, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
-    head = shape.get("head_dim") or hidden // heads
-    fused = (heads + 2 * shape["num_key_value_heads"]) * head
-    layer = ((hidden, fused), (heads * head, hidden), (hidden, 2 * ffn), (ffn, hidden))
-    labelled = round(LABELLED * tokens)
-
-    def seconds(rows: int, inputs: int, outputs: int) -> float:
-        x, weight = (torch.randn(*size, device=device, dtype=dtype) for size in ((rows, inputs), (outputs, inputs)))
-        upstream = torch.randn(rows, outputs, device=device, dtype=dtype)
-        ways: tuple[Callable[[], Tensor], ...] = (lambda: x @ weight.t(), lambda: upstream @ weight, lambda: upstream.t() @ x)
-        return sum(map(_seconds, ways))
-
-    layer_flops, layer_seconds = 6.0 * tokens * sum(a * b for a, b in layer), sum(seconds(tokens, *each) for each in layer)
-    head_flops = 6.0 * labelled * hidden * shape["vocab_size"]
-    head_seconds = seconds(labelled, hidden, shape["vocab_size"])
-    layers = shape["num_hidden_layers"]
-    return {
-        "layer": layer_flops / layer_seconds,
-        "head": head_flops / head_seconds,
-        "tflops": (layers * layer_flops + head_flops) / (layers * layer_seconds + head_seconds),
-    }
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        from triton.testing import do_bench
-
-        return do_bench(action, warmup=25, rep=100, return_mode="median") / 1e3
-    action()
-    return min(timeit.repeat(action, number=1, repeat=3))
 
 
 def profile(timer: Timer, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:

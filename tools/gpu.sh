@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
-LOGS=${LOGS:-docs/measurements}
+LOGS=${LOGS:-docs/notes/measurements}
 parts=("$@")
 [ $# -gt 0 ] || parts=(tests kernels training smoke)
 for part in "${parts[@]}"; do

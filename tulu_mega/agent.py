@@ -1,4 +1,4 @@
-"""``python -m tulu_mega.agent``: torchrun with signals handed on, see :mod:`tulu_mega.launch.agent`."""
+"""``python -m tulu_mega.agent``: torchrun with signals handed on; `launch/agent.py` has it."""
 
 import sys
 

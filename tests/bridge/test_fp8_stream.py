@@ -15,16 +15,15 @@ from safetensors.torch import load_file
 
 from tests.lib import jobs, world
 from tests.lib.layouts import LAYOUTS, size
-from tulu_mega.bridge import fp8_blocks
-from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge import fp8
 from tulu_mega.bridge.rules import padded_vocab
-from tulu_mega.bridge.shards import global_parameters
+from tulu_mega.bridge.shards import exportable
 from tulu_mega.bridge.stream import outgoing
 from tulu_mega.config import RolloutSettings
+from tulu_mega.weight_transfer.attach import attach
 from tulu_mega.weight_transfer.protocol import checksum
-from tulu_mega.weight_transfer.transfer import WeightSync
 
-ORACLE = Path(__file__).with_name("fp8_oracle.py")
+ORACLE = Path(__file__).parents[1] / "lib/oracles/fp8.py"
 
 
 def make_model(directory: str) -> None:
@@ -47,16 +46,15 @@ def streamed(directory: str, layout: dict[str, Any], dtype: str) -> dict[str, An
     """Of this rank's stage: metadata, what it yields in two ways, what it was planned to send; None beside the first replica."""
     with jobs.session(directory, layout, dtype) as made:
         rollout = RolloutSettings(dtype="bf16", quantization="fp8")
-        sync = WeightSync.connect(made.sender(rollout), [], rollout)
-        weights, engine, place = sync.weights, made.engine, made.topology
-        held = [parameter for chunk in engine.chunks for _, parameter in global_parameters(chunk)]
+        connection = attach(made.sender(rollout), [], rollout)
+        weights, engine, place = connection.sender.weights, made.engine, made.topology
+        held = [parameter for chunk in engine.chunks for _, parameter in exportable(chunk)]
         before = [checksum(parameter.detach()) for parameter in held]
-        config = engine.hf.to_dict()
         tensors = dict(weights)
         whole = {meta.name: torch.zeros(meta.shape, dtype=meta.dtype) for meta in weights.metadata()}
         for name in weights.held_names():
             weights.fill(name, whole[name] if place.tensor_rank == 0 else None)
-        out = outgoing(engine.chunks, config, family_for(config), place.tensor, torch.bfloat16, fp8=True)
+        out = outgoing(made.shard(engine.hf.to_dict()), torch.bfloat16, fp8=True)
         found = {
             "metadata": [(meta.name, str(meta.dtype), tuple(meta.shape)) for meta in weights.metadata()],
             "held": weights.held_names(),
@@ -67,7 +65,7 @@ def streamed(directory: str, layout: dict[str, Any], dtype: str) -> dict[str, An
             "tensors": {name: bytes_of(value) for name, value in tensors.items() if value is not None},
             "filled": {name: bytes_of(whole[name]) for name in weights.held_names()},
         }
-        sync.close()
+        connection.close()
         return found
 
 
@@ -114,7 +112,7 @@ def test_the_stream_is_what_vllm_quantizes(model, streams, oracle, layout, dtype
     names = [name for name, _, _ in metadata]
     assert len(set(names)) == len(names) == len(files) + 2 * 7  # scales of seven matrices in each of two layers
     for at, name in enumerate(names):
-        if fp8_blocks.is_quantized(name):
+        if fp8.is_quantized(name):
             assert names[at + 1] == f"{name}_scale_inv"
     for found in ranks:
         assert found["planned"] == [line for line in metadata if line[0] in found["held"]]

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.files.hf_files import HfCheckpoint, TensorInfo
 from tulu_mega.bridge.files.hf_writer import ShardWriter, plan_files, tensor_info, write_index
 from tulu_mega.errors import UserError
@@ -58,9 +59,9 @@ def test_inspection_needs_no_torch(model):
 
 def test_reads_regions_as_views(model):
     checkpoint = HfCheckpoint.open(model)
-    assert torch.equal(checkpoint.read_region("a", ((1, 3), (2, 6))), TENSORS["a"][1:3, 2:6])
-    assert torch.equal(checkpoint.read_region("b", ((2, 5),)), TENSORS["b"][2:5])
-    first, second = (checkpoint.read_region("a", ((0, 2), (0, 6))) for _ in range(2))
+    assert torch.equal(checkpoint.read_box("a", Box(((1, 3), (2, 6)))), TENSORS["a"][1:3, 2:6])
+    assert torch.equal(checkpoint.read_box("b", Box(((2, 5),))), TENSORS["b"][2:5])
+    first, second = (checkpoint.read_box("a", Box(((0, 2), (0, 6)))) for _ in range(2))
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()  # one mapping, no copies
 
 
@@ -75,7 +76,7 @@ def test_a_view_takes_no_anonymous_memory(tmp_path):
     save_file({"w": torch.ones(64 * 2**10, 256)}, tmp_path / "model.safetensors")  # 64 MiB
     checkpoint = HfCheckpoint.open(tmp_path)
     before = anonymous_kb()
-    view = checkpoint.read_region("w", ((0, 64 * 2**10), (64, 192)))
+    view = checkpoint.read_box("w", Box(((0, 64 * 2**10), (64, 192))))
     assert view.sum() == view.numel()
     assert anonymous_kb() - before < 8 * 2**10
 

@@ -13,7 +13,7 @@ from tulu_mega.bridge import live
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.files.hf_files import HfCheckpoint
 from tulu_mega.bridge.live import export_hf, load_hf
-from tulu_mega.bridge.shards import global_parameters
+from tulu_mega.bridge.shards import ModelShard, exportable
 from tulu_mega.config import EngineSettings, ParallelSettings
 from tulu_mega.errors import UserError
 
@@ -72,21 +72,16 @@ class Rank:
         for parameter in model.parameters():  # whatever is not loaded shows
             torch.nn.init.constant_(parameter, float("nan"))
         checkpoint = HfCheckpoint.open(source)
-        load_hf(model, checkpoint, family_for(checkpoint.config), self.topology.tensor_rank, self.topology.tensor)
+        load_hf(self.shard(model, checkpoint.config), checkpoint)
         return model
 
     def export(self, model, directory: Path, source: Path, dtype: str, **more) -> None:
-        topology, config = self.topology, HfCheckpoint.open(source).config
         arguments = {"dtype": TORCH[dtype], "source_directory": source, "max_shard_bytes": 20_000} | more
-        export_hf(
-            [model],
-            directory,
-            config,
-            family_for(config),
-            **topology.model_shard,
-            is_writer=topology.data_rank == 0 and topology.context_rank == 0,
-            **arguments,
-        )
+        export_hf(self.shard(model, HfCheckpoint.open(source).config), directory, **arguments)
+
+    def shard(self, model, config: dict) -> ModelShard:
+        here = self.topology
+        return ModelShard([model], config, family_for(config), here, here.tensor_group, here.pipeline_group)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -99,7 +94,7 @@ def round_trips(parallel: dict, sources: dict, out: Path) -> list[str]:
     names = []
     for (tied, dtype), source in sources.items():
         model = rank.load(source, dtype)
-        for name, parameter in global_parameters(model):
+        for name, parameter in exportable(model):
             names.append(name)
             assert parameter.isfinite().all(), name
             if name in ("embedding.word_embeddings.weight", "output_layer.weight"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.families import FAMILIES, REWARD_FAMILIES, family_for
 from tulu_mega.bridge.families.reward import check_language_model, reward_fields
 from tulu_mega.bridge.rules import Piece
+from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
 
 CONFIG = {
@@ -46,8 +48,8 @@ def test_the_head_is_whole_on_every_rank_and_never_the_embedding(tied):
     config = REWARD | {"tie_word_embeddings": tied}
     family, hidden = family_for(config), CONFIG["hidden_size"]
     for rank in range(2):
-        piece = Piece("score.weight", ((0, 1), (0, hidden)), ((0, 1), (0, hidden)))
-        assert family.pieces("output_layer.weight", rank, 2, config) == [piece]
+        piece = Piece("score.weight", Box.whole((1, hidden)), Box.whole((1, hidden)))
+        assert family.pieces("output_layer.weight", config, ShardGrid(tensor=2, rank=rank)) == [piece]
     assert "lm_head.weight" in family.ignorable(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,32 +13,28 @@ from tests.lib import families, jobs, world
 from tests.lib.layouts import LAYOUTS, size
 from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import RolloutSettings
+from tulu_mega.weight_transfer.attach import Connection, attach
 from tulu_mega.weight_transfer.protocol import checksum
-from tulu_mega.weight_transfer.transfer import WeightSync
+from tulu_mega.weight_transfer.push import stream
 
 
-def streamed(directory: str, layout: dict[str, Any], dtype: str, passes: int) -> tuple[Any, Any, Any, Any] | None:
-    """Metadata, names and groups of this rank's stage, and each tensor's checksum in each pass; None beside the first replica."""
+def streamed(directory: str, layout: dict[str, Any], dtype: str) -> tuple[Any, Any, Any] | None:
+    """Metadata and names of this rank's stage, and each tensor's checksum in each pass; None beside the first replica."""
     with jobs.session(directory, layout) as made:
         rollout = RolloutSettings(dtype=dtype)
-        sync = WeightSync.connect(made.sender(rollout), [], rollout)
-        weights = sync.weights
+        connection = attach(made.sender(rollout), [], rollout)
+        weights = connection.sender.weights
         found = None
         if weights is not None:
             sums = [
                 {name: whole if whole is None else checksum(whole) for name, whole in weights},
-                {
-                    name: whole if whole is None else checksum(whole)
-                    for names, tensors in weights.iter_groups()
-                    for name, whole in zip(names, tensors, strict=True)
-                },
                 filled(made.topology.tensor_rank == 0, weights),
                 filled_together(made.topology.tensor_rank == 0, weights),
-                *(sent(sync, together) for together in (False, True)),
+                *(sent(connection, whole) for whole in (False, True)),
             ]
             meta = [(each.name, str(each.dtype), each.shape) for each in weights.metadata()]
-            found = meta, weights.held_names(), weights.groups(), sums[:passes]
-        sync.close()
+            found = meta, weights.held_names(), sums
+        connection.close()
         return found
 
 
@@ -57,10 +54,10 @@ def filled(receives: bool, weights: LiveWeights) -> dict[str, str | None]:
     return sums
 
 
-def sent(sync: WeightSync, together: bool) -> dict[str, str | None]:
+def sent(connection: Connection, whole_buckets: bool) -> dict[str, str | None]:
     """What the sender would tell its servers of the bytes in its buckets, filled tensor by tensor or, as on GPUs, as a whole."""
-    sync._together = together
-    return dict.fromkeys(sync.weights.held_names()) | sync._stream(1, {})[0]
+    checksums, _ = stream(replace(connection, whole_buckets=whole_buckets), 1, {})
+    return dict.fromkeys(connection.sender.weights.held_names()) | checksums
 
 
 def filled_together(receives: bool, weights: LiveWeights) -> dict[str, str | None]:
@@ -88,7 +85,7 @@ def filled_together(receives: bool, weights: LiveWeights) -> dict[str, str | Non
 def test_the_stream_is_the_files(tmp_path, family, layout, dtype):
     model = str(tmp_path / "model")
     world.run(1, families.make_language_model, model, family)
-    ranks = world.run(size(LAYOUTS[layout]), streamed, model, LAYOUTS[layout], dtype, 6)
+    ranks = world.run(size(LAYOUTS[layout]), streamed, model, LAYOUTS[layout], dtype)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     files = {name: tensor.to(kind) for name, tensor in load_file(f"{model}/model.safetensors").items()}
     want = {name: checksum(tensor) for name, tensor in files.items()}
@@ -100,22 +97,11 @@ def test_the_stream_is_the_files(tmp_path, family, layout, dtype):
     assert {name: shape for name, _, shape in metadata} == {name: tuple(tensor.shape) for name, tensor in files.items()}
     assert {type_ for _, type_, _ in metadata} == {str(kind)}
     order = {name: at for at, (name, _, _) in enumerate(metadata)}
-    for _, held, groups, sums in senders:
+    for _, held, sums in senders:
         assert held == sorted(held, key=order.get)
-        assert [name for group in groups for name in group] == held
         for each in sums:
             assert list(each) == held
-    for once in range(6):
-        whole = [(name, value) for _, _, _, sums in senders for name, value in sums[once].items() if value is not None]
+    for once in range(5):
+        whole = [(name, value) for _, _, sums in senders for name, value in sums[once].items() if value is not None]
         assert len(whole) == len(want)
         assert dict(whole) == want
-
-
-def test_groups_are_those_of_vllm(tmp_path):
-    """Its own partition of the names, which its back ends rely on."""
-    layerwise_groups = pytest.importorskip("vllm.distributed.weight_transfer.base").layerwise_groups
-    model = str(tmp_path / "model")
-    world.run(1, families.make_language_model, model, "Llama")
-    ((metadata, held, groups, _),) = world.run(1, streamed, model, {}, "fp32", 1)
-    assert groups == layerwise_groups([name for name, _, _ in metadata])
-    assert held == [name for name, _, _ in metadata]

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import random
-import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,64 +14,12 @@ import torch.distributed.checkpoint
 from blake3 import blake3
 from safetensors.torch import load_file
 
-from tulu_mega.bridge.families import family_for
-from tulu_mega.bridge.files.hf_writer import ShardWriter, plan_files, tensor_info, write_index
+from tests.lib.conversions import SMALL, command, convert, make_source, same, weights
 from tulu_mega.bridge.files.megatron_files import MegatronCheckpoint
 from tulu_mega.convert import manifest
-from tulu_mega.convert.run import plan_job, run
+from tulu_mega.convert.run import plan_job
 from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.errors import UserError
-
-TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SMALL = 0.00001  # GiB: some 10 kB a file
-
-
-def make_source(
-    directory: Path, dtype: str, tied: bool = False, hidden: int = 24, layers: int = 3, vocab: int = 61, file_bytes: int = 20_000
-) -> Path:
-    """A Llama of random weights in several files; the vocabulary needs padding."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": hidden * 2,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": hidden // 4 // 2 * 2,
-        "vocab_size": vocab,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": tied,
-        "dtype": "float32" if dtype == "fp32" else "bfloat16",
-    }
-    directory.mkdir(parents=True)
-    shapes = family_for(config).hf_shapes(config)
-    plan = plan_files([{name: tensor_info(shape, TORCH[dtype]) for name, shape in shapes.items()}], max_bytes=file_bytes)
-    torch.manual_seed(5)
-    with ShardWriter(directory, plan[0]) as writer:
-        for name, shape in shapes.items():
-            writer.add(name, torch.randn(shape).to(TORCH[dtype]))
-    write_index(directory, plan)
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer.json").write_text('{"stand": "in"}')
-    return directory
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def convert(source: Path, output: Path, to: str, **more) -> Path:
-    plan_job.cache_clear()
-    run(ConvertSettings(**{"source": str(source), "output": str(output), "to": to, "workers": 1, "file_gib": SMALL, **more}))
-    return output
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -308,118 +250,3 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         convert(megatron, tmp_path / "out", "hf")
     assert any("linear_fc1.weight is [3, 96, 24], config.json asks for [4, 112, 24]" in each for each in caught.value.problems)
-
-
-def command(source: Path, output: Path, to: str, *more: str) -> list[str]:
-    flags = ["--source", str(source), "--output", str(output), "--to", to, "--file_gib", str(SMALL), *more]
-    return [sys.executable, "-m", "tulu_mega", "convert", *flags]
-
-
-def killed_at_random(source: Path, output: Path, to: str, kills: int, seed: int, final_check) -> None:
-    """Ends the command by SIGKILL after random times, then lets it end."""
-    moments = random.Random(seed)
-    begin = time.monotonic()
-    subprocess.run(command(source, output, to), check=True, timeout=120, stdout=subprocess.DEVNULL)
-    full = time.monotonic() - begin
-    shutil.rmtree(output)
-    interrupted = 0
-    while interrupted < kills:
-        process = subprocess.Popen(command(source, output, to), stdout=subprocess.DEVNULL, start_new_session=True)
-        try:
-            process.wait(timeout=full * moments.uniform(0.5, 1.0))
-            shutil.rmtree(output)  # it was faster
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)  # its workers are to end with it
-            process.wait()
-            interrupted += 1
-    time.sleep(0.5)
-    left = subprocess.run(["pgrep", "-f", str(output)], capture_output=True, text=True).stdout.split()
-    assert not left
-    subprocess.run(command(source, output, to, "--verify", "true"), check=True, timeout=120, stdout=subprocess.DEVNULL)
-    final_check(output)
-
-
-def everything(megatron: Path):
-    def check(output: Path) -> None:
-        assert manifest.hashes(output) == manifest.hashes(megatron)
-
-    return check
-
-
-@pytest.mark.acceptance
-def test_the_command_killed_at_random_moments(tmp_path):
-    source = make_source(tmp_path / "hf", "fp32", layers=40)
-    megatron = convert(source, tmp_path / "whole", "megatron")
-    killed_at_random(source, tmp_path / "out", "megatron", kills=10, seed=1, final_check=everything(megatron))
-
-
-@pytest.mark.parametrize("to", ["megatron", "hf"])
-def test_killed_at_random_moments(tmp_path, to):
-    """As the command, but forked from here, where everything is imported: nearly all of the time is conversion."""
-    first = make_source(tmp_path / "hf", "fp32", layers=30)
-    source = first if to == "megatron" else convert(first, tmp_path / "megatron", "megatron")
-    fork, moments = multiprocessing.get_context("fork"), random.Random(4)
-
-    def attempt(output: Path) -> multiprocessing.Process:
-        process = fork.Process(target=convert, args=(source, output, to))
-        process.start()
-        return process
-
-    begin = time.monotonic()
-    attempt(tmp_path / "whole").join()
-    full, killed = time.monotonic() - begin, 0
-    for _ in range(10):
-        process = attempt(tmp_path / "out")
-        process.join(full * moments.uniform(0.1, 0.5))
-        killed += process.exitcode is None
-        process.kill()
-        process.join()
-    out = convert(source, tmp_path / "out", to, verify=True)
-    assert killed >= 3
-    assert manifest.hashes(out) == manifest.hashes(tmp_path / "whole")
-
-
-def test_ranks_of_torchrun_share_the_work(tmp_path):
-    source = make_source(tmp_path / "hf", "bf16")
-    single = convert(source, tmp_path / "single", "megatron")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tulu_mega"]
-    arguments = command(source, tmp_path / "out", "megatron")[3:]
-    subprocess.run([*launch, *arguments], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert manifest.hashes(tmp_path / "out") == manifest.hashes(single)
-
-
-MEASURE = """
-import sys, threading
-import torch, tulu_mega.convert.run as convert
-from tulu_mega.convert.settings import ConvertSettings
-
-def anonymous():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-
-torch.set_num_threads(1)
-before, peak, done = anonymous(), [0], threading.Event()
-def watch():
-    while not done.wait(0.002):
-        peak[0] = max(peak[0], anonymous())
-thread = threading.Thread(target=watch, daemon=True)
-thread.start()
-source, output, to = sys.argv[1:]
-convert.run(ConvertSettings(source=source, output=output, to=to, workers=1))
-done.set(); thread.join()
-print("peak", peak[0] - before)
-"""
-
-
-def peak_bytes(source: Path, output: Path, to: str) -> int:
-    ended = subprocess.run([sys.executable, "-c", MEASURE, source, output, to], capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return int(ended.stdout.split("peak")[1])
-
-
-def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Twice the largest tensor and 512 MB is the promise; here a fraction of a model whose tensors are small does."""
-    source = make_source(tmp_path / "hf", "fp32", hidden=1024, layers=16, vocab=2000, file_bytes=2**31)
-    largest, whole = 4 * 1024 * 2 * 2048, sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    assert whole > 8 * 2 * largest
-    for to, start, output in (("megatron", source, tmp_path / "megatron"), ("hf", tmp_path / "megatron", tmp_path / "again")):
-        assert peak_bytes(start, output, to) < 2 * largest + 64 * 2**20

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.lib import jobs, world
+from tests.lib import checkpoints, jobs, world
 
 LAYOUTS = [  # layout, tied
     ({"tensor": 2}, False),
@@ -100,7 +100,6 @@ def test_precision_is_the_runs_whatever_the_files(tmp_path):
 def train_and_save(model: str, directory: str, exported: str, layout: dict) -> str:
     from tulu_mega.config import OptimSettings
     from tulu_mega.objectives.sft import SftObjective
-    from tulu_mega.train import checkpoint
 
     with jobs.session(model, layout) as made:
         made.engine.prepare_training(OptimSettings(lr=1e-2, schedule="constant", warmup=0.0), 2)
@@ -108,7 +107,7 @@ def train_and_save(model: str, directory: str, exported: str, layout: dict) -> s
             batch = jobs.share(made, jobs.sequences(made.engine.hf.vocab_size, seed=step), None)
             loss = made.engine.forward_backward(batch, SftObjective("sum"))
             made.engine.optimizer_step(step, loss.loss)
-        saved = checkpoint.save(made.engine, Path(directory), 2, {}, 1)
+        saved = checkpoints.save(made.engine, Path(directory), 2, {}, 1)
         made.export(Path(exported), torch.float32, {})
         return str(saved)
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.lib import jobs, world
+from tests.lib import checkpoints, jobs, world
 from tulu_mega.config import OptimSettings
 from tulu_mega.errors import UserError
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.records import LossOutput
+from tulu_mega.resilience.skipped_updates import SkippedUpdates
 from tulu_mega.train import checkpoint
-from tulu_mega.train.run import Skips
 from tulu_mega.train.session import Session
 
 LAYOUT = {"tensor": 2}
@@ -57,7 +57,7 @@ def train(made: Session, steps: range, objective=None) -> list[float]:
 
 
 def save(made: Session, directory: Path, step: int, keep: int = 2) -> None:
-    checkpoint.save(made.engine, directory, step, {"skipped": 0, "skipped_in_a_row": 0}, keep)
+    checkpoints.save(made.engine, directory, step, {"skipped": 0, "skipped_in_a_row": 0}, keep)
 
 
 def names(directory: Path) -> list[str]:
@@ -114,7 +114,7 @@ def save_with_faults(source: str, directory: Path) -> dict[str, Any]:
                 save(made, directory, 2)
             seen.append((caught.value.problems, names(directory), [c.step for c in checkpoint.find(directory)]))
         changed = digest(made) != saved
-        checkpoint.restore(made.engine, checkpoint.find(directory)[-1])
+        checkpoint.restore({"model": made.engine}, checkpoint.find(directory)[-1])
         restored = digest(made) == saved
         train(made, range(1, 2))
         save(made, directory, 2)  # there is room again
@@ -182,7 +182,7 @@ def fill(source: str, disk: Path) -> tuple[list[str], list[str], list[int], list
         with pytest.raises(UserError) as of_export:
             made.export(disk / "hf", torch.float32, {})
         found = checkpoint.find(directory)
-        checkpoint.restore(made.engine, found[-1])
+        checkpoint.restore({"model": made.engine}, found[-1])
         return of_save.value.problems, left, [c.step for c in found], of_export.value.problems
 
 
@@ -210,7 +210,7 @@ def save_often(source: str, directory: Path) -> dict[str, Any]:
             (directory / "step_00000009.partial-0123abcd").mkdir()
         torch.distributed.barrier()
         (left,) = checkpoint.find(directory)
-        checkpoint.restore(made.engine, left)
+        checkpoint.restore({"model": made.engine}, left)
         restored = digest(made) == digests[2]
         train(made, range(2, 3))
         same = digest(made) == digests[3]  # the third step again, from the restored state
@@ -230,7 +230,7 @@ def restore_another(source: str, other: str, directory: Path) -> list[str]:
     with jobs.session(other, LAYOUT) as made:
         made.engine.prepare_training(OPTIM, 10)
         with pytest.raises(UserError) as caught:
-            checkpoint.restore(made.engine, checkpoint.find(directory)[-1])
+            checkpoint.restore({"model": made.engine}, checkpoint.find(directory)[-1])
         return caught.value.problems
 
 
@@ -244,7 +244,7 @@ def restore_damaged(source: str, directory: Path) -> list[str]:
     with jobs.session(source, LAYOUT) as made:
         made.engine.prepare_training(OPTIM, 10)
         with pytest.raises(UserError) as caught:
-            checkpoint.restore(made.engine, checkpoint.find(directory)[-1])
+            checkpoint.restore({"model": made.engine}, checkpoint.find(directory)[-1])
         return caught.value.problems
 
 
@@ -278,7 +278,7 @@ def skip(source: str, file: Path, infinite: bool) -> dict[str, Any]:
                 made.engine.optimizer_parameters()[0].view(-1)[0] = math.inf
                 next(made.engine.chunks[0].parameters()).view(-1)[0] = math.inf
         before = digest(made)
-        skips = Skips(3, file)
+        skips = SkippedUpdates(3, file)
         applied, problems = [], []
         for step in range(1, 5):
             batch = jobs.share(made, jobs.sequences(made.engine.hf.vocab_size, seed=step), None)

@@ -9,7 +9,7 @@ import pytest
 from tulu_mega.evaluation.run import evaluate
 from tulu_mega.evaluation.settings import EvalSettings
 from tulu_mega.inference import offline as door
-from tulu_mega.inference.offline import Generator, Sampling
+from tulu_mega.inference.offline import Sampling
 from tulu_mega.quickstart import task, tiny_model
 
 pytest.importorskip("vllm")
@@ -18,17 +18,9 @@ PROBLEMS = 12
 CHOICES = ["tin", "pen", "egg", "jar"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_model.make(directory, seed=0)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def vllm(model):
-    with Generator(str(model), log=model.parent / "vllm.log") as generator:
-        yield generator
+@pytest.fixture
+def model(tiny) -> Path:
+    return tiny
 
 
 @pytest.fixture

@@ -289,11 +289,13 @@ def test_a_restart_is_progress(serve, monkeypatch):
 
     monkeypatch.setattr(fleet, "ask_restart", restart)
     address = serve(stuck)
-    made = fleet.Fleet(None, settings(retries=0), None, lambda version: marks.append(f"push {version}"))
-    made._addresses, made._sync = [address], SimpleNamespace(at=marks.append, close=lambda: None)
+    made = fleet.Fleet(None, settings(retries=0), None)
+    client = fleet.FleetClient(made, repair=lambda version: marks.append(f"push {version}"))
+    connection = SimpleNamespace(sender=SimpleNamespace(at=marks.append), close=lambda: None)
+    made._addresses, made._connection = [address], connection
     made._client = RolloutClient([address], settings(retries=0))
     with made:
-        assert len(made.generate([[1]], SAMPLING, 3)) == 1
+        assert len(client.generate([[1]], SAMPLING, 3)) == 1
     assert asked == [(address.url, False)]
     assert marks == ["having servers started again", "push 3", "generation"]
 

@@ -16,20 +16,6 @@ from tulu_mega.quickstart import tiny_model
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45], [300]]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_model.make(directory, seed=0)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def vllm(model):
-    pytest.importorskip("vllm")
-    with Generator(str(model), log=model.parent / "vllm.log") as generator:
-        yield generator
-
-
 @pytest.fixture
 def shared_server(vllm, monkeypatch):
     """`generate` with this file's one vLLM in place of a new one."""

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from tulu_mega.config import RolloutSettings, ServeSettings
+from tests.lib.server_processes import (
+    START_SECONDS,
+    gone,
+    label,
+    left_over,
+    mapped,
+    members,
+    rollout_settings,
+    session_of,
+    transformers_logp,
+    until,
+    with_key,
+)
 from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import ask_restart, attached, read_record
 from tulu_mega.inference.client import RolloutClient
 from tulu_mega.inference.command_line import ServerOptions
 from tulu_mega.inference.pool import ServerPool
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.inference.serve import serve
-from tulu_mega.quickstart import tiny_model
 from tulu_mega.vllm_plugin.auth import ABOUT, KEY
 from tulu_mega.vllm_plugin.batch_route import ROUTE
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
@@ -36,14 +42,6 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="lo
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45], [300], [17, 18, 19, 20]]
 SAMPLING = Sampling(max_tokens=12, temperature=0.7, samples=3, seed=4)
 VERSION = 3
-START_SECONDS = 240.0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_model.make(directory, seed=0)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -76,66 +74,6 @@ def servers(pool) -> list[ServerAddress]:
     for address in addresses:
         label(address, VERSION)
     return addresses
-
-
-def label(address: ServerAddress, version: int) -> None:
-    """What a trainer's update does to the version, without the weights."""
-    answer = httpx.post(f"{address.url}/update_weight_version", json={"new_version": str(version)}, headers=with_key(address))
-    assert answer.json()["success"]
-
-
-def with_key(address: ServerAddress) -> dict[str, str]:
-    return {"Authorization": f"Bearer {address.key}"}
-
-
-def settings(**values) -> RolloutSettings:
-    return RolloutSettings(**{"servers": 2, "start_timeout": START_SECONDS, "request_timeout": 60.0, **values})
-
-
-def session_of(run_dir: Path, number: int) -> list[psutil.Process]:
-    """All processes of a server, its keeper first."""
-    record = read_record(run_dir / "servers", number)
-    return members(record.pid) if record and record.pid else []
-
-
-def members(leader: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (OSError, psutil.Error):
-            pass
-    return sorted(found, key=lambda process: process.create_time())
-
-
-def gone(processes: list[psutil.Process], seconds: float = 60.0) -> bool:
-    return not psutil.wait_procs(processes, timeout=seconds)[1]
-
-
-def until(condition: Callable[[], bool], seconds: float = START_SECONDS) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def left_over(segments: set[str], processes: list[psutil.Process]) -> set[str]:
-    """What Intel's OpenMP left in shared memory of these processes."""
-    names = set(os.listdir("/dev/shm")) - segments
-    return {name for name in names if any(name.startswith(f"__KMP_REGISTERED_LIB_{process.pid}_") for process in processes)}
-
-
-def mapped(processes: list[psutil.Process]) -> set[str]:
-    """Names of the shared memory that processes have mapped."""
-    names = set()
-    for process in processes:
-        for line in Path("/proc", str(process.pid), "maps").read_text().splitlines():
-            if "/dev/shm/" in line:
-                names.add(line.split("/dev/shm/")[1].split()[0])
-    return names
 
 
 # -- who may ask ------------------------------------------------------------------------------------------------------------
@@ -186,26 +124,10 @@ def test_they_listen_on_loopback_alone(servers, run_dir):
 # -- what they answer -------------------------------------------------------------------------------------------------------
 
 
-def transformers_logp(model: Path, prompt: list[int], response: list[int], temperature: float, top_p: float) -> list[float]:
-    """Log-probabilities of a response's tokens in the distribution they were drawn from: nucleus of the tempered softmax."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    with torch.no_grad():
-        logits = LlamaForCausalLM.from_pretrained(model)(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    values = []
-    for row, token in zip(logits.double() / temperature, response, strict=True):
-        chances, order = row.softmax(-1).sort(descending=True)
-        kept = order[(chances.cumsum(0) - chances) < top_p]
-        assert token in kept
-        values.append(float(row[token] - row[kept].logsumexp(-1)))
-    return values
-
-
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])
 def test_log_probabilities_are_of_the_distribution_that_was_sampled_from(servers, model, temperature, top_p):
     sampling = Sampling(max_tokens=12, temperature=temperature, top_p=top_p, samples=2, seed=1)
-    with RolloutClient(servers, settings()) as client:
+    with RolloutClient(servers, rollout_settings()) as client:
         groups = client.generate(PROMPTS, sampling, VERSION)
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for rollout in group:
@@ -218,7 +140,7 @@ def test_greedy_responses_are_those_of_transformers_and_end_at_a_stop_token(serv
     from transformers import LlamaForCausalLM
 
     llama = LlamaForCausalLM.from_pretrained(model)
-    with RolloutClient(servers, settings()) as client:
+    with RolloutClient(servers, rollout_settings()) as client:
         groups = client.generate(PROMPTS, Sampling(max_tokens=8), VERSION)
         for prompt, (rollout,) in zip(PROMPTS, groups, strict=True):
             ids = list(prompt)
@@ -234,9 +156,9 @@ def test_greedy_responses_are_those_of_transformers_and_end_at_a_stop_token(serv
 
 def test_the_same_seed_gives_the_same_responses_from_one_server_and_from_two(servers):
     prompts, numbers = PROMPTS * 3, list(range(100, 100 + 3 * len(PROMPTS)))
-    with RolloutClient(servers[:1], settings()) as client:
+    with RolloutClient(servers[:1], rollout_settings()) as client:
         expected = client.generate(prompts, SAMPLING, VERSION, numbers)
-    with RolloutClient(servers, settings()) as client:
+    with RolloutClient(servers, rollout_settings()) as client:
         backwards = client.generate(prompts[::-1], SAMPLING, VERSION, numbers[::-1])[::-1]
         others = client.generate(prompts, SAMPLING, VERSION)
         again = client.generate(prompts[::-1], SAMPLING, VERSION, numbers[::-1])[::-1]
@@ -251,7 +173,7 @@ def test_the_same_seed_gives_the_same_responses_from_one_server_and_from_two(ser
 
 
 def test_what_is_compiled_to_sample_is_not_compiled_by_each_server(servers, run_dir):
-    with RolloutClient(servers[:1], settings()) as client:
+    with RolloutClient(servers[:1], rollout_settings()) as client:
         client.generate(PROMPTS, SAMPLING, VERSION)
     scratch = session_of(run_dir, 0)[1].environ()["TMPDIR"]
     assert not [file for file in Path(scratch).rglob("*") if file.is_file() and file.stat().st_size > 2**20]
@@ -260,18 +182,18 @@ def test_what_is_compiled_to_sample_is_not_compiled_by_each_server(servers, run_
 def test_many_seeded_samples_of_long_prompts(servers):
     """More prompt tokens than a forward pass takes: computed in parts, seeded requests end vLLM on a CPU."""
     prompts = [[3 + (number * token) % 400 for token in range(1, 301)] for number in range(1, 11)]
-    with RolloutClient(servers[:1], settings()) as client:
+    with RolloutClient(servers[:1], rollout_settings()) as client:
         groups = client.generate(prompts, Sampling(max_tokens=2, temperature=1.0, samples=8), VERSION)
     assert [len(group) for group in groups] == [8] * 10
 
 
 def test_responses_of_other_weights_are_not_returned(servers):
     label(servers[0], VERSION + 1)
-    with RolloutClient(servers, settings()) as client:
+    with RolloutClient(servers, rollout_settings()) as client:
         groups = client.generate(PROMPTS, SAMPLING, VERSION)
         assert {version for group in groups for rollout in group for version in rollout.versions} == {VERSION}
     with (
-        RolloutClient(servers[:1], settings()) as client,
+        RolloutClient(servers[:1], rollout_settings()) as client,
         pytest.raises(ServerFailure, match="tokens of weights '4', expected '3'"),
     ):
         client.generate(PROMPTS, SAMPLING, VERSION)
@@ -285,7 +207,7 @@ def test_what_is_cancelled_ends_at_the_server_too(servers):
         raise GaveUp
 
     prompts = [[5] * 508, *([[6, 7]] * 8)]  # the first has room for four tokens
-    with RolloutClient(servers[:1], settings()) as client, pytest.raises(GaveUp):
+    with RolloutClient(servers[:1], rollout_settings()) as client, pytest.raises(GaveUp):
         client.generate(
             prompts,
             Sampling(max_tokens=400, temperature=1.0, samples=2),
@@ -314,11 +236,11 @@ def test_a_server_killed_during_generation_is_replaced_while_the_other_answers(s
             killed.append(old[1].pid)
             os.kill(old[1].pid, signal.SIGKILL)  # vLLM itself; its engine and worker are orphans now
 
-    with RolloutClient(servers, settings()) as client:
+    with RolloutClient(servers, rollout_settings()) as client:
         groups = client.generate(PROMPTS * 5, SAMPLING, VERSION, done=kill)
     assert killed and len(groups) == 20 and all(len(group) == 3 for group in groups)
     assert gone(old), "the engine and the worker too"
-    now = attached(settings(), run_dir)
+    now = attached(rollout_settings(), run_dir)
     assert now[1] == servers[1]
     assert now[0].incarnation > servers[0].incarnation and now[0].url != servers[0].url
     assert httpx.get(f"{now[0].url}/health", headers=with_key(now[0])).status_code == 200
@@ -332,12 +254,12 @@ def test_a_stopped_server_is_ended_and_replaced_when_a_rank_asks(servers, pool, 
     for process in old[1:]:
         process.suspend()
     with (
-        RolloutClient(servers[1:], settings(request_timeout=1.0, retries=1)) as client,
+        RolloutClient(servers[1:], rollout_settings(request_timeout=1.0, retries=1)) as client,
         pytest.raises(ServerFailure, match="no answer"),
     ):
         client.generate(PROMPTS, SAMPLING, VERSION)
     ask_restart(run_dir, servers[1], "no answer")
-    now = attached(settings(), run_dir)
+    now = attached(rollout_settings(), run_dir)
     assert gone(old)
     assert now[0] == servers[0] and now[1].incarnation > servers[1].incarnation
 
@@ -348,14 +270,14 @@ def test_a_server_that_cannot_start_says_why_with_the_end_of_its_log(model, tmp_
     with ServerPool(options, tmp_path, start_timeout=START_SECONDS, restarts=3, cores=[[[0]]]) as pool:
         monkeypatch.setenv(KEY, pool.key)
         with pytest.raises(UserError, match="ended with status 2 while it started") as failed:
-            attached(settings(servers=1), tmp_path)
+            attached(rollout_settings(servers=1), tmp_path)
         assert "no-such-argument" in str(failed.value) and str(tmp_path / "logs/server_0.log") in str(failed.value)
 
 
 def test_ranks_without_servers_are_told_how_to_get_some(tmp_path, monkeypatch):
     monkeypatch.delenv(KEY, raising=False)
     with pytest.raises(UserError, match="tulu-mega serve"):
-        attached(settings(), tmp_path)
+        attached(rollout_settings(), tmp_path)
 
 
 LAUNCHER = """
@@ -398,7 +320,7 @@ def test_whichever_process_of_a_server_is_killed_all_of_it_is_replaced(servers, 
     names = {"keeper": old[0], "engine": named(old, "EngineCore")}
     names[victim].kill()
     assert until(lambda: read_record(run_dir / "servers", 0).incarnation > servers[0].incarnation)
-    now = attached(settings(), run_dir)
+    now = attached(rollout_settings(), run_dir)
     assert gone(old)
     assert now[0].incarnation > servers[0].incarnation and now[1] == servers[1]
 
@@ -431,68 +353,3 @@ def test_a_server_that_hangs_is_found_without_being_asked(options, tmp_path):
 
 
 # -- servers for other nodes ------------------------------------------------------------------------------------------------
-
-
-def test_an_address_that_others_reach_needs_a_key(model, monkeypatch):
-    monkeypatch.delenv(KEY, raising=False)
-    for host in ("0.0.0.0", "10.1.2.3", "::", "node7"):
-        with pytest.raises(UserError, match=f"set a key in {KEY}"):
-            serve(ServeSettings.model_validate({"model": str(model), "host": host}))
-
-
-def test_a_port_that_is_taken_is_told_before_anything_starts(model, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port}: cannot listen there"):
-            serve(ServeSettings.model_validate({"model": str(model), "port": port, "run_dir": str(tmp_path)}))
-    assert not (tmp_path / "logs").exists()
-
-
-@pytest.mark.acceptance
-def test_serve_is_attached_by_its_urls_and_ends_in_order(model, tmp_path, monkeypatch):
-    command = [
-        sys.executable,
-        "-m",
-        "tulu_mega",
-        "serve",
-        "--model",
-        str(model),
-        "--model.dtype",
-        "fp32",
-        "--run_dir",
-        str(tmp_path / "s"),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        urls = json.loads(line.removeprefix("rollout.urls = "))
-        key_file = tmp_path / "s/key"
-        assert key_file.stat().st_mode & 0o777 == 0o600
-        monkeypatch.setenv(KEY, key_file.read_text())
-        asked = settings(urls=urls, start_timeout=30.0)
-        (address,) = attached(asked, tmp_path / "run")
-        label(address, VERSION)
-        with RolloutClient([address], asked) as client:
-            assert len(client.generate(PROMPTS, SAMPLING, VERSION)) == len(PROMPTS)
-        processes = session_of(tmp_path / "s", 0)
-        ask_restart(tmp_path / "run", address, "gone wrong", remote=True)
-        (again,) = attached(settings(urls=urls, start_timeout=START_SECONDS), tmp_path / "run")
-        assert again.url == address.url and again.incarnation > address.incarnation
-        assert "asks for this server to be started again: 'gone wrong'" in (tmp_path / "s/logs/server_0.log").read_text()
-        processes += session_of(tmp_path / "s", 0)
-        monkeypatch.setenv(KEY, "wrong")
-        with pytest.raises(UserError, match="refuses the key"):
-            attached(asked, tmp_path / "run")
-    finally:
-        process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert gone(processes)
-
-
-def test_urls_where_nobody_answers_are_named(tmp_path, monkeypatch):
-    monkeypatch.setenv(KEY, "k")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        with pytest.raises(UserError, match=f"{url} does not answer"):
-            attached(settings(urls=[url], start_timeout=0.2), tmp_path)

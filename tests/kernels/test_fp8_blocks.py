@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from tulu_kernels.fp8_blocks import BLOCK, Box, NotAligned, PackPlan, pack, plan_pack, quantize
+from tulu_kernels.fp8_blocks import BLOCK, NotAligned, PackPlan, Piece, pack, plan_pack, quantize
 from tulu_kernels.fp8_blocks.reference import dequantize
 
 from tests.kernels.compiled import compiled
 from tests.lib import world
 from tulu_mega.bridge.families import llama
+from tulu_mega.distributed.grid import ShardGrid
 
 BY_VLLM = """
 import sys, torch
@@ -62,7 +63,7 @@ def packed(backend: str, device: str = "cpu", given=weights):
         rows, columns = weight.shape
         middle = BLOCK if rows > BLOCK else rows
         parts = [(0, middle), (middle, rows)][: 1 + (rows > middle)]
-        boxes = [Box("w", (rows, columns), ((a, b), (0, columns)), ((a, b), (0, columns))) for a, b in reversed(parts)]
+        boxes = [Piece("w", (rows, columns), ((a, b), (0, columns)), ((a, b), (0, columns))) for a, b in reversed(parts)]
         plan = plan_pack(boxes)
         into, scales = torch.full((plan.bytes,), 7, dtype=torch.uint8, device=device), torch.zeros(plan.scales, device=device)
         pack(weight.to(device), plan, into, scales, backend=backend)
@@ -149,20 +150,21 @@ def test_shards_of_a_fused_projection():
     whole = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items() if len(shape) == 2}
     for parameter in ("decoder.layers.0.self_attention.linear_qkv.weight", "decoder.layers.0.mlp.linear_fc1.weight"):
         for rank in range(2):
-            pieces = family.pieces(parameter, rank, 2, config)
-            shard = torch.empty(family.local_shape(parameter, 2, config))
+            pieces = family.pieces(parameter, config, ShardGrid(tensor=2, rank=rank))
+            shard = torch.empty(family.local_shape(parameter, config, ShardGrid(tensor=2)))
             for piece in pieces:
-                (a, b), (c, d) = piece.local_region
-                (e, f), (g, h) = piece.hf_region
+                (a, b), (c, d) = piece.local_box
+                (e, f), (g, h) = piece.hf_box
                 shard[a:b, c:d] = whole[piece.hf_name][e:f, g:h]
-            order = sorted(pieces, key=lambda piece: (piece.hf_name, piece.hf_region))
-            plan = plan_pack([Box(p.hf_name, shapes[p.hf_name], p.hf_region, p.local_region) for p in order])
+            order = sorted(pieces, key=lambda piece: (piece.hf_name, piece.hf_box))
+            plan = plan_pack([Piece(p.hf_name, shapes[p.hf_name], p.hf_box, p.local_box) for p in order])
             into, scales = torch.zeros(plan.bytes, dtype=torch.uint8), torch.zeros(plan.scales)
             pack(shard, plan, into, scales)
-            for box, offset, scale in zip(plan.boxes, plan.offsets, plan.scale_offsets, strict=True):
-                numbers, of_blocks = quantize(whole[box.name])
-                (a, b), (c, d) = box.region
-                assert torch.equal(into[offset : offset + box.rows * box.columns], numbers[a:b, c:d].flatten().view(torch.uint8))
+            for piece, offset, scale in zip(plan.pieces, plan.offsets, plan.scale_offsets, strict=True):
+                numbers, of_blocks = quantize(whole[piece.name])
+                (a, b), (c, d) = piece.box
+                packed = into[offset : offset + piece.rows * piece.columns]
+                assert torch.equal(packed, numbers[a:b, c:d].flatten().view(torch.uint8))
                 wanted = of_blocks[a // BLOCK : -(-b // BLOCK), c // BLOCK : -(-d // BLOCK)].flatten()
                 assert torch.equal(scales[scale : scale + wanted.numel()], wanted)
 
@@ -172,23 +174,23 @@ def test_a_cut_block_is_refused(region):
     shape = (256, 128)
     local = tuple((0, stop - start) for start, stop in region)
     with pytest.raises(NotAligned, match="gather the tensor"):
-        plan_pack([Box("w", shape, region, local)])
+        plan_pack([Piece("w", shape, region, local)])
 
 
 def test_a_last_block_may_be_short():
-    plan = plan_pack([Box("w", (200, 130), ((128, 200), (0, 130)), ((0, 72), (0, 130)))])
+    plan = plan_pack([Piece("w", (200, 130), ((128, 200), (0, 130)), ((0, 72), (0, 130)))])
     assert plan.scales == 2 and plan.bytes == 9360 and plan.table()[:, 2:4].tolist() == [[72, 128], [72, 2]]
 
 
 def lines(plan: PackPlan) -> list[tuple[int, ...]]:
     """A plan's table, block after block."""
     made = []
-    for box, offset, scale in zip(plan.boxes, plan.offsets, plan.scale_offsets, strict=True):
-        (top, bottom), (left, right) = box.local
+    for piece, offset, scale in zip(plan.pieces, plan.offsets, plan.scale_offsets, strict=True):
+        (top, bottom), (left, right) = piece.local_box
         for row in range(0, bottom - top, BLOCK):
             for column in range(0, right - left, BLOCK):
                 extent = min(BLOCK, bottom - top - row), min(BLOCK, right - left - column)
-                made.append((top + row, left + column, *extent, offset + row * box.columns + column, box.columns, scale))
+                made.append((top + row, left + column, *extent, offset + row * piece.columns + column, piece.columns, scale))
                 scale += 1
     return made
 
@@ -196,7 +198,7 @@ def lines(plan: PackPlan) -> list[tuple[int, ...]]:
 def test_a_table_has_a_line_for_each_block():
     shapes = [((300, 257), (40, 16)), ((128, 128), (0, 0)), ((1, 129), (7, 3))]
     boxes = [
-        Box(f"w{at}", (rows, columns), ((0, rows), (0, columns)), ((top, top + rows), (left, left + columns)))
+        Piece(f"w{at}", (rows, columns), ((0, rows), (0, columns)), ((top, top + rows), (left, left + columns)))
         for at, ((rows, columns), (top, left)) in enumerate(shapes)
     ]
     plan = plan_pack(boxes)
@@ -207,21 +209,21 @@ def test_a_table_has_a_line_for_each_block():
 
 def kept() -> list[bool]:
     """Whether a plan's table stays from update to update, and one is made for each shape that is quantized whole."""
-    from tulu_mega.bridge import fp8_blocks
+    from tulu_mega.bridge import fp8
 
     found, built = [], []
     table = PackPlan.table
     PackPlan.table = lambda self: built.append(self) or table(self)
     whole = ((0, 256), (0, 128))
-    plan = plan_pack([Box("w", (256, 128), whole, whole)])
+    plan = plan_pack([Piece("w", (256, 128), whole, whole)])
     for scale in (1.0, 2.0):
-        message = fp8_blocks.packed(torch.full((256, 128), 448 * scale), plan, "triton")
+        message = fp8.packed(torch.full((256, 128), 448 * scale), plan, "triton")
         found.append(message[plan.bytes :].view(torch.float32).tolist() == [scale] * 2)
     found.append(built == [plan])
     numbers, scales = torch.empty(256, 128, dtype=torch.float8_e4m3fn), torch.empty(2, 1)
     for _ in range(3):
-        fp8_blocks.quantize_whole(torch.ones(256, 128), numbers, scales)
-    return [*found, fp8_blocks._whole(256, 128) is fp8_blocks._whole(256, 128), bool((numbers.float() == 448).all())]
+        fp8.quantize_whole(torch.ones(256, 128), numbers, scales)
+    return [*found, fp8._whole(256, 128) is fp8._whole(256, 128), bool((numbers.float() == 448).all())]
 
 
 def test_a_plan_keeps_its_table():

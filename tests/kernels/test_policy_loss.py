@@ -189,8 +189,13 @@ ARRAYS = dict.fromkeys(
 ARRAYS |= {"trained": "*u8", "segments": "*i64", "inverses": "*fp64", "count": "i32"}
 
 
-@pytest.mark.parametrize("loss", ["grpo", "cispo", "gspo"])
-@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "more"),
+    [
+        ("grpo", True), ("cispo", False), ("gspo", True),
+        *(pytest.param(*case, marks=pytest.mark.acceptance) for case in (("grpo", False), ("cispo", True), ("gspo", False))),
+    ],
+)  # fmt: skip
 def test_compiled_for_an_h100(loss, more):
     from tulu_kernels.policy_loss import kernel
 

@@ -17,8 +17,8 @@ from tulu_mega.inference.command_line import ServerOptions, command
 from tulu_mega.launch import launcher
 from tulu_mega.layout.alignment import alignment
 from tulu_mega.layout.fp8 import fp8_problems, rollout_fp8_problems
+from tulu_mega.layout.hardware import GPUS
 from tulu_mega.layout.packing_rules import pack_alignment
-from tulu_mega.plan.model.hardware import GPUS
 from tulu_mega.plan.model.parameters import model_parameters
 from tulu_mega.plan.model.rollouts import Servers, server_memory
 from tulu_mega.platforms import fp8

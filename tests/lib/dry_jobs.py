@@ -10,11 +10,10 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from tests.lib import jobs
-from tulu_mega.bridge.families import family_for
-from tulu_mega.bridge.shards import global_parameters
+from tests.lib.checkpoints import save
+from tulu_mega.bridge.shards import exportable
 from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import OptimSettings
-from tulu_mega.train import checkpoint
 
 
 def dry(directory: str) -> None:
@@ -34,14 +33,13 @@ def real(model: str, layout: dict[str, Any], dtype: str, format: str, checkpoint
         shards = [
             (name, tuple(parameter.shape), bool(getattr(parameter, "tensor_model_parallel", False)))
             for chunk in engine.chunks
-            for name, parameter in global_parameters(chunk)
+            for name, parameter in exportable(chunk)
         ]
         engine.prepare_training(OptimSettings(), 1)
-        path = checkpoint.save(engine, Path(checkpoints), 1, {}, keep=1, format=format)
+        path = save(engine, Path(checkpoints), 1, {}, keep=1, format=format)
         sent = {}
         if not place.data_rank and not place.context_rank:
-            config = engine.hf.to_dict()
-            weights = LiveWeights(engine.chunks, config, family_for(config), torch.float32, **place.model_shard)
+            weights = LiveWeights(made.shard(engine.hf.to_dict()), torch.float32)
             sizes = {meta.name: 4 * torch.Size(meta.shape).numel() for meta in weights.metadata()}
             sent = {name: sizes[name] for name in weights.held_names()}
         states = [value for part in engine.optimizer.chained_optimizers for value in part.optimizer.state.values()]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tests.lib import jobs
+from tests.lib.checkpoints import save
 from tulu_mega.config import OptimSettings
 from tulu_mega.train import checkpoint
 
@@ -85,7 +86,7 @@ def saved(directory: str, layout: dict[str, Any], checkpoints: str) -> None:
     """Loads the model under a layout and writes a checkpoint."""
     with jobs.session(directory, layout) as made:
         made.engine.prepare_training(OptimSettings(), 1)
-        checkpoint.save(made.engine, Path(checkpoints), 1, {}, keep=1)
+        save(made.engine, Path(checkpoints), 1, {}, keep=1)
         made.engine.settle()
 
 
@@ -94,7 +95,7 @@ def restored(directory: str, layout: dict[str, Any], checkpoints: str, out: str)
     with jobs.session(directory, layout) as made:
         made.engine.prepare_training(OptimSettings(), 1)
         (found,) = checkpoint.find(Path(checkpoints))
-        checkpoint.restore(made.engine, found)
+        checkpoint.restore({"model": made.engine}, found)
         made.export(Path(out), torch.float32, {})
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tulu_mega.bridge.fp8_parameters import in_fp8
+from tests.lib.checkpoints import save
+from tulu_mega.bridge.fp8 import in_fp8
 from tulu_mega.config import EngineSettings, OptimSettings
 from tulu_mega.data.batch import pack, pack_families
 from tulu_mega.data.packing import plan_step
@@ -20,6 +21,7 @@ from tulu_mega.launch.launcher import World
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.records import IGNORE, PackedBatch, Sequence
 from tulu_mega.train import checkpoint
+from tulu_mega.train.engine_state import Format
 from tulu_mega.train.scoring import flops_of
 from tulu_mega.train.session import Session, opened
 
@@ -190,7 +192,7 @@ def series(
     out: str | None,
     dtype: str = "fp32",
     precision: dict[str, Any] | None = None,
-    form: checkpoint.Format = "reshardable",
+    form: Format = "reshardable",
 ) -> list[tuple[float, float]]:
     """Losses and norms of steps `first` to `last` of one run; goes on from a checkpoint in the folder and leaves one there."""
     with session(directory, layout, dtype, precision=precision) as made:
@@ -204,14 +206,14 @@ def series(
         kept_in_fp8 = any(map(in_fp8, engine.chunks[0].parameters()))
         assert kept_in_fp8 == engine.settings.precision.fp8_param_gather
         if folder and first:
-            checkpoint.restore(engine, checkpoint.find(Path(folder))[-1])
+            checkpoint.restore({"model": engine}, checkpoint.find(Path(folder))[-1])
         seen = []
         for step in range(first, last):
             batch = share(made, sequences(engine.hf.vocab_size, seed=3 + step), 2)
             loss = engine.forward_backward(batch, SftObjective("sum"))
             seen.append((loss.loss, engine.optimizer_step(step, loss.loss).grad_norm))
         if folder:
-            checkpoint.save(engine, Path(folder), last, {}, keep=9, format=form)
+            save(engine, Path(folder), last, {}, keep=9, format=form)
         if out:
             made.export(Path(out), torch.float32, {})
         return seen

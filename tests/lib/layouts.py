@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tests.lib import jobs, world
 
 STEPS, LR = 20, 0.05
-FEW = 6
+FEW = 3
 """steps of the parts of grids that `make test` takes"""
 LAYOUTS = {
     "TP1": {},

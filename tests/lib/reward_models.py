@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.lib import families, jobs
+from tests.lib.checkpoints import save
 from tulu_mega.config import OptimSettings
 from tulu_mega.errors import UserError
 from tulu_mega.objectives.reward import RewardObjective
@@ -162,7 +163,7 @@ def undisturbed(directory: str, layout: dict[str, Any], checkpoints: str, middle
     with jobs.session(directory, layout, reward=True) as made:
         made.engine.prepare_training(ADAM, 4)
         steps(made, 0, 2)
-        checkpoint.save(made.engine, Path(checkpoints), 2, {}, keep=1)
+        save(made.engine, Path(checkpoints), 2, {}, keep=1)
         made.export(Path(middle), torch.float32, {})
         steps(made, 2, 4)
         made.export(Path(out), torch.float32, {})
@@ -174,7 +175,7 @@ def resumed(directory: str, layout: dict[str, Any], checkpoints: str | None, out
         made.engine.prepare_training(ADAM, 4)
         if checkpoints:
             (found,) = checkpoint.find(Path(checkpoints))
-            checkpoint.restore(made.engine, found)
+            checkpoint.restore({"model": made.engine}, found)
         steps(made, 2, 4)
         made.export(Path(out), torch.float32, {})
 
@@ -185,7 +186,7 @@ def foreign(directory: str, checkpoints: str, reward: bool) -> list[str]:
         made.engine.prepare_training(ADAM, 4)
         (found,) = checkpoint.find(Path(checkpoints))
         try:
-            checkpoint.restore(made.engine, found)
+            checkpoint.restore({"model": made.engine}, found)
         except UserError as error:
             return error.problems
     return []

@@ -13,8 +13,8 @@ from tulu_mega.config.rollout import PolicySettings
 from tulu_mega.data.batch import by_token, pack
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.objectives.policy import PolicyObjective
-from tulu_mega.recipes.grpo import _over_updates
 from tulu_mega.records import IGNORE, PackedBatch, Sequence, TokenOutput
+from tulu_mega.rl.reporter import over_updates
 from tulu_mega.train.engine import BatchLoss
 
 LENGTHS = [7, 3, 12, 1]
@@ -226,6 +226,6 @@ def test_a_step_s_figures_are_means_over_its_trained_tokens(aggregation):
     (first, many), (second, few) = update([0, 2]), update([1, 3])
     whole, tokens = update([0, 1, 2, 3])
     assert (many, few, tokens) == (19, 4, 23)
-    found = _over_updates([first, second], [many, few], policy.largest)
+    found = over_updates([first, second], [many, few], policy.largest)
     assert found == pytest.approx(whole.metrics, rel=1e-9) and found.keys() == whole.metrics.keys()
     assert found["kl"] != pytest.approx((first.metrics["kl"] + second.metrics["kl"]) / 2, rel=1e-2)

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from tulu_kernels.linear_logprob import WORKSPACE
 
 from tulu_mega.config import ParallelSettings
+from tulu_mega.layout.hardware import GPUS
 from tulu_mega.layout.schedule import makespan, peak_held, timeline
 from tulu_mega.plan.model import memory, rollouts
 from tulu_mega.plan.model.calibration import CALIBRATION, HELD_OUT, RATES
-from tulu_mega.plan.model.hardware import GPUS
 from tulu_mega.plan.model.job import Job, Pack
 from tulu_mega.plan.model.memory import checkpoint_host_bytes, memory_by_rank, resume_host_bytes
 from tulu_mega.plan.model.rollouts import Servers, generation_seconds, server_memory, sync_seconds
-from tulu_mega.weight_transfer.protocol import SLOTS
 
 ARCHITECTURES = Path(__file__).parents[2] / "examples/architectures"
 GIB = 2**30
@@ -143,7 +142,6 @@ def test_host_memory_of_going_on():
 
 def test_constants_are_those_of_what_is_planned_for():
     assert WORKSPACE == memory.LOGITS
-    assert memory.SLOTS == SLOTS
 
 
 def servers(count: int = 1, tensor: int = 1, concurrency: int = 256) -> Servers:

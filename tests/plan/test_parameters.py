@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.config import ParallelSettings
+from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.layout.stages import stage_layers
 from tulu_mega.plan.model.parameters import model_parameters, rank_parameters, stage_shards
 
@@ -85,11 +86,11 @@ def test_the_ranks_hold_the_model_once(architecture, tensor, pipeline, layers, t
     for stage in stages:
         for shard in stage_shards(config, parallel, stage):
             names.append(shard.name)
-            assert shard.shape == family.local_shape(shard.name, tensor, config)
+            assert shard.shape == family.local_shape(shard.name, config, ShardGrid(tensor=tensor))
             for rank in range(1 if shard.replicated else tensor):
-                boxes = family.pieces(shard.name, rank, tensor, config)
+                boxes = family.pieces(shard.name, config, ShardGrid(tensor=tensor, rank=rank))
                 assert shard.copy == any(piece.duplicate for piece in boxes) or not boxes
-                held += sum(math.prod(b - a for a, b in piece.hf_region) for piece in boxes if not piece.duplicate)
+                held += sum(piece.hf_box.volume for piece in boxes if not piece.duplicate)
     assert len(names) == len(set(names))
     assert held == model_parameters(config)
     ranks = [rank_parameters(config, parallel, rank) for rank in range(pipeline[0])]

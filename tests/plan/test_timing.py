@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tulu_mega.config import ParallelSettings
 from tulu_mega.errors import UserError
+from tulu_mega.layout.hardware import GPUS, gpu_named, link
 from tulu_mega.plan.model.calibration import CALIBRATION, HELD_OUT, RATES, fit, predicted
-from tulu_mega.plan.model.hardware import GPUS, gpu_named, link
 from tulu_mega.plan.model.job import Job, Pack
 from tulu_mega.plan.model.timing import score_seconds, train_step
 

@@ -217,12 +217,6 @@ def test_a_restored_scheduler_goes_on_where_the_other_was(tmp_path, tokenizer, r
     assert others.asked == answers.asked[1:]
 
 
-def test_another_lag_is_refused(tmp_path, tokenizer, rewards):
-    prompts = prompts_of(tmp_path, [row(1)], tokenizer)
-    with pytest.raises(ValueError, match="max_policy_lag = 1: only 0"):
-        Scheduler(prompts, Answers(tokenizer, mixed), rewards, settings_of(), ENDS, max_policy_lag=1)
-
-
 def test_greedy_evaluation_of_held_out_prompts(tmp_path, tokenizer, rewards):
     scheduler, answers = scheduler_of(tmp_path, tokenizer, rewards, lambda n: [f"It is {n % 2}."])
     evaluation = scheduler.evaluate(prompts_of(tmp_path, [row(n) for n in range(5)], tokenizer), version=7)

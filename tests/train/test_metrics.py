@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tulu_mega.config import SftSettings
+from tulu_mega.layout.hardware import named_peak
 from tulu_mega.train import metrics
 from tulu_mega.train.metrics import MetricsLog, StepRecord, StepSeconds
 
@@ -191,7 +192,7 @@ def test_real_wandb_offline(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_peaks_by_name(name, bf16):
-    assert metrics.named_peak(name, fp32=False) == bf16
+    assert named_peak(name, fp32=False) == bf16
 
 
 def test_the_cpu_peak_is_measured_once():

@@ -41,13 +41,14 @@ def train(model: str, layout: dict, directory: str, first: int, last: int, every
     from tulu_mega.config import OptimSettings
     from tulu_mega.objectives.sft import SftObjective
     from tulu_mega.train import checkpoint
+    from tulu_mega.train.saver import Saver
 
     settings = {"format": "reshardable", "asynchronous": False, "dtype": "fp32"} | options
     with jobs.session(model, layout, settings["dtype"]) as made:
         made.engine.prepare_training(OptimSettings(**OPTIM), STEPS)
         if first:
-            checkpoint.restore(made.engine, checkpoint.find(Path(directory))[-1])
-        saver = checkpoint.Saver(made.engine, Path(directory), 9, settings["format"], settings["asynchronous"])
+            checkpoint.restore({"model": made.engine}, checkpoint.find(Path(directory))[-1])
+        saver = Saver({"model": made.engine}, Path(directory), 9, settings["format"], settings["asynchronous"])
         losses = []
         for step in range(first, last):
             batch = jobs.share(made, jobs.sequences(made.engine.hf.vocab_size, seed=3 + step), 4)
@@ -119,7 +120,8 @@ def test_the_optimizers_state_matters(model, saved):
 def without_moments(model: str, directory: str) -> list[float]:
     from tulu_mega.train import checkpoint
 
-    def restore(engine, found):
+    def restore(engines, found):
+        engine = engines["model"]
         checkpoint.load_weights(engine, found.path)
         for ours in engine.optimizer.chained_optimizers:
             ours.reload_model_params()
@@ -210,7 +212,7 @@ def test_a_checkpoint_of_before_names_no_buckets(model, tmp_path):
     manifest = json.loads(file.read_text())
     del manifest["cut"]
     file.write_text(json.dumps(manifest))
-    assert [each.cut for each in checkpoint.find(tmp_path)] == [{}]
+    assert [each.first.cut for each in checkpoint.find(tmp_path)] == [{}]
     assert world.run(2, train_with, model, str(tmp_path), {"data": 2}, SAVED, STEPS, None, options)[0] == stayed[SAVED:]
 
 
@@ -233,15 +235,16 @@ def held_up(model: str, layout: dict, directory: str, format: str) -> tuple[bool
     """
     from tulu_mega.config import OptimSettings
     from tulu_mega.objectives.sft import SftObjective
-    from tulu_mega.train import checkpoint, sharded_save
+    from tulu_mega.train import sharded_save
+    from tulu_mega.train.saver import Saver
 
     go, write, wrote, copied = threading.Event(), sharded_save.ShardedSave.write, [], []
-    changes = checkpoint.Saver._changes
+    changes = Saver._changes
 
-    def counted(self, held):
+    def counted(self, engine, held):
         wrote.append(held.data.nbytes)
-        copied.append(held.data.nbytes if changes(self, held) else 0)
-        return changes(self, held)
+        copied.append(held.data.nbytes if changes(self, engine, held) else 0)
+        return changes(self, engine, held)
 
     def waiting(self):
         go.wait(60)
@@ -256,9 +259,9 @@ def held_up(model: str, layout: dict, directory: str, format: str) -> tuple[bool
 
         step(0)
         for name, asynchronous in (("at_once", False), ("behind", True)):
-            checkpoint.Saver._changes = counted
+            Saver._changes = counted
             sharded_save.ShardedSave.write = waiting if asynchronous else write
-            saver = checkpoint.Saver(made.engine, Path(directory, name), 9, format, asynchronous)
+            saver = Saver({"model": made.engine}, Path(directory, name), 9, format, asynchronous)
             saver.save(1, {})
         step(1)
         step(2)
@@ -283,6 +286,7 @@ def behind_training(model: str, directory: str, fails: bool) -> dict:
     from tulu_mega.config import OptimSettings
     from tulu_mega.errors import UserError
     from tulu_mega.train import checkpoint
+    from tulu_mega.train.saver import Saver
     from tulu_mega.train.sharded_save import ShardedSave
 
     go, wrote, original = threading.Event(), [], ShardedSave.write
@@ -303,7 +307,7 @@ def behind_training(model: str, directory: str, fails: bool) -> dict:
     folder = Path(directory)
     with jobs.session(model, {"tensor": 2}) as made:
         made.engine.prepare_training(OptimSettings(**OPTIM), STEPS)
-        saver = checkpoint.Saver(made.engine, folder, 9, "reshardable", asynchronous=True)
+        saver = Saver({"model": made.engine}, folder, 9, "reshardable", asynchronous=True)
         saver.save(1, {})
         saver.poll()
         seen["under way"] = [each.step for each in checkpoint.find(folder)], names()

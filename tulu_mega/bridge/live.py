@@ -9,38 +9,27 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from tulu_mega.bridge.files.companions import OtherTokenizer, put_in_place, write_companions
 from tulu_mega.bridge.files.hf_files import HfCheckpoint, TensorInfo
 from tulu_mega.bridge.files.hf_writer import ShardWriter, plan_files, write_index
-from tulu_mega.bridge.fp8_parameters import unrounded
-from tulu_mega.bridge.rules import Config, Family, Piece
-from tulu_mega.bridge.shards import (
-    Outbound,
-    announced,
-    box,
-    check_complete,
-    copy_in_slabs,
-    gather,
-    global_parameters,
-    outbound,
-    send,
-)
+from tulu_mega.bridge.fp8 import unrounded
+from tulu_mega.bridge.rules import Piece
+from tulu_mega.bridge.shards import ModelShard, Outbound, announced, copy_in_slabs, exportable, gather, outbound, send
 from tulu_mega.distributed.collectives import together
 from tulu_mega.errors import UserError
 
 
 @torch.no_grad()
-def load_hf(
-    chunk: nn.Module, checkpoint: HfCheckpoint, family: Family, tp_rank: int, tp_size: int, leave: Collection[str] = ()
-) -> int:
-    """Fills every parameter of this rank's chunk from the mapped files, converting to the parameter's type.
+def load_hf(shard: ModelShard, checkpoint: HfCheckpoint, leave: Collection[str] = ()) -> int:
+    """Fills every parameter of this rank's chunks from the mapped files, converting to the parameter's type.
 
     Only this rank's boxes are read, in slabs, so that nothing but the parameters themselves takes memory.
     Rows of vocabulary padding become zero. Works on any device.
 
     Args:
+        shard: its config and family are the files', which may be those of a language model where the shard is a reward model's.
         leave: parameters that stay as they are.
 
     Returns:
@@ -49,20 +38,21 @@ def load_hf(
     Raises:
         UserError: with everything that does not fit, before anything is written.
     """
-    problems = checkpoint.check(family.hf_shapes(checkpoint.config), family.ignorable(checkpoint.config))
+    family, config, grid = shard.family, shard.config, shard.grid
+    problems = checkpoint.check(family.hf_shapes(config), family.ignorable(config))
     plan: list[tuple[Tensor, list[Piece]]] = []
-    for name, parameter in global_parameters(chunk):
+    for name, parameter in (each for chunk in shard.chunks for each in exportable(chunk)):
         if name in leave:
             continue
         try:
-            shape = family.local_shape(name, tp_size, checkpoint.config)
-            plan.append((parameter, family.pieces(name, tp_rank, tp_size, checkpoint.config)))
+            shape = family.local_shape(name, config, grid)
+            plan.append((parameter, family.pieces(name, config, grid)))
         except UserError as error:
             problems += error.problems
             continue
         if tuple(parameter.shape) != shape:
             problems.append(
-                f"{name}: the model's shard is {list(parameter.shape)}, config.json and TP {tp_size} ask for {list(shape)}"
+                f"{name}: the model's shard is {list(parameter.shape)}, config.json and TP {grid.tensor} ask for {list(shape)}"
             )
     if problems:
         raise UserError(problems)
@@ -70,28 +60,18 @@ def load_hf(
     for parameter, pieces in plan:
         with unrounded(parameter) as whole:
             for piece in pieces:
-                view = checkpoint.read_region(piece.hf_name, piece.hf_region)
-                copy_in_slabs(box(whole, piece.local_region), view)
+                view = checkpoint.read_box(piece.hf_name, piece.hf_box)
+                copy_in_slabs(whole[piece.local_box.slices], view)
                 nbytes += view.nbytes
-            filled = max((piece.local_region[0][1] for piece in pieces), default=0)
+            filled = max((piece.local_box[0][1] for piece in pieces), default=0)
             whole[filled:].zero_()
     return nbytes
 
 
 @torch.no_grad()
 def export_hf(
-    chunks: Sequence[nn.Module],
+    shard: ModelShard,
     directory: str | os.PathLike,
-    config: Config,
-    family: Family,
-    *,
-    tp_group: dist.ProcessGroup | None,
-    tp_rank: int,
-    tp_size: int,
-    pp_group: dist.ProcessGroup | None,
-    pp_rank: int,
-    pp_size: int,
-    is_writer: bool,
     dtype: torch.dtype,
     source_directory: str | os.PathLike,
     extra_files: Mapping[str, str] | None = None,
@@ -104,12 +84,8 @@ def export_hf(
     a hidden directory beside the final one, which takes its name only when everything is in it and on disk.
 
     Args:
-        chunks: this rank's model chunks, unwrapped.
+        shard: this rank's part of the model, with its groups. Ranks that hold copies only wait (`ShardGrid.first_copy`).
         directory: the final directory; a model directory of that name is replaced.
-        config: the model's config.json.
-        family: its family.
-        tp_group, pp_group: may be None for a size of 1.
-        is_writer: data parallel rank 0 and context parallel rank 0; the other ranks only wait.
         dtype: type of the written weights (float32 or bfloat16).
         source_directory: where the tokenizer, its chat template and the generation config are copied from.
         extra_files, tokenizer: what goes beside the weights, see `write_companions`.
@@ -123,31 +99,28 @@ def export_hf(
     _check_place(final, source)
     partial = final.with_name(f".{final.name}.partial")
     what = f"the model could not be written to {final}"
-    is_first = is_writer and tp_rank == 0 and pp_rank == 0
+    grid = shard.grid
+    is_first = grid.gives_whole_tensors and grid.pipeline_rank == 0
     with together(what):
         if is_first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
     try:
         with together(what):
-            if is_writer:
-                items = outbound(chunks, family, config, tp_size)
-                tensors = announced(items, family, config, dtype)
-                stages: list[dict[str, TensorInfo]] = [tensors]
-                if pp_size > 1:
-                    stages = [{} for _ in range(pp_size)]
-                    dist.all_gather_object(stages, tensors, group=pp_group)
-                check_complete(stages, family, config)
+            if grid.first_copy:
+                items = outbound(shard)
+                stages = announced(items, shard, dtype)
                 files = plan_files(stages, max_shard_bytes)
-                if tp_rank == 0:
-                    _write_stage(ShardWriter(partial, files[pp_rank]), items, tensors, dtype, tp_group)
+                if grid.gives_whole_tensors:
+                    at = grid.pipeline_rank
+                    _write_stage(ShardWriter(partial, files[at]), items, stages[at], dtype, shard)
                 else:
                     for item in items:
-                        send([item], dtype, tp_group, tp_rank)
+                        send([item], dtype, shard)
         with together(what):
             if is_first:
                 write_index(partial, files)
-                write_companions(partial, source, config, str(dtype).removeprefix("torch."), extra_files, tokenizer)
+                write_companions(partial, source, shard.config, str(dtype).removeprefix("torch."), extra_files, tokenizer)
                 put_in_place(partial, final)
     except UserError:
         if is_first:
@@ -161,14 +134,14 @@ def _write_stage(
     items: Sequence[Outbound],
     tensors: Mapping[str, TensorInfo],
     dtype: torch.dtype,
-    tp_group: dist.ProcessGroup | None,
+    shard: ModelShard,
 ) -> None:
     """On TP rank 0: gathers and writes the stage. After a failure the other ranks' tensors are still received: they send them."""
     failure: OSError | None = None
     with writer:
         for item in items:
             full = torch.empty(tensors[item.hf_name].shape, dtype=dtype)
-            gather([item], [full], tp_group)
+            gather([item], [full], shard)
             if failure is None:
                 try:
                     writer.add(item.hf_name, full)

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from tulu_mega.bridge.rules import Config, Family, Region, Shape
+from tulu_mega.bridge.box import Box
+from tulu_mega.bridge.rules import Config, Family, Shape
+from tulu_mega.distributed.grid import ShardGrid
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,10 @@ class StoredParameter:
         """Shape of the checkpoint's tensor."""
         return self.shape if self.layer is None else (self.layers, *self.shape)
 
-    def region(self, start: int, stop: int) -> Region:
+    def box(self, start: int, stop: int) -> Box:
         """The box of the checkpoint's tensor that rows ``start..stop`` of the parameter are."""
-        box = ((start, stop), *((0, extent) for extent in self.shape[1:]))
-        return box if self.layer is None else ((self.layer, self.layer + 1), *box)
+        rows = ((start, stop), *((0, extent) for extent in self.shape[1:]))
+        return Box(rows if self.layer is None else ((self.layer, self.layer + 1), *rows))
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ class Slab:
         return (self.stop - self.start, *self.parameter.shape[1:])
 
     @property
-    def region(self) -> Region:
-        """Box of the checkpoint's tensor."""
-        return self.parameter.region(self.start, self.stop)
+    def box(self) -> Box:
+        """The slab in the checkpoint's tensor."""
+        return self.parameter.box(self.start, self.stop)
 
 
 def stored_parameters(family: Family, config: Config) -> list[StoredParameter]:
@@ -77,7 +79,7 @@ def stored_parameters(family: Family, config: Config) -> list[StoredParameter]:
         pattern = rule.megatron[-1]  # norms are called as Transformer Engine's layers have them, whatever the layers are
         for layer in range(layers) if "{i}" in pattern else (None,):
             name = pattern if layer is None else pattern.format(i=layer)
-            shape = family.local_shape(name, 1, config)
+            shape = family.local_shape(name, config, ShardGrid())
             made.append(StoredParameter(name, pattern.replace(".{i}", ""), layer, layers, shape))
     first = [each for each in made if each.key == "embedding.word_embeddings.weight"]
     stacked = sorted((each for each in made if each.layer is not None), key=lambda each: each.layer)

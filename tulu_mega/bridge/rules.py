@@ -1,8 +1,8 @@
 """Which box of which Hugging Face tensor is which box of a Megatron parameter's shard, as a table read both ways.
 
 A family is a handful of `Rule`s, the sizes that their shapes are made of, and what its layers need beside a Llama's. From the
-rules everything that moves weights (loading, export, sending to a rollout engine) takes plain boxes, `Piece`s, and needs to know
-nothing about attention groups or gates; from the needs the model is built.
+rules everything that moves weights (loading, export, sending to a rollout engine) takes pairs of boxes, `Piece`s, and needs to
+know nothing about attention groups or gates; from the needs the model is built.
 In patterns `{i}` stands for the layer's number in the whole model, from 0.
 """
 
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
+from tulu_mega.bridge.box import Box
+from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
 
-Region = tuple[tuple[int, int], ...]
-"""A box: (start, stop) per axis."""
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]
 """The content of a Hugging Face config.json."""
@@ -77,7 +77,7 @@ class LayerNeeds:
 
 @dataclass(frozen=True)
 class Piece:
-    """The box ``hf_region`` of the tensor ``hf_name`` is the box ``local_region`` of this rank's shard; both of one shape.
+    """The box ``hf_box`` of the tensor ``hf_name`` is the box ``local_box`` of this rank's shard; both of one shape.
 
     Worked example: 4 heads of size 2 in 2 groups, hidden 8. Of a ``linear_qkv.weight`` under TP 2, rank 1 holds group 1,
     that is rows 4..7 of q, 2..3 of k and 2..3 of v::
@@ -88,8 +88,8 @@ class Piece:
     """
 
     hf_name: str
-    hf_region: Region
-    local_region: Region
+    hf_box: Box
+    local_box: Box
     duplicate: bool = False
     """the same weights belong to another parameter too (tied embeddings): load both, export the other"""
 
@@ -136,27 +136,32 @@ class Family:
         """Shell patterns of tensors that may be in a checkpoint beside `hf_shapes`."""
         return (*self.leftovers, self.head) if self.is_tied(config) else self.leftovers
 
-    def pieces(self, megatron_name: str, tp_rank: int, tp_size: int, config: Config) -> list[Piece]:
+    def pieces(self, megatron_name: str, config: Config, grid: ShardGrid) -> list[Piece]:
         """The boxes that make up one rank's shard of a parameter, in the order of the shard.
 
         They cover it exactly once, rows of vocabulary padding aside. Empty for a shard that is padding only.
 
         Args:
             megatron_name: parameter name with the layer's number in the whole model, of either layer specification.
-            tp_rank: this rank in the tensor parallel group.
-            tp_size: size of the group.
             config: the model's config.json.
+            grid: the rank's place.
 
         Raises:
             UserError: for a parameter the table does not have, or a size that the group does not divide.
         """
-        return self._plan(megatron_name, tp_rank, tp_size, config)[1]
+        return self._plan(megatron_name, config, grid.tensor_rank, grid.tensor)[1]
 
-    def local_shape(self, megatron_name: str, tp_size: int, config: Config) -> Shape:
-        """Shape of every rank's shard of a parameter, padding included. Raises as `pieces`."""
-        return self._plan(megatron_name, 0, tp_size, config)[0]
+    def pieces_by_rank(self, megatron_name: str, config: Config, grid: ShardGrid) -> list[list[Piece]]:
+        """What each rank of a tensor parallel group gives of a parameter: its pieces; of a replicated one only the first rank's.
+        Arguments and errors of `pieces`."""
+        per_rank = [self.pieces(megatron_name, config, each) for each in grid.tensor_peers()]
+        return per_rank[:1] if per_rank == [per_rank[0]] * len(per_rank) else per_rank
 
-    def _plan(self, megatron_name: str, tp_rank: int, tp_size: int, config: Config) -> tuple[Shape, list[Piece]]:
+    def local_shape(self, megatron_name: str, config: Config, grid: ShardGrid) -> Shape:
+        """Shape of the shard of a parameter, the same on every rank that holds it, padding included. Raises as `pieces`."""
+        return self._plan(megatron_name, config, 0, grid.tensor)[0]
+
+    def _plan(self, megatron_name: str, config: Config, tp_rank: int, tp_size: int) -> tuple[Shape, list[Piece]]:
         sizes = self.sizes(config)
         rule, layer = self._rule(megatron_name, config)
         duplicate = self.head in rule.hf and self.is_tied(config)
@@ -166,10 +171,10 @@ class Family:
         size, runs = _runs(rule.cut, [shape[axis] for shape in full], sizes["groups"], tp_rank, tp_size, megatron_name)
         made, at = [], 0
         for which, start, stop in runs:
-            across = tuple((0, extent) for extent in full[which])
-            hf_region = across[:axis] + ((start, stop),) + across[axis + 1 :]
-            local_region = across[:axis] + ((at, at + stop - start),) + across[axis + 1 :]
-            made.append(Piece(patterns[which].format(i=layer), hf_region, local_region, duplicate))
+            across = Box.whole(full[which])
+            hf_box = Box((*across[:axis], (start, stop), *across[axis + 1 :]))
+            local_box = Box((*across[:axis], (at, at + stop - start), *across[axis + 1 :]))
+            made.append(Piece(patterns[which].format(i=layer), hf_box, local_box, duplicate))
             at += stop - start
         return full[0][:axis] + (size,) + full[0][axis + 1 :], made
 

@@ -6,7 +6,6 @@ A chunk is one virtual pipeline stage's unwrapped GPTModel: of it this file uses
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,22 +15,50 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.files.hf_files import TensorInfo
 from tulu_mega.bridge.files.hf_writer import tensor_info
-from tulu_mega.bridge.rules import Config, Family, Piece, Region, is_weight
+from tulu_mega.bridge.rules import Config, Family, Piece, is_weight
+from tulu_mega.distributed.grid import ShardGrid
 
 _SLAB_BYTES = 32 * 2**20
+_LAYERS = "decoder.layers."
 
 
-def global_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The chunk's weights under the names they have in the whole model: local layer numbers become global ones."""
-    prefix = "decoder.layers."
+@dataclass(frozen=True)
+class ModelShard:
+    """The part of a model that a rank holds."""
+
+    chunks: Sequence[nn.Module]
+    """the rank's model chunks, unwrapped; they may lie on the meta device"""
+    config: Config
+    """the model's config.json"""
+    family: Family
+    grid: ShardGrid
+    """the rank's place"""
+    tensor_group: dist.ProcessGroup | None = None
+    """for what is collective; None for a size of 1"""
+    pipeline_group: dist.ProcessGroup | None = None
+    """as `tensor_group`"""
+
+
+def exportable(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All of a chunk that has a Hugging Face name, under its name in the whole model.
+
+    Loading, export, the stream to servers, checkpoints' weights and the dry run take what they move from here. Today it is the
+    parameters; what is to be exported merged with another tensor, or under another name, is yielded so here.
+    """
     for name, parameter in chunk.named_parameters():
-        if name.startswith(prefix):
-            local, rest = name[len(prefix) :].split(".", 1)
-            name = f"{prefix}{chunk.decoder.layers[int(local)].layer_number - 1}.{rest}"
         if is_weight(name):
-            yield name, parameter
+            yield global_name(chunk, name), parameter
+
+
+def global_name(chunk: nn.Module, name: str) -> str:
+    """The name in the whole model of what a chunk has under a name: local layer numbers become global ones."""
+    if not name.startswith(_LAYERS):
+        return name
+    local, rest = name[len(_LAYERS) :].split(".", 1)
+    return f"{_LAYERS}{chunk.decoder.layers[int(local)].layer_number - 1}.{rest}"
 
 
 @dataclass(frozen=True)
@@ -44,43 +71,52 @@ class Outbound:
     """per TP rank; of a replicated tensor only rank 0's"""
 
 
-def outbound(chunks: Sequence[nn.Module], family: Family, config: Config, tp_size: int) -> list[Outbound]:
-    """This stage's tensors in one order on every TP rank."""
+def outbound(shard: ModelShard) -> list[Outbound]:
+    """The tensors that the rank's chunks are made of, in one order on every rank of the tensor group. Not collective."""
     items = []
-    for chunk in chunks:
-        for name, parameter in global_parameters(chunk):
-            per_rank = [family.pieces(name, rank, tp_size, config) for rank in range(tp_size)]
+    for chunk in shard.chunks:
+        for name, parameter in exportable(chunk):
+            per_rank = shard.family.pieces_by_rank(name, shard.config, shard.grid)
             if any(piece.duplicate for pieces in per_rank for piece in pieces):
                 continue
-            if per_rank == [per_rank[0]] * tp_size:  # replicated
-                per_rank = per_rank[:1]
             for hf_name in dict.fromkeys(piece.hf_name for pieces in per_rank for piece in pieces):
                 chosen = tuple(tuple(piece for piece in pieces if piece.hf_name == hf_name) for pieces in per_rank)
                 items.append(Outbound(hf_name, parameter, chosen))
     return items
 
 
-def announced(items: Sequence[Outbound], family: Family, config: Config, dtype: torch.dtype) -> dict[str, TensorInfo]:
-    shapes = family.hf_shapes(config)
-    return {item.hf_name: tensor_info(shapes[item.hf_name], dtype) for item in items}
+def announced(items: Sequence[Outbound], shard: ModelShard, dtype: torch.dtype) -> list[dict[str, TensorInfo]]:
+    """What each pipeline rank will give, by name. A collective of the pipeline group.
+
+    Args:
+        items: `outbound` of the shard.
+        dtype: of what is given.
+
+    Raises:
+        RuntimeError: a tensor of the model is missing, or is there twice.
+    """
+    shapes = shard.family.hf_shapes(shard.config)
+    mine = {item.hf_name: tensor_info(shapes[item.hf_name], dtype) for item in items}
+    ranks: list[dict[str, TensorInfo]] = [mine]
+    if shard.grid.pipeline > 1:
+        ranks = [{} for _ in range(shard.grid.pipeline)]
+        dist.all_gather_object(ranks, mine, group=shard.pipeline_group)
+    _check_complete(ranks, shapes)
+    return ranks
 
 
-def check_complete(stages: Sequence[Mapping[str, TensorInfo]], family: Family, config: Config) -> None:
-    held = Counter(name for stage in stages for name in stage)
-    missing = sorted(family.hf_shapes(config).keys() - held.keys())
+def _check_complete(ranks: Sequence[Mapping[str, TensorInfo]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    held = Counter(name for each in ranks for name in each)
+    missing = sorted(shapes.keys() - held.keys())
     twice = sorted(name for name, count in held.items() if count > 1)
     if missing or twice:
         raise RuntimeError(f"the pipeline stages do not make up the model: missing {missing}, held twice {twice}")
 
 
-def box(tensor: Tensor, region: Region) -> Tensor:
-    return tensor[tuple(slice(start, stop) for start, stop in region)]
-
-
 def copy_in_slabs(target: Tensor, source: Tensor) -> None:
-    """A copy whose temporaries (another device, another type) stay small whatever the size of the tensor.
+    """Copies a tensor into another. Temporaries (another device, another type) stay small whatever the size of the tensor.
 
-    Where there are none it is the C library's, which knows better than torch what not to keep in the cache.
+    Where type and device are the same, NumPy copies with memcpy, which bypasses the cache for large copies.
     """
     if _same_bytes(target, source):
         np.copyto(_bytes(target), _bytes(source))
@@ -101,10 +137,6 @@ def _bytes(tensor: Tensor) -> np.ndarray:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
-def volume(region: Region) -> int:
-    return math.prod(stop - start for start, stop in region)
-
-
 Copies = Callable[[int, Sequence[Tensor], Sequence[Tensor]], None]
 """Copies boxes, which a tensor rank holds, to boxes."""
 
@@ -114,43 +146,40 @@ def copy_each(_rank: int, sources: Sequence[Tensor], targets: Sequence[Tensor]) 
         copy_in_slabs(target, source)
 
 
-def gather(
-    items: Sequence[Outbound], wholes: Sequence[Tensor], tp_group: dist.ProcessGroup | None, copies: Copies = copy_each
-) -> None:
+def gather(items: Sequence[Outbound], wholes: Sequence[Tensor], shard: ModelShard, copies: Copies = copy_each) -> None:
     """On TP rank 0: fills whole tensors, on whichever device they are, from the boxes of all ranks, one rank's at a time."""
     for rank in range(max(len(item.pieces) for item in items)):
-        boxes = _boxes(items, rank)
-        targets = [box(wholes[at], piece.hf_region) for at, piece in boxes]
+        held = _held(items, rank)
+        targets = [wholes[at][piece.hf_box.slices] for at, piece in held]
         if rank == 0:
-            copies(rank, [box(items[at].parameter, piece.local_region) for at, piece in boxes], targets)
-        elif boxes:
-            received = torch.empty(_size(boxes), dtype=wholes[0].dtype, device=items[0].parameter.device)
-            dist.recv(received, group=tp_group, group_src=rank)
-            copies(rank, _side_by_side(received, boxes), targets)
+            copies(rank, [items[at].parameter[piece.local_box.slices] for at, piece in held], targets)
+        elif held:
+            received = torch.empty(_size(held), dtype=wholes[0].dtype, device=items[0].parameter.device)
+            dist.recv(received, group=shard.tensor_group, group_src=rank)
+            copies(rank, _side_by_side(received, held), targets)
 
 
-def send(
-    items: Sequence[Outbound], dtype: torch.dtype, tp_group: dist.ProcessGroup | None, tp_rank: int, copies: Copies = copy_each
-) -> None:
+def send(items: Sequence[Outbound], dtype: torch.dtype, shard: ModelShard, copies: Copies = copy_each) -> None:
     """On the other TP ranks: this rank's boxes to rank 0, in one message."""
-    if boxes := _boxes(items, tp_rank):
-        message = torch.empty(_size(boxes), dtype=dtype, device=items[0].parameter.device)
-        own = [box(items[at].parameter, piece.local_region) for at, piece in boxes]
-        copies(tp_rank, own, _side_by_side(message, boxes))
-        dist.send(message, group=tp_group, group_dst=0)
+    rank = shard.grid.tensor_rank
+    if held := _held(items, rank):
+        message = torch.empty(_size(held), dtype=dtype, device=items[0].parameter.device)
+        own = [items[at].parameter[piece.local_box.slices] for at, piece in held]
+        copies(rank, own, _side_by_side(message, held))
+        dist.send(message, group=shard.tensor_group, group_dst=0)
 
 
-def _boxes(items: Sequence[Outbound], rank: int) -> list[tuple[int, Piece]]:
-    """What a TP rank holds of some tensors: the tensor's place among them, and the box."""
+def _held(items: Sequence[Outbound], rank: int) -> list[tuple[int, Piece]]:
+    """What a TP rank holds of some tensors: the tensor's place among them, and the piece."""
     return [(at, piece) for at, item in enumerate(items) if rank < len(item.pieces) for piece in item.pieces[rank]]
 
 
-def _size(boxes: Sequence[tuple[int, Piece]]) -> int:
-    return sum(volume(piece.hf_region) for _, piece in boxes)
+def _size(held: Sequence[tuple[int, Piece]]) -> int:
+    return sum(piece.hf_box.volume for _, piece in held)
 
 
-def _side_by_side(message: Tensor, boxes: Sequence[tuple[int, Piece]]) -> list[Tensor]:
+def _side_by_side(message: Tensor, held: Sequence[tuple[int, Piece]]) -> list[Tensor]:
     """The boxes in a message."""
-    regions = [piece.hf_region for _, piece in boxes]
-    parts = message.split([volume(region) for region in regions])
-    return [part.view([stop - start for start, stop in region]) for part, region in zip(parts, regions, strict=True)]
+    boxes: list[Box] = [piece.hf_box for _, piece in held]
+    parts = message.split([box.volume for box in boxes])
+    return [part.view(box.shape) for part, box in zip(parts, boxes, strict=True)]

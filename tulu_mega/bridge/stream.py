@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -10,19 +9,29 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tulu_kernels.buckets import BoxCopies
 from tulu_kernels.dispatch import Backend
 
-from tulu_mega.bridge import fp8_blocks
-from tulu_mega.bridge.rules import Config, Family
-from tulu_mega.bridge.shards import Copies, Outbound, announced, check_complete, copy_each, gather, outbound, send, volume
+from tulu_mega.bridge.fp8 import (
+    NUMBERS,
+    SCALES,
+    gather_blocks,
+    is_quantized,
+    message_bytes,
+    quantize_whole,
+    scales_name,
+    scales_shape,
+    send_blocks,
+    shard_plans,
+)
+from tulu_mega.bridge.rules import Family
+from tulu_mega.bridge.shards import Copies, ModelShard, Outbound, announced, copy_each, gather, outbound, send
 
 
 @dataclass(frozen=True)
 class WeightMeta:
-    """What a tensor is on its way out: vLLM's ``ParamMeta`` in structure."""
+    """A tensor on its way out: vLLM's ``ParamMeta`` in structure."""
 
     name: str
     dtype: torch.dtype
@@ -39,27 +48,24 @@ class Outgoing:
     """bytes that each tensor rank has of it to give, of a replicated tensor the first alone; scales go with their matrix"""
 
 
-def outgoing(
-    chunks: Sequence[nn.Module], config: Config, family: Family, tp_size: int, dtype: torch.dtype, fp8: bool = False
-) -> dict[str, Outgoing]:
-    """What `LiveWeights` of these chunks' stage yields, in its order. No collective: the chunks may lie on the meta device.
+def outgoing(shard: ModelShard, dtype: torch.dtype, fp8: bool = False) -> dict[str, Outgoing]:
+    """The tensors that `LiveWeights` of this shard yields, in its order. No collective: the chunks may lie on the meta device.
 
     Args:
-        chunks: a rank's model chunks, unwrapped.
         dtype, fp8: as of `LiveWeights`.
     """
-    shapes = family.hf_shapes(config)
-    items = sorted(outbound(chunks, family, config, tp_size), key=lambda item: _layer(item.hf_name, family))
+    shapes = shard.family.hf_shapes(shard.config)
+    items = sorted(outbound(shard), key=lambda item: _layer(item.hf_name, shard.family))
     found = {}
     for item in items:
         name, shape = item.hf_name, shapes[item.hf_name]
-        volumes = [sum(volume(piece.hf_region) for piece in pieces) for pieces in item.pieces]
-        if fp8 and fp8_blocks.is_quantized(name):
-            plans = fp8_blocks.shard_plans(name, shape, item.pieces)
+        volumes = [sum(piece.hf_box.volume for piece in pieces) for pieces in item.pieces]
+        if fp8 and is_quantized(name):
+            plans = shard_plans(name, shape, item.pieces)
             itemsize = item.parameter.itemsize
-            sent = map(fp8_blocks.message_bytes, plans) if plans else (volume * itemsize for volume in volumes)
-            found[name] = Outgoing(fp8_blocks.NUMBERS, shape, tuple(sent))
-            found[fp8_blocks.scales_name(name)] = Outgoing(fp8_blocks.SCALES, fp8_blocks.scales_shape(shape), (0,))
+            sent = map(message_bytes, plans) if plans else (volume * itemsize for volume in volumes)
+            found[name] = Outgoing(NUMBERS, shape, tuple(sent))
+            found[scales_name(name)] = Outgoing(SCALES, scales_shape(shape), (0,))
         else:
             found[name] = Outgoing(dtype, shape, tuple(volume * dtype.itemsize for volume in volumes))
     return found
@@ -68,47 +74,26 @@ def outgoing(
 class LiveWeights:
     """A running model as a stream of whole Hugging Face tensors, stage by stage at once: vLLM's ``WeightSource`` in structure.
 
-    Every rank of one replica (data and context parallel rank 0) has one, and all of a tensor parallel group walk through it
-    together: rank 0 gathers, the others send. Importing vLLM's own base class would cost every trainer rank seconds and some
-    270 MB.
+    Every rank of the first copy (`ShardGrid.first_copy`) has one, and all of a tensor parallel group walk through it together:
+    rank 0 gathers, the others send. Importing vLLM's own base class would cost every trainer rank seconds and some 270 MB.
+
+    Building it is a collective of the pipeline group.
 
     Args:
-        chunks: this rank's model chunks, unwrapped; read anew in each pass.
-        config: the model's config.json.
-        family: its family.
+        shard: this rank's part of the model, with its groups; its parameters are read anew in each pass.
         dtype: of the stream, bfloat16 or float32, whatever the model's.
         fp8: whether matrices of the layers travel as FP8 blocks, each as two tensors, the scales right behind the numbers
-            (`bridge.fp8_blocks`); made of the model's weights as they are.
-        tp_group, pp_group: may be None for a size of 1. Building it is a collective of the pipeline group.
+            (`bridge.fp8`); made of the model's weights as they are.
         kernels: what fills tensors together, see `tulu_kernels.dispatch`.
     """
 
-    def __init__(
-        self,
-        chunks: Sequence[nn.Module],
-        config: Config,
-        family: Family,
-        dtype: torch.dtype,
-        *,
-        fp8: bool = False,
-        tp_group: dist.ProcessGroup | None = None,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        pp_group: dist.ProcessGroup | None = None,
-        pp_rank: int = 0,
-        pp_size: int = 1,
-        kernels: Backend = "auto",
-    ):
-        self._dtype, self._tp_group, self._tp_rank = dtype, tp_group, tp_rank
-        self._items = outbound(chunks, family, config, tp_size)
-        mine = announced(self._items, family, config, dtype)
-        stages = [mine]
-        if pp_size > 1:
-            stages = [{} for _ in range(pp_size)]
-            dist.all_gather_object(stages, mine, group=pp_group)
-        check_complete(stages, family, config)
+    def __init__(self, shard: ModelShard, dtype: torch.dtype, *, fp8: bool = False, kernels: Backend = "auto"):
+        self._shard, self._dtype = shard, dtype
+        self._receives = shard.grid.tensor_rank == 0
+        self._items = outbound(shard)
+        stages = announced(self._items, shard, dtype)
         shapes = {name: info.shape for tensors in stages for name, info in tensors.items()}
-        order = sorted(shapes, key=lambda name: _layer(name, family))
+        order = sorted(shapes, key=lambda name: _layer(name, shard.family))
         place = {name: at for at, name in enumerate(order)}
         self._items.sort(key=lambda item: place[item.hf_name])
         self._metadata: dict[str, WeightMeta] = {}
@@ -116,12 +101,12 @@ class LiveWeights:
         """pipeline stage that sends each tensor"""
         stage_of = {name: stage for stage, tensors in enumerate(stages) for name in tensors}
         self._tensors = {name: _tensors(name, shapes[name], dtype, fp8) for name in order}
-        """of each of the model's, those that travel"""
+        """of each of the model's tensors, those that travel"""
         for name, tensors in self._tensors.items():
             for meta in tensors:
                 self._metadata[meta.name], self.stage_of[meta.name] = meta, stage_of[name]
         self._packing = {
-            item.hf_name: fp8_blocks.shard_plans(item.hf_name, shapes[item.hf_name], item.pieces)
+            item.hf_name: shard_plans(item.hf_name, shapes[item.hf_name], item.pieces)
             for item in self._items
             if len(self._tensors[item.hf_name]) > 1
         }
@@ -140,23 +125,13 @@ class LiveWeights:
         """The tensors that this stage yields, in their order."""
         return [meta.name for item in self._items for meta in self._tensors[item.hf_name]]
 
-    def groups(self) -> list[list[str]]:
-        """The same, a group for each layer; what comes before and after the layers is a group each."""
-        return [list(names) for _, names in itertools.groupby(self.held_names(), key=_number)]
-
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
         """A fresh pass: name and whole tensor, in new memory on the CPU; None for the tensor on all TP ranks but the first."""
         for name in self.held_names():
             meta = self._metadata[name]
-            whole = torch.empty(meta.shape, dtype=meta.dtype) if self._tp_rank == 0 else None
+            whole = torch.empty(meta.shape, dtype=meta.dtype) if self._receives else None
             self.fill(name, whole)
             yield name, whole
-
-    def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor | None]]]:
-        """The same, a batch for each of `groups`."""
-        pairs = iter(self)
-        for names in self.groups():
-            yield names, [next(pairs)[1] for _ in names]
 
     def fill(self, name: str, whole: Tensor | None) -> None:
         """Writes one of this stage's tensors into memory that is there. All TP ranks call it, for one tensor after the other;
@@ -177,7 +152,7 @@ class LiveWeights:
             whole.copy_(scales)
 
     def fill_together(self, names: Sequence[str], wholes: Sequence[Tensor | None]) -> None:
-        """The same for tensors that lie on the parameters' device, with one message a rank and, on a GPU, a few launches.
+        """Does as `fill` for tensors that lie on the parameters' device, with one message a rank and, on a GPU, a few launches.
 
         What travels as FP8 blocks goes one after the other.
 
@@ -200,49 +175,44 @@ class LiveWeights:
 
     @torch.no_grad()
     def _pass(self, items: Sequence[Outbound], wholes: Sequence[Tensor | None], copies: Copies = copy_each) -> None:
-        if self._tp_rank == 0:
-            gather(items, wholes, self._tp_group, copies)
+        if self._receives:
+            gather(items, wholes, self._shard, copies)
         else:
-            send(items, self._dtype, self._tp_group, self._tp_rank, copies)
+            send(items, self._dtype, self._shard, copies)
 
     @torch.no_grad()
     def _pass_blocks(self, item: Outbound, numbers: Tensor | None) -> None:
-        """A matrix's numbers; its scales are kept for the next call."""
+        """Passes a matrix's numbers; its scales are kept for the next call."""
         of_numbers, of_scales = self._tensors[item.hf_name]
         plans, scales = self._packing[item.hf_name], None
-        if self._tp_rank:
+        group = self._shard.tensor_group
+        if not self._receives:
             if plans:
-                fp8_blocks.send(item.parameter, plans, self._tp_group, self._tp_rank)
+                send_blocks(item.parameter, plans, group, self._shard.grid.tensor_rank)
             else:
-                send([item], item.parameter.dtype, self._tp_group, self._tp_rank)
+                send([item], item.parameter.dtype, self._shard)
         else:
             scales = torch.empty(of_scales.shape, dtype=of_scales.dtype, device=item.parameter.device)
             if plans:
-                fp8_blocks.gather(item.parameter, plans, numbers, scales, self._tp_group)
+                gather_blocks(item.parameter, plans, numbers, scales, group)
             else:
                 whole = torch.empty(of_numbers.shape, dtype=item.parameter.dtype, device=item.parameter.device)
-                gather([item], [whole], self._tp_group)
-                fp8_blocks.quantize_whole(whole, numbers, scales)
+                gather([item], [whole], self._shard)
+                quantize_whole(whole, numbers, scales)
         self._scales[of_scales.name] = scales
 
 
 def _tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, fp8: bool) -> list[WeightMeta]:
-    """One of the model's tensors as it travels."""
-    if not (fp8 and fp8_blocks.is_quantized(name)):
+    """The tensors as which one of the model's travels."""
+    if not (fp8 and is_quantized(name)):
         return [WeightMeta(name, dtype, shape)]
-    scales = WeightMeta(fp8_blocks.scales_name(name), fp8_blocks.SCALES, fp8_blocks.scales_shape(shape))
-    return [WeightMeta(name, fp8_blocks.NUMBERS, shape), scales]
-
-
-def _number(hf_name: str) -> tuple[str, ...]:
-    """What a tensor's group goes by: all before its layer's number, and that."""
-    parts = hf_name.split(".")
-    found = next((at for at, part in enumerate(parts) if part.isdigit()), None)
-    return () if found is None else tuple(parts[: found + 1])
+    scales = WeightMeta(scales_name(name), SCALES, scales_shape(shape))
+    return [WeightMeta(name, NUMBERS, shape), scales]
 
 
 def _layer(hf_name: str, family: Family) -> float:
-    """Where a tensor comes in the stream."""
-    if number := _number(hf_name):
-        return int(number[-1])
+    """A tensor's place in the stream: its layer's number; the embedding comes before, all else after the layers."""
+    number = next((part for part in hf_name.split(".") if part.isdigit()), None)
+    if number is not None:
+        return int(number)
     return -1 if hf_name == family.embedding else math.inf

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from tulu_mega.config.effects import Effect
 from tulu_mega.config.sections import ModelSettings, PositiveInt, Section
 
 Seconds = Annotated[float, Field(gt=0)]
+# The registry lies above settings and is asked by name; it does without torch.
+Transport = Literal[("auto", *import_module("tulu_mega.weight_transfer.transports").names())]
 
 
 class RolloutSettings(Section):
-    servers: PositiveInt = 1
+    servers: Annotated[PositiveInt, Effect.NONE] = 1
     """vLLM servers that the launcher starts on this machine."""
-    tensor: PositiveInt = 1
+    tensor: Annotated[PositiveInt, Effect.NONE] = 1
     """vLLM's tensor parallel size, of each server."""
-    urls: list[str] = []
+    urls: Annotated[list[str], Effect.NONE] = []
     """Servers that run already (`tulu-mega serve`, on any node), instead of ones started here; their key is read from
     TULU_MEGA_ROLLOUT_KEY."""
     dtype: Literal["model", "bf16", "fp32"] = "model"
@@ -24,29 +28,29 @@ class RolloutSettings(Section):
     quantization: Literal["none", "fp8"] = "none"
     """`fp8`: the servers' layers compute in FP8 with scales for blocks of 128 x 128 weights, quantized by the trainer as it sends
     them; the trainer's own precision is its own (`precision.fp8`). Needs servers in bf16."""
-    max_model_len: PositiveInt | None = None
+    max_model_len: Annotated[PositiveInt | None, Effect.NONE] = None
     """Longest prompt and response together; what [data] and [sampling] may need when unset."""
-    gpu_memory: Annotated[float, Field(gt=0, le=1)] | None = None
+    gpu_memory: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Effect.NONE] = None
     """Share of a GPU's memory that a server takes: 0.9 when unset. Has to be set where servers share a GPU with one another or
     with the trainer."""
-    cpu_cache_gib: PositiveInt = 1
+    cpu_cache_gib: Annotated[PositiveInt, Effect.NONE] = 1
     """Gibibytes of a server's key-value cache on a CPU."""
-    concurrency: PositiveInt = 256
+    concurrency: Annotated[PositiveInt, Effect.NONE] = 256
     """Responses that a server computes at once; the others wait there."""
-    transport: Literal["auto", "shm", "gloo", "nccl", "ipc"] = "auto"
+    transport: Annotated[Transport, Effect.NONE] = "auto"
     """How weights travel: shared memory (one host), gloo (several), NCCL or CUDA IPC (GPUs). `auto`: by where the servers are."""
-    bucket_mib: PositiveInt = 256
+    bucket_mib: Annotated[PositiveInt, Effect.NONE] = 256
     """Mebibytes of weights sent at once; a tensor larger than that has a bucket of its own."""
-    start_timeout: Seconds = 600.0
+    start_timeout: Annotated[Seconds, Effect.NONE] = 600.0
     """Seconds a server may take to start."""
-    request_timeout: Seconds = 600.0
+    request_timeout: Annotated[Seconds, Effect.NONE] = 600.0
     """Seconds that may pass between two answers of a server; then what it has not answered is asked again elsewhere, or of the
     same one, started again, where there is no other."""
-    update_timeout: Seconds = 300.0
+    update_timeout: Annotated[Seconds, Effect.NONE] = 300.0
     """Seconds a bucket of weights may take to be loaded."""
-    retries: Annotated[int, Field(ge=0)] = 2
+    retries: Annotated[int, Field(ge=0), Effect.NONE] = 2
     """Times a request that failed is asked again, on another server where there is one."""
-    restarts: Annotated[int, Field(ge=0)] = 3
+    restarts: Annotated[int, Field(ge=0), Effect.NONE] = 3
     """Times that the launcher starts each server anew after it died or got stuck."""
 
     @property

@@ -13,12 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.files.disk import begin_reading
 from tulu_mega.bridge.files.hf_files import HfCheckpoint
 from tulu_mega.bridge.files.megatron_files import MegatronCheckpoint
 from tulu_mega.bridge.megatron_keys import Slab, StoredParameter, stored_parameters
 from tulu_mega.bridge.rules import Config, Family, Piece
 from tulu_mega.convert.manifest import hashes, matches
+from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
 
 
@@ -54,15 +56,15 @@ class HfSource:
 
     def fill(self, slab: Slab, out: Tensor) -> None:
         filled = 0
-        for piece in self._family.pieces(slab.parameter.name, 0, 1, self._config):
-            start, stop = piece.local_region[0]
+        for piece in self._family.pieces(slab.parameter.name, self._config, ShardGrid()):
+            start, stop = piece.local_box[0]
             low, high = max(start, slab.start), min(stop, slab.stop)
             if low >= high:
                 continue
-            first = piece.hf_region[0][0] + low - start
-            region = ((first, first + high - low), *piece.hf_region[1:])
+            first = piece.hf_box[0][0] + low - start
+            rows = Box(((first, first + high - low), *piece.hf_box[1:]))
             self._check(piece.hf_name)
-            values = self._checkpoint.read_region(piece.hf_name, region)
+            values = self._checkpoint.read_box(piece.hf_name, rows)
             begin_reading(values)
             out[low - slab.start : high - slab.start].copy_(values)
             filled = high - slab.start
@@ -76,7 +78,7 @@ class HfSource:
         return sorted({self._checkpoint.path / info.file for info in self._checkpoint.tensors.values()})
 
     def _whole(self, name: str) -> Tensor:
-        whole = self._checkpoint.read_region(name, tuple((0, extent) for extent in self._checkpoint.tensors[name].shape))
+        whole = self._checkpoint.read_box(name, Box.whole(self._checkpoint.tensors[name].shape))
         begin_reading(whole)
         return whole
 
@@ -102,7 +104,7 @@ class MegatronSource:
         self._hashed = _hashed_slabs(hashes(directory), parameters)
         self._places: dict[str, list[tuple[StoredParameter, Piece]]] = defaultdict(list)
         for parameter in parameters:
-            for piece in family.pieces(parameter.name, 0, 1, config):
+            for piece in family.pieces(parameter.name, config, ShardGrid()):
                 self._places[piece.hf_name].append((parameter, piece))
         self._at: tuple[str, Tensor] | None = None
         # one parameter after another lies in the same memory: fresh memory costs as much as filling it
@@ -113,7 +115,7 @@ class MegatronSource:
         parameter = slab.parameter
         known = self._hashed.get(parameter.name)
         if not known:
-            self._checkpoint.read(parameter.key, slab.region, out)
+            self._checkpoint.read(parameter.key, slab.box, out)
             return
         dtype = self._checkpoint.tensors[parameter.key][1]
         for stored, wanted in known:
@@ -123,16 +125,16 @@ class MegatronSource:
             box = out[low - slab.start : high - slab.start]
             whole = box.dtype == dtype and (low, high) == (stored.start, stored.stop)
             held = box if whole else torch.empty(stored.shape, dtype=dtype)
-            self._checkpoint.read(parameter.key, stored.region, held)
+            self._checkpoint.read(parameter.key, stored.box, held)
             if not matches(held, wanted):
-                raise UserError(_damaged(self._checkpoint.file(parameter.key, stored.region), stored.name))
+                raise UserError(_damaged(self._checkpoint.file(parameter.key, stored.box), stored.name))
             if not whole:
                 box.copy_(held[low - stored.start : high - stored.start])
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         places = self._places[name]
         whole = self._whole(places[0][0], dtype)
-        boxes = [whole[tuple(slice(*extent) for extent in piece.local_region)] for _, piece in places]
+        boxes = [whole[piece.local_box.slices] for _, piece in places]
         return boxes[0] if len(boxes) == 1 else torch.cat(boxes)
 
     def files(self) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.files import megatron_files
 from tulu_mega.bridge.files.hf_files import HfCheckpoint
 from tulu_mega.bridge.files.hf_writer import ShardWriter, plan_files, tensor_info, write_index
@@ -18,6 +19,7 @@ from tulu_mega.bridge.megatron_keys import Slab, slabs, stored_parameters
 from tulu_mega.bridge.rules import Config, Family
 from tulu_mega.convert.manifest import Entry, FileRecord, entry
 from tulu_mega.convert.sources import Source
+from tulu_mega.distributed.grid import ShardGrid
 
 _SLAB_BYTES = 64 * 2**20  # small enough to keep a buffer of each size that occurs
 
@@ -45,7 +47,7 @@ class HfTarget:
         shapes = family.hf_shapes(config)
         # tensors that are made of one parameter are neighbours, so that it is read once
         order = dict.fromkeys(
-            piece.hf_name for each in stored_parameters(family, config) for piece in family.pieces(each.name, 0, 1, config)
+            piece.hf_name for each in stored_parameters(family, config) for piece in family.pieces(each.name, config, ShardGrid())
         )
         self._dtype = dtype
         self._plan = plan_files([{name: tensor_info(shapes[name], dtype) for name in order}], file_bytes)
@@ -67,7 +69,7 @@ class HfTarget:
         held = {name: replace(tensor_info(each.shape, self._dtype), file=file) for name, each in record.tensors.items()}
         opened = HfCheckpoint(directory, {}, held)
         for name, each in record.tensors.items():
-            yield name, opened.read_region(name, tuple((0, extent) for extent in each.shape))
+            yield name, opened.read_box(name, Box.whole(each.shape))
         opened.close()
 
     def finish(self, directory: Path, records: list[FileRecord]) -> None:
@@ -112,7 +114,7 @@ class MegatronTarget:
         opened = megatron_files.opened(directory, {number: self._places(number, record)}, self._dtype)
         for slab in self._files[number]:
             tensor = torch.empty(slab.shape, dtype=self._dtype)
-            opened.read(slab.parameter.key, slab.region, tensor)
+            opened.read(slab.parameter.key, slab.box, tensor)
             yield slab.name, tensor
 
     def finish(self, directory: Path, records: list[FileRecord]) -> None:

@@ -7,32 +7,20 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
 
 from tulu_mega.config import ParallelSettings
+from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
 from tulu_mega.platforms import Platform
 
 
 @dataclass(frozen=True)
-class Topology:
-    """Sizes and this process's coordinates along every axis, and the groups that span them."""
-
-    tensor: int
-    pipeline: int
-    context: int
-    data: int
-    rank: int
-    tensor_rank: int
-    pipeline_rank: int
-    context_rank: int
-    data_rank: int
-    virtual: int = 1
-    """model chunks on each pipeline rank"""
+class Topology(ShardGrid):
+    """The grid seen from this process, and the process groups that span its axes."""
 
     def __str__(self) -> str:
         chunks = f"·VPP{self.virtual}" if self.virtual > 1 else ""
@@ -41,7 +29,7 @@ class Topology:
     @property
     def size(self) -> int:
         """Processes in the world."""
-        return self.tensor * self.pipeline * self.context * self.data
+        return self.world
 
     @property
     def first_stage(self) -> bool:
@@ -65,18 +53,6 @@ class Topology:
         return parallel_state.get_pipeline_model_parallel_group()
 
     @property
-    def model_shard(self) -> dict[str, Any]:
-        """Group, rank and size along the two axes that cut the weights, by the names that the bridge has for them."""
-        return {
-            "tp_group": self.tensor_group,
-            "tp_rank": self.tensor_rank,
-            "tp_size": self.tensor,
-            "pp_group": self.pipeline_group,
-            "pp_rank": self.pipeline_rank,
-            "pp_size": self.pipeline,
-        }
-
-    @property
     def context_group(self) -> ProcessGroup:
         return parallel_state.get_context_parallel_group()
 
@@ -84,24 +60,6 @@ class Topology:
     def data_context_group(self) -> ProcessGroup:
         """The ranks gradients are summed over: DP x CP."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
-def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
-    """DP size that fills the world.
-
-    Raises:
-        UserError: when the layout does not divide or does not match the world.
-    """
-    layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
-    if world_size % parallel.model_parallel:
-        raise UserError(f"{layout} = {parallel.model_parallel} does not divide the world of {world_size} processes")
-    data = world_size // parallel.model_parallel
-    if parallel.data not in (None, data):
-        raise UserError(
-            f"parallel.data = {parallel.data}, but {layout} leaves {data} in a world of {world_size} processes; "
-            "leave parallel.data out or start another number of processes"
-        )
-    return data
 
 
 def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: timedelta = timedelta(minutes=30)) -> Topology:
@@ -123,7 +81,7 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         # entries of the flight recorder, for whoever looks into a hang: under NCCL a step of a pipeline has hundreds
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000" if platform.backend == "nccl" else "256")
         dist.init_process_group(platform.backend, timeout=timeout)
-    data = data_parallel_size(parallel, dist.get_world_size())
+    data = parallel.replicas(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -133,18 +91,35 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         create_gloo_process_groups=platform.backend == "nccl",  # where gloo carries everything the groups serve as they are
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return Topology(
+    here = Topology(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
+        virtual=parallel.virtual_pipeline,
         context=parallel.context,
         data=data,
         rank=dist.get_rank(),
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        context_rank=parallel_state.get_context_parallel_rank(),
-        data_rank=parallel_state.get_data_parallel_rank(),
-        virtual=parallel.virtual_pipeline,
     )
+    _check_order(here)
+    return here
+
+
+def _check_order(here: Topology) -> None:
+    """Compares megatron-core's numbering of the ranks with the grid's.
+
+    Raises:
+        RuntimeError: they differ, and the grid would tell other weights to be here than are.
+    """
+    ours = (here.tensor_rank, here.pipeline_rank, here.context_rank, here.data_rank)
+    theirs = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    if ours != theirs:
+        raise RuntimeError(
+            f"{here}: (TP, PP, CP, DP) ranks are {theirs} for megatron-core, {ours} in the grid; correct distributed.grid.AXES"
+        )
 
 
 def _check_store() -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 from tulu_mega.errors import Stopped
-from tulu_mega.launch.launcher import AGENT_PID, ASKS, FINAL, KILLED, tell_killed
+from tulu_mega.launch.reporting import AGENT_PID, ASKS, FINAL, KILLED, tell_killed
 
 _HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 _MENDABLE = 2

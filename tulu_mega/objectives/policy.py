@@ -25,10 +25,19 @@ class PolicyObjective(PolicyLoss):
         Args:
             max_tokens: longest response, of ``[sampling]``.
         """
-        names = (
-            "loss", "clip_low", "clip_high", "aggregation", "beta", "kl", "entropy", "importance", "importance_cap", "mask_above",
-        )  # fmt: skip
-        return cls(max_tokens=max_tokens, **{name: getattr(settings, name) for name in names})
+        return cls(
+            max_tokens=max_tokens,
+            loss=settings.loss,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            aggregation=settings.aggregation,
+            beta=settings.beta,
+            kl=settings.kl,
+            entropy=settings.entropy,
+            importance=settings.importance,
+            importance_cap=settings.importance_cap,
+            mask_above=settings.mask_above,
+        )
 
     @property
     def reported(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from tulu_mega.launch.launcher import World
 from tulu_mega.model.config import DTYPES
 from tulu_mega.objectives.preference import PreferenceObjective
 from tulu_mega.train import reference_cache
-from tulu_mega.train.dataset_run import Stage, opened_stage
+from tulu_mega.train.dataset_run import DatasetRun, opened_run
 from tulu_mega.train.engine import BatchLoss
 
 REFERENCE = "reference"
@@ -32,33 +32,33 @@ def run(settings: DpoSettings, world: World) -> None:
         UserError: on every rank, for whatever the user can mend.
     """
     objective = PreferenceObjective(**settings.preference.model_dump())
-    with opened_stage(settings, world, reward=False) as stage:
+    with opened_run(settings, world, reward=False) as training:
         columns, first = (lambda store: None), None
         if settings.preference.reads_reference:
-            columns = functools.partial(_reference, stage, reference_cache.weights_digest(stage.session.source))
+            columns = functools.partial(_reference, training, reference_cache.weights_digest(training.session.source))
             first = functools.partial(check_first_loss, settings, objective)
-        loader = stage.loader(columns(stage.store))
-        heldout = stage.heldout_store()
-        evaluated = stage.heldout(heldout, objective, columns(heldout)) if heldout else None
+        loader = training.loader(columns(training.store))
+        heldout = training.heldout_store()
+        evaluated = training.heldout(heldout, objective, columns(heldout)) if heldout else None
         if not settings.reference.only:
-            stage.fit(objective, loader, evaluated, first)
+            training.fit(objective, loader, evaluated, first)
 
 
-def _reference(stage: Stage, weights: str, store: TokenStore) -> dict[str, np.ndarray]:
+def _reference(training: DatasetRun, weights: str, store: TokenStore) -> dict[str, np.ndarray]:
     """For each sequence the initial weights' sum of log-probabilities; from the cache, completed where it lacks some.
 
     Args:
         weights: their digest.
     """
-    settings = stage.settings
+    settings = training.settings
     computed = settings.precision.megatron | settings.megatron
     key = reference_cache.content_key(weights, settings.model.dtype, computed, store)
-    root = Path(settings.reference.cache).expanduser() if settings.reference.cache else stage.run_dir / REFERENCE
+    root = Path(settings.reference.cache).expanduser() if settings.reference.cache else training.run_dir / REFERENCE
     cache = reference_cache.ReferenceCache.under(root, key, len(store))
     if missing := reference_cache.missing_parts(cache):
-        stage.initial_weights()  # never those of a checkpoint: that would be another reference
+        training.initial_weights()  # never those of a checkpoint: that would be another reference
         capacity = settings.data.pack_length or 2 * settings.data.max_length
-        reference_cache.fill(stage.session.engine, store, cache, missing, capacity, functools.partial(print, flush=True))
+        reference_cache.fill(training.session.engine, store, cache, missing, capacity, functools.partial(print, flush=True))
     return {"ref_logp_S": cache.values()}
 
 

@@ -9,24 +9,18 @@ types; see :func:`read_constraint`.
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NewType, get_type_hints
+from typing import Any, get_type_hints
 
-from langdetect import PROFILES_DIRECTORY, DetectorFactory, LangDetectException
+from langdetect import LangDetectException
 
 from tulu_mega.errors import nearest
-
-Quantifier = Literal["at least", "around", "at most"]
-Letter = NewType("Letter", str)
-Index = NewType("Index", int)
-Language = NewType("Language", str)
-Options = NewType("Options", list)
+from tulu_mega.rewards.arguments import READERS, Index, Language, Letter, Options, Quantifier, languages
 
 Function = Callable[..., bool]
 CONSTRAINTS: dict[str, Function] = {}
@@ -76,7 +70,7 @@ def validate_response_language(text: str, language: Language) -> bool:
 
     The detector's dice are seeded, so that a reply has one language; a reply without letters has none and fails.
     """
-    detector = _languages().create()
+    detector = languages().create()
     detector.append(text)
     try:
         return detector.detect() == language
@@ -344,78 +338,7 @@ def _capital_words(text: str) -> int:
 
 
 @functools.cache
-def _languages() -> DetectorFactory:
-    factory = DetectorFactory()
-    factory.set_seed(0)
-    factory.load_profile(PROFILES_DIRECTORY)
-    return factory
-
-
-@functools.cache
 def _readers(name: str) -> dict[str, Callable[[Any], Any]]:
     function = CONSTRAINTS[name]
     kinds = get_type_hints(function)
-    return {argument: _READERS[kinds[argument]] for argument in list(inspect.signature(function).parameters)[1:]}
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
-        raise ValueError("a count")
-    return int(value)  # tables with gaps turn integers into floats
-
-
-def _index(value: Any) -> int:
-    if _count(value) < 1:
-        raise ValueError("a count from 1")
-    return int(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("a text")
-    return value
-
-
-def _letter(value: Any) -> str:
-    if not isinstance(value, str) or len(value) != 1:
-        raise ValueError("a single letter")
-    return value
-
-
-def _words(value: Any) -> list[str]:
-    if not isinstance(value, list) or not value or not all(isinstance(word, str) and word for word in value):
-        raise ValueError("a list of words")
-    return value
-
-
-def _options(value: Any) -> list[str]:
-    if isinstance(value, str):
-        try:
-            value = list(ast.literal_eval(value))
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = [option.strip(" '\"") for option in re.split(r"[,/;]", value)]
-    return _words(value)
-
-
-def _quantifier(value: Any) -> str:
-    if value not in ("at least", "around", "at most"):
-        raise ValueError("'at least', 'around' or 'at most'")
-    return value
-
-
-def _language(value: Any) -> str:
-    if value not in _languages().get_lang_list():
-        raise ValueError(f"one of the languages {', '.join(sorted(_languages().get_lang_list()))}")
-    return value
-
-
-_READERS: dict[Any, Callable[[Any], Any]] = {
-    int: _count,
-    str: _text,
-    list[str]: _words,
-    Quantifier: _quantifier,
-    Letter: _letter,
-    Index: _index,
-    Language: _language,
-    Options: _options,
-}
+    return {argument: READERS[kinds[argument]] for argument in list(inspect.signature(function).parameters)[1:]}

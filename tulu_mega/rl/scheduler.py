@@ -120,10 +120,6 @@ class Scheduler:
         settings: of the run.
         ends: tokens that end a response, besides those that the servers' model directory names: the tokenizer's eos. Servers
             know no tokenizer.
-        max_policy_lag: steps that the weights which answer may lie behind; only 0 is offered yet.
-
-    Raises:
-        ValueError: another lag.
     """
 
     def __init__(
@@ -133,10 +129,7 @@ class Scheduler:
         rewards: Rewards,
         settings: GrpoSettings,
         ends: tuple[int, ...],
-        max_policy_lag: int = 0,
     ):
-        if max_policy_lag != 0:
-            raise ValueError(f"max_policy_lag = {max_policy_lag}: only 0, synchronous, is offered yet")
         self._prompts, self._generator, self._rewards, self._settings = prompts, generator, rewards, settings
         self._ends = ends
         self._stream = PromptStream(len(prompts), settings.seed, settings.data.shuffle)

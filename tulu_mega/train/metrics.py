@@ -29,11 +29,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tulu_mega.config import RunSettings, WandbSettings
 from tulu_mega.errors import Stopped
+from tulu_mega.layout.hardware import named_peak
 
 if TYPE_CHECKING:
     import torch
 
-    from tulu_mega.resilience.stragglers import Slowest
+    from tulu_mega.resilience.guards import GuardReport
 
 FILE = "metrics.jsonl"
 
@@ -55,26 +56,26 @@ class StepSeconds:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the recipe knows after a step, over the whole global batch."""
+    """A recipe's figures of a step, over the whole global batch."""
 
     step: int
-    """finished steps, this one included"""
+    """Number of finished steps, this one included."""
     loss: float
     grad_norm: float
-    """before clipping"""
+    """Gradient norm before clipping."""
     lr: float
     tokens: int
-    """real tokens, padding not counted"""
+    """Number of tokens without padding."""
     supervised_tokens: int
     padding: float
-    """share of the packed positions that hold none of the tokens, 0..1"""
+    """Share of the packed positions that hold no token, 0 to 1."""
     flops: float
-    """of the whole step over all ranks (`planner.flops.training_flops`)"""
+    """FLOP of the whole step, all ranks together (`layout.flops.training_flops`)."""
     seconds: StepSeconds
     extra: Mapping[str, float | int | None] = field(default_factory=dict)
-    """further values, written under their own names"""
+    """Further values by their names in metrics.jsonl."""
     told: tuple[str, ...] = ()
-    """those of them that the console's line has too"""
+    """Names of the further values that the console line shows."""
 
 
 class MetricsLog:
@@ -118,17 +119,17 @@ class MetricsLog:
     def __exit__(self, exception_type, *_: object) -> None:
         self.close(failed=exception_type not in (None, Stopped))
 
-    def step(self, record: StepRecord, slowest: Slowest | None = None) -> None:
+    def step(self, record: StepRecord, guards: GuardReport | None = None) -> None:
         """Reports one step; its line is on disk when this returns (with the operating system, not yet synced).
 
         Args:
-            slowest: rank, after steps that it was looked for.
+            guards: what the guards add to the step's figures, to its console line and to standard error.
         """
-        values = self._values(record) | (slowest.figures if slowest else {})
+        values = self._values(record) | dict(guards.figures if guards else {})
         self._file.write(json.dumps({name: _json_number(value) for name, value in values.items()}, allow_nan=False) + "\n")
         self._file.flush()
-        self._console.step(values, record.told, slowest)
-        for warning in slowest.warnings if slowest else ():
+        self._console.step(values, record.told, guards.remark if guards else "")
+        for warning in guards.warnings if guards else ():
             print(f"warning: step {record.step}: {warning}", file=sys.stderr, flush=True)
         self._wandb.log(values)
 
@@ -193,10 +194,6 @@ def _json_number(value: Any) -> Any:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-_BEHIND = 1.1
-"""times the median's: what the console tells of; less is the weather"""
-
-
 class _Console:
     """One readable line every few steps; on a terminal a progress bar below them."""
 
@@ -214,7 +211,7 @@ class _Console:
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 
-    def step(self, values: Mapping[str, Any], told: Sequence[str] = (), slowest: Slowest | None = None) -> None:
+    def step(self, values: Mapping[str, Any], told: Sequence[str] = (), remark: str = "") -> None:
         now = time.monotonic()
         self._seconds.append(now - self._last)
         self._last = now
@@ -226,12 +223,11 @@ class _Console:
             return
         mfu = f"  mfu {values['mfu']:.1%}" if values["mfu"] is not None else ""
         more = "".join(f"{name.replace('_', ' ')} {values[name]:.3g}  " for name in told)
-        behind = slowest and slowest.times >= _BEHIND
-        slow = f"slowest rank {slowest.rank} ({slowest.host}) {slowest.times:.2f}x  " if behind else ""
+        remark = f"{remark}  " if remark else ""
         line = (
             f"step {step:>{len(str(self._total))}}/{self._total}  {more}loss {values['loss']:.4f}  "
             f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s{mfu}  {slow}{left} left"
+            f"{values['tokens_per_second']:,.0f} tokens/s{mfu}  {remark}{left} left"
         )
         self.say(line)
 
@@ -304,17 +300,6 @@ class _Wandb:
         )
 
 
-# Dense peaks in FLOP/s from NVIDIA's data sheets, without sparsity; fp32 without TF32, as torch computes by default.
-_PEAKS = {
-    "H200": (989e12, 67e12),
-    "GH200": (989e12, 67e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-}
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense peak FLOP/s of a device in bf16 or fp32.
 
@@ -329,12 +314,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return _measured_cpu_peak(dtype)
     name = torch.cuda.get_device_name(device)
     return named_peak(name, dtype == torch.float32)
-
-
-def named_peak(name: str, fp32: bool) -> float | None:
-    """Peak FLOP/s of a GPU by the name its driver gives; None when unknown."""
-    known = [key for key in _PEAKS if all(word in name.replace("-", " ").split() for word in key.split())]
-    return _PEAKS[max(known, key=len)][int(fp32)] if known else None
 
 
 @functools.cache

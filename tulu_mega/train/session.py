@@ -19,6 +19,8 @@ from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.bridge.files.hf_files import HfCheckpoint
 from tulu_mega.bridge.files.hub import is_megatron, model_directory
 from tulu_mega.bridge.live import export_hf, load_hf
+from tulu_mega.bridge.rules import Config
+from tulu_mega.bridge.shards import ModelShard
 from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import EngineSettings, RolloutSettings
 from tulu_mega.distributed import topology
@@ -34,8 +36,7 @@ from tulu_mega.platforms import Platform
 from tulu_mega.resilience.watchdog import Watchdog
 from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import Engine
-from tulu_mega.weight_transfer.sender import Sender
-from tulu_mega.weight_transfer.transfer import stream_dtype
+from tulu_mega.weight_transfer.sender import Sender, stream_dtype
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,19 @@ class Session:
             checkpoint.load_weights(self.engine, self.source, leave=drawn)
         else:
             with contextlib.closing(HfCheckpoint.open(self.source)) as files:
-                for chunk in self.engine.chunks:
-                    load_hf(chunk, files, family, self.topology.tensor_rank, self.topology.tensor, leave=drawn)
+                load_hf(self.shard(files.config), files, leave=drawn)
         if drawn:
             for chunk in self.engine.chunks:
                 chunk.initialise_head(self.seed)
+
+    def shard(self, config: Config) -> ModelShard:
+        """This rank's part of the model.
+
+        Args:
+            config: the config.json by which the model is read, written or sent.
+        """
+        place = self.topology
+        return ModelShard(self.engine.chunks, config, family_for(config), place, place.tensor_group, place.pipeline_group)
 
     def beside(self, path: str, reward: bool) -> Session:
         """Another model under the same layout, weights loaded, for scoring: nothing of it but the weights takes memory.
@@ -117,19 +126,12 @@ class Session:
         Args:
             rollout: what the servers take.
         """
-        place, engine = self.topology, self.engine
-        config, weights = engine.hf.to_dict(), None
-        if place.data_rank == 0 and place.context_rank == 0:
-            weights = LiveWeights(
-                engine.chunks,
-                config,
-                family_for(config),
-                stream_dtype(self.settings.model.dtype, rollout.dtype),
-                fp8=rollout.quantization == "fp8",
-                **place.model_shard,
-                kernels=self.settings.model.kernels,
-            )
-        sends = weights is not None and place.tensor_rank == 0
+        place, engine, weights = self.topology, self.engine, None
+        if place.first_copy:
+            dtype = stream_dtype(self.settings.model.dtype, rollout.dtype)
+            fp8, kernels = rollout.quantization == "fp8", self.settings.model.kernels
+            weights = LiveWeights(self.shard(engine.hf.to_dict()), dtype, fp8=fp8, kernels=kernels)
+        sends = place.gives_whole_tensors
         # what `engine.at` is may change after this
         return Sender(weights, sends, place.pipeline_rank, engine.platform.device, lambda what: engine.at(what), engine.settle)
 
@@ -141,23 +143,13 @@ class Session:
         Raises:
             UserError: the directory cannot be used.
         """
-        place = self.topology
         self.engine.at("export")
         self.engine.settle()
         config = read_config(self.source)
         if self.engine.reward:
             config |= reward_fields(family_for(config), config)
         export_hf(
-            self.engine.chunks,
-            directory,
-            config,
-            family_for(config),
-            **place.model_shard,
-            is_writer=place.data_rank == 0 and place.context_rank == 0,
-            dtype=dtype,
-            source_directory=self.source,
-            extra_files=extra_files,
-            tokenizer=tokenizer,
+            self.shard(config), directory, dtype, source_directory=self.source, extra_files=extra_files, tokenizer=tokenizer
         )
 
 

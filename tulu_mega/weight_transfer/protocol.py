@@ -14,10 +14,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tulu_mega.weight_transfer.slots import SLOTS
+
 ALIGNMENT = 64
 """Bytes that a tensor's place in a bucket is a multiple of."""
-SLOTS = 3
-"""Buckets of a sender that may be under way: one is filled, one on its way or waiting, one loaded."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
 """Types on the wire."""
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from tulu_kernels.dispatch import Backend, chosen
-from tulu_kernels.fp8_blocks.plan import BLOCK, Box, NotAligned, PackPlan, plan_pack
+from tulu_kernels.fp8_blocks.plan import BLOCK, NotAligned, PackPlan, Piece, plan_pack
 from tulu_kernels.fp8_blocks.reference import quantize
 
-__all__ = ["BLOCK", "Box", "NotAligned", "PackPlan", "pack", "plan_pack", "quantize"]
+__all__ = ["BLOCK", "NotAligned", "PackPlan", "Piece", "pack", "plan_pack", "quantize"]
 
 
 def pack(weight: Tensor, plan: PackPlan, into: Tensor, scales: Tensor, *, backend: Backend = "auto") -> None:
-    """Quantizes a shard's boxes into a bucket, in one launch on a GPU.
+    """Quantizes a shard's pieces into a bucket, in one launch on a GPU.
 
     The first call with a plan copies a table to the device; later ones wait for nothing and can be captured in a CUDA graph. Its
     replays need the plan to be there.
@@ -26,8 +26,8 @@ def pack(weight: Tensor, plan: PackPlan, into: Tensor, scales: Tensor, *, backen
     Args:
         weight: the shard, [rows, columns], bf16 or float32, columns adjacent in memory.
         plan: of this shard, see `plan_pack`.
-        into: uint8 of at least `plan.bytes`; box b becomes E4M3 bytes, rows adjacent, from ``plan.offsets[b]`` on.
-        scales: float32 of at least `plan.scales`; box b's, one row of blocks after another, from ``plan.scale_offsets[b]`` on.
+        into: uint8 of at least `plan.bytes`; piece b becomes E4M3 bytes, rows adjacent, from ``plan.offsets[b]`` on.
+        scales: float32 of at least `plan.scales`; piece b's, one row of blocks after another, from ``plan.scale_offsets[b]`` on.
             A number is its byte times its block's scale; a NaN makes all of its block NaN.
     """
     if chosen("fp8_blocks", weight.device, backend) == "triton":
@@ -35,8 +35,8 @@ def pack(weight: Tensor, plan: PackPlan, into: Tensor, scales: Tensor, *, backen
 
         pack_blocks(weight, plan, into, scales)
         return
-    for box, offset, scale_offset in zip(plan.boxes, plan.offsets, plan.scale_offsets, strict=True):
-        (top, bottom), (left, right) = box.local
+    for piece, offset, scale_offset in zip(plan.pieces, plan.offsets, plan.scale_offsets, strict=True):
+        (top, bottom), (left, right) = piece.local_box
         numbers, of_blocks = quantize(weight[top:bottom, left:right])
         into[offset : offset + numbers.numel()] = numbers.view(torch.uint8).flatten()
         scales[scale_offset : scale_offset + of_blocks.numel()] = of_blocks.flatten()

@@ -17,7 +17,7 @@ def pack_blocks(weight: Tensor, plan: PackPlan, into: Tensor, scales: Tensor) ->
     """See `tulu_kernels.fp8_blocks.pack`."""
     if weight.stride(1) != 1:
         raise ValueError(f"columns of the weight are {weight.stride(1)} apart, expected 1: pass a contiguous shard")
-    if not plan.boxes:
+    if not plan.pieces:
         return
     table = _table(plan, weight.device)
     aligned = weight.stride(0) % 8 == 0 and plan.in_vectors

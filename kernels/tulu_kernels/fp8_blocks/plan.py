@@ -17,26 +17,26 @@ import numpy as np
 BLOCK = 128
 _ALIGN = 16
 
-Region = tuple[tuple[int, int], tuple[int, int]]
+Box = tuple[tuple[int, int], tuple[int, int]]
 """(start, stop) of rows and of columns."""
 
 
 @dataclass(frozen=True)
-class Box:
-    """The box ``local`` of a shard is the box ``region`` of the tensor ``name``, which is of ``shape``."""
+class Piece:
+    """The box ``local_box`` of a shard is the box ``box`` of the tensor ``name``, which is of ``shape``."""
 
     name: str
     shape: tuple[int, int]
-    region: Region
-    local: Region
+    box: Box
+    local_box: Box
 
     @property
     def rows(self) -> int:
-        return self.region[0][1] - self.region[0][0]
+        return self.box[0][1] - self.box[0][0]
 
     @property
     def columns(self) -> int:
-        return self.region[1][1] - self.region[1][0]
+        return self.box[1][1] - self.box[1][0]
 
 
 class NotAligned(ValueError):
@@ -47,7 +47,7 @@ class NotAligned(ValueError):
 class PackPlan:
     """Of one shard; offsets are in bytes of the bucket and in scales."""
 
-    boxes: tuple[Box, ...]
+    pieces: tuple[Piece, ...]
     offsets: tuple[int, ...]
     """multiples of 16"""
     scale_offsets: tuple[int, ...]
@@ -60,12 +60,12 @@ class PackPlan:
         """int64 [blocks, 7], of each block: first row and column in the shard, rows, columns, byte of its first number, bytes
         between its rows, its scale."""
         lines = [np.empty((0, 7), np.int64)]
-        for box, offset, scale in zip(self.boxes, self.offsets, self.scale_offsets, strict=True):
-            down, across = -(-box.rows // BLOCK), -(-box.columns // BLOCK)
+        for piece, offset, scale in zip(self.pieces, self.offsets, self.scale_offsets, strict=True):
+            down, across = -(-piece.rows // BLOCK), -(-piece.columns // BLOCK)
             row, column = (each.ravel() * BLOCK for each in np.indices((down, across), np.int64))
             line = (
-                box.local[0][0] + row, box.local[1][0] + column, np.minimum(box.rows - row, BLOCK),
-                np.minimum(box.columns - column, BLOCK), offset + row * box.columns + column, box.columns,
+                piece.local_box[0][0] + row, piece.local_box[1][0] + column, np.minimum(piece.rows - row, BLOCK),
+                np.minimum(piece.columns - column, BLOCK), offset + row * piece.columns + column, piece.columns,
                 scale + np.arange(down * across),
             )  # fmt: skip
             lines.append(np.stack(np.broadcast_arrays(*line), 1))
@@ -74,28 +74,28 @@ class PackPlan:
     @cached_property
     def in_vectors(self) -> bool:
         """Whether sixteen columns at a time are inside a block or outside of it."""
-        return all(box.local[1][0] % 16 == 0 and box.columns % 16 == 0 for box in self.boxes)
+        return all(piece.local_box[1][0] % 16 == 0 and piece.columns % 16 == 0 for piece in self.pieces)
 
 
-def plan_pack(boxes: Sequence[Box]) -> PackPlan:
-    """Lays boxes out one after another, in the order given.
+def plan_pack(pieces: Sequence[Piece]) -> PackPlan:
+    """Lays pieces out one after another, in the order given.
 
     Raises:
-        NotAligned: a box cuts through a block of its tensor; says which, where and what to do.
-        ValueError: a box and its place in the shard differ in shape.
+        NotAligned: a piece cuts through a block of its tensor; says which, where and what to do.
+        ValueError: a piece and its place in the shard differ in shape.
     """
     offsets, scale_offsets, at, scale = [], [], 0, 0
-    for box in boxes:
-        if any(b - a != d - c for (a, b), (c, d) in zip(box.region, box.local, strict=True)):
-            raise ValueError(f"{box.name}: {box.region} of the tensor and {box.local} of the shard differ in shape")
-        for axis, ((start, stop), extent) in enumerate(zip(box.region, box.shape, strict=True)):
+    for piece in pieces:
+        if any(b - a != d - c for (a, b), (c, d) in zip(piece.box, piece.local_box, strict=True)):
+            raise ValueError(f"{piece.name}: {piece.box} of the tensor and {piece.local_box} of the shard differ in shape")
+        for axis, ((start, stop), extent) in enumerate(zip(piece.box, piece.shape, strict=True)):
             if start % BLOCK or (stop % BLOCK and stop != extent):
                 raise NotAligned(
-                    f"{box.name}: {'rows' if axis == 0 else 'columns'} {start} to {stop} of {extent} cut through blocks of "
+                    f"{piece.name}: {'rows' if axis == 0 else 'columns'} {start} to {stop} of {extent} cut through blocks of "
                     f"{BLOCK}; gather the tensor before quantizing, or choose a tensor size whose shards are whole blocks"
                 )
         offsets.append(at)
         scale_offsets.append(scale)
-        at += -(-box.rows * box.columns // _ALIGN) * _ALIGN
-        scale += -(-box.rows // BLOCK) * -(-box.columns // BLOCK)
-    return PackPlan(tuple(boxes), tuple(offsets), tuple(scale_offsets), at, scale)
+        at += -(-piece.rows * piece.columns // _ALIGN) * _ALIGN
+        scale += -(-piece.rows // BLOCK) * -(-piece.columns // BLOCK)
+    return PackPlan(tuple(pieces), tuple(offsets), tuple(scale_offsets), at, scale)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.lib import jobs, world
+from tests.lib import checkpoints, jobs, world
 from tests.lib.layouts import size, weights
 from tests.standins.transformer_engine.models import make_model
 from tests.train.test_training import STEPS, compare, reference
-from tulu_mega.bridge.fp8_parameters import in_fp8
+from tulu_mega.bridge.fp8 import in_fp8
 from tulu_mega.config import OptimSettings
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.train import checkpoint
@@ -86,13 +86,13 @@ def scales(directory: str, layout: dict[str, Any], folder: str, restored: bool) 
         engine = made.engine
         engine.prepare_training(OptimSettings(), 2)
         if restored:
-            checkpoint.restore(engine, checkpoint.find(Path(folder))[-1])
+            checkpoint.restore({"model": engine}, checkpoint.find(Path(folder))[-1])
         else:
             for step in range(2):
                 batch = jobs.share(made, jobs.sequences(engine.hf.vocab_size, seed=3 + step), 2)
                 loss = engine.forward_backward(batch, SftObjective("sum"))
                 engine.optimizer_step(step, loss.loss)
-            checkpoint.save(engine, Path(folder), 2, {}, keep=1)
+            checkpoints.save(engine, Path(folder), 2, {}, keep=1)
         found = {}
         for layer in engine.chunks[0].decoder.layers:
             linears = {name: part for name, part in layer.named_modules() if name.rpartition(".")[2].startswith("linear_")}
@@ -169,18 +169,18 @@ def test_a_run_goes_on_with_weights_in_fp8_or_without(model, tmp_path):
 
 def packed_in_blocks(directory: str) -> list[bool]:
     """Whether what goes to a server in FP8 blocks is that of the values of each matrix."""
-    from tulu_kernels.fp8_blocks import Box, plan_pack
+    from tulu_kernels.fp8_blocks import Piece, plan_pack
 
-    from tulu_mega.bridge import fp8_blocks
+    from tulu_mega.bridge import fp8
 
     found = []
     with jobs.session(directory, {}, "bf16", precision=KEPT_BLOCKWISE) as made:
         for parameter in filter(in_fp8, made.engine.chunks[0].parameters()):
             extent = tuple((0, length) for length in parameter.shape)
-            plan = plan_pack([Box("", tuple(parameter.shape), extent, extent)])
-            plain = fp8_blocks.packed(parameter.dequantize(dtype=torch.bfloat16), plan)
+            plan = plan_pack([Piece("", tuple(parameter.shape), extent, extent)])
+            plain = fp8.packed(parameter.dequantize(dtype=torch.bfloat16), plan)
             bytes_of = parameter._rowwise_data.view(torch.float8_e4m3fn).float()
-            sent = fp8_blocks.packed(parameter, plan)
+            sent = fp8.packed(parameter, plan)
             same = (sent[: plan.bytes].view(torch.float8_e4m3fn).float() == bytes_of.flatten()).float().mean()
             found.append(bool(torch.equal(sent, plain)) and float(same) > 0.999)
     return found

@@ -18,11 +18,13 @@ from tulu_mega.inference.client import RolloutClient
 from tulu_mega.inference.sampling import Sampling
 from tulu_mega.records import Rollout, Sequence
 from tulu_mega.train.session import Session
-from tulu_mega.weight_transfer import transfer
+from tulu_mega.weight_transfer import push as pushing
+from tulu_mega.weight_transfer import sender
+from tulu_mega.weight_transfer.attach import attach
 from tulu_mega.weight_transfer.control import ServerControl
 from tulu_mega.weight_transfer.protocol import checksum
+from tulu_mega.weight_transfer.push import SyncReport
 from tulu_mega.weight_transfer.server import ServerAddress
-from tulu_mega.weight_transfer.transfer import SyncReport, WeightSync
 
 PROMPTS = [[7 * i % 509 for i in range(start, start + length)] for start, length in ((1, 40), (3, 17), (100, 64), (9, 2))]
 SAMPLING = Sampling(max_tokens=24, temperature=1.0, samples=2, seed=5)
@@ -70,9 +72,8 @@ def push(
     """
     rollout = settings(**(changes or {}))
     with jobs.session(directory, layout, dtype, precision=precision) as made:
-        sync = WeightSync.connect(made.sender(rollout), servers, rollout)
-        report = sync.push(version)
-        sync.close()
+        with attach(made.sender(rollout), servers, rollout) as connection:
+            report = pushing.push(connection, version)
         if report.failed:
             return report, float("inf")
         box: list[Any] = [None]
@@ -114,7 +115,7 @@ def push_in_small_buckets(
     directory: str, servers: Several[ServerAddress], version: int, dtype: str, export: str | None
 ) -> tuple[SyncReport, float]:
     """As `push`, with buckets smaller than a layer."""
-    transfer._SMALL_BUCKET = 1  # a model has at least eight buckets
+    sender._SMALL_BUCKET = 1  # a model has at least eight buckets
     return push(directory, {}, servers, version, dtype, export)
 
 
@@ -130,9 +131,9 @@ def push_through_vllm(directory: str, server: ServerAddress, version: int) -> tu
 
     vllm_trainer.register()
     with jobs.session(directory, {}) as made:
-        sync = WeightSync.connect(made.sender(settings()), [server], settings())
-        source = vllm_trainer.Source(sync.weights)
-        info = vllm_trainer.TrainerInfo(sync, rank=0)
+        connection = attach(made.sender(settings()), [server], settings())
+        source = vllm_trainer.Source(connection.sender.weights)
+        info = vllm_trainer.TrainerInfo(connection, rank=0)
         control = ServerControl(server.url, server.key, 60)
         engine = WeightTransferTrainerFactory.trainer_init(info, client=control, source=source)
         groups = list(source.iter_groups())
@@ -152,20 +153,21 @@ def push_but_fail(directory: str, layout: dict[str, Any], server: ServerAddress,
         what every rank is told.
     """
     with jobs.session(directory, layout) as made:
-        sync = WeightSync.connect(made.sender(settings()), [server], settings())
+        connection = attach(made.sender(settings()), [server], settings())
         if made.topology.last_stage:
-            fill, names = sync.weights.fill, sync.weights.held_names()
+            weights = connection.sender.weights
+            fill, names = weights.fill, weights.held_names()
 
             def broken(name: str, *arguments: Any) -> None:
                 if name == names[1]:
                     raise RuntimeError("no such memory")
                 fill(name, *arguments)
 
-            sync.weights.fill = broken
+            weights.fill = broken
         try:
-            sync.push(version)
+            pushing.push(connection, version)
             problems = []
         except UserError as error:
             problems = error.problems
-        sync.close()
+        connection.close()
         return problems

@@ -1,13 +1,16 @@
-"""The model families that can be read and written; a new one is a file here and a line below."""
+"""The model families that can be read and written. A new one is a file in this folder that defines `FAMILY`."""
 
 from __future__ import annotations
 
-from tulu_mega.bridge.families import llama, mistral, olmo2, olmo3, qwen2, qwen3
+from importlib import import_module
+from pkgutil import iter_modules
+
 from tulu_mega.bridge.families.reward import reward_family
 from tulu_mega.bridge.rules import Config, Family
 from tulu_mega.errors import UserError
 
-FAMILIES: dict[str, Family] = {each.FAMILY.architecture: each.FAMILY for each in (llama, mistral, olmo2, olmo3, qwen2, qwen3)}
+_MODULES = [import_module(f"{__name__}.{each.name}") for each in iter_modules(__path__)]
+FAMILIES: dict[str, Family] = {each.FAMILY.architecture: each.FAMILY for each in _MODULES if hasattr(each, "FAMILY")}
 REWARD_FAMILIES: dict[str, Family] = {each.architecture: each for each in map(reward_family, FAMILIES.values())}
 
 

@@ -14,7 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega.bridge.rules import Region, Shape
+from tulu_mega.bridge.box import Box
+from tulu_mega.bridge.rules import Shape
 from tulu_mega.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,12 +96,12 @@ class HfCheckpoint:
             *_first(f"{at[name]} is of type {held[name].dtype}, expected one of {', '.join(_LOADED)}" for name in typed),
         ]
 
-    def read_region(self, name: str, region: Region) -> Tensor:
+    def read_box(self, name: str, box: Box) -> Tensor:
         """A box of a tensor as a torch view of the mapped file: nothing is read before it is used, nothing is copied.
 
         Args:
             name: a tensor of this checkpoint.
-            region: (start, stop) per axis.
+            box: of the tensor.
         """
         from safetensors import safe_open
 
@@ -108,7 +109,7 @@ class HfCheckpoint:
         if file not in self._open_files:
             self._open_files[file] = safe_open(self.path / file, framework="pt", device="cpu")
         mapped = self._open_files[file].get_slice(name)
-        return mapped[tuple(slice(start, stop) for start, stop in region)]
+        return mapped[box.slices]
 
     def close(self) -> None:
         """Lets the mapped files go (views keep theirs)."""

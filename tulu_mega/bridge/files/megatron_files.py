@@ -28,10 +28,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.files.disk import begin_writing_out, read_into
 from tulu_mega.bridge.files.hub import MARK
 from tulu_mega.bridge.megatron_keys import Slab, StoredParameter
-from tulu_mega.bridge.rules import Region, Shape
+from tulu_mega.bridge.rules import Shape
 from tulu_mega.errors import UserError
 
 _MARK_CONTENT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
@@ -110,9 +111,9 @@ class MegatronCheckpoint:
         """Every file that holds tensors."""
         return sorted({self.path / place.relative_path for place in self.metadata.storage_data.values()})
 
-    def file(self, key: str, region: Region) -> Path:
+    def file(self, key: str, box: Box) -> Path:
         """The file that holds the first stored part of a box."""
-        item = self._items(key, region)[0]
+        item = self._items(key, box)[0]
         return self.path / self.metadata.storage_data[item.storage_index].relative_path
 
     def check(self, expected: Sequence[StoredParameter]) -> list[str]:
@@ -135,7 +136,7 @@ class MegatronCheckpoint:
                 problems.append(f"{self.path}: tensor {key} is of type {dtype}, expected float32, bfloat16 or float16")
         return problems
 
-    def read(self, key: str, region: Region, target: Tensor) -> None:
+    def read(self, key: str, box: Box, target: Tensor) -> None:
         """Fills ``target`` with a box of a tensor, converting to its type. Takes a stored chunk's memory at a time, or none where
         a chunk fills its part of the target as it lies in the file.
 
@@ -144,8 +145,8 @@ class MegatronCheckpoint:
         Raises:
             UserError: naming tensor and file, when the bytes there are no tensor.
         """
-        sizes = torch.Size(stop - start for start, stop in region)
-        items = self._items(key, region)
+        sizes = torch.Size(box.shape)
+        items = self._items(key, box)
         view = target.view(sizes)
         if sum(item.lengths.numel() for item in items) < sizes.numel():
             view.zero_()
@@ -159,22 +160,22 @@ class MegatronCheckpoint:
 
     def _straight(self, item: ReadItem, view: Tensor) -> bool:
         """Reads a whole chunk from the file into its place; False, and nothing is read, where it cannot go there unchanged."""
-        box = view[_box(item)]
+        into = view[_slices(item)]
         place = self.metadata.storage_data[item.storage_index]
-        if place.transform_descriptors or any(item.storage_offsets) or not box.is_contiguous() or not box.is_cpu:
+        if place.transform_descriptors or any(item.storage_offsets) or not into.is_contiguous() or not into.is_cpu:
             return False
         with open(self.path / place.relative_path, "rb") as file:
             # to the device "meta" torch loads shape, type and the place of the values, and leaves them in the file
             there = torch.load(_create_file_view(file, place.offset, place.length), map_location="meta", weights_only=True)
             at = there.untyped_storage()._checkpoint_offset
-            if at is None or (there.shape, there.dtype) != (box.shape, box.dtype) or not there.is_contiguous():
+            if at is None or (there.shape, there.dtype) != (into.shape, into.dtype) or not there.is_contiguous():
                 return False
-            read_into(file, place.offset + at + there.storage_offset() * there.itemsize, box)
+            read_into(file, place.offset + at + there.storage_offset() * there.itemsize, into)
         return True
 
-    def _items(self, key: str, region: Region) -> list[ReadItem]:
+    def _items(self, key: str, box: Box) -> list[ReadItem]:
         """The stored parts that a box is made of."""
-        chunk = ChunkStorageMetadata(torch.Size(start for start, _ in region), torch.Size(stop - start for start, stop in region))
+        chunk = ChunkStorageMetadata(torch.Size(start for start, _ in box), torch.Size(box.shape))
         return create_read_items_for_chunk_list(key, self.metadata.state_dict_metadata[key], [chunk])
 
 
@@ -182,7 +183,7 @@ def _short(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _box(item: ReadItem) -> tuple[slice, ...]:
+def _slices(item: ReadItem) -> tuple[slice, ...]:
     """Where in the target a stored part goes."""
     return tuple(slice(at, at + n) for at, n in zip(item.dest_offsets, item.lengths, strict=True))
 
@@ -194,7 +195,7 @@ class _Into(LoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        return self._target[_box(read_item)]
+        return self._target[_slices(read_item)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """It is there already."""
@@ -271,7 +272,7 @@ def _index(files: Mapping[int, Mapping[Slab, Place]], dtype: torch.dtype) -> tup
     properties = TensorProperties(dtype=dtype)
     for number, places in files.items():
         for slab, (offset, length) in places.items():
-            parameter, start = slab.parameter, torch.Size(start for start, _ in slab.region)
+            parameter, start = slab.parameter, torch.Size(start for start, _ in slab.box)
             held = TensorStorageMetadata(properties, torch.Size(parameter.global_shape), [])
             tensors.setdefault(parameter.key, held).chunks.append(ChunkStorageMetadata(start, _sizes(slab)))
             place = _StorageInfo(file_name(number), offset, length)
@@ -281,4 +282,4 @@ def _index(files: Mapping[int, Mapping[Slab, Place]], dtype: torch.dtype) -> tup
 
 def _sizes(slab: Slab) -> torch.Size:
     """Of its box of the checkpoint's tensor."""
-    return torch.Size(stop - start for start, stop in slab.region)
+    return torch.Size(slab.box.shape)

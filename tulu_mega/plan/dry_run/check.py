@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from tulu_mega.bridge.fp8_blocks import is_quantized, scales_name
+from tulu_mega.bridge.box import Box
+from tulu_mega.bridge.fp8 import is_quantized, scales_name
 from tulu_mega.bridge.rules import Config, Family
 from tulu_mega.config import ParallelSettings
+from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
 from tulu_mega.plan.dry_run.cover import uncovered
-from tulu_mega.plan.dry_run.record import Box, Layout, RankReport, Shard
+from tulu_mega.plan.dry_run.record import RankReport, Shard
 from tulu_mega.plan.model.parameters import stage_shards
 
 _TOLD = 8
@@ -18,7 +20,7 @@ _TOLD = 8
 
 
 def problems(
-    layout: Layout,
+    layout: ShardGrid,
     first: Sequence[RankReport],
     last: Sequence[RankReport],
     family: Family,
@@ -43,7 +45,7 @@ def problems(
         _shared_optimizer(layout, first, last),
         _checkpoint(first),
         _streams(first, hf_shapes),
-        _planned(first, config, parallel),
+        _planned(layout, first, config, parallel),
     )
     found = []
     for kind in kinds:
@@ -70,7 +72,7 @@ def _table(family: Family, config: Config, hf_shapes: Mapping[str, tuple[int, ..
 
 
 def _tensors(
-    layout: Layout, ranks: Sequence[RankReport], family: Family, config: Config, hf_shapes: Mapping[str, tuple[int, ...]]
+    layout: ShardGrid, ranks: Sequence[RankReport], family: Family, config: Config, hf_shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
     """The union of all shards against the whole model: each place of each tensor held once, tied and replicated ones aside."""
     boxes: dict[str, list[Box]] = defaultdict(list)
@@ -78,7 +80,7 @@ def _tensors(
     for stage in range(layout.pipeline):
         group = [report for report in ranks if report.stage == stage]
         for shards in zip(*(report.shards for report in group), strict=True):
-            yield from _parameter(shards, family, config, boxes, tied)
+            yield from _parameter(shards, layout, family, config, boxes, tied)
     for name, shape in hf_shapes.items():
         if wrong := uncovered(tuple(shape), boxes.pop(name, [])):
             yield f"{name}: {wrong}"
@@ -89,13 +91,18 @@ def _tensors(
 
 
 def _parameter(
-    shards: Sequence[Shard], family: Family, config: Config, boxes: dict[str, list[Box]], tied: dict[str, list[Box]]
+    shards: Sequence[Shard],
+    layout: ShardGrid,
+    family: Family,
+    config: Config,
+    boxes: dict[str, list[Box]],
+    tied: dict[str, list[Box]],
 ) -> Iterator[str]:
     """One parameter on all tensor ranks."""
-    name, size = shards[0].name, len(shards)
+    name = shards[0].name
     try:
-        shape = tuple(family.local_shape(name, size, config))
-        pieces = [family.pieces(name, rank, size, config) for rank in range(size)]
+        shape = tuple(family.local_shape(name, config, layout))
+        pieces = [family.pieces(name, config, each) for each in layout.tensor_peers()]
     except UserError as error:
         yield from error.problems
         return
@@ -109,10 +116,10 @@ def _parameter(
             yield f"{name}: the table cuts it over tensor ranks, megatron-core takes it for the same on all of them"
         pieces = pieces[:1]
     for piece in (piece for each in pieces for piece in each):
-        (tied if piece.duplicate else boxes)[piece.hf_name].append(piece.hf_region)
+        (tied if piece.duplicate else boxes)[piece.hf_name].append(piece.hf_box)
 
 
-def _copies(layout: Layout, first: Sequence[RankReport], last: Sequence[RankReport]) -> Iterator[str]:
+def _copies(layout: ShardGrid, first: Sequence[RankReport], last: Sequence[RankReport]) -> Iterator[str]:
     """The last copy holds what the first does."""
     of = {(report.stage, report.tensor_rank): report for report in first}
     expected = [(stage, tensor_rank) for stage in range(layout.pipeline) for tensor_rank in range(layout.tensor)]
@@ -124,7 +131,7 @@ def _copies(layout: Layout, first: Sequence[RankReport], last: Sequence[RankRepo
             yield f"rank {report.rank} holds other parameters than rank {same.rank}, of which it is a copy"
 
 
-def _shared_optimizer(layout: Layout, first: Sequence[RankReport], last: Sequence[RankReport]) -> Iterator[str]:
+def _shared_optimizer(layout: ShardGrid, first: Sequence[RankReport], last: Sequence[RankReport]) -> Iterator[str]:
     """Each parameter's state is held by one of the ranks that share it, and the ranks built hold what the buffers say."""
     for report in (*first, *last):
         training = report.training
@@ -168,15 +175,14 @@ def _streams(first: Sequence[RankReport], hf_shapes: Mapping[str, tuple[int, ...
             yield f"{name}: sent to the rollout engines {times[name]} times, expected once"
 
 
-def _planned(first: Sequence[RankReport], config: Config, parallel: ParallelSettings) -> Iterator[str]:
+def _planned(layout: ShardGrid, first: Sequence[RankReport], config: Config, parallel: ParallelSettings) -> Iterator[str]:
     """The planner's arithmetic against what megatron-core built, parameter by parameter."""
-    stages = parallel.pipeline * parallel.virtual_pipeline
     plans: dict[int, dict[str, tuple[int, ...]]] = {}
     for report in first:
         if report.stage not in plans:
-            chunks = range(report.stage, stages, parallel.pipeline)
+            stages = layout.at(pipeline_rank=report.stage).stages
             plans[report.stage] = {
-                shard.name: tuple(shard.shape) for stage in chunks for shard in stage_shards(config, parallel, stage)
+                shard.name: tuple(shard.shape) for stage in stages for shard in stage_shards(config, parallel, stage)
             }
         plan, built = plans[report.stage], {shard.name: shard.shape for shard in report.shards}
         who = f"rank {report.rank} (stage {report.stage}, tensor rank {report.tensor_rank})"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tulu_mega.plan.dry_run.record import Box
+from tulu_mega.bridge.box import Box
 
 
 def uncovered(whole: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
@@ -19,19 +19,15 @@ def uncovered(whole: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
     """
     for box in boxes:
         if len(box) != len(whole) or any(not 0 <= a <= b <= size for (a, b), size in zip(box, whole, strict=False)):
-            return f"the box {_spelt(box)} does not lie in the shape {list(whole)}"
+            return f"the box {box} does not lie in the shape {list(whole)}"
     cuts = [sorted({0, size} | {edge for box in boxes for edge in box[axis]}) for axis, size in enumerate(whole)]
     at = [{edge: place for place, edge in enumerate(edges)} for edges in cuts]
     times = np.zeros([max(len(edges) - 1, 0) for edges in cuts], dtype=np.int32)
     for box in boxes:
-        times[tuple(slice(at[axis][start], at[axis][stop]) for axis, (start, stop) in enumerate(box))] += 1
+        times[Box((at[axis][start], at[axis][stop]) for axis, (start, stop) in enumerate(box)).slices] += 1
     if not (wrong := np.argwhere(times != 1)).size:
         return None
     cell = wrong[0]
     count = times[tuple(cell)]
-    where = tuple((edges[place], edges[place + 1]) for edges, place in zip(cuts, cell, strict=True))
-    return f"{_spelt(where)} of {list(whole)} is " + ("held by no rank" if count == 0 else f"held {count} times")
-
-
-def _spelt(box: Box) -> str:
-    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"
+    where = Box((edges[place], edges[place + 1]) for edges, place in zip(cuts, cell, strict=True))
+    return f"{where} of {list(whole)} is " + ("held by no rank" if count == 0 else f"held {count} times")

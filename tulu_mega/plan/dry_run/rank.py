@@ -10,23 +10,20 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
+from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.families import family_for
-from tulu_mega.bridge.shards import global_parameters
+from tulu_mega.bridge.shards import ModelShard, exportable
 from tulu_mega.bridge.stream import outgoing
-from tulu_mega.config import EngineSettings, GrpoSettings, RolloutSettings, RunSettings
+from tulu_mega.config import EngineSettings, RolloutSettings
+from tulu_mega.config.workload import Workload
 from tulu_mega.distributed import topology
 from tulu_mega.distributed.topology import Topology
-from tulu_mega.plan.dry_run.record import Layout, RankReport, Sending, Shard, Stored, Training
+from tulu_mega.plan.dry_run.record import RankReport, Sending, Shard, Stored, Training
 from tulu_mega.platforms import Platform
-from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import Engine
+from tulu_mega.train.engine_state import share
 from tulu_mega.weight_transfer.protocol import SLOTS, Expected
-from tulu_mega.weight_transfer.transfer import sender_buckets, stream_dtype
-
-
-def number(layout: Layout, stage: int, tensor_rank: int, copy: int) -> int:
-    """A rank's number in the world: tensor ranks first, then the copies, context ranks first, then stages."""
-    return tensor_rank + layout.tensor * (copy + layout.copies * stage)
+from tulu_mega.weight_transfer.sender import sender_buckets, stream_dtype
 
 
 @contextlib.contextmanager
@@ -43,59 +40,62 @@ def place(settings: EngineSettings, rank: int, world: int, platform: Platform) -
         topology.stop()
 
 
-def report(hf: PretrainedConfig, settings: EngineSettings, here: Topology, platform: Platform, reward: bool) -> RankReport:
+def report(
+    hf: PretrainedConfig, settings: EngineSettings, here: Topology, platform: Platform, reward: bool, workload: Workload | None
+) -> RankReport:
     """What this rank holds, writes and sends.
 
     Args:
         hf: the model's, of a reward model as it is trained.
         here: of `place`.
+        workload: of the stage that trains the model; None where it is not trained.
     """
     engine = Engine(hf, settings, here, platform, reward=reward)
     layers = tuple(len(chunk.decoder.layers) for chunk in engine.chunks)
     shards = tuple(
         Shard(name, tuple(parameter.shape), parameter.itemsize, bool(getattr(parameter, "tensor_model_parallel", False)))
         for chunk in engine.chunks
-        for name, parameter in global_parameters(chunk)
+        for name, parameter in exportable(chunk)
     )
     training, format = None, "reshardable"
-    if isinstance(settings, RunSettings):
+    if workload:
         engine.prepare_training(settings.optim, 1)
         training, format = _training(engine), settings.checkpoint.format
-    saved = checkpoint.share(engine, format)
+    saved = share(engine, format)
     if training:
         training = replace(training, gathered=saved.gathered_bytes)
     stored = tuple(
         Stored(
             held.key,
             tuple(held.global_shape),
-            tuple(
+            Box(
                 (start, start + extent)
                 for start, extent in zip(held.global_offset, (1,) * held.prepend_axis_num + tuple(held.local_shape), strict=True)
             ),
         )
         for held in saved.weights
     )
-    grpo = settings if isinstance(settings, GrpoSettings) else None
+    rollout = workload.rollout if workload else None
     size = sum(shard.nbytes for shard in shards)
     return RankReport(
         rank=here.rank,
         stage=here.pipeline_rank,
         tensor_rank=here.tensor_rank,
-        copy=dist.get_rank(here.data_context_group),
+        copy=here.copy,
         layers=layers,
         shards=shards,
         stored=stored,
         weights_saved=sum(held.data.nbytes for held in saved.weights),
         optimizer_saved=saved.optimizer_bytes,
-        beside=size if grpo and grpo.policy.reads_reference else 0,
+        beside=size if workload and workload.reference else 0,
         training=training,
-        sending=_sending(engine, settings.model.dtype, grpo.rollout) if grpo else None,
+        sending=_sending(engine, settings.model.dtype, rollout) if rollout else None,
     )
 
 
 def _training(engine: Engine) -> Training:
     """From megatron-core's buffers and optimizer."""
-    ranks = engine.topology.data * engine.topology.context
+    ranks = engine.topology.copies
     buffers = [buffer for ddp in engine.ddp for buffer in ddp.buffers]
     main = sum(parameter.numel() for parameter in engine.optimizer_parameters())
     parts = [part.optimizer for part in engine.optimizer.chained_optimizers]
@@ -130,11 +130,11 @@ def _training(engine: Engine) -> Training:
 def _sending(engine: Engine, dtype: str, rollout: RolloutSettings) -> Sending:
     """What a rank of the first copy sends."""
     here, config = engine.topology, engine.hf.to_dict()
-    if here.data_rank or here.context_rank:
+    if not here.first_copy:
         return Sending({}, 0, 0, 0)
     kind, fp8 = stream_dtype(dtype, rollout.dtype), rollout.quantization == "fp8"
-    out = outgoing(engine.chunks, config, family_for(config), here.tensor, kind, fp8)
-    if here.tensor_rank:
+    out = outgoing(ModelShard(engine.chunks, config, family_for(config), here), kind, fp8)
+    if not here.gives_whole_tensors:
         return Sending({}, 0, 0, sum(each.sent[here.tensor_rank] for each in out.values() if here.tensor_rank < len(each.sent)))
     manifest = {name: Expected(each.shape, str(each.dtype).removeprefix("torch."), here.rank) for name, each in out.items()}
     buckets = sender_buckets(here.rank, list(manifest), manifest, rollout.bucket_mib * 2**20)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-Box = tuple[tuple[int, int], ...]
-"""(start, stop) per axis."""
+from tulu_mega.bridge.box import Box
+from tulu_mega.distributed.grid import ShardGrid
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class RankReport:
         """From JSON."""
         shards = tuple(Shard(each["name"], tuple(each["shape"]), each["itemsize"], each["cut"]) for each in told["shards"])
         stored = tuple(
-            Stored(each["key"], tuple(each["whole"]), tuple((start, stop) for start, stop in each["box"]))
+            Stored(each["key"], tuple(each["whole"]), Box((start, stop) for start, stop in each["box"]))
             for each in told["stored"]
         )
         training = told["training"] and Training(
@@ -136,31 +136,11 @@ class RankReport:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Sizes along the axes."""
-
-    tensor: int
-    pipeline: int
-    virtual: int
-    context: int
-    data: int
-
-    @property
-    def world(self) -> int:
-        """Ranks."""
-        return self.tensor * self.pipeline * self.copies
-
-    @property
-    def copies(self) -> int:
-        """Ranks that hold the same parameters."""
-        return self.context * self.data
-
-
-@dataclass(frozen=True)
 class DryRun:
     """A layout of which every distinct rank was built."""
 
-    layout: Layout
+    layout: ShardGrid
+    """its sizes; the rank says nothing"""
     ranks: tuple[RankReport, ...]
     """those of the first copy, by stage and tensor rank"""
     replicas: int

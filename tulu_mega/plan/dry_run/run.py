@@ -15,9 +15,10 @@ from typing import Any
 
 from tulu_mega.bridge.families import family_for
 from tulu_mega.config import EngineSettings
+from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
 from tulu_mega.plan.dry_run import check
-from tulu_mega.plan.dry_run.record import DryRun, Layout, RankReport
+from tulu_mega.plan.dry_run.record import DryRun, RankReport
 
 
 def dry_run(settings: EngineSettings, config: Mapping[str, Any], world: int) -> DryRun:
@@ -54,7 +55,8 @@ def dry_run(settings: EngineSettings, config: Mapping[str, Any], world: int) -> 
 
 def ask(directory: Path, settings: EngineSettings, config: Mapping[str, Any], world: int) -> None:
     """Writes what the process reads."""
-    job = {"kind": type(settings).__name__, "settings": settings.model_dump(mode="json"), "world": world}
+    kind = type(settings)
+    job = {"kind": f"{kind.__module__}:{kind.__qualname__}", "settings": settings.model_dump(mode="json"), "world": world}
     (directory / "job.json").write_text(json.dumps(job))
     (directory / "config.json").write_text(json.dumps(dict(config)))
 
@@ -71,7 +73,7 @@ def answer(directory: Path, settings: EngineSettings, began: float) -> DryRun:
     told = json.loads((directory / "result.json").read_text())
     if wrong := told.get("problems"):
         raise UserError(wrong)
-    layout = Layout(**told["layout"])
+    layout = ShardGrid(**told["layout"])
     first = tuple(RankReport.read(each) for each in told["first"])
     last = tuple(RankReport.read(each) for each in told["last"])
     shapes = {name: tuple(shape) for name, shape in told["hf_shapes"].items()}

@@ -21,7 +21,7 @@ _WIDTH = 96
 
 def as_json(found: DryRun) -> dict[str, Any]:
     """Everything but the lists of parameters and of the checkpoint's boxes; sizes in bytes, lengths in elements."""
-    whole = asdict(found) | {"layout": asdict(found.layout) | {"world": found.layout.world}}
+    whole = asdict(found) | {"layout": found.layout.sizes | {"world": found.layout.world}}
     for told, report in zip(whole["ranks"], found.ranks, strict=True):
         del told["shards"], told["stored"]
         told |= {"parameters": report.parameters, "parameter_bytes": report.parameter_bytes}

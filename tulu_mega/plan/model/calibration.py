@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tulu_mega.config import ParallelSettings
+from tulu_mega.layout.hardware import GPUS
 from tulu_mega.plan.model.costs import Rates
-from tulu_mega.plan.model.hardware import GPUS
 from tulu_mega.plan.model.job import Job, Pack
 from tulu_mega.plan.model.timing import train_step
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tulu_mega.plan.model.hardware import link
+from tulu_mega.layout.hardware import link
 from tulu_mega.plan.model.job import Job, Pack
 
 

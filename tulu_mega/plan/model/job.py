@@ -11,8 +11,8 @@ from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.rules import LayerNeeds
 from tulu_mega.config import ParallelSettings
 from tulu_mega.layout.flops import head_columns
+from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.stages import stage_layers
-from tulu_mega.plan.model.hardware import Gpu
 from tulu_mega.plan.model.parameters import ITEMSIZE, Parameters, rank_parameters
 
 

@@ -19,18 +19,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from tulu_mega.layout.optimizer_state import STATE_BYTES
 from tulu_mega.layout.schedule import peak_held
 from tulu_mega.plan.model.job import Job
+from tulu_mega.weight_transfer.slots import SLOTS
 
 RESERVED = 3 * 2**30
 """Bytes beside torch's allocations: the CUDA context and its modules (0.5 GiB), NCCL's buffers for about ten groups (1.5 GiB),
 cuBLAS' and Transformer Engine's workspaces, and what the allocator cannot use. An estimate, not measured here."""
 LOGITS = 512 * 2**20
 """Bytes of float32 logits that the log-prob step makes at a time, as `logprobs` does."""
-_STATE = 12
-"""Bytes of a parameter's float32 main parameter and two moments, as megatron-core gathers them."""
-SLOTS = 3
-"""Buckets that a sender of weights keeps, as `rollout.protocol` does."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def rank_memory(job: Job, rank: int, beside: int = 0, bucket: int = 0) -> RankMe
         rank=rank,
         weights=weights / sharded,
         gradients=held.total * job.grad_bytes / sharded,
-        optimizer=held.total * (12 if job.dtype == "bf16" else 8) / shards,
+        optimizer=held.total * (STATE_BYTES if job.dtype == "bf16" else 8) / shards,
         activations=tallest,
         working=tokens * each.working,
         log_probs=_head_bytes(job) if last else 0.0,
@@ -125,10 +123,10 @@ def checkpoint_host_bytes(job: Job, format: str, asynchronous: bool) -> float:
         format, asynchronous: `checkpoint`'s settings.
     """
     held = max(each.total for each in job.held)
-    state = 12 if job.dtype == "bf16" else 8
+    state = STATE_BYTES if job.dtype == "bf16" else 8
     per_node = min(job.gpu.per_node, job.world)
     leads = min(per_node, job.parallel.tensor)  # ranks of a node that are first of their group: data-parallel ones come next
-    gathered = held * _STATE * leads if format == "reshardable" else 0.0
+    gathered = held * STATE_BYTES * leads if format == "reshardable" else 0.0
     if not asynchronous:
         return gathered
     shards = job.shards if job.parallel.distributed_optimizer else 1
@@ -148,7 +146,7 @@ def resume_host_bytes(job: Job, format: str) -> float:
     """
     if format != "reshardable" or not job.parallel.distributed_optimizer:
         return 0.0
-    return max(each.total for each in job.held) * _STATE * min(job.gpu.per_node, job.world)
+    return max(each.total for each in job.held) * STATE_BYTES * min(job.gpu.per_node, job.world)
 
 
 @dataclass(frozen=True)

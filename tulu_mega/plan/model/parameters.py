@@ -14,6 +14,7 @@ from typing import Any, Literal
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.rules import Cut, Rule, Shape
 from tulu_mega.config import ParallelSettings
+from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.layout.stages import stage_layers
 
 ITEMSIZE: dict[str, int] = {"bf16": 2, "fp32": 4}
@@ -92,7 +93,7 @@ def stage_shards(
     for rule in family.rules:
         pattern = rule.megatron[0]
         tied = family.head in rule.hf and family.is_tied(config)
-        shape = family.local_shape(pattern.format(i=0), parallel.tensor, config)
+        shape = family.local_shape(pattern.format(i=0), config, ShardGrid(tensor=parallel.tensor))
         if "{i}" in pattern:
             inside.append((pattern, shape, rule))
         elif family.embedding in rule.hf:

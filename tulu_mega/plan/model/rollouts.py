@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tulu_mega.layout.flops import head_columns, matmul_parameters
+from tulu_mega.layout.hardware import Gpu
 from tulu_mega.plan.model.costs import Rates
-from tulu_mega.plan.model.hardware import Gpu
 from tulu_mega.plan.model.job import Job, sizes_of
-from tulu_mega.plan.model.memory import SLOTS
 from tulu_mega.plan.model.parameters import model_parameters
+from tulu_mega.weight_transfer.slots import SLOTS
 
 STEP = 3e-3
 """Seconds a decoding step takes beside the GPU's work: scheduling, sampling, log-probabilities, HTTP."""

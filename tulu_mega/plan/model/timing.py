@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tulu_mega.layout.flops import training_flops
+from tulu_mega.layout.hardware import link
 from tulu_mega.layout.schedule import Span, makespan, timeline
 from tulu_mega.plan.model.costs import Cost, Rates, head_cost, layer_cost, total, transfer
-from tulu_mega.plan.model.hardware import link
 from tulu_mega.plan.model.job import Job, Pack
 
 _UPDATE = 30
@@ -52,11 +52,6 @@ class Step:
         """By name."""
         names = ("products", "attention", "elementwise", "tensor", "context", "pipeline", "idle", "data", "optimizer")
         return {name: getattr(self, name) for name in names}
-
-    @property
-    def tokens_per_gpu(self) -> float:
-        """Real tokens a second and GPU."""
-        return self.tokens / self.seconds / self.world
 
     @property
     def flops_per_gpu(self) -> float:

@@ -1,0 +1,12 @@
+"""What the tests of servers share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model(tiny) -> Path:
+    return tiny

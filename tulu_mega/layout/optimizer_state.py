@@ -1,0 +1,6 @@
+"""The size of the optimizer's state, which the trainer saves and the planner counts."""
+
+from __future__ import annotations
+
+STATE_BYTES = 12
+"""Bytes of a parameter's float32 main parameter and two moments, as megatron-core gathers them for a save."""

@@ -1,0 +1,90 @@
+"""Arguments of instruction-following constraints: their types, and readers that check what a row gives."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NewType
+
+from langdetect import PROFILES_DIRECTORY, DetectorFactory
+
+Quantifier = Literal["at least", "around", "at most"]
+Letter = NewType("Letter", str)
+Index = NewType("Index", int)
+Language = NewType("Language", str)
+Options = NewType("Options", list)
+
+
+@functools.cache
+def languages() -> DetectorFactory:
+    """The language detector, loaded once, with a fixed seed."""
+    factory = DetectorFactory()
+    factory.set_seed(0)
+    factory.load_profile(PROFILES_DIRECTORY)
+    return factory
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
+        raise ValueError("a count")
+    return int(value)  # tables with gaps turn integers into floats
+
+
+def _index(value: Any) -> int:
+    if _count(value) < 1:
+        raise ValueError("a count from 1")
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text")
+    return value
+
+
+def _letter(value: Any) -> str:
+    if not isinstance(value, str) or len(value) != 1:
+        raise ValueError("a single letter")
+    return value
+
+
+def _words(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) and word for word in value):
+        raise ValueError("a list of words")
+    return value
+
+
+def _options(value: Any) -> list[str]:
+    if isinstance(value, str):
+        try:
+            value = list(ast.literal_eval(value))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = [option.strip(" '\"") for option in re.split(r"[,/;]", value)]
+    return _words(value)
+
+
+def _quantifier(value: Any) -> str:
+    if value not in ("at least", "around", "at most"):
+        raise ValueError("'at least', 'around' or 'at most'")
+    return value
+
+
+def _language(value: Any) -> str:
+    if value not in languages().get_lang_list():
+        raise ValueError(f"one of the languages {', '.join(sorted(languages().get_lang_list()))}")
+    return value
+
+
+READERS: dict[Any, Callable[[Any], Any]] = {
+    int: _count,
+    str: _text,
+    list[str]: _words,
+    Quantifier: _quantifier,
+    Letter: _letter,
+    Index: _index,
+    Language: _language,
+    Options: _options,
+}
+"""Type of an argument -> its reader, which raises ValueError with what it expected."""

@@ -1,0 +1,152 @@
+"""Saving a run's engines as one checkpoint, at once or behind training."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from tulu_mega.distributed.collectives import from_lead, together
+from tulu_mega.errors import UserError
+from tulu_mega.train.checkpoint import Engines, clean, find, manifest, place, put_in_place, step_name
+from tulu_mega.train.engine import Engine
+from tulu_mega.train.engine_state import Format, changes, sharded_state
+from tulu_mega.train.sharded_save import ShardedSave
+
+
+class Saver:
+    """A run's saves, one at a time. Every rank calls every method, in the same order.
+
+    Asynchronously, a save copies what it will write into main memory and leaves the writing to a thread; the checkpoint has its
+    name, and counts, only when every rank has written every engine, which :meth:`poll` finds out. A crash before that leaves the
+    one before.
+
+    Args:
+        engines: whose states are saved together.
+        directory: RUN_DIR/checkpoints, on a file system all ranks share.
+        keep: checkpoints that are kept, the newest.
+        format: of the optimizers' state.
+        asynchronous: whether training goes on while files are written.
+    """
+
+    def __init__(self, engines: Engines, directory: Path, keep: int, format: Format, asynchronous: bool):
+        self._engines, self._directory, self._keep, self._format = engines, directory, keep, format
+        self._lead = next(iter(engines.values()))
+        device = self._lead.platform.device  # a new thread's is GPU 0, on which every rank of the machine would take memory
+        start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", **start) if asynchronous else None
+        self._pending: _Pending | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Saves, or begins to, after the save before has ended.
+
+        Args:
+            step: optimizer steps done.
+            state: small JSON-able extras.
+
+        Raises:
+            UserError: on every rank, when this save (or, asynchronously, the one before) fails; earlier ones are untouched.
+        """
+        self.finish()
+        self._lead.at("checkpoint")
+        directory = self._directory
+        partial_directory = directory / from_lead(f"{step_name(step)}.partial-{uuid.uuid4().hex[:8]}")
+        what = f"checkpoint of step {step} could not be written to {directory}"
+        with together(what):
+            if dist.get_rank() == 0:
+                clean(directory)
+                for name in self._engines:
+                    place(partial_directory, self._engines, name).mkdir(parents=True, exist_ok=True)
+        pending = _Pending(partial_directory, what, manifest(step, state, self._format, self._engines))
+        try:
+            for name, engine in self._engines.items():
+                sharded = self._sharded(engine, place(partial_directory, self._engines, name), what)
+                pending.saves.append(sharded)
+                if self._thread is None:  # each before the next: what was gathered for it is freed
+                    _write(sharded)
+        except UserError:
+            _discard(partial_directory)
+            raise
+        self._pending = pending
+        if self._thread:
+            pending.writing = [self._thread.submit(sharded.write) for sharded in pending.saves]
+        else:
+            self.finish()
+
+    def _sharded(self, engine: Engine, directory: Path, what: str) -> ShardedSave:
+        content = sharded_state(engine, self._format, loading=False)
+        if engine is not self._lead:
+            del content["rng"]  # the process has one
+        return ShardedSave(content, directory, what, partial(self._changes, engine) if self._thread else None)
+
+    def _changes(self, engine: Engine, held: ShardedTensor) -> bool:
+        """Whether a tensor must be copied before training goes on."""
+        return changes(engine, self._format, held)
+
+    def poll(self) -> None:
+        """Ends the save under way if every rank has written; never waits for a disk. Raises as `save`."""
+        if self._pending and self._pending.writing:
+            done = all(each.done() for each in self._pending.writing)
+            everywhere = torch.tensor(int(done), device=self._lead.platform.device)
+            dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+            if everywhere.item():
+                self.finish()
+
+    def finish(self) -> None:
+        """Ends the save under way, if there is one, waiting for every rank. Raises as `save`."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        self._lead.at("checkpoint")
+        failures = [writing.exception() for writing in pending.writing]  # all have ended before any is taken away
+        try:
+            for sharded, failure in zip(pending.saves, failures, strict=False):
+                sharded.finish(failure)
+            with together(pending.what):
+                if dist.get_rank() == 0:
+                    put_in_place(pending.partial, self._directory, pending.manifest)
+        except UserError:
+            _discard(pending.partial)
+            raise
+        if dist.get_rank() == 0:
+            for old in find(self._directory)[: -self._keep]:
+                shutil.rmtree(old.path, ignore_errors=True)
+        dist.barrier()
+
+
+@dataclass
+class _Pending:
+    """A save that has begun."""
+
+    partial: Path
+    what: str
+    manifest: dict[str, Any]
+    saves: list[ShardedSave] = field(default_factory=list)
+    """one an engine"""
+    writing: list[Future[None]] = field(default_factory=list)
+    """the end of each save's writing; empty where all are written and finished"""
+
+
+def _write(sharded: ShardedSave) -> None:
+    """Writes one engine's files, on every rank. Raises UserError on every rank, when any failed."""
+    failure = None
+    try:
+        sharded.write()
+    except Exception as error:
+        failure = error
+    sharded.finish(failure)
+
+
+def _discard(directory: Path) -> None:
+    """Removes what a failed save has written; every rank waits until it is gone."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    dist.barrier()
