@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.lib import sft_runs
-from tulu_mega.platforms.cpu_speed import matmul, serves
+from tulu_mega.platforms.cpu_speed import matmul
+from tulu_mega.platforms.cpu_speed.served import serves
 from tulu_mega.process import PLAIN, uncollected
 
 STEPS = 3

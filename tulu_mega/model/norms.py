@@ -11,8 +11,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from tulu_mega.errors import UserError
-from tulu_mega.platforms import cpu_speed
 from tulu_mega.platforms.cpu_speed.norms import rms_norm
+from tulu_mega.platforms.cpu_speed.served import serves
 
 
 class RMSNorm(torch.nn.Module):
@@ -31,7 +31,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension."""
-        if cpu_speed.serves(x):
+        if serves(x):
             return rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32 or x.is_cuda:
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)

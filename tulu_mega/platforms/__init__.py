@@ -5,11 +5,11 @@ The only place of the project where anything of another library is replaced.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 
 import torch
+
+from tulu_mega.platforms.imports import prepare_imports
 
 
 @dataclass(frozen=True)
@@ -19,21 +19,6 @@ class Platform:
     device: torch.device
     backend: str
     """torch.distributed back end"""
-
-
-def prepare_imports() -> None:
-    """Imports megatron-core, quietly and fast. Call it before anything else does; it may be called again.
-
-    megatron-core warns, when it is imported, of every package it could also use, and calls functions that torch will rename:
-    nothing that a user of this project can act on. Where it is not installed nothing is imported.
-    """
-    from tulu_mega.platforms.cpu_speed.imports import import_megatron
-
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    import_megatron()
 
 
 def install(local_rank: int = 0) -> Platform:

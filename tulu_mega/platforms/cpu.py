@@ -12,7 +12,8 @@ import types
 
 import torch
 
-from tulu_mega.platforms import cpu_speed, prepare_imports
+from tulu_mega.platforms.cpu_speed import whole_process
+from tulu_mega.platforms.imports import prepare_imports
 
 _CPU = torch.device("cpu")
 
@@ -71,7 +72,7 @@ def install() -> None:
     _patch_tensors()
     for name in _LITERAL_CUDA:
         importlib.import_module(name).torch = _CpuTorch()
-    cpu_speed.install()
+    whole_process.install()
 
 
 def _patch_torch_cuda() -> None:

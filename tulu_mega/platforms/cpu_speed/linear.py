@@ -7,8 +7,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from tulu_mega.platforms.cpu_speed import serves
 from tulu_mega.platforms.cpu_speed.matmul import times_transposed
+from tulu_mega.platforms.cpu_speed.served import serves
 from tulu_mega.process import plain
 
 

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from tulu_mega.platforms.cpu_speed import serves
+from tulu_mega.platforms.cpu_speed.served import serves
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Variables that bound what oneDNN and torch's layer above it keep of each shape, half a megabyte and more; read at the first
