@@ -67,8 +67,7 @@ from tulu_mega.plan.model.job import Job, Pack
 from tulu_mega.plan.model.memory import rank_memory
 from tulu_mega.plan.model.timing import train_step
 from tulu_mega.plan.model.workload import LABELLED, draw_lengths, pack_step
-from tulu_mega.records import IGNORE, PackedBatch
-from tulu_mega.records import Sequence as Row
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.metrics import peak_flops
 from tulu_mega.train.session import opened
@@ -255,7 +254,7 @@ def batches(shape: dict[str, Any], packs: Sequence[Pack]) -> list[PackedBatch]:
         for row, length in enumerate(content.lengths):
             ids = torch.randint(shape["vocab_size"], (length,), generator=drawn).tolist()
             trained = max(1, round(LABELLED * length))
-            rows.append(Row(row, ids, [IGNORE] * (length - trained) + ids[length - trained :]))
+            rows.append(TokenizedRow(row, ids, [IGNORE] * (length - trained) + ids[length - trained :]))
         made.append(pack(rows, Alignment(1, 1)))
     return made
 

@@ -7,15 +7,36 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+
+from tulu_mega import cli
+from tulu_mega.config import Section
+from tulu_mega.config.effects import section_of
+from tulu_mega.launch.launcher import resolve
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for path in sorted((ROOT / "tulu_mega").rglob("*.py")) if "config" not in path.relative_to(ROOT).parts]
 ASKS = ("isinstance", "issubclass", "hasattr", "getattr")
 
 
-def typed(annotation: ast.expr | None) -> bool:
-    """Whether an annotation names a settings class."""
-    return bool(annotation) and re.search(r"(Settings|Section)\b", ast.unparse(annotation)) is not None
+def classes() -> dict[str, type[BaseModel]]:
+    """Every settings class of a command, and those of its sections, by name."""
+    found: dict[str, type[BaseModel]] = {}
+    rest = [resolve(command.settings) for command in cli.COMMANDS.values()]
+    while rest:
+        kind = rest.pop()
+        if kind.__name__ not in found:
+            found |= {base.__name__: base for base in kind.__mro__ if issubclass(base, Section)}
+            rest += [section for field in kind.model_fields.values() if (section := section_of(field.annotation))]
+    return found
+
+
+CLASSES = classes()
+
+
+def named(code: ast.AST | None) -> set[str]:
+    """Settings classes that an annotation or a class argument names."""
+    return {name for name in re.findall(r"\w+", ast.unparse(code)) if name in CLASSES} if code else set()
 
 
 def asked(tree: ast.AST) -> list[str]:
@@ -24,50 +45,35 @@ def asked(tree: ast.AST) -> list[str]:
     A settings object is what is named so (``settings``, ``self.settings``, ``plan_settings``), an argument or variable that is
     annotated with a settings class, or a section of a settings object.
     """
-    known = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg) and typed(node.annotation)}
-    known |= {
-        node.target.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and typed(node.annotation)
-    }
-
-    def settings(node: ast.expr) -> bool:
-        if isinstance(node, ast.Name):
-            return node.id.lower().endswith("settings") or node.id in known
-        if isinstance(node, ast.Attribute):
-            return node.attr.lower().endswith("settings") or sections(node)
-        return isinstance(node, ast.Call) and ast.unparse(node.func) == "type" and settings(node.args[0])
-
-    def sections(node: ast.Attribute) -> bool:
-        return node.attr in SECTIONS and settings(node.value)
-
-    found = []
+    known: dict[str, set[str]] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ASKS:
-            kinds = [each for each in ast.walk(node.args[1]) if isinstance(each, ast.Name | ast.Attribute)]
-            classes = [ast.unparse(each).split(".")[-1] for each in kinds]
-            if settings(node.args[0]) or any(each.endswith("Settings") or each == "Section" for each in classes):
-                found.append(ast.unparse(node))
-    return found
+        name = node.arg if isinstance(node, ast.arg) else node.target.id if _annotated(node) else ""
+        if name and (kinds := named(node.annotation)):
+            known[name] = known.get(name, set()) | kinds
+
+    def kinds_of(node: ast.expr) -> set[str]:
+        """Classes that a settings object may have; empty for anything else."""
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "type":
+            return kinds_of(node.args[0])
+        if isinstance(node, ast.Attribute) and (outer := kinds_of(node.value)):
+            fields = [CLASSES[kind].model_fields.get(node.attr) for kind in outer]
+            return {section.__name__ for field in fields if field and (section := section_of(field.annotation))}
+        name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+        return known.get(name) or (set(CLASSES) if name.lower().endswith("settings") else set())
+
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in ASKS]
+    return [ast.unparse(call) for call in calls if kinds_of(call.args[0]) or named(call.args[1])]
 
 
-def section_names() -> set[str]:
-    """Names that sections have in the settings of any command."""
-    from tulu_mega import cli
-    from tulu_mega.config.effects import section_of
-    from tulu_mega.launch.launcher import resolve
-
-    classes = [resolve(command.settings) for command in cli.COMMANDS.values()]
-    return {name for each in classes for name, field in each.model_fields.items() if section_of(field.annotation)}
-
-
-SECTIONS = section_names()
+def _annotated(node: ast.AST) -> bool:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
 
 
 @pytest.mark.parametrize(
     "code",
     [
         "isinstance(settings, int)",
+        "isinstance(settings.train.spike, dict)",
         "hasattr(self.settings, 'rollout')",
         "isinstance(x, config.SftSettings)",
         "isinstance(x, (int, Section))",
@@ -82,7 +88,8 @@ def test_the_finder_finds(code):
 
 
 def test_the_finder_leaves_values_alone():
-    assert asked(ast.parse("isinstance(settings.data.train, str)\ngetattr(module, name)\nisinstance(value, dict)")) == []
+    assert asked(ast.parse("isinstance(settings.optim.lr, str)\ngetattr(module, name)\nisinstance(value, dict)")) == []
+    assert asked(ast.parse("def f(data: DataSettings):\n    isinstance(data.train, str)")) == []
 
 
 def test_settings_are_not_asked():

@@ -11,7 +11,7 @@ from racer_steps import settings, timed
 
 from tulu_mega.config import DpoSettings
 from tulu_mega.launch.launcher import World
-from tulu_mega.objectives.preference import PreferenceObjective
+from tulu_mega.objectives.preference_objective import PreferenceObjective
 from tulu_mega.train.dataset_run import opened_run
 from tulu_mega.train.reference_cache import ReferenceCache, fill
 
@@ -29,7 +29,7 @@ def main() -> None:
         fill(engine, training.store, cache, cache.missing(), wanted["pack"], lambda line: None)
         loader = training.loader({"ref_logp_S": cache.values()})
         engine.prepare_training(given.optim, loader.steps)
-        objective = PreferenceObjective(**given.preference.model_dump())
+        objective = PreferenceObjective.of(given.preference)
         timed(laps, engine, loader, objective, wanted["steps"])
 
 

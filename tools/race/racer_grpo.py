@@ -62,7 +62,7 @@ def laps_of(policy: Policy, laps: Laps, steps: int) -> None:
         sync = policy.sync(step + 1)
         policy.report(step + 1, collected, learned, sync, heldout={})
         responses += len(collected.responses)
-        tokens += sum(len(one.response_ids) for one in collected.responses)
+        tokens += sum(one.response.num_trained for one in collected.responses)
         if (step + 1) % steps == 0:
             laps.end(tokens=tokens, responses=responses, losses=[])
 

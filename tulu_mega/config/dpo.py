@@ -7,8 +7,9 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from tulu_mega.config.effects import Effect
+from tulu_mega.config.preference import PreferenceSettings
 from tulu_mega.config.run import PreferenceStageSettings
-from tulu_mega.config.sections import Fraction, OptimSettings, PreferenceSettings, ReferenceSettings
+from tulu_mega.config.sections import Fraction, OptimSettings, ReferenceSettings
 from tulu_mega.config.workload import Workload, of_pairs
 
 
@@ -20,7 +21,7 @@ class _DpoOptim(OptimSettings):
 
 
 class DpoSettings(PreferenceStageSettings):
-    """`tulu-mega dpo`: preference tuning of a policy (dpo_norm, dpo, ipo, simpo)."""
+    """`tulu-mega dpo`: preference tuning of a policy."""
 
     optim: _DpoOptim = _DpoOptim()
     preference: PreferenceSettings = PreferenceSettings()

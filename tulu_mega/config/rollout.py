@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
+from tulu_kernels.policy_choices import Aggregation, Divergence, Importance, Surrogate
 
 from tulu_mega.config.effects import Effect
 from tulu_mega.config.sections import ModelSettings, PositiveInt, Section
@@ -92,25 +93,25 @@ class SamplingSettings(Section):
 
 
 class PolicySettings(Section):
-    loss: Literal["grpo", "dapo", "cispo", "gspo"] = "grpo"
+    loss: Surrogate = "grpo"
     """`grpo`: the clipped surrogate; `dapo`: the same with an upper bound of 0.28 and token aggregation; `cispo`: the ratio
     clipped and held constant, times the log-probability; `gspo`: one ratio a sequence."""
     clip_low: Annotated[float, Field(gt=0)] = 0.2
     """How far below 1 the ratio counts; unset, 0.2 (`gspo` 3e-4, `cispo` 1: not at all)."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     """How far above 1 the ratio counts; unset, 0.2 (`dapo` 0.28, `gspo` 4e-4, `cispo` 0.28)."""
-    aggregation: Literal["token", "sequence", "constant"] = "token"
+    aggregation: Aggregation = "token"
     """What the loss is a mean of, over the mini-batch: its response tokens; its responses, each the mean of its tokens; or its
     responses, each the sum of its tokens over `sampling.max_tokens`. Unset, `token` (`gspo` `sequence`)."""
     advantages: Literal["centred", "standardised", "leave_one_out"] = "standardised"
     """A reward less its group's mean; that over the group's standard deviation; or less the mean of the others."""
     beta: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the KL divergence from the initial model, in the loss; 0 does without that model."""
-    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl: Divergence = "k3"
     """Estimator of that divergence."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the entropy bonus."""
-    importance: Literal["none", "token", "sequence"] = "token"
+    importance: Importance = "token"
     """Correction for what sampler and trainer make of the same weights: each token's ratio of their probabilities, or a
     response's, as a weight that is cut at `importance_cap`."""
     importance_cap: Annotated[float, Field(gt=1)] = 2.0

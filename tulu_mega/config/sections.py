@@ -225,8 +225,11 @@ class TrainSettings(Section):
     """Steps between console lines (metrics.jsonl has every step)."""
 
 
+Reduction = Literal["sum", "token_mean"]
+
+
 class SftTrainSettings(TrainSettings):
-    reduction: Literal["sum", "token_mean"] = "sum"
+    reduction: Reduction = "sum"
     """Denominator of the summed loss: sequences of the global batch (Tulu 3) or its supervised tokens."""
 
 
@@ -251,39 +254,6 @@ class OptimSettings(Section):
         if isinstance(value, dict) and isinstance(value.get("betas"), list):
             return {**value, "betas": tuple(value["betas"])}
         return value
-
-
-class PreferenceSettings(Section):
-    loss: Literal["dpo_norm", "dpo", "ipo", "simpo"] = "dpo_norm"
-    """`dpo_norm`: DPO on mean log-probabilities per response token (Tulu 3); `dpo`: on their sums; `ipo`: squared distance of
-    the means' difference from 1/(2 beta); `simpo`: means, without a reference model."""
-    beta: Annotated[float, Field(gt=0)] = 5.0
-    """Scale of the log-probabilities' difference; unset, 5 for `dpo_norm`, 0.1 for `dpo` and `ipo`, 2 for `simpo`."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the labels taken to be the wrong way round (not with `ipo`)."""
-    gamma_beta_ratio: Annotated[float, Field(ge=0)] = 0.3
-    """`simpo`: by how much the mean log-probabilities are to differ."""
-    sft_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of a further term: the chosen response's mean negative log-probability per token."""
-
-    @property
-    def reads_reference(self) -> bool:
-        """Whether the loss compares with a reference model."""
-        return self.loss != "simpo"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _beta_of_the_loss(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("beta") is None:
-            usual = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}.get(value.get("loss"), 5.0)
-            return {**value, "beta": usual}
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> PreferenceSettings:
-        if self.loss == "ipo" and self.label_smoothing:
-            raise ValueError(f"label_smoothing = {self.label_smoothing}: ipo has none; leave it out or choose another loss")
-        return self
 
 
 class ReferenceSettings(Section):

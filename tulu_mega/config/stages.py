@@ -66,7 +66,7 @@ STAGES = {
         ),
         Stage(
             name="dpo",
-            summary="preference tuning (dpo_norm, dpo, ipo, simpo): a model and pairs in, a run directory out",
+            summary="preference tuning by DPO and its relatives: a model and pairs in, a run directory out",
             example="tulu-mega dpo examples/tulu3/8b/dpo.toml --preference.beta 5",
             settings="tulu_mega.config.dpo:DpoSettings",
             recipe="tulu_mega.recipes.dpo:run",

@@ -13,7 +13,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from tulu_mega.errors import UserError
-from tulu_mega.records import Sequence
+from tulu_mega.records import TokenizedRow
 
 VERSION = 3
 """Raised whenever the same rows would give other tokens or another layout of the files."""
@@ -96,11 +96,11 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, row: int) -> Sequence:
+    def __getitem__(self, row: int) -> TokenizedRow:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         part = slice(self._offsets[row], self._offsets[row + 1])
-        return Sequence(int(row), self._tokens[part].tolist(), self._labels[part].tolist())
+        return TokenizedRow(int(row), self._tokens[part].tolist(), self._labels[part].tolist())
 
     @classmethod
     def open(cls, directory: str | Path) -> TokenStore:

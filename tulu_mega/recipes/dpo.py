@@ -13,7 +13,7 @@ from tulu_mega.data.store import TokenStore
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.model.config import DTYPES
-from tulu_mega.objectives.preference import PreferenceObjective
+from tulu_mega.objectives.preference_objective import PreferenceObjective
 from tulu_mega.train import reference_cache
 from tulu_mega.train.dataset_run import DatasetRun, opened_run
 from tulu_mega.train.engine import BatchLoss
@@ -31,7 +31,7 @@ def run(settings: DpoSettings, world: World) -> None:
     Raises:
         UserError: on every rank, for whatever the user can mend.
     """
-    objective = PreferenceObjective(**settings.preference.model_dump())
+    objective = PreferenceObjective.of(settings.preference)
     with opened_run(settings, world, reward=False) as training:
         columns, first = (lambda store: None), None
         if settings.preference.reads_reference:
@@ -63,24 +63,22 @@ def _reference(training: DatasetRun, weights: str, store: TokenStore) -> dict[st
 
 
 def check_first_loss(settings: DpoSettings, objective: PreferenceObjective, loss: BatchLoss) -> None:
-    """Before the first update the policy is the reference: margins are 0 and the loss is log 2 (ipo: 1 / (2 beta)^2).
+    """Before the first update the policy is the reference: margins are 0 and the loss is what it says of itself then.
 
     What rounding may add, by a token: a logit of up to 2^4 is off by its last place once in the reference's pass and once in this
     one, which is packed otherwise: 2^5 u, u being the precision's unit roundoff. That may be so of all tokens of both responses,
     so that the difference d of a pair, which has to be 0, is let pass up to D = 2 2^5 u for means, times the tokens of a response
-    for sums. Margins beta d then reach beta D. The slope of -log sigmoid(beta d) at 0 is beta / 2 and at most beta anywhere: its
-    loss is off by at most beta D too. That of ipo is (d - c)^2 with c = 1 / (2 beta), off by d^2 - 2 c d: at most D / beta + D^2.
+    for sums. Margins beta d then reach beta D, and each loss says how far D takes it.
 
     Raises:
         UserError: on every rank, when the difference is more than that.
     """
+    asked = objective.loss
     token = 2**5 * torch.finfo(DTYPES[settings.model.dtype]).eps / 2
-    difference = 2 * token * (settings.data.max_length if objective.loss == "dpo" else 1)
-    margin = objective.beta * difference
-    found = [("the mean margin", loss.metrics["margin"], 0.0, margin)]
+    difference = 2 * token * (1 if asked.of_means else settings.data.max_length)
+    found = [("the mean margin", loss.metrics["margin"], 0.0, asked.beta * difference)]
     if not objective.sft_weight:
-        allowed = difference / objective.beta + difference**2 if objective.loss == "ipo" else margin
-        found.append(("the loss", loss.loss, objective.at_reference(), allowed))
+        found.append(("the loss", loss.loss, asked.at_reference(), asked.tolerance(difference)))
     problems = [
         f"{name} is {value:.6g}, expected {wanted:.6g} within {allowed:.2g}"
         for name, value, wanted, allowed in found

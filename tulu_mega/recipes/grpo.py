@@ -15,6 +15,7 @@ from tulu_mega.distributed.collectives import Crew, from_lead
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.launch.run_dir import CONFIG
+from tulu_mega.objectives.advantages import ESTIMATORS
 from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl import journal
@@ -140,7 +141,7 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         UserError: on every rank, for whatever the user can mend.
     """
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(opened_session(settings, world, reward=False))
+        session = stack.enter_context(opened_session(settings, world, reward=False, temperature=settings.sampling.temperature))
         run, engine, lead = Run(settings, session), session.engine, session.lead
         prompts = read(settings) if lead else None
         steps = from_lead(_steps(settings, len(prompts.train)) if lead else None)
@@ -148,8 +149,6 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         reference = session.beside(settings.model.path, reward=False).engine if settings.policy.reads_reference else None
         found = run.weights(steps, settings.train.mini_batches * settings.train.passes)
         start = found.step if found else 0
-        for each in (engine, reference) if reference else (engine,):
-            each.temperature = settings.sampling.temperature
         scores = None
         if settings.rewards.model:
             scores = RewardModelScores(session.beside(settings.rewards.model, reward=True).engine, settings.longest)
@@ -203,7 +202,8 @@ def _scheduler(
     settings: GrpoSettings, prompts: Prompts, generator: Generates, rewards: Rewards, found: Checkpoint | None
 ) -> Scheduler:
     """Make rank 0's scheduler, at the place among the prompts that the checkpoint has."""
-    scheduler = Scheduler(prompts.train, generator, rewards, settings, (prompts.tokenizer.eos_token_id,))
+    estimator = ESTIMATORS[settings.policy.advantages]
+    scheduler = Scheduler(prompts.train, generator, rewards, estimator, settings, (prompts.tokenizer.eos_token_id,))
     if found:
         scheduler.state = found.state["prompts"]
     return scheduler

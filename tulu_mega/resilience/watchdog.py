@@ -21,7 +21,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from tulu_mega.distributed import topology
-from tulu_mega.launch import launcher
+from tulu_mega.launch import reporting
 from tulu_mega.resilience import hang_report
 from tulu_mega.resilience.hang_report import Account
 
@@ -94,7 +94,7 @@ class Watchdog:
         lines = _within(4 * self._interval + 20, lambda: self._gathered(stuck))
         for line in lines:
             self._say(line)
-        launcher.record_crash(TimeoutError("; ".join(["the run hung", *lines])))
+        reporting.record_crash(TimeoutError("; ".join(["the run hung", *lines])))
         sys.stderr.flush()
         os._exit(STATUS)
 

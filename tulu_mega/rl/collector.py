@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tulu_mega.distributed.collectives import Crew, from_lead
-from tulu_mega.rl.batches import Response
+from tulu_mega.rl.batches import TrainedResponse
 from tulu_mega.rl.scheduler import Group, Scheduler, StepRollouts
 
 
@@ -15,13 +15,13 @@ from tulu_mega.rl.scheduler import Group, Scheduler, StepRollouts
 class Collected:
     """The responses of a step."""
 
-    groups: list[list[Response]]
+    groups: list[list[TrainedResponse]]
     """Responses to train on, by prompt; the same on every rank."""
     rollouts: StepRollouts | None
     """All responses of the step, on rank 0."""
 
     @property
-    def responses(self) -> list[Response]:
+    def responses(self) -> list[TrainedResponse]:
         """All responses to train on."""
         return [response for group in self.groups for response in group]
 
@@ -45,7 +45,7 @@ class Collector:
         """
         rollouts = None
 
-        def work() -> list[list[Response]]:
+        def work() -> list[list[TrainedResponse]]:
             nonlocal rollouts
             rollouts = self._scheduler.next(version=step)
             return _trained(rollouts)
@@ -64,12 +64,10 @@ def numbered(rollouts: StepRollouts) -> Iterator[tuple[int, Group, int]]:
     return ((number, group, at) for number, (group, at) in enumerate(places))
 
 
-def _trained(rollouts: StepRollouts) -> list[list[Response]]:
-    groups: dict[int, list[Response]] = {}
+def _trained(rollouts: StepRollouts) -> list[list[TrainedResponse]]:
+    groups: dict[int, list[TrainedResponse]] = {}
     for number, group, at in numbered(rollouts):
         if group.advantages.trained[at]:
-            rollout = group.judged[at].rollout
-            groups.setdefault(group.place, []).append(
-                Response(number, rollout.prompt_ids, rollout.response_ids, rollout.sampler_logp, group.advantages.advantages[at])
-            )
+            trained = TrainedResponse(number, group.judged[at].response, group.advantages.advantages[at])
+            groups.setdefault(group.place, []).append(trained)
     return list(groups.values())

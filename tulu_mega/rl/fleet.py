@@ -13,7 +13,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import ask_restart, attached
 from tulu_mega.inference.client import RolloutClient
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.records import Rollout
+from tulu_mega.records import Response
 from tulu_mega.weight_transfer.attach import Connection
 from tulu_mega.weight_transfer.push import SyncReport, push
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
@@ -110,8 +110,8 @@ class FleetClient:
         sampling: Sampling,
         version: int,
         numbers: Sequence[int] | None = None,
-        done: Callable[[int, list[Rollout]], None] | None = None,
-    ) -> list[list[Rollout]]:
+        done: Callable[[int, list[Response]], None] | None = None,
+    ) -> list[list[Response]]:
         """As :meth:`RolloutClient.generate`; where no server is left to answer, they are started again and asked anew.
 
         Raises:

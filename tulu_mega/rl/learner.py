@@ -125,7 +125,7 @@ class Learner:
         train = self._settings.train
         with self._clock.part("data"):
             mini_batches = split(collected.groups, train.mini_batches)
-            tokens = [sum(len(one.response_ids) for one in part) for part in mini_batches]
+            tokens = [sum(one.response.num_trained for one in part) for part in mini_batches]
             capacity = self._settings.data.pack_length or self._settings.longest
             parts = [packed(self._engine, part, capacity, train.share_prompts) for part in mini_batches]
         once = len(parts) * train.passes == 1  # the update's own forward pass then gives the old weights' log-probabilities

@@ -16,7 +16,7 @@ from tulu_mega.train.engine import BatchLoss
 from tulu_mega.train.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.train.save_schedule import SaveSchedule
 from tulu_mega.train.step_clock import StepClock
-from tulu_mega.weight_transfer.transfer import SyncReport
+from tulu_mega.weight_transfer.push import SyncReport
 
 TOLD = ("reward", "solve_rate", "response_length", "kl")
 """Names of the figures that the console line shows beside the loss."""
@@ -64,8 +64,8 @@ class Reporter:
         self, done: int, collected: Collected, learned: Learned, sync: SyncReport, heldout: Mapping[str, float]
     ) -> StepRecord:
         seconds, updates, responses = self.clock.seconds, learned.updates, collected.responses
-        lengths = [len(one.prompt_ids) + len(one.response_ids) for one in responses]
-        tokens, trained = sum(lengths), sum(len(one.response_ids) for one in responses)
+        lengths = [one.response.num_tokens for one in responses]
+        tokens, trained = sum(lengths), sum(one.response.num_trained for one in responses)
         passes = self.settings.train.passes
         whole = self.clock.whole
         computed = sum(seconds.get(name, 0.0) for name in ("data", "scoring", "forward_backward", "optimizer"))

@@ -1,4 +1,4 @@
-"""What a run reports: RUN_DIR/metrics.jsonl, the console and, if asked for, wandb. Rank 0 only.
+"""The report of a run: RUN_DIR/metrics.jsonl, the console and, if the settings want it, wandb. Rank 0 only.
 
 metrics.jsonl has one object a step. Keys: ``step`` (finished steps, from 1) · ``loss`` · ``grad_norm`` (before clipping) ·
 ``lr`` · ``tokens`` ``supervised_tokens`` (of the global batch, padding not counted) · ``tokens_per_second``
@@ -41,7 +41,7 @@ FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Where the wall-clock time of a step went, in seconds."""
+    """Wall-clock seconds of a step by part."""
 
     data: float
     forward_backward: float
@@ -50,7 +50,7 @@ class StepSeconds:
 
     @property
     def working(self) -> float:
-        """Without the checkpoint: what rates are measured over."""
+        """Seconds without the checkpoint; rates are measured over these."""
         return self.data + self.forward_backward + self.optimizer
 
 
@@ -134,7 +134,7 @@ class MetricsLog:
         self._wandb.log(values)
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """A line on the console about rows that are not trained on; the step's record is to carry the values."""
+        """Prints the figures of held-out rows on the console; the step's record must carry them too."""
         self._console.say(f"step {step}  " + "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()))
 
     def close(self, failed: bool = False) -> None:
@@ -251,7 +251,7 @@ def clock(seconds: float) -> str:
 
 
 class _Wandb:
-    """A wandb run that can fail without the training noticing: the first failure is told, then it is left alone."""
+    """A wandb run whose failure does not disturb the training: it warns of the first failure and logs nothing after it."""
 
     def __init__(self, settings: WandbSettings, run_dir: Path, config: dict[str, Any]):
         self._run = None
@@ -267,7 +267,7 @@ class _Wandb:
                 project=settings.project,
                 name=settings.name or run_dir.resolve().name,
                 id=id_file.read_text().strip(),
-                resume="allow",  # a run that goes on is one run there too
+                resume="allow",  # a resumed run stays one run in wandb
                 mode=settings.mode,
                 dir=run_dir,
                 config=config,
@@ -333,7 +333,7 @@ def _measured_cpu_peak(dtype: torch.dtype) -> float:
 
 
 def peak_memory(device: torch.device | None) -> int:
-    """Most bytes this process has held: CUDA's allocator on a GPU, resident memory on a CPU."""
+    """Peak bytes held by this process: by CUDA's allocator on a GPU, as resident memory on a CPU."""
     if device is not None and device.type == "cuda":
         import torch
 

@@ -155,11 +155,12 @@ class Run:
 
 
 @contextlib.contextmanager
-def opened_session(settings: RunSettings, world: World, reward: bool) -> Iterator[Session]:
+def opened_session(settings: RunSettings, world: World, reward: bool, temperature: float = 1.0) -> Iterator[Session]:
     """Lock the run directory on rank 0, then join the world and build the model.
 
     Args:
         reward: whether the model has a scalar head.
+        temperature: that which a policy's responses are drawn at.
 
     Raises:
         UserError: on every rank, for whatever the user can mend.
@@ -167,4 +168,4 @@ def opened_session(settings: RunSettings, world: World, reward: bool) -> Iterato
     with contextlib.ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(locked(Path(settings.run_dir)))
-        yield stack.enter_context(opened(settings, world, settings.seed, reward))
+        yield stack.enter_context(opened(settings, world, settings.seed, reward, temperature))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tulu_mega.config import RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference.client import RolloutClient
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.records import Rollout, Sequence
+from tulu_mega.records import IGNORE, Response, TokenizedRow
 from tulu_mega.train.session import Session
 from tulu_mega.weight_transfer import push as pushing
 from tulu_mega.weight_transfer import sender
@@ -53,7 +53,7 @@ def settings(**changes: Any) -> RolloutSettings:
 def push(
     directory: str,
     layout: dict[str, Any],
-    servers: Several[ServerAddress],
+    servers: Sequence[ServerAddress],
     version: int,
     dtype: str = "fp32",
     export: str | None = None,
@@ -85,15 +85,15 @@ def push(
         return report, _difference(made, box[0])
 
 
-def generated(server: ServerAddress, rollout: RolloutSettings, version: int) -> list[Rollout]:
+def generated(server: ServerAddress, rollout: RolloutSettings, version: int) -> list[Response]:
     """What a server answers to `PROMPTS`."""
     with RolloutClient([server], rollout) as client:
         return [each for group in client.generate(PROMPTS, SAMPLING, version) for each in group]
 
 
-def _difference(made: Session, rollouts: list[Rollout]) -> float:
+def _difference(made: Session, responses: list[Response]) -> float:
     """Largest absolute difference of log-probabilities of what was sampled."""
-    batch = [Sequence(row, ids := each.prompt_ids + each.response_ids, ids) for row, each in enumerate(rollouts)]
+    batch = [TokenizedRow(row, each.token_ids, each.token_ids) for row, each in enumerate(responses)]
     micro = jobs.share(made, batch, 2)
     found: dict[int, list[float]] = {}
     for packed, logp in zip(micro, made.engine.score(micro), strict=False):
@@ -103,16 +103,20 @@ def _difference(made: Session, rollouts: list[Rollout]) -> float:
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, found)
     scores = {row: values for each in told for row, values in each.items()}
-    assert scores.keys() == set(range(len(rollouts)))
+    assert scores.keys() == set(range(len(responses)))
     return max(
         abs(ours - theirs)
-        for row, each in enumerate(rollouts)
-        for ours, theirs in zip(scores[row][len(each.prompt_ids) - 1 :], each.sampler_logp, strict=True)
+        for row, each in enumerate(responses)
+        for ours, theirs in zip(
+            [score for score, label in zip(scores[row], each.labels[1:], strict=True) if label != IGNORE],
+            each.sampler_logp,
+            strict=True,
+        )
     )
 
 
 def push_in_small_buckets(
-    directory: str, servers: Several[ServerAddress], version: int, dtype: str, export: str | None
+    directory: str, servers: Sequence[ServerAddress], version: int, dtype: str, export: str | None
 ) -> tuple[SyncReport, float]:
     """As `push`, with buckets smaller than a layer."""
     sender._SMALL_BUCKET = 1  # a model has at least eight buckets

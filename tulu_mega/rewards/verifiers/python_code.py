@@ -79,3 +79,6 @@ def _test(test: Any, number: int) -> dict[str, str]:
     if isinstance(test, dict) and test.keys() == {"input", "output"} and all(isinstance(text, str) for text in test.values()):
         return test
     raise ValueError(f"test {number}: expected a statement or an object with texts 'input' and 'output', got {str(test)[:80]!r}")
+
+
+VERIFIER = PythonCode

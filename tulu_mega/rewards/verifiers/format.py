@@ -1,34 +1,11 @@
-"""Replies compared as text, and replies of a demanded form."""
+"""Replies of a demanded form."""
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from typing import Any
 
-from tulu_mega.rewards.verdict import Messages, Verdict
-
-
-def _squeezed(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-class ExactMatch:
-    """The whole reply equals the ground truth, or one of a list of them.
-
-    Runs of white space count as one space, composed and decomposed accents as the same; case and punctuation count.
-    Follows nothing published (Tulu's ``flan`` verifier drops case, punctuation and articles).
-    """
-
-    def check(self, ground_truth: Any) -> None:
-        options = ground_truth if isinstance(ground_truth, list) else [ground_truth]
-        if not options or not all(isinstance(option, str) and option.strip() for option in options):
-            raise ValueError(f"expected a text or a list of texts, none of them empty, got {_short(ground_truth)}")
-
-    def __call__(self, response: str, ground_truth: Any, *, messages: Messages | None = None) -> Verdict:
-        options = ground_truth if isinstance(ground_truth, list) else [ground_truth]
-        found = _squeezed(response)
-        return Verdict.of(found in map(_squeezed, options), f"got {_short(found)}, expected {_short(ground_truth)}")
+from tulu_mega.rewards.verdict import Messages, Verdict, shortened
 
 
 class Format:
@@ -48,7 +25,7 @@ class Format:
     def __call__(self, response: str, ground_truth: Any, *, messages: Messages | None = None) -> Verdict:
         pattern, sections = self._read(ground_truth)
         if pattern and not pattern.search(response):
-            return Verdict.of(False, f"does not match {_short(pattern.pattern)}")
+            return Verdict.of(False, f"does not match {shortened(pattern.pattern)}")
         at = 0
         for index, heading in enumerate(sections):
             start = response.find(heading, at)
@@ -66,24 +43,22 @@ class Format:
         if not isinstance(value, dict) or not value or value.keys() - {"pattern", "sections"}:
             raise ValueError(
                 "expected a regular expression or an object with 'pattern' (a regular expression) and/or 'sections' "
-                f"(headings in order), got {_short(ground_truth)}"
+                f"(headings in order), got {shortened(ground_truth)}"
             )
         sections = value.get("sections", [])
         if not isinstance(sections, list) or not all(isinstance(heading, str) and heading.strip() for heading in sections):
-            raise ValueError(f"'sections': expected a list of headings, got {_short(sections)}")
+            raise ValueError(f"'sections': expected a list of headings, got {shortened(sections)}")
         pattern = value.get("pattern")
         if pattern is None:
             if not sections:
                 raise ValueError("demands nothing; give a 'pattern' or 'sections'")
             return None, sections
         if not isinstance(pattern, str) or not pattern:
-            raise ValueError(f"'pattern': expected a regular expression, got {_short(pattern)}")
+            raise ValueError(f"'pattern': expected a regular expression, got {shortened(pattern)}")
         try:
             return re.compile(pattern, re.DOTALL), sections
         except re.error as error:
-            raise ValueError(f"{_short(pattern)} is not a regular expression: {error}") from None
+            raise ValueError(f"{shortened(pattern)} is not a regular expression: {error}") from None
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+VERIFIER = Format

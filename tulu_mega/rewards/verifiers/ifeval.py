@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tulu_mega.rewards.constraints import CONSTRAINTS, NOVEMBER_2024, Function, read_constraint
+from tulu_mega.rewards.constraints import CONSTRAINTS, Function, read_constraint
 from tulu_mega.rewards.verdict import Messages, Verdict
 
 _ANSWER_TAGS = re.compile(r"</?answer>")
@@ -40,15 +40,4 @@ class IfEval:
         return _ANSWER_TAGS.sub("", response.rpartition("</think>")[2]).strip() or None
 
 
-class IfEval2024(IfEval):
-    """The same as it was when Tulu 3 was trained (November 2024), errors included: for reproducing that run.
-
-    The whole reply is judged, white space around it dropped. Placeholders are always met; a choice is met when the reply
-    occurs in an option, so that an empty one always is; "around N" words of capitals means exactly N; ``!`` ends no
-    sentence. Empty replies can meet constraints. Departs where the published code crashes, as :class:`IfEval` does.
-    """
-
-    functions = NOVEMBER_2024
-
-    def judged(self, response: str) -> str | None:
-        return response.strip()
+VERIFIER = IfEval

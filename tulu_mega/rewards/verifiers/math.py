@@ -195,3 +195,6 @@ def _phrase(response: str) -> str | None:
 def _escaped(text: str, at: int) -> bool:
     before = text[:at]
     return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
+VERIFIER = MathAnswer
