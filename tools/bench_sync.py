@@ -28,8 +28,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from tulu_mega.platforms.caches import memcpy_environment
-
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -43,8 +41,6 @@ def main() -> None:
     parser.add_argument("--bucket-mib", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    if environ := memcpy_environment():  # as the launcher starts a rank
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environ})
     with tempfile.TemporaryDirectory(prefix="bench_sync_") as directory:
         print(json.dumps(measure(options, Path(directory))))
 

@@ -29,6 +29,7 @@ RANK = """
 
     import types
     module = types.ModuleType("the_recipe"); module.run = recipe; sys.modules["the_recipe"] = module
+    sys.modules["tulu_mega.platforms"] = types.SimpleNamespace(prepare_imports=lambda: None)  # this recipe needs no megatron-core
     from tulu_mega.config import EngineSettings
     settings = EngineSettings.model_validate({"model": "m", "parallel": {"tensor": 2}})
     try:

@@ -171,7 +171,7 @@ def device_names(devices: list[int], environ: Mapping[str, str]) -> list[str]:
 
 _OF_THE_RANKS = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY",  # platforms/matmul.py
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY",  # platforms/cpu_speed/matmul.py
 )  # fmt: skip
 
 

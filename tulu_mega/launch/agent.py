@@ -32,9 +32,6 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from tulu_mega.platforms.caches import memcpy_environment
-
-    os.environ.update(memcpy_environment())
     os.environ[AGENT_PID] = str(os.getpid())
     parsed = run.parse_args(["--signals-to-handle", _HANDLED, "--shutdown-timeout", "120", *arguments])
     asked_at = _moments()

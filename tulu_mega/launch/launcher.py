@@ -15,7 +15,6 @@ import importlib
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -90,9 +89,7 @@ def run(
         world = joined_world(settings.parallel, os.environ)
         if world.rank == 0 and not started_by_launcher():
             prepare(settings)  # the other ranks wait for this one where they meet
-        # On import megatron-core warns of every package it could also use, torch of names it will change.
-        warnings.filterwarnings("ignore", module=r"megatron\.")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+        resolve("tulu_mega.platforms:prepare_imports")()
         return int(resolve(target)(settings, world) or 0)
     size = settings.parallel.model_parallel * (settings.parallel.data or 1)
     _check_devices(settings.parallel, size)

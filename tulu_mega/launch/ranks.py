@@ -60,8 +60,6 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
     from torch.distributed.elastic.multiprocessing import start_processes
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
-    from tulu_mega.platforms.caches import memcpy_environment
-
     class RankLogs(LogsSpecs):
         """Rank 0 on the console, the others in files."""
 
@@ -90,7 +88,6 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
         "PYTHONUNBUFFERED": "1",  # a killed rank's log is whole
         # messages of tensor parallelism overlap products only when kernels start in the order in which they are queued
         "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
-        **memcpy_environment(),
         LAUNCHER_PID: str(os.getpid()),
         **environ,
     }

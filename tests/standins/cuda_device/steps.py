@@ -26,9 +26,9 @@ def main(guard: str, layers: str = "") -> None:
         package.install()
     from transformers import LlamaForCausalLM  # noqa: F401  its module wants torch.cuda as it is
 
-    from tulu_mega.platforms import adam, grad_norm, lean, weight_gradient
+    from tulu_mega.platforms import adam, grad_norm, prepare_imports, weight_gradient
 
-    lean.import_megatron()
+    prepare_imports()
     mode = device.install()
     if layers:
         package.without_values()

@@ -1,4 +1,4 @@
-"""Tensor-parallel linear layers of the local spec: megatron-core's, with the CPU's float32 products by the faster library."""
+"""megatron-core's tensor-parallel linear layers, with the CPU's float32 products by the faster library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from tulu_mega.platforms.matmul import times_transposed
+from tulu_mega.platforms.cpu_speed.matmul import times_transposed
+from tulu_mega.platforms.cpu_speed.served import serves
+from tulu_mega.process import plain
 
 
 class _Product(torch.autograd.Function):
@@ -34,7 +36,7 @@ class _ByProduct:
     """Mixed into megatron-core's linear layers at the place where they multiply."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options) -> Tensor:
-        if weight.dtype != torch.float32 or weight.device.type != "cpu" or not weight.requires_grad:
+        if not serves(weight) or not weight.requires_grad:
             return super()._forward_impl(input=input, weight=weight, bias=bias, **options)
         if options["sequence_parallel"]:  # backward: reduce-scatter of the ranks' partial gradients
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=options["tp_group"])
@@ -50,3 +52,10 @@ class ColumnLinear(_ByProduct, ColumnParallelLinear):
 
 class RowLinear(_ByProduct, RowParallelLinear):
     """Columns of the weight are cut over tensor ranks."""
+
+
+def linear_layers() -> tuple[type[ColumnParallelLinear], type[RowParallelLinear]]:
+    """The classes of column-parallel and of row-parallel layers: megatron-core's own on GPUs and under TULU_MEGA_PLAIN=1."""
+    if plain() or torch.cuda.is_available():
+        return ColumnParallelLinear, RowParallelLinear
+    return ColumnLinear, RowLinear

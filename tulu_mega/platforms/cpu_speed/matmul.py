@@ -14,14 +14,19 @@ import os
 import torch
 from torch import Tensor
 
+from tulu_mega.platforms.cpu_speed.served import serves
+
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Variables that bound what oneDNN and torch's layer above it keep of each shape, half a megabyte and more; read at the first
 product. Packs are of all lengths: by default (1,024 each) a process grew by 10 MB/s."""
 SHAPES = 64
 """What a micro-batch uses again, layer by layer, is some ten."""
 
-for _name in CACHES:
-    os.environ.setdefault(_name, str(SHAPES))
+
+def bound_caches() -> None:
+    """Bounds oneDNN's caches, unless the user has. Nothing after this process's first product."""
+    for name in CACHES:
+        os.environ.setdefault(name, str(SHAPES))
 
 
 def _of_amd() -> bool:
@@ -46,6 +51,6 @@ def times_transposed(rows_NK: Tensor, weight_MK: Tensor, space: Tensor | None = 
     Returns:
         [..., M], contiguous.
     """
-    if _ONEDNN is None or rows_NK.dtype != torch.float32 or rows_NK.device.type != "cpu" or not rows_NK.numel():
+    if _ONEDNN is None or not serves(rows_NK) or not rows_NK.numel():
         return torch.matmul(rows_NK, weight_MK.t(), out=None if space is None else space[: len(rows_NK)])
     return _ONEDNN(rows_NK, weight_MK, None, "none", [], "")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from tulu_mega.process import uncollected
+from tulu_mega.process import plain, uncollected
 
 
 def import_megatron() -> None:
@@ -19,12 +19,14 @@ def import_megatron() -> None:
     that it hands to `torch.compile` as it is imported are left as they are (2 s): the layers built there call none of them unless
     asked to.
     """
+    if "megatron.core" in sys.modules:
+        return
     with contextlib.ExitStack() as stack:
         stack.enter_context(uncollected())
-        if "wandb" not in sys.modules:
+        if "wandb" not in sys.modules and not plain():
             sys.modules["wandb"] = None
             stack.callback(sys.modules.pop, "wandb")
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and not plain():
             compiler, torch.compile = torch.compile, _as_it_is
             stack.callback(setattr, torch, "compile", compiler)
         with contextlib.suppress(ModuleNotFoundError):
