@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tulu_mega.data.batch import context_share, pack
+from tulu_mega.data.batch import pack
 from tulu_mega.layout.alignment import Alignment, alignment
-from tulu_mega.layout.context import context_rows
+from tulu_mega.layout.context import context_rows, context_share
 from tulu_mega.records import IGNORE, TokenizedRow
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from tulu_mega.data.prefix_sharing import PrefixGroup
 from tulu_mega.layout.alignment import Alignment
-from tulu_mega.layout.context import context_rows
 from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 
 
@@ -146,17 +144,3 @@ def by_token(batch: PackedBatch, values: Mapping[int, Sequence[float]]) -> Tenso
     laid_T[batch.loss_mask_T] = torch.from_numpy(np.concatenate(found))
     return laid_T
 
-
-def context_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
-    """A context-parallel rank's share of a pack whose sequences are aligned to ``2 * size``; labels are shifted already.
-
-    Args:
-        batch: the whole pack, on the CPU.
-    """
-    if size == 1:
-        return batch
-    rows = context_rows(batch.lengths_S, rank, size)
-    share = {name: value[rows] for name, value in vars(batch).items() if name.endswith("_T")}
-    columns = {name: value[rows] if name.endswith("_T") else value for name, value in batch.columns.items()}
-    labelled_N = share["loss_mask_T"].nonzero().squeeze(1)
-    return dataclasses.replace(batch, context_rank=rank, labelled_N=labelled_N, columns=columns, **share)

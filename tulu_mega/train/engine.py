@@ -24,9 +24,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from tulu_mega.config import EngineSettings, OptimSettings
-from tulu_mega.data.batch import context_share
 from tulu_mega.distributed.topology import Topology
-from tulu_mega.layout.context import context_rows
+from tulu_mega.layout.context import context_rows, context_share
 from tulu_mega.model.build import attention_of, build_model, wrap_for_training
 from tulu_mega.model.gpt import PolicyModel
 from tulu_mega.model.messages import PackMessages
