@@ -15,14 +15,17 @@ URLS = "rollout.urls = "
 
 
 @contextlib.contextmanager
-def served(directory: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
+def served(directory: Path, *flags: str) -> Iterator[tuple[list[str], dict[str, str]]]:
     """A server of the directory's model: flags and environment variables of the runs that attach to it.
+
+    Args:
+        flags: further ones of the server.
 
     Raises:
         AssertionError: it does not start, with what it says.
     """
     variables = {KEY: secrets.token_urlsafe(16)}
-    arguments = ("--model.path", "model", "--model.dtype", "fp32", "--rollout.max_model_len", "96")
+    arguments = ("--model.path", "model", "--model.dtype", "fp32", "--rollout.max_model_len", "96", *flags)
     server = commands.start(directory, "serve.txt", "serve", *arguments, **variables)
     try:
         yield ["--rollout.urls", _urls(server, directory / "serve.txt")], variables
