@@ -5,8 +5,6 @@ LOCKED := .venv/.locked
 INSTALLED := .venv/.installed
 PEERS := .venv-peers/.locked
 LOGS ?= docs/notes/measurements
-# acceptance tests that wait for moments, or take all of the machine's cores or memory
-ALONE := tests/weight_transfer/live tests/end_to_end/test_kills.py tests/end_to_end/test_quickstart.py
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -58,10 +56,10 @@ test: lint  ## lint, then every test that needs no GPU
 acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/notes/measurements/
 	@mkdir -p $(LOGS); failed=; trap 'exit 130' INT; \
 	part() { name=$$1; shift; echo "== $$name"; "$$@" 2>&1 | tee "$(LOGS)/$$name.log" || failed="$$failed $$name"; }; \
-	pool="env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m acceptance -n 2 --dist loadfile --no-loadscope-reorder"; \
-	part acceptance $$pool tests --ignore tests/standins/transformer_engine $(addprefix --ignore ,$(ALONE)); \
-	part acceptance_te $$pool tests/standins/transformer_engine; \
-	part acceptance_alone $(BIN)/python -m pytest $(ALONE) -m acceptance -s; \
+	pool="env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder"; \
+	part acceptance $$pool tests -m "acceptance and not alone" --ignore tests/standins/transformer_engine; \
+	part acceptance_te $$pool tests/standins/transformer_engine -m acceptance; \
+	part acceptance_alone $(BIN)/python -m pytest tests -m "acceptance and alone" -s --ignore tests/standins/transformer_engine; \
 	for bench in tools/bench_*.py; do part "$$(basename "$$bench" .py)" $(BIN)/python "$$bench"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed; see $(LOGS)" >&2; exit 1; }
 

@@ -10,6 +10,8 @@ from tests.lib import families, world
 from tests.lib.layouts import FEW, LAYOUTS, check, weights
 from tests.lib.truths import Truths
 
+pytestmark = pytest.mark.ranks
+
 LR = 0.02  # at 0.05 float32's rounding grows to 1e-5 in Qwen 3: transformers differs from itself with the batch in another order
 
 PAIRWISE = [  # family, layout, micro-batches, reduction, recompute

@@ -23,6 +23,8 @@ from tulu_mega.config import RolloutSettings
 from tulu_mega.weight_transfer.attach import attach
 from tulu_mega.weight_transfer.protocol import checksum
 
+pytestmark = pytest.mark.ranks
+
 ORACLE = Path(__file__).parents[1] / "lib/oracles/fp8.py"
 
 

@@ -16,6 +16,8 @@ from tests.lib import world
 from tulu_mega.config import EngineSettings
 from tulu_mega.launch.launcher import World
 
+pytestmark = pytest.mark.ranks
+
 ROOT = Path(__file__).parents[2]
 ALLOWED = 256 * 2**20
 """Bytes of anonymous memory beyond the shard and what imports take."""

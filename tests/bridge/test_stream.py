@@ -17,6 +17,8 @@ from tulu_mega.weight_transfer.attach import Connection, attach
 from tulu_mega.weight_transfer.protocol import checksum
 from tulu_mega.weight_transfer.push import stream
 
+pytestmark = pytest.mark.ranks
+
 
 def streamed(directory: str, layout: dict[str, Any], dtype: str) -> tuple[Any, Any, Any] | None:
     """Metadata and names of this rank's stage, and each tensor's checksum in each pass; None beside the first replica."""

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from tests.lib import checkpoints, jobs, world
 
+pytestmark = pytest.mark.ranks
+
 LAYOUTS = [  # layout, tied
     ({"tensor": 2}, False),
     ({"pipeline": 2}, True),

@@ -20,6 +20,8 @@ from tulu_mega.launch.launcher import World
 from tulu_mega.preflight import check
 from tulu_mega.quickstart import task, tiny_model
 
+pytestmark = pytest.mark.ranks
+
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{% if message['role'] == 'assistant' %}{% generation %}"
     "{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"

@@ -10,6 +10,8 @@ import pytest
 from tests.lib import families, sharing_jobs, world
 from tests.lib.layouts import LAYOUTS, size, weights
 
+pytestmark = pytest.mark.ranks
+
 LR = 0.02
 PAIRWISE = [  # family, layout, recompute
     ("Mistral", "TP1", "none"),

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from tests.lib import world
 from tulu_mega.distributed import collectives
 
+pytestmark = pytest.mark.ranks
+
 
 def _shared(backend: str) -> tuple[list[str], int]:
     """What the ranks get from one that leads, in a world that calls itself so; groups that were made."""

@@ -10,6 +10,8 @@ from tests.lib import world
 from tulu_mega.config import ParallelSettings
 from tulu_mega.distributed.grid import ShardGrid
 
+pytestmark = pytest.mark.ranks
+
 GRIDS = [ShardGrid(tensor=2, pipeline=3, virtual=2, context=2, data=4), ShardGrid(tensor=4), ShardGrid(context=3, data=2)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -11,6 +12,8 @@ from tests.lib import world
 from tulu_mega import platforms
 from tulu_mega.config import ParallelSettings
 from tulu_mega.distributed import topology
+
+pytestmark = pytest.mark.ranks
 
 
 def timeouts(seconds: float) -> list[float]:

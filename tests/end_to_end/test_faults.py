@@ -26,6 +26,8 @@ from tulu_mega.resilience.skipped_updates import SkippedUpdates
 from tulu_mega.train import checkpoint
 from tulu_mega.train.session import Session
 
+pytestmark = pytest.mark.ranks
+
 LAYOUT = {"tensor": 2}
 OPTIM = OptimSettings(lr=1e-2, schedule="constant", warmup=0.0)
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.lib.grpo_runs import STEPS, after, check_same, ended, lines, processes_of, rank_of, start, weights
 
+pytestmark = pytest.mark.servers
+
 
 def test_the_first_step_is_on_policy_and_at_the_reference(undisturbed):
     steps = lines(undisturbed / "metrics.jsonl")

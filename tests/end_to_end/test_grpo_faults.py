@@ -17,7 +17,7 @@ from tulu_mega.errors import Stopped
 from tulu_mega.train import checkpoint
 from tulu_mega.vllm_plugin.auth import KEY
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.servers, pytest.mark.acceptance, pytest.mark.timeout(600)]
 
 HOOK = """
 import importlib.abc, importlib.machinery, os, signal, sys, time

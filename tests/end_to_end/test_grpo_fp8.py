@@ -12,7 +12,7 @@ import pytest
 from tests.lib.grpo_runs import STEPS, after, check_same, ended, lines, start
 from tests.weight_transfer.live.fp8 import CAN_SERVE
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900), CAN_SERVE]
+pytestmark = [pytest.mark.servers, pytest.mark.acceptance, pytest.mark.timeout(900), CAN_SERVE]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from tests.lib.grpo_runs import LIMIT, check_same, ended, lines, start
 from tulu_mega.train import checkpoint
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.servers, pytest.mark.acceptance, pytest.mark.timeout(900)]
 
 VERIFIER = """
 from own_verifier import judge as vowels

@@ -12,6 +12,8 @@ from tests.lib.tokenizers import EOS as OTHER
 from tests.lib.tokenizers import byte_tokenizer
 from tulu_mega.inference.offline import Completion, Generator, Sampling
 
+pytestmark = pytest.mark.servers
+
 EOS = 260
 """Of the tokenizer; for the model's own it is a part of a word, and its directory names another eos."""
 

@@ -20,6 +20,8 @@ from tulu_mega.launch.launcher import World
 from tulu_mega.preflight import check
 from tulu_mega.train import checkpoint
 
+pytestmark = [pytest.mark.alone, pytest.mark.ranks]
+
 RANKS, PATIENCE = 8, 300
 LAYOUT = ["--parallel.tensor", "2", "--parallel.pipeline", "2", "--parallel.data", "2"]
 

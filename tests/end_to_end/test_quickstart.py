@@ -12,6 +12,8 @@ import pytest
 
 from tulu_mega.quickstart.demo import heldout_accuracy
 
+pytestmark = [pytest.mark.alone, pytest.mark.servers]
+
 
 def command(name: str, *arguments: object) -> None:
     ended = subprocess.run(

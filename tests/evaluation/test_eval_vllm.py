@@ -12,6 +12,8 @@ from tulu_mega.inference import offline as door
 from tulu_mega.inference.offline import Sampling
 from tulu_mega.quickstart import task, tiny_model
 
+pytestmark = pytest.mark.servers
+
 pytest.importorskip("vllm")
 
 PROBLEMS = 12

@@ -13,6 +13,8 @@ from tulu_mega.inference.generate import generate
 from tulu_mega.inference.offline import Completion, Generator, Sampling
 from tulu_mega.quickstart import tiny_model
 
+pytestmark = pytest.mark.servers
+
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45], [300]]
 
 

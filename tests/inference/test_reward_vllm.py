@@ -15,6 +15,8 @@ from tests.lib import families, reward_models, world
 from tests.lib.layouts import LAYOUTS
 from tulu_mega.quickstart import tiny_model
 
+pytestmark = pytest.mark.servers
+
 POOL = """
 import json, sys
 from tulu_mega.process import leave, uncollected

@@ -26,7 +26,7 @@ from tulu_mega.inference.serve import serve
 from tulu_mega.vllm_plugin.auth import KEY
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+pytestmark = [pytest.mark.servers, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")]
 
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45], [300], [17, 18, 19, 20]]
 SAMPLING = Sampling(max_tokens=12, temperature=0.7, samples=3, seed=4)

@@ -12,6 +12,8 @@ import pytest
 from tests.invariant.server import served
 from tests.invariant.stages import GRPO
 
+pytestmark = pytest.mark.servers
+
 REFERENCE, *OTHERS = GRPO.layouts
 
 

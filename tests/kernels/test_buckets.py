@@ -15,6 +15,8 @@ from tulu_kernels.buckets.plan import ALIGNMENT, ODD_TILE, TILE, VECTOR, launche
 from tests.kernels.compiled import compiled
 from tests.lib import world
 
+pytestmark = pytest.mark.ranks
+
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = [(BF16, BF16), (FP32, BF16), (FP32, FP32), (BF16, FP32)]
 

@@ -18,6 +18,8 @@ from tests.lib import world
 from tulu_mega.bridge.families import llama
 from tulu_mega.distributed.grid import ShardGrid
 
+pytestmark = pytest.mark.ranks
+
 BY_VLLM = """
 import sys, torch
 from vllm.utils.deep_gemm import per_block_cast_to_fp8

@@ -11,6 +11,8 @@ from tulu_kernels.linear_logprob.function import TILE, even_chunks
 from tests.kernels.compiled import compiled
 from tests.lib import world
 
+pytestmark = pytest.mark.ranks
+
 FLOAT_BF16 = 2.0**-8
 """relative spacing of bf16 numbers"""
 

@@ -17,6 +17,8 @@ from tulu_kernels.policy_loss import PolicyLoss, Tokens, policy_loss
 from tests.kernels.compiled import compiled
 from tests.lib import world
 
+pytestmark = pytest.mark.ranks
+
 CHOICES: dict[str, list[Any]] = {
     "loss": ["grpo", "dapo", "cispo", "gspo"],
     "aggregation": ["token", "sequence", "constant"],

@@ -11,6 +11,8 @@ from tulu_kernels.segment_sums import segment_sums
 from tests.kernels.compiled import compiled
 from tests.lib import world
 
+pytestmark = pytest.mark.ranks
+
 LENGTHS = {
     "odd": [3, 1, 12],
     "empty ones": [0, 5, 0, 0, 7, 0],

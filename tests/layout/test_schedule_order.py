@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from tests.lib import world
 from tulu_mega.layout.schedule import _rank_order
+
+pytestmark = pytest.mark.ranks
 
 
 def megatron_order(rank: int, ranks: int, chunks: int, count: int) -> list[tuple[int, int, int]]:

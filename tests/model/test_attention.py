@@ -14,6 +14,8 @@ import torch
 from tests.lib import world
 from tulu_mega.layout.context import context_rows
 
+pytestmark = pytest.mark.ranks
+
 LENGTHS = (24, 8, 40, 8)
 BOUNDS = [0, *itertools.accumulate(LENGTHS)]
 HEADS, GROUPS, SIZE = 4, 2, 8

@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.lib import world
 
+pytestmark = pytest.mark.ranks
+
 TOKENS, HIDDEN, VOCAB = 37, 24, 50
 
 

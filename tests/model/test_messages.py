@@ -14,6 +14,8 @@ from tulu_mega.model.messages import PackMessages
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.train import engine
 
+pytestmark = pytest.mark.ranks
+
 LENGTHS = [33, 8, 21, 60, 14, 47, 5, 28]
 """of micro-batches, all different"""
 

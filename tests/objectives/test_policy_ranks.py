@@ -8,6 +8,8 @@ import pytest
 from tests.lib import jobs, policy_jobs, world
 from tests.lib.layouts import LAYOUTS, size
 
+pytestmark = pytest.mark.ranks
+
 PPO = {"clip_low": 0.2, "clip_high": 0.2}
 OBJECTIVES = {
     "grpo": PPO | {"loss": "grpo", "aggregation": "token", "beta": 0.05, "importance": "token", "importance_cap": 1.3},

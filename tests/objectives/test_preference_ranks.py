@@ -10,6 +10,8 @@ from tests.lib.layouts import LAYOUTS, size
 from tests.lib.truths import Truths
 from tulu_mega.config.preference import PREFERENCE_LOSSES
 
+pytestmark = pytest.mark.ranks
+
 OBJECTIVES = {name: {"loss": name} for name in PREFERENCE_LOSSES} | {
     "dpo, smoothed": {"loss": "dpo", "beta": 0.1, "label_smoothing": 0.1},
     "dpo_norm with SFT": {"loss": "dpo_norm", "beta": 5.0, "label_smoothing": 0.05, "sft_weight": 0.5},

@@ -24,6 +24,8 @@ from tulu_mega.plan.dry_run.cover import uncovered
 from tulu_mega.plan.dry_run.run import answer, ask, dry_run
 from tulu_mega.plan.dry_run.show import summary, tell
 
+pytestmark = pytest.mark.ranks
+
 ARCHITECTURES = Path(__file__).parents[2] / "examples/architectures"
 STAGES = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
 LAYOUTS = {

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.lib import world
+
+pytestmark = pytest.mark.ranks
 
 
 def called() -> list[bool]:

@@ -13,6 +13,8 @@ from tulu_mega.config import SftSettings
 from tulu_mega.errors import UserError
 from tulu_mega.preflight import cluster
 
+pytestmark = pytest.mark.ranks
+
 
 def look(directory: Path, spoilt: bool, beside: str = "") -> int | list[str]:
     """The second node may have another learning rate, a clock that is ahead and a disk of its own.

@@ -25,6 +25,8 @@ from tulu_mega.recipes.dpo import check_first_loss, run
 from tulu_mega.train import reference_cache
 from tulu_mega.train.engine import BatchLoss
 
+pytestmark = pytest.mark.ranks
+
 STEPS = 5
 
 

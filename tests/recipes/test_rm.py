@@ -22,6 +22,8 @@ from tulu_mega.errors import UserError
 from tulu_mega.inference.generate import generate
 from tulu_mega.preflight import check as preflight
 
+pytestmark = pytest.mark.ranks
+
 STEPS, LR = 10, 0.02
 PAIRWISE = [  # family, layout, micro-batches, recompute
     ("Llama", "TP1", 2, "none"),

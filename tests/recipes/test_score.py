@@ -11,6 +11,8 @@ from tests.lib import jobs, world
 from tulu_mega.config import ScoreSettings, load
 from tulu_mega.quickstart import tiny_model
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -18,6 +18,8 @@ from tulu_mega.errors import UserError
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.resilience.spikes import SIGNALS
 
+pytestmark = pytest.mark.ranks
+
 USUAL = [1.0, 1.2, 0.9, 1.1, 1.0, 0.8, 1.0, 1.3, 1.0, 1.1]
 CPU = torch.device("cpu")
 

@@ -20,6 +20,8 @@ from tulu_mega.errors import Stopped
 from tulu_mega.preflight import check
 from tulu_mega.train import checkpoint
 
+pytestmark = pytest.mark.ranks
+
 STEPS = 5
 
 

@@ -17,6 +17,8 @@ from tulu_mega.data.loader import PackedLoader
 from tulu_mega.preflight import check
 from tulu_mega.resilience import watchdog
 
+pytestmark = pytest.mark.ranks
+
 TIMEOUT = 3.0
 
 

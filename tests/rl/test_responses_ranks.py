@@ -8,6 +8,8 @@ import pytest
 from tests.lib import jobs, response_jobs, world
 from tests.lib.layouts import LAYOUTS, size, weights
 
+pytestmark = pytest.mark.ranks
+
 LR = 0.05
 CASES = [("TP1", False), ("TP1", True), ("TP2", True), ("PP2", True), ("CP2", True), ("DP2", True), ("TP2xPP2", True)]
 """layout, whether prompts are shared"""

@@ -11,6 +11,8 @@ import torch
 
 from tests.lib import world
 
+pytestmark = pytest.mark.ranks
+
 ROWS, INPUT, OUTPUT, MICRO_BATCHES = 6, 8, 12, 2
 
 

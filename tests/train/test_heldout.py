@@ -21,6 +21,8 @@ from tulu_mega.preflight import check
 from tulu_mega.quickstart import task, tiny_model
 from tulu_mega.records import IGNORE
 
+pytestmark = pytest.mark.ranks
+
 STEPS = 3
 HELDOUT = [30, 5, 61, 2, 17, 48, 9]
 """lengths: no batch size divides their number, and their trained tokens are far from even"""

@@ -8,6 +8,8 @@ import pytest
 from tests.lib import jobs, world
 from tests.lib.layouts import FEW, check, size, weights
 
+pytestmark = pytest.mark.ranks
+
 PAIRWISE = [  # layout, tied, micro-batches, reduction, recompute
     ("CP2", False, 2, "sum", "none"),
     ("TP2xCP2", True, None, "token_mean", "selective"),

@@ -25,6 +25,8 @@ from tulu_mega.quickstart import task
 from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import Engine
 
+pytestmark = pytest.mark.ranks
+
 STEPS, SPOILT, BATCH = 6, 5, 8
 """The fifth step's rows are spoilt."""
 SLOW = 1

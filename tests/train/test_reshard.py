@@ -14,6 +14,8 @@ import pytest
 from tests.lib import jobs, world
 from tests.lib.layouts import size
 
+pytestmark = pytest.mark.ranks
+
 STEPS, SAVED = 5, 2
 # eps well above the smallest gradients: Adam otherwise turns rounding into steps of the full rate
 OPTIM = dict(lr=2e-3, schedule="linear", warmup=0.2, eps=1e-3, weight_decay=0.1, clip=1.0)

@@ -24,6 +24,8 @@ from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.preflight import check
 
+pytestmark = pytest.mark.ranks
+
 
 class Run:
     """A started command and everything that descends from it, known by a mark in its environment."""

@@ -22,6 +22,8 @@ from tulu_mega.train.engine import Engine
 from tulu_mega.train.saver import Saver
 from tulu_mega.train.sharded_save import ShardedSave
 
+pytestmark = pytest.mark.ranks
+
 OPTIM = dict(lr=2e-3, schedule="constant", warmup=0.0, eps=1e-3, weight_decay=0.1, clip=1.0)
 STEPS = 4
 

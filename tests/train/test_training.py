@@ -11,6 +11,8 @@ import torch
 from tests.lib import jobs, world
 from tests.lib.layouts import size, weights
 
+pytestmark = pytest.mark.ranks
+
 STEPS = 6
 OPTIM = dict(lr=2e-3, schedule="linear", warmup=0.2, eps=1e-3, weight_decay=0.1, clip=1.0)
 # eps well above the smallest gradients: Adam otherwise turns rounding into steps of the full rate

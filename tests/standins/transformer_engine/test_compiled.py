@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from tests.lib import world
 
+pytestmark = pytest.mark.ranks
+
 ROWS, INPUT, OUTPUT = 128, 256, 384
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 

@@ -14,7 +14,7 @@ from tests.weight_transfer.live.servers import one
 from tulu_mega.weight_transfer.server import ServerAddress
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.acceptance, fp8.CAN_SERVE]
+pytestmark = [pytest.mark.ranks, pytest.mark.acceptance, fp8.CAN_SERVE]
 
 ROLLOUT = {"quantization": "fp8", "dtype": "bf16"}
 VERSIONS = itertools.count()

@@ -10,6 +10,8 @@ from tests.lib.layouts import size
 from tests.lib.truths import Truths
 from tests.standins.transformer_engine.models import make_model
 
+pytestmark = pytest.mark.ranks
+
 STEPS, LR = 3, 0.02
 LAYOUTS = layouts.LAYOUTS | {"CP4": {"context": 4}}
 

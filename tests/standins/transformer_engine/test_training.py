@@ -19,6 +19,8 @@ from tulu_mega.config import OptimSettings
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.train import checkpoint
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.mark.parametrize(
     "layout", [{"data": 2}, pytest.param({"distributed_optimizer": False}, marks=pytest.mark.acceptance)], ids=str

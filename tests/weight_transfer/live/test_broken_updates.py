@@ -17,6 +17,8 @@ from tulu_mega.weight_transfer.control import ServerControl
 from tulu_mega.weight_transfer.protocol import Expected
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
 
+pytestmark = [pytest.mark.alone, pytest.mark.servers]
+
 pytest.importorskip("vllm")
 
 EMBED = "model.embed_tokens.weight"

@@ -15,7 +15,7 @@ from tests.weight_transfer.live.servers import one
 from tulu_mega.weight_transfer.server import ServerAddress
 
 pytest.importorskip("vllm")
-pytestmark = fp8.CAN_SERVE
+pytestmark = [pytest.mark.alone, pytest.mark.servers, fp8.CAN_SERVE]
 
 VERSIONS = itertools.count(1)
 BF16 = {"dtype": "bf16"}

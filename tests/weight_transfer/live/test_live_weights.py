@@ -15,6 +15,8 @@ from tests.weight_transfer.live.servers import is_paused, one, weight_checksums
 from tulu_mega.weight_transfer.control import ServerControl
 from tulu_mega.weight_transfer.server import ServerFailure
 
+pytestmark = [pytest.mark.alone, pytest.mark.servers]
+
 pytest.importorskip("vllm")
 
 FAMILIES = ["Llama", "OLMo 2", "Qwen 3"]
