@@ -105,7 +105,7 @@ def main() -> None:
 def prepare(directory: Path, options: argparse.Namespace) -> dict:
     """Model, pairs, the same as texts, and both tokenised; what every racer is told of them."""
     from tulu_mega.config import DataSettings, ModelSettings, PreferenceDataSettings
-    from tulu_mega.data.store import prepare as tokenised
+    from tulu_mega.data.prepare import prepare as tokenised
     from tulu_mega.launch.run_dir import DATA
 
     steps = max(1, round({128: 6, 512: 1}[options.hidden] * options.lap))

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tulu_kernels.linear_logprob import WORKSPACE, linear_logprob
 
-from tulu_mega.platforms.matmul import times_transposed
+from tulu_mega.platforms.cpu_speed.matmul import bound_caches, times_transposed
 
 KEPT = 512
 """rows and columns of the results that are compared"""
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--side", choices=["full", "chunked", "masked"], help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    bound_caches()
     shape = (options.rows, options.vocabulary, options.hidden)
     if options.side:
         print(json.dumps(one_pass(options.side, *shape, options.workspace, options.results)))

@@ -100,7 +100,7 @@ def main() -> None:
 def prepare(directory: Path, hidden: int, options: argparse.Namespace) -> dict:
     """Model, texts and tokenised data; what every racer is told of them."""
     from tulu_mega.config import DataSettings, ModelSettings
-    from tulu_mega.data.store import prepare as tokenised
+    from tulu_mega.data.prepare import prepare as tokenised
 
     steps = max(1, round({128: 6, 512: 1}[hidden] * options.lap))
     model, texts, store = directory / "model", directory / "texts.jsonl", directory / "store"

@@ -28,8 +28,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from tulu_mega.platforms.caches import memcpy_environment
-
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -43,8 +41,6 @@ def main() -> None:
     parser.add_argument("--bucket-mib", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    if environ := memcpy_environment():  # as the launcher starts a rank
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environ})
     with tempfile.TemporaryDirectory(prefix="bench_sync_") as directory:
         print(json.dumps(measure(options, Path(directory))))
 
@@ -88,8 +84,9 @@ def race(options: argparse.Namespace, model: str, servers: list) -> dict:
     from tulu_mega.config import EngineSettings, RolloutSettings
     from tulu_mega.launch.launcher import World
     from tulu_mega.train.session import opened
+    from tulu_mega.weight_transfer.attach import attach
     from tulu_mega.weight_transfer.control import ServerControl
-    from tulu_mega.weight_transfer.transfer import WeightSync
+    from tulu_mega.weight_transfer.push import push
 
     torch.set_num_threads(1)
     with socket.socket() as probe:
@@ -107,19 +104,19 @@ def race(options: argparse.Namespace, model: str, servers: list) -> dict:
             for chunk in session.engine.chunks:
                 for parameter in chunk.parameters():
                     parameter.uniform_(-0.1, 0.1)
-        sync = WeightSync.connect(session.sender(rollout), servers, rollout)
-        nbytes = _good(sync.push(0)).bytes  # the first meets untouched memory and learns vLLM's names
+        connection = attach(session.sender(rollout), servers, rollout)
+        nbytes = _good(push(connection, 0)).bytes  # the first meets untouched memory and learns vLLM's names
         source, target = torch.rand(nbytes // 4), torch.empty(nbytes // 4)
         for version in range(options.rounds):
-            best["hands"] = max(best["hands"], nbytes / _good(sync.rehearse()).streaming / 1e9)
+            best["hands"] = max(best["hands"], nbytes / _good(push(connection, 0, load=False)).streaming / 1e9)
             best["copy"] = max(best["copy"], nbytes / _timed(lambda: target.copy_(source)) / 1e9)
             best["memcpy"] = max(best["memcpy"], nbytes / _timed(lambda: np.copyto(target.numpy(), source.numpy())) / 1e9)
-            seconds = _good(sync.push(version + 1)).seconds
+            seconds = _good(push(connection, version + 1)).seconds
             if seconds < best["update"]:
                 best["update"], worker = seconds, control.weights_status()[0]["seconds"]
             loading = control.call_workers("own_loading")[0]["seconds"]
             best["loading"] = min(best["loading"], loading)
-        sync.close()
+        connection.close()
     control.close()
     return {
         "bench": "sync",

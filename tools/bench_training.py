@@ -51,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from training_products import products
 
 from tulu_mega.config import SftSettings, load
+from tulu_mega.config.sft import MEAN_LENGTH
 from tulu_mega.data.batch import pack
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
@@ -65,9 +66,8 @@ from tulu_mega.plan.model.calibration import RATES
 from tulu_mega.plan.model.job import Job, Pack
 from tulu_mega.plan.model.memory import rank_memory
 from tulu_mega.plan.model.timing import train_step
-from tulu_mega.plan.model.workload import LABELLED, MEAN_LENGTH, draw_lengths, pack_step
-from tulu_mega.records import IGNORE, PackedBatch
-from tulu_mega.records import Sequence as Row
+from tulu_mega.plan.model.workload import LABELLED, draw_lengths, pack_step
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.metrics import peak_flops
 from tulu_mega.train.session import opened
@@ -235,7 +235,7 @@ def known_gpu() -> Gpu | None:
 def contents(shape: dict[str, Any], length: int, count: int) -> tuple[Pack, ...]:
     """Packs of conversations of lengths like Tulu 3's: about as many as asked for, all but full."""
     taken: list[int] = []
-    for each in draw_lengths(count * length // 64, MEAN_LENGTH["sft"], length, seed=0):
+    for each in draw_lengths(count * length // 64, MEAN_LENGTH, length, seed=0):
         if sum(taken) + each <= 0.985 * count * length:  # what is too long for the rest is passed over
             taken.append(each)
     (packs,) = pack_step(
@@ -254,7 +254,7 @@ def batches(shape: dict[str, Any], packs: Sequence[Pack]) -> list[PackedBatch]:
         for row, length in enumerate(content.lengths):
             ids = torch.randint(shape["vocab_size"], (length,), generator=drawn).tolist()
             trained = max(1, round(LABELLED * length))
-            rows.append(Row(row, ids, [IGNORE] * (length - trained) + ids[length - trained :]))
+            rows.append(TokenizedRow(row, ids, [IGNORE] * (length - trained) + ids[length - trained :]))
         made.append(pack(rows, Alignment(1, 1)))
     return made
 

@@ -17,11 +17,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from tulu_mega import __version__
+from tulu_mega.config.stages import DEFAULT, STAGES, Stage
 from tulu_mega.errors import Stopped, UserError, nearest
-from tulu_mega.launch import launcher
+from tulu_mega.launch import launcher, reporting
 from tulu_mega.process import leave
 
 
@@ -37,55 +39,42 @@ class Command:
     operands: str = ""
     """The list setting that arguments without a flag go to; without one, the first such argument is the TOML file."""
     example: str = ""
+    problems: str = ""
+    """Tells what is wrong: ``module:function`` of the settings and a :class:`tulu_mega.preflight.findings.Findings`; nothing is
+    looked for when empty."""
+    stage: Stage | None = None
+    """The training stage that it runs."""
+
+
+def _training(stage: Stage) -> Command:
+    return Command(
+        stage.summary, stage.settings, stage.recipe, world=True, example=stage.example, problems=stage.problems, stage=stage
+    )
 
 
 COMMANDS = {
-    "sft": Command(
-        "supervised fine-tuning: a model and conversations in, a run directory out",
-        "tulu_mega.config:SftSettings",
-        "tulu_mega.recipes.sft:run",
-        world=True,
-        example="tulu-mega sft examples/tulu3/8b/sft.toml --parallel.tensor 2",
-    ),
-    "rm": Command(
-        "a reward model from pairs: a model and chosen and rejected conversations in, a run directory out",
-        "tulu_mega.config:RmSettings",
-        "tulu_mega.recipes.rm:run",
-        world=True,
-        example="tulu-mega rm examples/tulu3/8b/rm.toml --heldout.data pairs.jsonl",
-    ),
-    "dpo": Command(
-        "preference tuning (dpo_norm, dpo, ipo, simpo): a model and pairs in, a run directory out",
-        "tulu_mega.config:DpoSettings",
-        "tulu_mega.recipes.dpo:run",
-        world=True,
-        example="tulu-mega dpo examples/tulu3/8b/dpo.toml --preference.beta 5",
-    ),
-    "grpo": Command(
-        "reinforcement learning with verifiable rewards: a model and prompts in, vLLM answers, a run directory out",
-        "tulu_mega.config:GrpoSettings",
-        "tulu_mega.recipes.grpo:run",
-        world=True,
-        example="tulu-mega grpo examples/tulu3/8b/grpo.toml --sampling.samples 8",
-    ),
+    **{name: _training(stage) for name, stage in STAGES.items()},
     "score": Command(
         "per-token log-probabilities of given texts, or a reward model's scores, under any layout",
-        "tulu_mega.config:ScoreSettings",
+        "tulu_mega.config.asked:ScoreSettings",
         "tulu_mega.recipes.score:run",
         world=True,
         example="tulu-mega score --model DIR --input texts.jsonl --output scores.jsonl",
+        problems="tulu_mega.preflight.asked:score_problems",
     ),
     "generate": Command(
         "answers by vLLM, from JSONL or at a prompt",
-        "tulu_mega.config:GenerateSettings",
+        "tulu_mega.config.asked:GenerateSettings",
         "tulu_mega.inference.generate:generate",
         example="tulu-mega generate --model DIR --input prompts.jsonl --output answers.jsonl",
+        problems="tulu_mega.preflight.asked:problems",
     ),
     "serve": Command(
         "vLLM servers for a trainer on another node, which attaches to them by rollout.urls",
-        "tulu_mega.config:ServeSettings",
+        "tulu_mega.config.rollout:ServeSettings",
         "tulu_mega.inference.serve:serve",
         example="TULU_MEGA_ROLLOUT_KEY=... tulu-mega serve --model DIR --host 10.0.0.5 --port 8000 --rollout.servers 2",
+        problems="tulu_mega.preflight.asked:serve_problems",
     ),
     "convert": Command(
         "a model between Hugging Face's format and Megatron's distributed checkpoint, streaming",
@@ -98,6 +87,7 @@ COMMANDS = {
         "tulu_mega.evaluation.settings:EvalSettings",
         "tulu_mega.evaluation.run:run",
         example="tulu-mega eval --model DIR --output DIR/eval --tasks.gsm8k test.jsonl --tasks.ifeval input_data.jsonl",
+        problems="tulu_mega.preflight.asked:problems",
     ),
     "report": Command(
         "draws runs: curves as PNG and one self-contained HTML page",
@@ -115,19 +105,20 @@ COMMANDS = {
     ),
     "data inspect": Command(
         "what a run would train on: rows with what is trained of them, lengths, rejects, packing",
-        "tulu_mega.config:DataInspectSettings",
+        "tulu_mega.config.data:DataInspectSettings",
         "tulu_mega.data.tools.inspect:inspect",
         example="tulu-mega data inspect examples/tulu3/8b/sft.toml --parallel.data 8 --html data.html",
+        problems="tulu_mega.preflight.model:problems",
     ),
     "data mix": Command(
         "the rows that data.train draws of its sources, as one JSONL file",
-        "tulu_mega.config:DataMixSettings",
+        "tulu_mega.config.data:DataMixSettings",
         "tulu_mega.data.tools.mix:mix",
         example='tulu-mega data mix --data.train \'{"a.jsonl" = 0.5, "owner/b" = 2000}\' --output mixed.jsonl',
     ),
     "data decontaminate": Command(
         "finds training rows that hold evaluation rows, by 8-grams, and writes the data without them",
-        "tulu_mega.config:DecontaminateSettings",
+        "tulu_mega.config.data:DecontaminateSettings",
         "tulu_mega.data.tools.decontaminate:decontaminate",
         example='tulu-mega data decontaminate --train train.jsonl --evaluations \'{"test.jsonl" = "question"}\' --output DIR',
     ),
@@ -161,10 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        launcher.report(error.problems)
+        reporting.report(error.problems)
         return 2
     except Stopped as stopped:
-        launcher.report_stop(stopped)
+        reporting.report_stop(stopped)
         return stopped.status
     except KeyboardInterrupt:
         return 130
@@ -172,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 141
     except Exception as error:
-        launcher.record_crash(error)
+        reporting.record_crash(error)
         raise
 
 
@@ -204,10 +195,32 @@ def _dispatch(arguments: list[str]) -> int:
         def prepare(it: Any) -> None:  # imported only where it is called: ranks do not prepare
             launcher.resolve("tulu_mega.preflight.check:ready")(it)
 
-        return launcher.run(command.run, settings, program, prepare=prepare)
+        return launcher.run(command.run, settings, program, prepare=prepare, **_surroundings(command.stage, settings))
     settings = _settings(command, rest)
     status = launcher.resolve(command.run)(settings)
     return int(status or 0)
+
+
+def _surroundings(stage: Stage | None, settings: Any) -> dict[str, Any]:
+    """What the launcher has for the ranks of a stage: arguments of `launcher.run`. Ranks that do not train have nothing."""
+    if stage is None:
+        return {}
+    return {
+        "run_dir": settings.run_dir,
+        "grace": settings.checkpoint.grace,
+        "restarts": launcher.resolve(stage.restarts)(settings) if stage.restarts else 0,
+        "companions": partial(_companions, stage) if stage.companions else None,
+    }
+
+
+def _companions(stage: Stage, settings: Any, trainers: int) -> Any:
+    return launcher.resolve(stage.companions)(settings, trainers)  # imported only where it is called: ranks have none
+
+
+def command_of(settings: Any) -> Command:
+    """The command that takes settings of this class."""
+    kind = type(settings)
+    return next(each for each in COMMANDS.values() if each.settings == f"{kind.__module__}:{kind.__qualname__}")
 
 
 def _name(arguments: list[str]) -> tuple[str, list[str]]:
@@ -233,7 +246,7 @@ def _check(arguments: list[str]) -> int:
         print(
             f"usage: tulu-mega check [--cluster] [COMMAND] [config.toml] [--section.key value ...]\n\n{CHECK_SUMMARY}.\n"
             "--cluster looks at what differs or fails between machines; started on each of them as the run is (docs/launch.md).\n"
-            f"COMMAND is {', '.join(COMMANDS)}; sft when left out. Exit status 0: nothing is wrong; 2: something is."
+            f"COMMAND is {', '.join(COMMANDS)}; {DEFAULT} when left out. Exit status 0: nothing is wrong; 2: something is."
         )
         return 0
     cluster, arguments = "--cluster" in arguments, [argument for argument in arguments if argument != "--cluster"]
@@ -241,7 +254,7 @@ def _check(arguments: list[str]) -> int:
     if named := name in COMMANDS:
         arguments = rest
     else:
-        name = "sft"
+        name = DEFAULT
     try:
         settings = _settings(COMMANDS[name], arguments)
     except UserError as error:

@@ -1,4 +1,7 @@
-"""What many imported modules cost a process: garbage collections while they are imported, and being taken apart at its end."""
+"""What many imported modules cost a process: garbage collections while they are imported, and being taken apart at its end.
+
+``TULU_MEGA_PLAIN=1`` in the environment leaves both to Python, and turns off what lies in `tulu_mega.platforms.cpu_speed`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,14 @@ import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
+PLAIN = "TULU_MEGA_PLAIN"
+"""Environment variable: 1 turns off all that only makes processes and CPUs faster."""
+
+
+def plain() -> bool:
+    """Whether `PLAIN` is set."""
+    return os.environ.get(PLAIN) == "1"
+
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
@@ -18,6 +29,9 @@ def uncollected() -> Iterator[None]:
 
     Of the 13 s of CPU that the imports of a rank took (Zen 3), 2.5 were collections, which found next to nothing.
     """
+    if plain():
+        yield
+        return
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -33,11 +47,11 @@ def uncollected() -> Iterator[None]:
 def leave(status: int) -> NoReturn:
     """Ends the process as `sys.exit` does from the main thread, except that the interpreter is not taken apart first.
 
-    That takes 2 s of CPU where a rank's modules are imported. Threads are waited for, what is registered with `atexit` is done,
-    output is written; where it cannot be the status becomes Python's own for that, 120, and 141 where nobody reads it. A process
-    that has used CUDA ends as always: profilers write what they hold when libraries are unloaded.
+    Taking it apart takes 2 s of CPU where a rank's modules are imported. Threads are waited for, what is registered with `atexit`
+    is done, output is written; where it cannot be the status becomes Python's own for that, 120, and 141 where nobody reads it.
+    A process that has used CUDA ends as always: profilers write what they hold when libraries are unloaded.
     """
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+    if plain() or ("torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()):
         sys.exit(status)
     threading._shutdown()  # as `multiprocessing` ends the processes that it starts
     atexit._run_exitfuncs()

@@ -8,8 +8,10 @@ Shape suffixes, here and everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenizedRow:
     """One tokenised row: ``input_ids`` and ``labels`` of equal length, labels *not* shifted, IGNORE where not trained."""
 
     row: int
@@ -30,18 +32,99 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One sampled response; token ids as the sampler had them, never made from text again."""
+class Segment:
+    """Consecutive tokens of one origin in a :class:`Response`: what the policy sampled in one answer, or what it was given.
 
-    prompt_ids: list[int]
-    response_ids: list[int]
-    """the token that ended it included"""
-    sampler_logp: list[float]
-    """log-probability of each response token in the distribution that it was drawn from"""
-    versions: list[int]
-    """of the weights that drew each response token"""
+    Not to be confused with a segment of a :class:`PackedBatch`, which is a whole sequence.
+
+    Raises:
+        ValueError: there are no tokens, or not as many log-probabilities and versions as the field says.
+    """
+
+    token_ids: list[int]
+    """as the sampler had them, never made from text again; of an answer, the token that ended it included"""
+    trained: bool
+    """whether the policy is trained on these tokens: it sampled them"""
+    sampler_logp: list[float] = field(default_factory=list)
+    """log-probability of each trained token in the distribution that it was drawn from; empty where not trained"""
+    versions: list[int] = field(default_factory=list)
+    """version of the weights that drew each trained token; empty where not trained"""
+
+    def __post_init__(self) -> None:
+        tokens = len(self.token_ids)
+        expected = tokens if self.trained else 0
+        if not tokens or len(self.sampler_logp) != expected or len(self.versions) != expected:
+            raise ValueError(
+                f"a segment of {tokens} tokens that are {'' if self.trained else 'not '}trained, with {len(self.sampler_logp)} "
+                f"log-probabilities and {len(self.versions)} versions; expected at least one token and {expected} of each"
+            )
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a policy made of a prompt: the prompt, its answer and whatever else came in between, one behind the other.
+
+    A response of one turn is two segments, the prompt and the answer. One with tools is more: prompt, answer, the tool's
+    output, answer.
+
+    Raises:
+        ValueError: the first segment is trained, though no token comes before it that could predict its first one.
+    """
+
+    segments: tuple[Segment, ...]
     finish_reason: str
     """``stop``: a token ended it; ``length``: room ran out"""
+
+    def __post_init__(self) -> None:
+        if not self.segments or self.segments[0].trained:
+            raise ValueError("a response begins with a segment that is not trained: its prompt")
+
+    @classmethod
+    def of_one_turn(
+        cls, prompt_ids: list[int], answer_ids: list[int], sampler_logp: list[float], versions: list[int], finish_reason: str
+    ) -> Response:
+        """A prompt and the answer to it.
+
+        Args:
+            sampler_logp, versions: of each token of the answer.
+        """
+        return cls((Segment(prompt_ids, False), Segment(answer_ids, True, sampler_logp, versions)), finish_reason)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens, prompt included."""
+        return list(chain.from_iterable(segment.token_ids for segment in self.segments))
+
+    @property
+    def labels(self) -> list[int]:
+        """:attr:`token_ids`, IGNORE in the place of those that are not trained; not shifted."""
+        masked = (part.token_ids if part.trained else [IGNORE] * len(part.token_ids) for part in self.segments)
+        return list(chain.from_iterable(masked))
+
+    @property
+    def sampler_logp(self) -> list[float]:
+        """The sampler's log-probability of each trained token."""
+        return list(chain.from_iterable(segment.sampler_logp for segment in self.segments))
+
+    @property
+    def versions(self) -> list[int]:
+        """The version of the weights that drew each trained token."""
+        return list(chain.from_iterable(segment.versions for segment in self.segments))
+
+    @property
+    def last_answer(self) -> list[int]:
+        """Tokens of the last trained segment; none where nothing is trained."""
+        return next((segment.token_ids for segment in reversed(self.segments) if segment.trained), [])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, prompt included."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
+    def num_trained(self) -> int:
+        """Trained tokens."""
+        return sum(len(segment.token_ids) for segment in self.segments if segment.trained)
 
 
 @dataclass(frozen=True)
@@ -94,18 +177,6 @@ class PackedBatch:
     """tokens of each segment; on the host, so that no layer has to ask a GPU where segments begin"""
     trained_S: Tensor
     """int64, trained tokens of each segment"""
-    ref_logp_S: Tensor | None = None
-    """float64, sum of the reference model's log-probabilities over each segment's trained tokens; None where not read"""
-    sampler_logp_T: Tensor | None = None
-    """float32, log-probability of the label where it was sampled, 0 where nothing is trained; None where not read"""
-    old_logp_T: Tensor | None = None
-    """float32, the same by the weights that the rollouts were sampled with, on this trainer; None where not read"""
-    ref_logp_T: Tensor | None = None
-    """float32, the same by the frozen reference; None where not read"""
-    advantages_T: Tensor | None = None
-    """float32, of the label, 0 where nothing is trained; None where not read"""
-    margin_S: Tensor | None = None
-    """float64, by how much a chosen sequence is to be better than the one behind it; None where not read"""
     key_rows_K: Tensor | None = None
     """int64, the pack's rows that each segment's tokens may see, end to end: those of its prefix, then its own; None where no
     prefixes are shared"""
@@ -116,6 +187,41 @@ class PackedBatch:
     context_rank: int = 0
     """Whose share of a pack this is under context parallelism: tensors of shape [T] have the share's tokens only,
     ``cu_seqlens_S1``, ``lengths_S`` and ``rows_S`` are still the whole pack's."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a stage adds, by name. The name's suffix says the shape: ``_T``, a value for each token, of which a share has its own
+    tokens' only; ``_S``, a value for each segment, which every share has whole. Objectives say which columns they read."""
+
+    def __post_init__(self) -> None:
+        for name, column in self.columns.items():
+            sized = {"_T": self.tokens_T, "_S": self.rows_S}.get(name[-2:])
+            if sized is None:
+                raise ValueError(f"column {name!r}: expected a name that ends with its shape, _T (by token) or _S (by segment)")
+            if name in self.__dataclass_fields__:
+                raise ValueError(f"column {name!r}: every batch has a field of that name; give the column another one")
+            if len(column) != len(sized):
+                raise ValueError(f"column {name!r} has {len(column)} values, but the batch {len(sized)} of that shape")
+
+    def column(self, name: str) -> Tensor:
+        """A column that has to be there.
+
+        Raises:
+            LookupError: it is not; the error names those that are.
+        """
+        if name not in self.columns:
+            raise LookupError(f"the batch has no column {name!r}; it has {', '.join(map(repr, sorted(self.columns))) or 'none'}")
+        return self.columns[name]
+
+    def optional_column(self, name: str) -> Tensor | None:
+        """A column, or None where the batch does not have it."""
+        return self.columns.get(name)
+
+    def with_columns(self, **columns: Tensor) -> PackedBatch:
+        """The same batch with further columns, or others in the place of those of the same name.
+
+        Raises:
+            ValueError: a name does not end with a shape, is a field's, or the column is not of that shape.
+        """
+        return replace(self, columns={**self.columns, **columns})
 
     @property
     def num_sequences(self) -> Tensor | int:
@@ -131,7 +237,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch(**{k: sent(v, device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        core = {name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **core, columns={name: sent(value, device) for name, value in self.columns.items()})
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -172,6 +279,20 @@ class TokenOutput:
         """
         batch = self.batch
         return self.over_context(segment_sums(values_T, batch.segments_T, len(batch.rows_S), backend=self.kernels))
+
+
+class Reads(enum.Enum):
+    """What an objective is called with, beside the batch, and what it gives back."""
+
+    TOKENS = enum.auto()
+    """a `TokenOutput` of this rank's share of the tokens, without entropies; the objective gives the share's loss"""
+    TOKENS_WITH_ENTROPY = enum.auto()
+    """the same with entropies"""
+    SEQUENCE_LOGP = enum.auto()
+    """float64 [S], the sum of each segment's log-probabilities, the same on all context-parallel ranks; the objective gives the
+    whole loss on each of them"""
+    SEQUENCE_SCORE = enum.auto()
+    """float64 [S], the score at each segment's end (`PackedBatch.ends_T`), likewise"""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from tulu_mega.bridge.rules import padded_vocab
 from tulu_mega.bridge.shards import exportable
 from tulu_mega.bridge.stream import outgoing
 from tulu_mega.config import RolloutSettings
+from tulu_mega.weight_transfer.attach import attach
 from tulu_mega.weight_transfer.protocol import checksum
-from tulu_mega.weight_transfer.transfer import WeightSync
 
 ORACLE = Path(__file__).parents[1] / "lib/oracles/fp8.py"
 
@@ -46,8 +46,8 @@ def streamed(directory: str, layout: dict[str, Any], dtype: str) -> dict[str, An
     """Of this rank's stage: metadata, what it yields in two ways, what it was planned to send; None beside the first replica."""
     with jobs.session(directory, layout, dtype) as made:
         rollout = RolloutSettings(dtype="bf16", quantization="fp8")
-        sync = WeightSync.connect(made.sender(rollout), [], rollout)
-        weights, engine, place = sync.weights, made.engine, made.topology
+        connection = attach(made.sender(rollout), [], rollout)
+        weights, engine, place = connection.sender.weights, made.engine, made.topology
         held = [parameter for chunk in engine.chunks for _, parameter in exportable(chunk)]
         before = [checksum(parameter.detach()) for parameter in held]
         tensors = dict(weights)
@@ -65,7 +65,7 @@ def streamed(directory: str, layout: dict[str, Any], dtype: str) -> dict[str, An
             "tensors": {name: bytes_of(value) for name, value in tensors.items() if value is not None},
             "filled": {name: bytes_of(whole[name]) for name in weights.held_names()},
         }
-        sync.close()
+        connection.close()
         return found
 
 

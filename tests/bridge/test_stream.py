@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,27 +13,28 @@ from tests.lib import families, jobs, world
 from tests.lib.layouts import LAYOUTS, size
 from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import RolloutSettings
+from tulu_mega.weight_transfer.attach import Connection, attach
 from tulu_mega.weight_transfer.protocol import checksum
-from tulu_mega.weight_transfer.transfer import WeightSync
+from tulu_mega.weight_transfer.push import stream
 
 
 def streamed(directory: str, layout: dict[str, Any], dtype: str) -> tuple[Any, Any, Any] | None:
     """Metadata and names of this rank's stage, and each tensor's checksum in each pass; None beside the first replica."""
     with jobs.session(directory, layout) as made:
         rollout = RolloutSettings(dtype=dtype)
-        sync = WeightSync.connect(made.sender(rollout), [], rollout)
-        weights = sync.weights
+        connection = attach(made.sender(rollout), [], rollout)
+        weights = connection.sender.weights
         found = None
         if weights is not None:
             sums = [
                 {name: whole if whole is None else checksum(whole) for name, whole in weights},
                 filled(made.topology.tensor_rank == 0, weights),
                 filled_together(made.topology.tensor_rank == 0, weights),
-                *(sent(sync, together) for together in (False, True)),
+                *(sent(connection, whole) for whole in (False, True)),
             ]
             meta = [(each.name, str(each.dtype), each.shape) for each in weights.metadata()]
             found = meta, weights.held_names(), sums
-        sync.close()
+        connection.close()
         return found
 
 
@@ -52,10 +54,10 @@ def filled(receives: bool, weights: LiveWeights) -> dict[str, str | None]:
     return sums
 
 
-def sent(sync: WeightSync, together: bool) -> dict[str, str | None]:
+def sent(connection: Connection, whole_buckets: bool) -> dict[str, str | None]:
     """What the sender would tell its servers of the bytes in its buckets, filled tensor by tensor or, as on GPUs, as a whole."""
-    sync._together = together
-    return dict.fromkeys(sync.weights.held_names()) | sync._stream(1, {})[0]
+    checksums, _ = stream(replace(connection, whole_buckets=whole_buckets), 1, {})
+    return dict.fromkeys(connection.sender.weights.held_names()) | checksums
 
 
 def filled_together(receives: bool, weights: LiveWeights) -> dict[str, str | None]:

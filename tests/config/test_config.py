@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tulu_mega
 from tulu_mega.config import DpoSettings, GenerateSettings, RmSettings, ScoreSettings, SftSettings, describe, load
 from tulu_mega.config.megatron_fields import megatron_fields
+from tulu_mega.config.preference import PREFERENCE_LOSSES
 from tulu_mega.errors import UserError, nearest
 
 TOML = """
@@ -132,6 +135,15 @@ def test_any_value_survives_a_flag(lr, batch, shuffle):
     flags = [*FLAGS, f"--optim.lr={lr!r}", "--train.global_batch", str(batch), "--data.shuffle", str(shuffle).lower()]
     settings = load(SftSettings, None, flags)
     assert (settings.optim.lr, settings.train.global_batch, settings.data.shuffle) == (lr, batch, shuffle)
+
+
+def test_preference_losses_are_the_files_of_their_folder():
+    files = {file.stem for file in Path(tulu_mega.__file__).parent.glob("objectives/preference/*.py")} - {"__init__"}
+    rows = {name: (kind, told) for name, kind, _, told in describe(DpoSettings)}
+    assert rows["preference.loss"][0].split(" | ") == sorted(files) == list(PREFERENCE_LOSSES)
+    assert all(f"`{name}`: " in rows["preference.loss"][1] and f"for `{name}`" in rows["preference.beta"][1] for name in files)
+    (told,) = problems("--run_dir=r", "--model=m", "--data.train=d", "--preference.loss=dpo_nrom", settings=DpoSettings)
+    assert told.startswith("preference.loss: input should be '") and told.endswith("got 'dpo_nrom' (str)")
 
 
 def test_settings_load_without_torch():

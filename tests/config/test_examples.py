@@ -16,6 +16,7 @@ from tulu_mega.data.packing import plan_step
 from tulu_mega.errors import UserError
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.layout.cost import sequence_flops
+from tulu_mega.layout.division import layout_problems
 from tulu_mega.layout.fp8 import fp8_problems
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.layout.schedule import simulate
@@ -24,7 +25,8 @@ from tulu_mega.plan.run import ask
 from tulu_mega.plan.settings import PlanSettings
 from tulu_mega.platforms import fp8
 from tulu_mega.preflight import check
-from tulu_mega.preflight.check import layout_problems
+from tulu_mega.preflight import model as model_checks
+from tulu_mega.preflight import run as run_checks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STAGES = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
@@ -147,8 +149,8 @@ def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
             raise UserError(problems)
         return config
 
-    monkeypatch.setattr(check, "_model", model)
-    monkeypatch.setattr(check, "model_directory", lambda path: local)  # with no tokenizer of its own
+    monkeypatch.setattr(model_checks, "model_config", model)
+    monkeypatch.setattr(run_checks, "model_directory", lambda path: local)  # with no tokenizer of its own
     monkeypatch.setattr(fp8, "this_machine", lambda: fp8.Machine((9, 0), (12, 9), (2, 8)))  # what recipes in FP8 are for
     rows = str(local / f"{stage(file)}.jsonl")
     flags = ["--data.train", rows, "--data.tokenizer", str(local / "tokenizer"), "--run_dir", str(tmp_path / "run")]

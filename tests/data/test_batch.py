@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tulu_mega.data.batch import context_share, pack
+from tulu_mega.data.batch import pack
 from tulu_mega.layout.alignment import Alignment, alignment
-from tulu_mega.layout.context import context_rows
-from tulu_mega.records import IGNORE, Sequence
+from tulu_mega.layout.context import context_rows, context_share
+from tulu_mega.records import IGNORE, TokenizedRow
 
 
 def test_the_example_of_the_record():
-    batch = pack([Sequence(7, [10, 11, 12], [IGNORE, IGNORE, 12]), Sequence(4, [20, 21], [20, 21])], Alignment(1, 8))
+    batch = pack([TokenizedRow(7, [10, 11, 12], [IGNORE, IGNORE, 12]), TokenizedRow(4, [20, 21], [20, 21])], Alignment(1, 8))
     assert batch.tokens_T.tolist() == [10, 11, 12, 20, 21, 0, 0, 0]
     assert batch.labels_T.tolist() == [IGNORE, 12, IGNORE, 21, IGNORE, IGNORE, IGNORE, IGNORE]
     assert batch.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
@@ -37,7 +37,7 @@ sequences = st.lists(st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_
 @settings(max_examples=200, deadline=None)
 @given(rows=sequences, piece=st.sampled_from([1, 2, 4]), times=st.sampled_from([1, 3]))
 def test_every_sequence_comes_back(rows, piece, times):
-    given_rows = [Sequence(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)]
+    given_rows = [TokenizedRow(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)]
     batch = pack(given_rows, Alignment(piece, piece * times))
     bounds = batch.cu_seqlens_S1.tolist()
     assert bounds[0] == 0 and bounds[-1] == len(batch.tokens_T) > 0 and bounds[-1] % (piece * times) == 0
@@ -56,8 +56,7 @@ def test_every_sequence_comes_back(rows, piece, times):
 @settings(max_examples=100, deadline=None)
 @given(rows=sequences, size=st.sampled_from([2, 3]), tensor=st.sampled_from([1, 2]))
 def test_context_shares_are_the_pack_in_other_words(rows, size, tensor):
-    align = alignment(tensor, tensor > 1, size)
-    whole = pack([Sequence(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)], align)
+    whole = laid(rows, tensor, size)
     shares = [context_share(whole, rank, size) for rank in range(size)]
     places = [context_rows(whole.lengths_S, rank, size) for rank in range(size)]
     assert torch.cat(places).sort().values.tolist() == list(range(len(whole.tokens_T)))  # each token once
@@ -72,6 +71,63 @@ def test_context_shares_are_the_pack_in_other_words(rows, size, tensor):
         assert share.num_sequences == (len(rows) if rank == 0 else 0)
     assert sum(int(share.loss_mask_T.sum()) for share in shares) == int(whole.loss_mask_T.sum())
     assert context_share(whole, 0, 1) is whole
+
+
+def laid(rows, tensor=1, size=1):
+    """A pack of the rows, aligned for a layout."""
+    made = [TokenizedRow(n, [t for t, _ in row], [t if on else IGNORE for t, on in row]) for n, row in enumerate(rows)]
+    return pack(made, alignment(tensor, tensor > 1, size))
+
+
+names = st.text("abcde_", min_size=1, max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=sequences, size=st.sampled_from([2, 3]), by_token=names, by_segment=names)
+def test_columns_are_cut_by_their_suffix(rows, size, by_token, by_segment):
+    by_token, by_segment = f"{by_token}_T", f"{by_segment}_S"
+    whole = laid(rows, size=size)
+    tokens, segments = torch.arange(len(whole.tokens_T)), torch.arange(len(whole.rows_S)).double()
+    given = whole.with_columns(**{by_token: tokens}).with_columns(**{by_segment: segments})
+    assert not whole.columns  # the batch that it was made of has none
+    for rank in range(size):
+        share = context_share(given, rank, size)
+        assert share.column(by_token).equal(tokens[context_rows(whole.lengths_S, rank, size)])
+        assert share.column(by_segment) is segments
+        there = share.to(torch.device("meta"))
+        assert {name: column.shape for name, column in there.columns.items()} == {
+            by_token: share.tokens_T.shape,
+            by_segment: whole.rows_S.shape,
+        }
+        assert {column.device.type for column in there.columns.values()} == {there.tokens_T.device.type} == {"meta"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.text("abST_", max_size=6).filter(lambda name: not name.endswith(("_T", "_S"))))
+def test_a_column_without_a_shape_is_refused(name):
+    with pytest.raises(ValueError, match="expected a name that ends with its shape, _T"):
+        laid([]).with_columns(**{name: torch.zeros(1)})
+
+
+def test_a_column_that_cannot_be_is_refused():
+    batch = laid([[(1, True), (2, True)]])
+    with pytest.raises(ValueError, match="'labels_T': every batch has a field of that name"):
+        batch.with_columns(labels_T=batch.labels_T)
+    with pytest.raises(ValueError, match="'margin_S' has 2 values, but the batch 1 of that shape"):
+        batch.with_columns(margin_S=torch.zeros(2))
+    with pytest.raises(ValueError, match="'advantages_T' has 1 values, but the batch 2 of that shape"):
+        batch.with_columns(advantages_T=torch.zeros(1))
+
+
+def test_a_column_that_is_not_there():
+    batch = laid([[(1, True), (2, True)]])
+    assert batch.optional_column("margin_S") is None
+    with pytest.raises(LookupError, match="the batch has no column 'margin_S'; it has none"):
+        batch.column("margin_S")
+    more = batch.with_columns(ref_logp_S=torch.zeros(1), advantages_T=torch.zeros(2))
+    with pytest.raises(LookupError, match="no column 'margin_S'; it has 'advantages_T', 'ref_logp_S'"):
+        more.column("margin_S")
+    assert more.with_columns(ref_logp_S=torch.ones(1)).column("ref_logp_S").tolist() == [1.0]
 
 
 def test_the_zigzag():

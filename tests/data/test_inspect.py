@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tulu_mega import cli
 from tulu_mega.config import DataInspectSettings, DataMixSettings, DataSettings, PreferenceDataSettings, SftSettings, load
-from tulu_mega.data.store import prepare
+from tulu_mega.data.prepare import prepare
 from tulu_mega.data.tools.inspect import look
 from tulu_mega.data.tools.inspect_views import print_inspection, write_page
 from tulu_mega.data.tools.row_kind import of_its_kind

@@ -7,8 +7,8 @@ import pytest
 from tulu_mega.config import DataSettings, TrainSettings
 from tulu_mega.data.encoding import ConversationEncoding
 from tulu_mega.data.loader import PackedLoader
+from tulu_mega.data.prepare import build
 from tulu_mega.data.sources import load_rows
-from tulu_mega.data.store import TokenStore
 from tulu_mega.errors import UserError
 from tulu_mega.layout.alignment import alignment
 
@@ -21,7 +21,7 @@ def store(tmp_path, tokenizer):
     lines = [line for line in lines if len(line["labels"]) == len(line["input_ids"])]
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    return TokenStore.build(tmp_path / "store", load_rows(str(path)), ConversationEncoding(tokenizer, "tulu", 16), progress=False)
+    return build(tmp_path / "store", load_rows(str(path)), ConversationEncoding(tokenizer, "tulu", 16), progress=False)
 
 
 def loader(store, rank=0, ranks=1, align=None, seed=5, pack_length=16, shuffle=True, **train):

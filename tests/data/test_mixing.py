@@ -27,12 +27,14 @@ from tulu_mega.config import (
     SftSettings,
     load,
 )
-from tulu_mega.data import store as store_module
+from tulu_mega.data import prepare as prepare_module
 from tulu_mega.data.mixing import draw
+from tulu_mega.data.prepare import prepare
 from tulu_mega.data.sources import load_rows
-from tulu_mega.data.store import REJECTS, Reject, TokenStore, prepare
+from tulu_mega.data.store import REJECTS, Reject, TokenStore
 from tulu_mega.errors import UserError
-from tulu_mega.preflight import check
+from tulu_mega.preflight.rows import fits_vocabulary
+from tulu_mega.preflight.same_run import same_run
 
 
 def talk(user, assistant="ok"):
@@ -165,15 +167,15 @@ def test_a_run_is_made_longer_where_the_steps_done_stay_what_they_are(tmp_path, 
 
     (tmp_path / "config.json").write_text(settings(before).model_dump_json())
     if why is None:
-        check._same_run(settings(now))
+        same_run(settings(now), short_batches=True)
     else:
         with pytest.raises(UserError, match=re.escape(why)):
-            check._same_run(settings(now))
+            same_run(settings(now), short_batches=True)
 
 
 def test_a_run_goes_on_with_the_same_mixture_only(tmp_path):
     def same(train):
-        check._same_run(SftSettings(model="m", run_dir=str(tmp_path), data=DataSettings(train=train, cache=str(len(train)))))
+        same_run(SftSettings(model="m", run_dir=str(tmp_path), data=DataSettings(train=train, cache=str(len(train)))))
 
     settings = SftSettings(model="m", run_dir=str(tmp_path), data=DataSettings(train={"a.x": 1.0, "b": 2}))
     (tmp_path / "config.json").write_text(settings.model_dump_json())
@@ -216,8 +218,8 @@ def test_rows_that_are_not_used_are_listed(settings, tmp_path):
 
 def test_runs_share_what_is_in_the_cache(settings, tmp_path, monkeypatch):
     made = []
-    build = TokenStore.build.__func__
-    monkeypatch.setattr(TokenStore, "build", classmethod(lambda cls, *args: made.append(args[0]) or build(cls, *args)))
+    build = prepare_module.build
+    monkeypatch.setattr(prepare_module, "build", lambda *args: made.append(args[0]) or build(*args))
     cache = tmp_path / "cache"
     data, model = settings([talk("a"), talk("b")], cache=str(cache))
     first = prepare(data, model, tmp_path / "one" / "data", progress=False)
@@ -244,7 +246,7 @@ def test_data_of_another_model_is_unlinked_and_stays_in_the_cache(settings, tmp_
     data, model = settings([talk("a")], cache=str(tmp_path / "cache"))
     store = prepare(data, model, tmp_path / "run" / "data", progress=False)
     with pytest.raises(UserError, match="another model"):
-        check._fits_vocabulary("data.train", store, {"vocab_size": 1})
+        fits_vocabulary("data.train", store, {"vocab_size": 1})
     assert not (tmp_path / "run").exists()
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
 
@@ -260,22 +262,22 @@ def test_two_runs_at_once_tokenise_once(settings, tmp_path, monkeypatch, capsys)
     # a lock is held by an open file, not by a process: threads stand for runs
     data, model = settings([talk("a"), talk("b")], cache=str(tmp_path / "cache"))
     made, first_is_in, second_waits = [], Event(), Event()
-    build = TokenStore.build.__func__
-    flock = store_module.fcntl.flock
+    build = prepare_module.build
+    flock = prepare_module.fcntl.flock
 
-    def slow_build(cls, *arguments):
+    def slow_build(*arguments):
         first_is_in.set()
         assert second_waits.wait(30)
         made.append(arguments[0])
-        return build(cls, *arguments)
+        return build(*arguments)
 
     def telling_flock(handle, how):
         if not how & fcntl.LOCK_NB:
             second_waits.set()
         flock(handle, how)
 
-    monkeypatch.setattr(TokenStore, "build", classmethod(slow_build))
-    monkeypatch.setattr(store_module.fcntl, "flock", telling_flock)
+    monkeypatch.setattr(prepare_module, "build", slow_build)
+    monkeypatch.setattr(prepare_module.fcntl, "flock", telling_flock)
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(prepare, data, model, tmp_path / "one", False)
         assert first_is_in.wait(30)

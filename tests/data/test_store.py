@@ -5,11 +5,15 @@ import json
 import numpy as np
 import pytest
 
+import tulu_mega.data.prepare as prepare_module
 import tulu_mega.data.store as store_module
 from tulu_mega.config import DataSettings, ModelSettings, PreferenceDataSettings
 from tulu_mega.data.chat import encode
+from tulu_mega.data.encoding import ConversationEncoding
+from tulu_mega.data.prepare import build, prepare
 from tulu_mega.data.sources import load_rows
-from tulu_mega.data.store import TokenStore, prepare
+from tulu_mega.data.store import TokenStore
+from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
 from tulu_mega.records import IGNORE
 
@@ -135,8 +139,7 @@ def test_data_and_tokenizer_problems_are_told_together(tmp_path):
 def test_reused_while_nothing_changed(ready, monkeypatch):
     talks = [talk("a", "b"), talk("c", "d e f")]
     made = []
-    build = TokenStore.build.__func__
-    monkeypatch.setattr(TokenStore, "build", classmethod(lambda cls, *args: made.append(1) or build(cls, *args)))
+    monkeypatch.setattr(prepare_module, "build", lambda *args: made.append(1) or build(*args))
     first = ready(talks)
     assert ready(talks)[1] == first[1]
     assert len(made) == 1
@@ -146,7 +149,8 @@ def test_reused_while_nothing_changed(ready, monkeypatch):
     ready([*talks, talk("g", "h")], max_length=30)
     assert len(made) == 3
     assert len(TokenStore.open(first.directory)) == 3
-    monkeypatch.setattr(store_module, "VERSION", store_module.VERSION + 1)
+    for module in (store_module, prepare_module):
+        monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
     ready([*talks, talk("g", "h")], max_length=30)
     assert len(made) == 4
 
@@ -169,10 +173,10 @@ def test_an_incomplete_store_is_refused_and_made_again(ready):
 def test_worker_processes_give_the_same_in_the_same_order(ready, tmp_path, monkeypatch):
     talks = [talk(str(number), "x" * (number % 7)) for number in range(600)]
     alone = ready(talks)
-    monkeypatch.setattr(store_module, "_ROWS_FOR_A_POOL", 1)
-    encoding = store_module.ConversationEncoding(store_module.load_tokenizer(str(tmp_path / "tokenizer")), "tulu", 4096)
+    monkeypatch.setattr(prepare_module, "_ROWS_FOR_A_POOL", 1)
+    encoding = ConversationEncoding(load_tokenizer(str(tmp_path / "tokenizer")), "tulu", 4096)
     rows = load_rows(str(tmp_path / "train.jsonl"))
-    pooled = TokenStore.build(tmp_path / "pooled", rows, encoding, workers=2, progress=False)
+    pooled = build(tmp_path / "pooled", rows, encoding, workers=2, progress=False)
     assert len(pooled) == 600
     assert all(pooled[number] == alone[number] for number in range(600))
     for name in ("tokens", "labels", "offsets", "supervised"):

@@ -1,11 +1,13 @@
-"""A whole run that other runs are compared with."""
+"""Runs that others are compared with, and a server that several of them have one after another."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.invariant.server import served as serving
 from tests.lib.grpo_runs import ended, make_place, start
 
 
@@ -17,7 +19,15 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(place) -> Path:
+def served(place) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Flags and environment variables of runs that have their responses from one server of `tulu-mega serve`."""
+    with serving(place, "--rollout.max_model_len", "128") as attached:
+        yield attached
+
+
+@pytest.fixture(scope="session")
+def undisturbed(place, served) -> Path:
     """The directory of a run that nothing happened to."""
-    ended(start(place, "undisturbed"), place, "undisturbed")
+    flags, variables = served
+    ended(start(place, "undisturbed", *flags, **variables), place, "undisturbed")
     return place / "undisturbed"

@@ -22,8 +22,8 @@ from tulu_mega.config import OptimSettings
 from tulu_mega.errors import UserError
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.records import LossOutput
+from tulu_mega.resilience.skipped_updates import SkippedUpdates
 from tulu_mega.train import checkpoint
-from tulu_mega.train.run import Skips
 from tulu_mega.train.session import Session
 
 LAYOUT = {"tensor": 2}
@@ -278,7 +278,7 @@ def skip(source: str, file: Path, infinite: bool) -> dict[str, Any]:
                 made.engine.optimizer_parameters()[0].view(-1)[0] = math.inf
                 next(made.engine.chunks[0].parameters()).view(-1)[0] = math.inf
         before = digest(made)
-        skips = Skips(3, file)
+        skips = SkippedUpdates(3, file)
         applied, problems = [], []
         for step in range(1, 5):
             batch = jobs.share(made, jobs.sequences(made.engine.hf.vocab_size, seed=step), None)

@@ -24,8 +24,8 @@ import importlib.abc, importlib.machinery, os, signal, sys, time
 
 FAULT, FLAG = os.environ.get("FAULT", ""), os.environ.get("FAULT_FLAG", "")
 MODULE = {
-    "rank 0 dies in an update": "tulu_mega.weight_transfer.transfer",
-    "rank 1 dies in an update": "tulu_mega.weight_transfer.transfer",
+    "rank 0 dies in an update": "tulu_mega.bridge.stream",
+    "rank 1 dies in an update": "tulu_mega.bridge.stream",
     "rank 0 dies while servers generate": "tulu_mega.inference.client",
     "asked to end while servers generate": "tulu_mega.inference.client", "asked to end in training": "tulu_mega.train.engine",
     "server hangs in an update": "tulu_mega.vllm_plugin.worker", "server dies in an update": "tulu_mega.vllm_plugin.worker",
@@ -52,7 +52,7 @@ def ask():
 
 
 def arm(module):
-    if MODULE == "tulu_mega.weight_transfer.transfer":
+    if MODULE == "tulu_mega.bridge.stream":
         fill = module.LiveWeights.fill
         calls = {"n": 0}
         def broken(self, *arguments):
@@ -83,7 +83,7 @@ def arm(module):
         look = module.LiveWeightsEngine._refuse_when_broken  # before each forward pass
         def broken(self, *arguments):
             look(self, *arguments)
-            if self._committed and self._account.version == 2:
+            if self._committed and self._ledger.version == 2:
                 strike(lambda: time.sleep(3600))
         module.LiveWeightsEngine._refuse_when_broken = broken
     else:

@@ -17,7 +17,7 @@ EOS = 260
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tmp_path_factory, served) -> Path:
     """A step of two mini-batches, whose loss counts responses."""
     pytest.importorskip("vllm")
     place = make_place(tmp_path_factory.mktemp("grpo"))
@@ -28,7 +28,9 @@ def run(tmp_path_factory) -> Path:
         "data.tokenizer": place / "tokenizer", "policy.aggregation": "sequence", "train.mini_batches": 2, "train.steps": 1,
         "sampling.max_tokens": 64, "sampling.samples": 8, "parallel.tensor": 1,
     }  # fmt: skip
-    ended(start(place, "run", *(text for name, value in values.items() for text in (f"--{name}", str(value)))), place, "run")
+    flags, variables = served
+    flags = [*flags, *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
+    ended(start(place, "run", *flags, **variables), place, "run")
     return place / "run"
 
 

@@ -115,3 +115,17 @@ def links(document: Path) -> list[str]:
 @pytest.mark.parametrize("document", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]), ids=lambda file: file.name)
 def test_links_lead_somewhere(document):
     assert [target for target in links(document) if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize(("page", "packages"), [("rows_way", 7), ("weights_way", 6)])
+def test_a_way_is_as_it_is_written_down(page, packages):
+    """Every file and name of the numbered tables is there; at most 20 files to open, in as few packages as the page says."""
+    text = (ROOT / f"docs/explanation/{page}.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| `([\w/.]+)` \| ([^|]*)\|", text, re.M)
+    for file, names in rows:
+        source = (ROOT / "tulu_mega" / file).read_text(encoding="utf-8")
+        missing = [name for name in re.findall(r"`(?:\w+\.)*(\w+)`", names) if not re.search(rf"\b{name}\b", source)]
+        assert missing == [], file
+    files = [file for file, _ in rows]
+    assert len(files) == len(set(files)) and 10 < len(files) <= 20
+    assert len({file.split("/")[0] for file in files if "/" in file}) <= packages

@@ -18,7 +18,7 @@ from tulu_mega.process import uncollected
 LEAN = """
 import sys
 import torch
-from tulu_mega.platforms.lean import import_megatron
+from tulu_mega.platforms.cpu_speed.imports import import_megatron
 before = torch.compile
 import_megatron()
 assert "megatron.core.tensor_parallel" in sys.modules

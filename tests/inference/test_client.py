@@ -135,9 +135,9 @@ def test_responses_come_in_order_with_their_tokens_and_log_probabilities(serve):
     assert fake.keys == {"Bearer secret"}
     for index, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
         seed = 7 + (10 + index) * 2
-        assert [rollout.response_ids for rollout in group] == [[seed % 50 + sample] * 4 for sample in (0, 1)]
+        assert [rollout.last_answer for rollout in group] == [[seed % 50 + sample] * 4 for sample in (0, 1)]
         for rollout in group:
-            assert rollout.prompt_ids == prompt and rollout.versions == [3] * 4 and rollout.finish_reason == "length"
+            assert rollout.segments[0].token_ids == prompt and rollout.versions == [3] * 4 and rollout.finish_reason == "length"
             assert rollout.sampler_logp == [-0.5, -1.5, -2.5, -3.5]
     assert sorted(done, key=lambda each: each[0]) == list(enumerate(groups))
 
@@ -174,7 +174,7 @@ def test_room_for_the_response_is_what_the_prompt_leaves(serve):
     fake = Fake()
     with RolloutClient([serve(fake)], settings()) as client:
         ((rollout, _),) = client.generate([[1] * (LONGEST - 3)], SAMPLING, 3)
-    assert fake.requests[0]["sampling_params"]["max_tokens"] == 3 == len(rollout.response_ids)
+    assert fake.requests[0]["sampling_params"]["max_tokens"] == 3 == len(rollout.last_answer)
 
 
 def spoilt(**changes) -> Callable[[dict], dict]:
@@ -230,7 +230,7 @@ def test_a_malformed_reply_is_asked_for_again_and_never_returned(serve, reply):
     bad, good = Fake(malformed), Fake()
     with RolloutClient([serve(bad), serve(good)], settings()) as client:
         groups = client.generate([[1], [2], [3]], SAMPLING, 3)
-    assert [[rollout.response_ids[0] for rollout in group] for group in groups] == [[7, 8], [9, 10], [11, 12]]
+    assert [[rollout.last_answer[0] for rollout in group] for group in groups] == [[7, 8], [9, 10], [11, 12]]
     assert bad.requests
     bad.requests.clear()
     address = serve(bad)
@@ -289,11 +289,13 @@ def test_a_restart_is_progress(serve, monkeypatch):
 
     monkeypatch.setattr(fleet, "ask_restart", restart)
     address = serve(stuck)
-    made = fleet.Fleet(None, settings(retries=0), None, lambda version: marks.append(f"push {version}"))
-    made._addresses, made._sync = [address], SimpleNamespace(at=marks.append, close=lambda: None)
+    made = fleet.Fleet(None, settings(retries=0), None)
+    client = fleet.FleetClient(made, repair=lambda version: marks.append(f"push {version}"))
+    connection = SimpleNamespace(sender=SimpleNamespace(at=marks.append), close=lambda: None)
+    made._addresses, made._connection = [address], connection
     made._client = RolloutClient([address], settings(retries=0))
     with made:
-        assert len(made.generate([[1]], SAMPLING, 3)) == 1
+        assert len(client.generate([[1]], SAMPLING, 3)) == 1
     assert asked == [(address.url, False)]
     assert marks == ["having servers started again", "push 3", "generation"]
 

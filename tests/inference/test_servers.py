@@ -131,7 +131,7 @@ def test_log_probabilities_are_of_the_distribution_that_was_sampled_from(servers
         groups = client.generate(PROMPTS, sampling, VERSION)
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for rollout in group:
-            expected = transformers_logp(model, prompt, rollout.response_ids, temperature, top_p)
+            expected = transformers_logp(model, prompt, rollout.last_answer, temperature, top_p)
             assert rollout.sampler_logp == pytest.approx(expected, abs=1e-4)
 
 
@@ -147,11 +147,11 @@ def test_greedy_responses_are_those_of_transformers_and_end_at_a_stop_token(serv
             with torch.no_grad():
                 for _ in range(8):
                     ids.append(int(llama(torch.tensor([ids])).logits[0, -1].argmax()))
-            assert rollout.response_ids == ids[len(prompt) :] and rollout.finish_reason == "length"
-        stop = groups[0][0].response_ids[3]
+            assert rollout.last_answer == ids[len(prompt) :] and rollout.finish_reason == "length"
+        stop = groups[0][0].last_answer[3]
         ((stopped,),) = client.generate(PROMPTS[:1], Sampling(max_tokens=8, stop_ids=(stop,)), VERSION)
-    first = groups[0][0].response_ids.index(stop)
-    assert stopped.response_ids == groups[0][0].response_ids[: first + 1] and stopped.finish_reason == "stop"
+    first = groups[0][0].last_answer.index(stop)
+    assert stopped.last_answer == groups[0][0].last_answer[: first + 1] and stopped.finish_reason == "stop"
 
 
 def test_the_same_seed_gives_the_same_responses_from_one_server_and_from_two(servers):
@@ -163,12 +163,12 @@ def test_the_same_seed_gives_the_same_responses_from_one_server_and_from_two(ser
         others = client.generate(prompts, SAMPLING, VERSION)
         again = client.generate(prompts[::-1], SAMPLING, VERSION, numbers[::-1])[::-1]
     assert again == backwards, "to the last bit"
-    tokens = [[rollout.response_ids for rollout in group] for group in expected]
-    assert [[rollout.response_ids for rollout in group] for group in backwards] == tokens
+    tokens = [[rollout.last_answer for rollout in group] for group in expected]
+    assert [[rollout.last_answer for rollout in group] for group in backwards] == tokens
     for group, same in zip(expected, backwards, strict=True):
         for one, other in zip(group, same, strict=True):
             assert one.sampler_logp == pytest.approx(other.sampler_logp, abs=1e-5)
-    assert [[rollout.response_ids for rollout in group] for group in others] != tokens, "their numbers matter"
+    assert [[rollout.last_answer for rollout in group] for group in others] != tokens, "their numbers matter"
     assert len({tuple(ids) for group in tokens for ids in group}) > len(prompts)
 
 

@@ -14,12 +14,12 @@ import pytest
 
 from tulu_mega.config import ParallelSettings, ScoreSettings, SftSettings
 from tulu_mega.errors import UserError
-from tulu_mega.launch import launcher
+from tulu_mega.launch import launcher, reporting
 
 # A rank: what `python -m tulu_mega COMMAND` does, with a target of the test's own.
 RANK = """
     import os, sys, time
-    from tulu_mega import launcher
+    from tulu_mega.launch import launcher, reporting
     from tulu_mega.errors import UserError
     launcher.die_with_launcher()
     rank = int(os.environ["RANK"])
@@ -29,15 +29,16 @@ RANK = """
 
     import types
     module = types.ModuleType("the_recipe"); module.run = recipe; sys.modules["the_recipe"] = module
+    sys.modules["tulu_mega.platforms"] = types.SimpleNamespace(prepare_imports=lambda: None)  # this recipe needs no megatron-core
     from tulu_mega.config import EngineSettings
     settings = EngineSettings.model_validate({"model": "m", "parallel": {"tensor": 2}})
     try:
         sys.exit(launcher.run("the_recipe:run", settings, [], prepare=None))
     except UserError as error:
-        launcher.report(error.problems)
+        reporting.report(error.problems)
         sys.exit(2)
     except Exception as error:
-        launcher.record_crash(error)
+        reporting.record_crash(error)
         raise
 """
 
@@ -56,7 +57,8 @@ def start(tmp_path):
         else:
             settings = ScoreSettings.model_validate({"model": "unused", "input": "i", "output": "o", "parallel": parallel})
         prepared = []
-        status = launcher.run("the_recipe:run", settings, [sys.executable, str(script)], prepared.append)
+        run_dir = str(tmp_path / "run") if keep_logs else None
+        status = launcher.run("the_recipe:run", settings, [sys.executable, str(script)], prepared.append, run_dir=run_dir)
         assert prepared == [settings]  # once, here
         return status
 
@@ -129,7 +131,7 @@ def test_a_killed_rank(start, capfd):
 
 LAUNCHER = """
     import sys
-    from tulu_mega import launcher
+    from tulu_mega.launch import launcher, reporting
     from tulu_mega.config import ScoreSettings
     settings = ScoreSettings.model_validate({"model": "unused", "input": "i", "output": "o", "parallel": {"tensor": 2}})
     if __name__ == "__main__":
@@ -208,7 +210,7 @@ def test_under_a_foreign_torchrun_rank_0_prints_and_all_record(tmp_path, monkeyp
         file = tmp_path / f"{rank}.json"
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-        launcher.report(["wrong"])
+        reporting.report(["wrong"])
         assert capsys.readouterr().err == printed
         assert '"message": "wrong"' in file.read_text()
 

@@ -16,13 +16,12 @@ from tulu_mega import platforms
 from tulu_mega.config import ParallelSettings, PrecisionSettings
 from tulu_mega.distributed import topology
 from tulu_mega.errors import UserError
-from tulu_mega.launch import launcher
+from tulu_mega.launch import launcher, reporting
 
 
-def settings_of(directory: Path, **more) -> types.SimpleNamespace:
+def settings_of() -> types.SimpleNamespace:
     """What the launcher reads of a command's settings."""
-    parts = {"parallel": ParallelSettings(tensor=2), "precision": PrecisionSettings(), "run_dir": str(directory / "run")}
-    return types.SimpleNamespace(**parts, **more)
+    return types.SimpleNamespace(parallel=ParallelSettings(tensor=2), precision=PrecisionSettings())
 
 
 @pytest.fixture
@@ -31,8 +30,8 @@ def start(tmp_path):
 
     def start(body: str, restarts: int = 2) -> tuple[int, int]:
         script = write_rank(tmp_path, f"open({str(tmp_path / 'starts')!r} + str(world.rank), 'a').write('.')\n" + body)
-        settings = settings_of(tmp_path, restarts=restarts)
-        status = launcher.run("the_recipe:run", settings, [sys.executable, str(script)], lambda _: None)
+        around = {"run_dir": str(tmp_path / "run"), "restarts": restarts}
+        status = launcher.run("the_recipe:run", settings_of(), [sys.executable, str(script)], lambda _: None, **around)
         return status, len((tmp_path / "starts0").read_text())
 
     return start
@@ -68,7 +67,7 @@ def test_what_the_user_can_mend_is_not_tried_again(start, capfd):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_ranks_find_the_servers_of_their_launcher(tmp_path, monkeypatch, shared):
+def test_ranks_find_the_servers_of_their_launcher(tmp_path, shared):
     """The launcher has the servers around the ranks, and waits for them only where they share a GPU with the ranks."""
     events = []
 
@@ -91,13 +90,11 @@ def test_ranks_find_the_servers_of_their_launcher(tmp_path, monkeypatch, shared)
         made.shared = shared
         return made
 
-    before = launcher.resolve
-    monkeypatch.setattr(launcher, "resolve", lambda name: beside if name.endswith("beside:servers") else before(name))
     body = f"open({str(tmp_path / 'key')!r} + str(world.rank), 'w').write(os.environ['THE_KEY'])"
     script = write_rank(tmp_path, body)
-    rollout = types.SimpleNamespace(urls=[])
-    settings = settings_of(tmp_path, rollout=rollout)
-    assert launcher.run("the_recipe:run", settings, [sys.executable, str(script)], lambda _: events.append("checked")) == 0
+    around = {"run_dir": str(tmp_path / "run"), "companions": beside}
+    program = [sys.executable, str(script)]
+    assert launcher.run("the_recipe:run", settings_of(), program, lambda _: events.append("checked"), **around) == 0
     assert events == ["checked", "servers up", *["servers ready"] * shared, "servers down"]
     assert [(tmp_path / f"key{rank}").read_text() for rank in range(2)] == ["k", "k"] and "THE_KEY" not in os.environ
 
@@ -130,10 +127,10 @@ def test_ranks_that_our_torchrun_starts_again_meet(tmp_path):
 
 MENDABLE = """
     import os, sys, time
-    from tulu_mega import launcher
+    from tulu_mega.launch import launcher, reporting
     open(f"DIRECTORY/starts{os.environ['RANK']}", "a").write(".")
     if os.environ["RANK"] in RANKS:
-        launcher.report(["the learning rate is a word; make it a number"])
+        reporting.report(["the learning rate is a word; make it a number"])
         sys.exit(2)
     time.sleep(60)
 """
@@ -173,7 +170,7 @@ def test_an_agent_that_had_to_kill_its_ranks_does_not_say_that_they_saved(tmp_pa
         err = agent.communicate(timeout=30)[1]
     finally:
         agent.kill()
-    assert agent.returncode == launcher.KILLED == 137, err
+    assert agent.returncode == reporting.KILLED == 137, err
     assert "did not end within 1 s and were killed" in err and "GRACE" in err
 
 

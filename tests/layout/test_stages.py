@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tulu_mega.config import ParallelSettings
 from tulu_mega.errors import UserError
+from tulu_mega.layout.division import layout_problems
 from tulu_mega.layout.stages import split_layers, stage_layers
-from tulu_mega.preflight.check import layout_problems
 
 LLAMA_405B = dict(
     hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8,

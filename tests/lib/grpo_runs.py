@@ -70,8 +70,9 @@ def reward_model(source: Path, directory: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(directory)
 
 
-def start(place: Path, run: str, *flags: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+def start(place: Path, run: str, *flags: str, **variables: str) -> subprocess.Popen:
+    """Begins a run; `variables` are further environment variables."""
+    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-m", "tulu_mega", "grpo", str(place / "grpo.toml"), "--run_dir", str(place / run), *flags]
     with (place / f"{run}.log").open("wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)

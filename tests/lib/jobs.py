@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from tests.lib.checkpoints import save
 from tulu_mega.bridge.fp8 import in_fp8
 from tulu_mega.config import EngineSettings, OptimSettings
-from tulu_mega.data.batch import pack, pack_families
+from tulu_mega.data.batch import pack, pack_prefix_groups
 from tulu_mega.data.packing import plan_step
-from tulu_mega.data.prefix_sharing import plan_families
+from tulu_mega.data.prefix_sharing import plan_prefix_groups
 from tulu_mega.launch.launcher import World
 from tulu_mega.objectives.sft import SftObjective
-from tulu_mega.records import IGNORE, PackedBatch, Sequence
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 from tulu_mega.train import checkpoint
 from tulu_mega.train.engine_state import Format
 from tulu_mega.train.scoring import flops_of
@@ -29,14 +29,14 @@ LENGTHS = [40, 16, 64, 9, 33, 2, 21, 50]
 """uneven, one of the shortest kind that can be trained"""
 
 
-def sequences(vocab: int, lengths: list[int] = LENGTHS, seed: int = 3) -> list[Sequence]:
+def sequences(vocab: int, lengths: list[int] = LENGTHS, seed: int = 3) -> list[TokenizedRow]:
     """Random tokens; the first third of each sequence is not trained."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for row, length in enumerate(lengths):
         ids = torch.randint(0, vocab, (length,), generator=generator).tolist()
         masked = length // 3
-        made.append(Sequence(row, ids, [IGNORE] * masked + ids[masked:]))
+        made.append(TokenizedRow(row, ids, [IGNORE] * masked + ids[masked:]))
     return made
 
 
@@ -69,7 +69,7 @@ def session(
 
 
 def share(
-    made: Session, batch: list[Sequence], micro_batches: int | None, capacity: int = 512, together: int = 1
+    made: Session, batch: list[TokenizedRow], micro_batches: int | None, capacity: int = 512, together: int = 1
 ) -> list[PackedBatch]:
     """This rank's packed micro-batches of a global batch, every `together` sequences that follow one another kept together."""
     place, lengths = made.topology, [len(s.input_ids) for s in batch]
@@ -78,12 +78,12 @@ def share(
     return [pack([batch[i] for i in bin_], made.align) for bin_ in plan[place.data_rank]]
 
 
-def share_families(made: Session, batch: list[Sequence], capacity: int = 160) -> list[PackedBatch]:
+def share_prefixes(made: Session, batch: list[TokenizedRow], capacity: int = 160) -> list[PackedBatch]:
     """This rank's packed micro-batches of a global batch whose sequences share what they begin with."""
     assert made.engine.whole_packs
     place, cost = made.topology, flops_of(made.engine.hf)
-    plan = plan_families(batch, place.data, capacity, made.align, cost, made.pipeline, share=True)
-    packs = [pack_families(families, made.align) for families in plan[place.data_rank]]
+    plan = plan_prefix_groups(batch, place.data, capacity, made.align, cost, made.pipeline, share=True)
+    packs = [pack_prefix_groups(groups, made.align) for groups in plan[place.data_rank]]
     assert any(one.key_rows_K is not None for one in packs)
     return packs
 
@@ -158,7 +158,7 @@ def engine(
     with session(directory, layout, dtype, recompute, megatron, precision=precision) as made:
         vocab = made.engine.hf.vocab_size
         batch = sequences(vocab)
-        everything = [Sequence(s.row, s.input_ids, s.input_ids) for s in batch]
+        everything = [TokenizedRow(s.row, s.input_ids, s.input_ids) for s in batch]
         micro = share(made, everything, micro_batches)
         result: dict[str, Any] = {"logp": {}, "losses": [], "norms": []}
         for packed, logp in zip(micro, made.engine.score(micro), strict=False):

@@ -12,7 +12,7 @@ from tests.lib import jobs
 from tulu_mega.config import OptimSettings
 from tulu_mega.data.batch import by_token
 from tulu_mega.objectives.policy import PolicyObjective
-from tulu_mega.records import IGNORE, PackedBatch, Sequence
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 from tulu_mega.train.engine import Engine
 
 LENGTHS = [40, 16, 64, 9, 33, 5, 21, 50, 8]
@@ -27,14 +27,14 @@ MAX_STEPS = 1
 Columns = dict[str, dict[int, list[float]]]
 
 
-def sequences(vocab: int) -> list[Sequence]:
+def sequences(vocab: int) -> list[TokenizedRow]:
     """Responses to four prompts, in groups."""
     made = jobs.sequences(vocab, LENGTHS)
     for group in GROUPS:
         prompt = made[group[0]].input_ids[: min(LENGTHS[row] for row in group) // 3]
         for row in group:
             ids = prompt + made[row].input_ids[len(prompt) :]
-            made[row] = Sequence(row, ids, [IGNORE] * len(prompt) + ids[len(prompt) :])
+            made[row] = TokenizedRow(row, ids, [IGNORE] * len(prompt) + ids[len(prompt) :])
     made[UNTRAINED] = dataclasses.replace(made[UNTRAINED], labels=[IGNORE] * LENGTHS[UNTRAINED])
     return made
 
@@ -143,7 +143,7 @@ def engine(
     """
     with jobs.session(directory, layout) as made:
         batch = sequences(made.engine.hf.vocab_size)
-        whole = jobs.share_families(made, batch) if micro_batches == "shared" else jobs.share(made, batch, micro_batches, PACK)
+        whole = jobs.share_prefixes(made, batch) if micro_batches == "shared" else jobs.share(made, batch, micro_batches, PACK)
         micro = [_filled(one, given) for one in whole]
         made.engine.prepare_training(OptimSettings(name="sgd", lr=0.0, schedule="constant", warmup=0.0, clip=0.0), MAX_STEPS)
         found: dict[str, Any] = {}
@@ -158,7 +158,7 @@ def engine(
         scored = made.engine.score(micro)
         if scored:
             micro = [
-                dataclasses.replace(one, old_logp_T=logp, ref_logp_T=logp, sampler_logp_T=logp)
+                one.with_columns(old_logp_T=logp, ref_logp_T=logp, sampler_logp_T=logp)
                 for one, logp in zip(micro, scored, strict=True)
             ]
         settings = {"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence", "beta": 0.1}
@@ -197,10 +197,10 @@ def _objective(settings: dict[str, Any]) -> PolicyObjective:
 
 
 def _filled(batch: PackedBatch, given: Columns) -> PackedBatch:
-    return dataclasses.replace(batch, **{name: by_token(batch, values) for name, values in given.items()})
+    return batch.with_columns(**{name: by_token(batch, values) for name, values in given.items()})
 
 
-def _trained(sequence: Sequence) -> int:
+def _trained(sequence: TokenizedRow) -> int:
     return sum(label != IGNORE for label in sequence.labels[1:])
 
 
@@ -210,7 +210,7 @@ def _model(directory: str):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
-def _of_response(model, sequence: Sequence, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_response(model, sequence: TokenizedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the trained tokens and entropies where they are drawn, float64."""
     ids, labels = torch.tensor(sequence.input_ids), torch.tensor(sequence.labels)
     every = (model(ids[None]).logits[0, :-1].double() / temperature).log_softmax(-1)[labels[1:] != IGNORE]

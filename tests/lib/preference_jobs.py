@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from tests.lib import jobs
-from tulu_mega.config import OptimSettings
+from tests.lib.oracles.pair_losses import Scored, pair_loss
+from tulu_mega.config import OptimSettings, PreferenceSettings
 from tulu_mega.data.loader import by_segment
-from tulu_mega.objectives.preference import PreferenceObjective
+from tulu_mega.objectives.preference_objective import PreferenceObjective
 from tulu_mega.records import IGNORE
 
 LENGTHS = [40, 16, 64, 9, 33, 5, 21, 50, 8, 12]
@@ -32,19 +32,10 @@ def hugging_face(directory: str, objectives: dict[str, dict[str, Any]], ref: np.
     for name, settings in objectives.items():
         model.zero_grad()
         logp = _sums(model)
-        beta, total = settings["beta"], 0.0
+        asked, total = PreferenceSettings(**settings), 0.0
         for c in range(0, len(logp), 2):
             r = c + 1
-            scale = (1, 1) if settings["loss"] == "dpo" else (trained[c], trained[r])
-            given = (0.0, 0.0) if settings["loss"] == "simpo" else (ref[c], ref[r])
-            d = (logp[c] - given[0]) / scale[0] - (logp[r] - given[1]) / scale[1]
-            if settings["loss"] == "ipo":
-                total = total + (d - 1 / (2 * beta)) ** 2
-            else:
-                z = beta * d - (beta * settings.get("gamma_beta_ratio", 0.0) if settings["loss"] == "simpo" else 0.0)
-                e = settings.get("label_smoothing", 0.0)
-                total = total - (1 - e) * F.logsigmoid(z) - e * F.logsigmoid(-z)
-            total = total - settings.get("sft_weight", 0.0) * logp[c] / trained[c]
+            total = total + pair_loss(asked, *(Scored(logp[at], trained[at], ref[at]) for at in (c, r)))
         loss = total / (len(logp) // 2)
         loss.backward()
         norm = torch.sqrt(sum(p.grad.double().pow(2).sum() for p in model.parameters()))
@@ -59,11 +50,11 @@ def engine(
     with jobs.session(directory, layout) as made:
         batch = _sequences(made.engine.hf.vocab_size)
         micro = jobs.share(made, batch, micro_batches, together=2)
-        micro = [dataclasses.replace(one, ref_logp_S=by_segment(one, ref)) for one in micro]
+        micro = [one.with_columns(ref_logp_S=by_segment(one, ref)) for one in micro]
         made.engine.prepare_training(OptimSettings(name="sgd", lr=0.0, schedule="constant", warmup=0.0, clip=0.0), 1)
         found = {}
         for name, settings in objectives.items():
-            objective = PreferenceObjective(**settings)
+            objective = PreferenceObjective.of(PreferenceSettings(**settings))
             evaluated = made.engine.evaluate(micro, objective)
             loss = made.engine.forward_backward(micro, objective)
             norm = made.engine.optimizer_step(0, loss.loss).grad_norm

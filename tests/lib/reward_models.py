@@ -13,7 +13,7 @@ from tests.lib.checkpoints import save
 from tulu_mega.config import OptimSettings
 from tulu_mega.errors import UserError
 from tulu_mega.objectives.reward import RewardObjective
-from tulu_mega.records import IGNORE, PackedBatch, Sequence
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 from tulu_mega.train import checkpoint
 from tulu_mega.train.session import Session
 
@@ -33,17 +33,17 @@ def make_model(directory: str, family: str, head: int = 8, labels: int = 1) -> N
     (Path(directory) / "generation_config.json").unlink(missing_ok=True)
 
 
-def pairs(vocab: int, seed: int = 3) -> list[Sequence]:
+def pairs(vocab: int, seed: int = 3) -> list[TokenizedRow]:
     """Four pairs; after the tokens that are trained some sequences go on."""
     made = []
     for sequence in jobs.sequences(vocab, seed=seed):
         after = 3 if sequence.row % 3 == 1 else 0
         kept = len(sequence.labels) - after
-        made.append(Sequence(sequence.row, sequence.input_ids, sequence.labels[:kept] + [IGNORE] * after))
+        made.append(TokenizedRow(sequence.row, sequence.input_ids, sequence.labels[:kept] + [IGNORE] * after))
     return made
 
 
-def last(sequence: Sequence) -> int:
+def last(sequence: TokenizedRow) -> int:
     """Where the score is read."""
     return max(at for at, label in enumerate(sequence.labels) if label != IGNORE)
 

@@ -10,24 +10,24 @@ import torch
 from tests.lib import jobs
 from tulu_mega.config import OptimSettings
 from tulu_mega.objectives.sft import SftObjective
-from tulu_mega.records import IGNORE, Sequence
+from tulu_mega.records import IGNORE, TokenizedRow
 
 PROMPTS, SAMPLES, STEPS = [9, 1, 30, 14], [4, 3, 1, 5], 3
 
 
-def sequences(vocab: int, seed: int) -> list[Sequence]:
+def sequences(vocab: int, seed: int) -> list[TokenizedRow]:
     """Responses of 1 to 40 tokens to prompts of `PROMPTS` tokens, `SAMPLES` to each."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> list[int]:
         return torch.randint(0, vocab, (count,), generator=generator).tolist()
 
-    made: list[Sequence] = []
+    made: list[TokenizedRow] = []
     for length, samples in zip(PROMPTS, SAMPLES, strict=True):
         prompt = draw(length)
         for _ in range(samples):
             response = draw(int(torch.randint(1, 41, (), generator=generator)))
-            made.append(Sequence(len(made), prompt + response, [IGNORE] * length + response))
+            made.append(TokenizedRow(len(made), prompt + response, [IGNORE] * length + response))
     return made
 
 
@@ -62,14 +62,14 @@ def engine(directory: str, layout: dict[str, Any], lr: float, trained: str, reco
     with jobs.session(directory, layout, recompute=recompute) as made:
         vocab = made.engine.hf.vocab_size
         found: dict[str, Any] = {"logp": {}, "losses": [], "norms": []}
-        packs = jobs.share_families(made, sequences(vocab, 0))
+        packs = jobs.share_prefixes(made, sequences(vocab, 0))
         for pack, logp_T in zip(packs, made.engine.score(packs), strict=False):
             for segment, row in enumerate(pack.rows_S.tolist()):
                 if row >= 0:
                     found["logp"][row] = logp_T[(pack.segments_T == segment) & pack.loss_mask_T].tolist()
         made.engine.prepare_training(OptimSettings(name="sgd", lr=lr, schedule="constant", warmup=0.0, clip=0.0), STEPS)
         for step in range(STEPS):
-            loss = made.engine.forward_backward(jobs.share_families(made, sequences(vocab, step)), SftObjective("token_mean"))
+            loss = made.engine.forward_backward(jobs.share_prefixes(made, sequences(vocab, step)), SftObjective("token_mean"))
             found["losses"].append(loss.loss)
             found["norms"].append(made.engine.optimizer_step(step, loss.loss).grad_norm)
         made.export(Path(trained), torch.float32, {})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
@@ -21,10 +21,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 
 from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.vllm_plugin.gate import BACKEND
-from tulu_mega.weight_transfer.transfer import WeightSync
-
-if TYPE_CHECKING:
-    from tulu_mega.weight_transfer.transfer import SyncReport
+from tulu_mega.weight_transfer.attach import Connection
+from tulu_mega.weight_transfer.push import SyncReport, push
 
 
 class Source(WeightSource):
@@ -45,10 +43,10 @@ class Source(WeightSource):
 
 @dataclass
 class TrainerInfo(TrainerInitInfo):
-    """A connection made by `WeightSync.connect`, which knows its servers: vLLM's client goes unused."""
+    """A connection made by `attach`, which knows its servers: vLLM's client goes unused."""
 
     backend: ClassVar[str] = BACKEND
-    sync: WeightSync
+    connection: Connection
 
 
 class TrainerEngine(TrainerWeightTransferEngine[TrainerInfo]):
@@ -61,16 +59,16 @@ class TrainerEngine(TrainerWeightTransferEngine[TrainerInfo]):
         cls, init_info: TrainerInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
     ) -> TrainerEngine:
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        engine._sync, engine._version = init_info.sync, 0
+        engine._connection, engine._version = init_info.connection, 0
         return engine
 
     def send_weights(self, version: int | None = None) -> SyncReport:
-        """Every rank calls it; as `WeightSync.push`."""
+        """Every rank calls it; as `push`."""
         self._version = self._version + 1 if version is None else version
-        return self._sync.push(self._version)
+        return push(self._connection, self._version)
 
     def shutdown(self) -> None:
-        self._sync.close()
+        self._connection.close()
 
 
 def register() -> None:

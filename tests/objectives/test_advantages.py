@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tulu_mega.objectives.advantages import EPS, group_advantages
+from tulu_mega.config import PolicySettings
+from tulu_mega.objectives.advantages import EPS, ESTIMATORS, GroupAdvantages, penalised
 
-KINDS = ["centred", "standardised", "leave_one_out"]
+KINDS = list(ESTIMATORS)
 rewards = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 10.0, 0.1]), st.floats(-20, 20))
 groups = st.lists(st.tuples(rewards, st.booleans()), min_size=1, max_size=16)
 
 
 def of(group, kind, overlong="keep"):
-    return group_advantages([reward for reward, _ in group], [cut for _, cut in group], kind, overlong)
+    return advantages([reward for reward, _ in group], [cut for _, cut in group], kind, overlong)
+
+
+def advantages(given, truncated, kind, overlong="keep") -> GroupAdvantages:
+    """As the scheduler has it."""
+    counted = penalised(given, truncated, -10.0) if overlong == "penalise" else given
+    return ESTIMATORS[kind](counted, [cut and overlong == "mask" for cut in truncated])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_formulae(kind):
     given_rewards = [10.0, 0.0, 0.0, 10.0, 10.0, 3.0]
-    found = group_advantages(given_rewards, [False] * 6, kind)
+    found = advantages(given_rewards, [False] * 6, kind)
     array = np.array(given_rewards)
     want = {
         "centred": array - array.mean(),
@@ -76,19 +85,25 @@ def test_penalised_after_grouping(group, kind):
     "given_rewards", [[0.1] * 7, [1.0], [None, 1.0], [None, None], [None, 10.0, 10.0, None], [1e300, 1e300]], ids=str
 )
 def test_a_group_without_a_difference_teaches_nothing(kind, given_rewards):
-    found = group_advantages(given_rewards, [False] * len(given_rewards), kind)
+    found = advantages(given_rewards, [False] * len(given_rewards), kind)
     assert found.advantages == (0.0,) * len(given_rewards) and not found.informative
     assert found.trained == tuple(reward is not None for reward in given_rewards)
 
 
 def test_a_difference_that_only_masked_responses_have_teaches_the_others():
-    found = group_advantages([1.0, 1.0, 0.0], [False, False, True], "centred", "mask")
+    found = advantages([1.0, 1.0, 0.0], [False, False, True], "centred", "mask")
     assert found.trained == (True, True, False) and found.informative
     assert found.advantages == pytest.approx((1 / 3, 1 / 3, 0))
-    alone = group_advantages([0.0, 1.0], [True, True], "centred", "mask")
+    alone = advantages([0.0, 1.0], [True, True], "centred", "mask")
     assert not alone.informative  # nothing of it is trained
 
 
 def test_lengths_have_to_match():
     with pytest.raises(ValueError):
-        group_advantages([1.0, 0.0], [False], "centred", "penalise")
+        ESTIMATORS["centred"]([1.0, 0.0], [False])
+    with pytest.raises(ValueError):
+        penalised([1.0, 0.0], [False], -10.0)
+
+
+def test_a_setting_names_each_estimator():
+    assert set(get_args(PolicySettings.model_fields["advantages"].annotation)) == set(ESTIMATORS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -13,8 +12,8 @@ from tulu_mega.config.rollout import PolicySettings
 from tulu_mega.data.batch import by_token, pack
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.objectives.policy import PolicyObjective
-from tulu_mega.recipes.grpo import _over_updates
-from tulu_mega.records import IGNORE, PackedBatch, Sequence, TokenOutput
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow, TokenOutput
+from tulu_mega.rl.reporter import over_updates
 from tulu_mega.train.engine import BatchLoss
 
 LENGTHS = [7, 3, 12, 1]
@@ -26,7 +25,7 @@ def batch(rows=(0, 1, 2, 3), untrained=(), **columns) -> PackedBatch:
     made = []
     for row in rows:
         ids = [row + 1] * (2 + LENGTHS[row])
-        made.append(Sequence(row, ids, [IGNORE] * len(ids) if row in untrained else [IGNORE, IGNORE, *ids[2:]]))
+        made.append(TokenizedRow(row, ids, [IGNORE] * len(ids) if row in untrained else [IGNORE, IGNORE, *ids[2:]]))
     packed = pack(made, Alignment(total=32))
 
     def drawn(seed: int, scale: float, shift: float = 0.0) -> torch.Tensor:
@@ -36,7 +35,8 @@ def batch(rows=(0, 1, 2, 3), untrained=(), **columns) -> PackedBatch:
 
     advantages = {row: [(-1.0) ** row * (row + 1)] * LENGTHS[row] for row in rows if row not in untrained}
     own = {"sampler_logp_T": drawn(1, -3), "old_logp_T": drawn(2, -3), "ref_logp_T": drawn(3, -3)}
-    return dataclasses.replace(packed, advantages_T=by_token(packed, advantages), **(own | columns))
+    given = {"advantages_T": by_token(packed, advantages)} | own | columns
+    return packed.with_columns(**{name: values_T for name, values_T in given.items() if values_T is not None})
 
 
 def output(packed: PackedBatch) -> TokenOutput:
@@ -119,7 +119,7 @@ def test_before_the_update_the_ratio_is_one(loss):
         assert {name: float(value) for name, value in out.largest.items()} == {"ratio_max": 1, "sampler_difference_max": 0}
         out.loss_sum.backward()
         # the plain policy gradient; of a prompt's log-probabilities, which are constants, gspo has one too
-        torch.testing.assert_close(given.values_T.grad * packed.loss_mask_T, -packed.advantages_T)
+        torch.testing.assert_close(given.values_T.grad * packed.loss_mask_T, -packed.column("advantages_T"))
 
 
 def test_reported_is_what_is_measured():
@@ -143,8 +143,8 @@ def test_clipped_tokens_have_no_gradient_and_are_counted():
     given = output(packed)
     out = objective(beta=0.0)(given, packed)
     out.loss_sum.backward()
-    high_T = (shift_T > 0) & (packed.advantages_T > 0)
-    low_T = (shift_T < 0) & (packed.advantages_T < 0)
+    high_T = (shift_T > 0) & (packed.column("advantages_T") > 0)
+    low_T = (shift_T < 0) & (packed.column("advantages_T") < 0)
     assert int(high_T.sum()) and int(low_T.sum())
     assert float(out.metrics["clip_high"][0]) == int(high_T.sum()) and float(out.metrics["clip_low"][0]) == int(low_T.sum())
     assert ((given.values_T.grad == 0) == (high_T | low_T | ~mask_T)).all()
@@ -201,7 +201,7 @@ def test_settings_become_the_objective(given, low, high, aggregation):
 
 
 def test_values_by_token():
-    packed = pack([Sequence(7, [5, 6, 7], [IGNORE, 6, 7]), Sequence(4, [8, 9], [8, 9])], Alignment(1, 8))
+    packed = pack([TokenizedRow(7, [5, 6, 7], [IGNORE, 6, 7]), TokenizedRow(4, [8, 9], [8, 9])], Alignment(1, 8))
     laid_T = by_token(packed, {4: [0.5], 7: [1.0, 2.0]})
     assert laid_T.tolist() == [1.0, 2.0, 0.0, 0.5, 0, 0, 0, 0] and laid_T.dtype == torch.float32
     with pytest.raises(ValueError, match="row 7 has 2 trained tokens, but 3 values"):
@@ -226,6 +226,6 @@ def test_a_step_s_figures_are_means_over_its_trained_tokens(aggregation):
     (first, many), (second, few) = update([0, 2]), update([1, 3])
     whole, tokens = update([0, 1, 2, 3])
     assert (many, few, tokens) == (19, 4, 23)
-    found = _over_updates([first, second], [many, few], policy.largest)
+    found = over_updates([first, second], [many, few], policy.largest)
     assert found == pytest.approx(whole.metrics, rel=1e-9) and found.keys() == whole.metrics.keys()
     assert found["kl"] != pytest.approx((first.metrics["kl"] + second.metrics["kl"]) / 2, rel=1e-2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ import torch
 from tulu_mega.data.batch import by_token, pack
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.objectives.policy import PolicyObjective
-from tulu_mega.records import IGNORE, Sequence, TokenOutput
+from tulu_mega.records import IGNORE, TokenizedRow, TokenOutput
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / ".venv-peers/bin/python"
@@ -61,14 +60,14 @@ def test_policy(trl, case):
     directory, answer = trl
     model = LlamaForCausalLM.from_pretrained(directory / "policy", dtype=torch.float64)
     rows = [
-        Sequence(at, prompt + response, [IGNORE] * len(prompt) + response)
+        TokenizedRow(at, prompt + response, [IGNORE] * len(prompt) + response)
         for at, (prompt, response) in enumerate(answer["rows"])
     ]
     batch = pack(rows, Alignment(total=64))
     lengths = [len(response) for _, response in answer["rows"]]
     given = {f"{name}_logp_T": dict(enumerate(values)) for name, values in answer["columns"].items()}
     given["advantages_T"] = {at: [answer["advantages"][at]] * n for at, n in enumerate(lengths)}
-    batch = dataclasses.replace(batch, **{name: by_token(batch, values) for name, values in given.items()})
+    batch = batch.with_columns(**{name: by_token(batch, values) for name, values in given.items()})
 
     values_T = torch.zeros(2, len(batch.tokens_T), dtype=torch.float64)  # one sequence at a time, laid into the pack
     for row, start in zip(rows, batch.cu_seqlens_S1.tolist(), strict=False):

@@ -8,14 +8,11 @@ import pytest
 from tests.lib import families, preference_jobs, world
 from tests.lib.layouts import LAYOUTS, size
 from tests.lib.truths import Truths
+from tulu_mega.config.preference import PREFERENCE_LOSSES
 
-OBJECTIVES = {
-    "dpo": {"loss": "dpo", "beta": 0.1},
+OBJECTIVES = {name: {"loss": name} for name in PREFERENCE_LOSSES} | {
     "dpo, smoothed": {"loss": "dpo", "beta": 0.1, "label_smoothing": 0.1},
-    "dpo_norm": {"loss": "dpo_norm", "beta": 5.0},
     "dpo_norm with SFT": {"loss": "dpo_norm", "beta": 5.0, "label_smoothing": 0.05, "sft_weight": 0.5},
-    "ipo": {"loss": "ipo", "beta": 0.1},
-    "simpo": {"loss": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.3},
 }
 PAIRWISE = [  # family, layout, micro-batches
     ("Llama", "TP1", None),

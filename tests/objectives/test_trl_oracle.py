@@ -1,8 +1,7 @@
-"""Preference and reward objectives against TRL's own trainers (DPOTrainer, CPOTrainer, RewardTrainer), loss and gradient norm."""
+"""Pair objectives against TRL's own trainers (DPO, CPO, ORPO, Reward): loss and gradient norm."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -11,22 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from tulu_mega.config import PreferenceSettings
 from tulu_mega.data.batch import pack
 from tulu_mega.layout.alignment import Alignment
-from tulu_mega.objectives.preference import PreferenceObjective
+from tulu_mega.objectives.preference_objective import PreferenceObjective
 from tulu_mega.objectives.reward import RewardObjective
-from tulu_mega.records import IGNORE, PackedBatch, Sequence
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / ".venv-peers/bin/python"
 OURS = {
-    "dpo": PreferenceObjective("dpo", beta=0.1),
-    "dpo_norm": PreferenceObjective("dpo_norm", beta=5.0),
-    "ipo": PreferenceObjective("ipo", beta=0.3),
-    "dpo with SFT term": PreferenceObjective("dpo", beta=0.1, sft_weight=0.7),
-    "simpo": PreferenceObjective("simpo", beta=2.0, gamma_beta_ratio=0.3),
-    "simpo, labels smoothed": PreferenceObjective("simpo", beta=2.0, gamma_beta_ratio=0.3, label_smoothing=0.2),
-    "dpo without reference, labels smoothed": PreferenceObjective("dpo", beta=0.1, label_smoothing=0.2),
+    "dpo": {"loss": "dpo", "beta": 0.1},
+    "dpo_norm": {"loss": "dpo_norm", "beta": 5.0},
+    "ipo": {"loss": "ipo", "beta": 0.3},
+    "apo_zero": {"loss": "apo_zero", "beta": 0.1},
+    "dpo with SFT term": {"loss": "dpo", "beta": 0.1, "sft_weight": 0.7},
+    "simpo": {"loss": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.3},
+    "simpo, labels smoothed": {"loss": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.3, "label_smoothing": 0.2},
+    "dpo without reference, labels smoothed": {"loss": "dpo", "beta": 0.1, "label_smoothing": 0.2},
+    "orpo, odds ratio": {"loss": "orpo", "beta": 0.4},
 }
 
 pytestmark = [
@@ -50,12 +52,12 @@ def trl(tmp_path_factory) -> tuple[Path, dict]:
     return directory, json.loads(found[0][1:])
 
 
-def sequences(pairs: list[dict]) -> list[Sequence]:
+def sequences(pairs: list[dict]) -> list[TokenizedRow]:
     sides = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs for side in ("chosen", "rejected")]
-    return [Sequence(row, ids + more, [IGNORE] * len(ids) + more) for row, (ids, more) in enumerate(sides)]
+    return [TokenizedRow(row, ids + more, [IGNORE] * len(ids) + more) for row, (ids, more) in enumerate(sides)]
 
 
-def response_logp(model: torch.nn.Module, rows: list[Sequence]) -> torch.Tensor:
+def response_logp(model: torch.nn.Module, rows: list[TokenizedRow]) -> torch.Tensor:
     """Sum over each response, one sequence at a time."""
     sums = []
     for row in rows:
@@ -92,9 +94,13 @@ def test_preference(trl, case):
     else:
         with torch.no_grad():
             of_reference = response_logp(reference, rows)
-    batch = dataclasses.replace(batch, ref_logp_S=torch.cat((of_reference, padding)))
-    out = OURS[case](torch.cat((response_logp(policy, rows), padding)), batch)
-    compare(policy, out.loss_sum / out.count, answer["answers"][case])
+    batch = batch.with_columns(ref_logp_S=torch.cat((of_reference, padding)))
+    logp = response_logp(policy, rows)
+    out = PreferenceObjective.of(PreferenceSettings(**OURS[case]))(torch.cat((logp, padding)), batch)
+    loss = out.loss_sum / out.count
+    if "odds ratio" in case:
+        loss = loss + (logp / batch.trained_S[: len(rows)])[::2].mean()
+    compare(policy, loss, answer["answers"][case])
 
 
 @pytest.mark.parametrize("case", ["reward", "reward with margins"])
@@ -109,6 +115,6 @@ def test_reward(trl, case):
     scores = [model(torch.tensor(row.input_ids)[None]).logits.squeeze() for row in rows]
     if "margins" in case:
         margins = torch.tensor(answer["margins"], dtype=torch.float64).repeat_interleave(2)
-        batch = dataclasses.replace(batch, margin_S=torch.cat((margins, padding)))
+        batch = batch.with_columns(margin_S=torch.cat((margins, padding)))
     out = RewardObjective()(torch.cat((torch.stack(scores), padding)), batch)
     compare(model, out.loss_sum / out.count, answer["answers"][case])

@@ -268,7 +268,7 @@ def test_cover():
 
 
 def test_what_cannot_be_built_is_told(models, tmp_path):
-    with pytest.raises(UserError, match="tensor 3 x pipeline 1 x context 1 = 3 does not divide the world of 4"):
+    with pytest.raises(UserError, match="tensor 3 x pipeline 1 x context 1 = 3 processes a replica do not divide the world of 4"):
         forked(tmp_path / "world", settings("sft", {"tensor": 3}), models["Llama"], 4)
     with pytest.raises(UserError, match="num_hidden_layers = 4 cannot be split"):
         forked(tmp_path / "stages", settings("sft", {"pipeline": 5}), models["Llama"], 5)

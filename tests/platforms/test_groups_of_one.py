@@ -12,12 +12,12 @@ def called() -> list[bool]:
     import torch
     import torch.distributed as dist
 
-    from tulu_mega.platforms.cpu import _unless_alone
+    from tulu_mega.platforms.cpu_speed.groups_of_one import unless_alone
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     calls = []
-    reduce = _unless_alone(lambda output, given, **how: calls.append((output, how)))
+    reduce = unless_alone(lambda output, given, **how: calls.append((output, how)))
     data = torch.ones(4)
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][int(os.environ["RANK"])]
     found = []

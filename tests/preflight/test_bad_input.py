@@ -42,10 +42,10 @@ def place(good, tmp_path, monkeypatch):
     shutil.copytree(good, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
-    def launched(*_):
+    def launched(*_, **__):
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr(launcher, "_start_world", launched)
+    monkeypatch.setattr(launcher, "start_world", launched)
     return tmp_path
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from tulu_mega.config import GrpoSettings, load
 from tulu_mega.errors import UserError
-from tulu_mega.preflight import check
+from tulu_mega.preflight import policy
+from tulu_mega.preflight.check import check
 from tulu_mega.quickstart import tiny_model
 from tulu_mega.rl.prompts import read, write_rejects
 
@@ -67,11 +68,11 @@ def test_prompts_of_another_model(model, tmp_path):
     file.write_text(json.dumps(ROW), encoding="utf-8")
     prompts = read(GrpoSettings.model_validate({"model": str(model), "run_dir": "r", "data": str(file)}))
     largest = max(prompts.train[0].ids)
-    check._answerable(prompts, {"vocab_size": largest + 1})
+    policy.answerable(prompts, {"vocab_size": largest + 1})
     with pytest.raises(UserError, match=f"data.train holds token {largest}, but the model's vocabulary has {largest} entries"):
-        check._answerable(prompts, {"vocab_size": largest})
+        policy.answerable(prompts, {"vocab_size": largest})
     with pytest.raises(UserError, match=r"data\.tokenizer, as the end of a response, holds token 0"):
-        check._answerable(prompts, {"vocab_size": 0})
+        policy.answerable(prompts, {"vocab_size": 0})
 
 
 def test_no_such_file(problems):
@@ -93,7 +94,7 @@ def test_a_trainer_of_servers_elsewhere_needs_no_vllm(problems, monkeypatch):
     def missing() -> None:
         raise UserError("vLLM is not installed")
 
-    monkeypatch.setattr(check, "check_vllm", missing)
+    monkeypatch.setattr(policy, "check_vllm", missing)
     assert problems(rollout={"urls": ["http://10.0.0.5:8000"]}) == []
     assert problems() == ["vLLM is not installed"]
 

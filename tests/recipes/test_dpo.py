@@ -18,7 +18,7 @@ from tulu_mega.config import DpoSettings
 from tulu_mega.data.store import TokenStore
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
-from tulu_mega.objectives.preference import PreferenceObjective
+from tulu_mega.objectives.preference_objective import PreferenceObjective
 from tulu_mega.preflight import check
 from tulu_mega.quickstart import task, tiny_model
 from tulu_mega.recipes.dpo import check_first_loss, run
@@ -99,24 +99,34 @@ def test_the_first_step_is_at_the_reference_and_layouts_agree(material, undistur
     assert found[-1]["heldout_accuracy"] == pytest.approx(undisturbed[1][-1]["heldout_accuracy"], abs=0.1)
 
 
-@pytest.mark.parametrize(("loss", "at_reference", "off"), [("dpo_norm", math.log(2), 0.02), ("ipo", 25.0, 2.6)])
+@pytest.mark.parametrize(
+    ("loss", "at_reference", "off"), [("dpo_norm", math.log(2), 0.02), ("ipo", 25.0, 2.6), ("apo_zero", 1.0, 0.05)]
+)
 def test_bf16_starts_at_the_reference(material, tmp_path, loss, at_reference, off):
     own = {"model": {"dtype": "bf16"}, "train": {"steps": 1}, "parallel": {"tensor": 2}, "preference": {"loss": loss}}
     (first, *_) = ran(settings(material, tmp_path / "run", **own))
     assert first["loss"] == pytest.approx(at_reference, abs=off)
 
 
+def test_a_loss_without_a_reference_scores_none(material, tmp_path):
+    found = ran(settings(material, tmp_path / "run", preference={"loss": "orpo"}))
+    assert not (tmp_path / "run/reference").exists()
+    assert found[-1]["loss"] < found[0]["loss"] and all(row["kl"] == 0 for row in found)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("loss", ["dpo", "dpo_norm", "ipo"])
+@pytest.mark.parametrize("loss", ["dpo", "dpo_norm", "ipo", "apo_zero"])
 def test_what_rounding_adds_to_the_first_loss_is_let_pass_and_no_more(material, tmp_path, loss, dtype):
     """Pairs whose difference is as far from 0 as rounding may take it, by the loss's own formula, and 5% farther."""
     wanted = settings(material, tmp_path, model={"dtype": dtype}, preference={"loss": loss})
-    objective = PreferenceObjective(**wanted.preference.model_dump())
-    beta, roundoff = objective.beta, {"fp32": 2.0**-24, "bf16": 2.0**-8}[dtype]
-    most = 2 * 2**5 * roundoff * (256 if loss == "dpo" else 1)
+    objective = PreferenceObjective.of(wanted.preference)
+    beta, roundoff = objective.loss.beta, {"fp32": 2.0**-24, "bf16": 2.0**-8}[dtype]
+    most = 2 * 2**5 * roundoff * (256 if loss in ("dpo", "apo_zero") else 1)
 
     def first(d: float) -> BatchLoss:
         value = (d - 1 / (2 * beta)) ** 2 if loss == "ipo" else math.log1p(math.exp(-beta * d))
+        if loss == "apo_zero":  # each side has half of the difference
+            value = 2 / (1 + math.exp(beta * d / 2))
         return BatchLoss(value, 8, {"margin": beta * d})
 
     for d in (-most, most):
@@ -297,6 +307,7 @@ def test_pairs_that_teach_nothing_are_counted(material, tmp_path):
     ("sections", "told"),
     [
         ({"preference": {"loss": "ipo", "label_smoothing": 0.1}}, "ipo has none"),
+        ({"preference": {"loss": "orpo", "label_smoothing": 0.1}}, "label_smoothing = 0.1: orpo has none"),
         ({"data": {"margin": "m"}}, "only reward models"),
         ({"preference": {"beta": -1.0}}, "greater than 0"),
     ],
@@ -311,3 +322,4 @@ def test_beta_is_the_loss_s_own_unless_given(material, tmp_path):
         return settings(material, tmp_path, preference=preference).preference.beta
 
     assert (beta(), beta(loss="dpo"), beta(loss="simpo"), beta(loss="dpo", beta=0.5)) == (5.0, 0.1, 2.0, 0.5)
+    assert (beta(loss="ipo"), beta(loss="orpo"), beta(loss="apo_zero")) == (0.1, 0.1, 0.1)

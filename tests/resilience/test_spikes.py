@@ -23,7 +23,7 @@ def test_a_leap_is_met_as_wanted(action, updated):
     assert not spikes.found and spikes.allow(10.0, 2.0) and not spikes.found  # 10 times the median is not more than that
     assert spikes.allow(10.6, 2.0) is updated
     assert spikes.found == "loss 10.6 is 10.6 times the median of the last 11 steps, 1"
-    assert spikes.total == 1 and spikes.stops_for(spikes.found) is (action == "stop")
+    assert spikes.total == 1 and spikes.stop is (action == "stop")
     assert spikes.allow(1.0, 20.1) is updated and spikes.found.startswith("grad norm 20.1 is 10.1 times the median")
 
 

@@ -63,14 +63,10 @@ SAVES = """
         time.sleep(0.05)
     time.sleep(SECONDS)
     open(f'DIRECTORY/saved{world.rank}', 'w').close()
-    launcher.report_stop(stopped := Stopped(7))
+    reporting.report_stop(stopped := Stopped(7))
     sys.exit(stopped.status)
 """
-ASKED = LAUNCHER.replace(
-    'ScoreSettings.model_validate({"model": "unused", "input": "i", "output": "o", "parallel": {"tensor": 2}})',
-    'SftSettings.model_validate({"model": "u", "run_dir": sys.argv[2], "data": {"train": "u"}, "parallel": {"tensor": 2},'
-    ' "checkpoint": {"grace": float(sys.argv[3])}})',
-).replace("import ScoreSettings", "import SftSettings")
+ASKED = LAUNCHER.replace("lambda settings: None)", "lambda settings: None, run_dir=sys.argv[2], grace=float(sys.argv[3]))")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl")
@@ -112,13 +108,13 @@ def test_one_rank_of_each_node_asks_a_foreign_torchrun(monkeypatch, tmp_path):
     """torchrun would start again what ends so: it is asked, too, where it was not."""
     killed = []
     monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
-    from tulu_mega.launch import launcher
+    from tulu_mega.launch import reporting
 
-    monkeypatch.setattr(launcher, "_AGENT_SECONDS", 0.0)
+    monkeypatch.setattr(reporting, "_AGENT_SECONDS", 0.0)
     for rank, local in (("0", "0"), ("1", "1"), ("2", "0")):
         for name, value in {"RANK": rank, "LOCAL_RANK": local, "TORCHELASTIC_RUN_ID": "x"}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"{rank}.json"))
-        launcher.report_stop(Stopped(3))
+        reporting.report_stop(Stopped(3))
         assert '"stopped": 3' in Path(tmp_path / f"{rank}.json").read_text()
     assert killed == [(os.getppid(), signal.SIGTERM)] * 2

@@ -7,9 +7,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tulu_mega.quickstart.task import demonstrations, is_correct, problems, prompt_row
-from tulu_mega.rewards.gsm8k import Gsm8k, LastNumber
-from tulu_mega.rewards.matching import ExactMatch, Format
-from tulu_mega.rewards.math_answer import MathAnswer, answers, equivalent, last_boxed, simpler
+from tulu_mega.rewards.verifiers.exact_match import ExactMatch
+from tulu_mega.rewards.verifiers.format import Format
+from tulu_mega.rewards.verifiers.gsm8k import Gsm8k
+from tulu_mega.rewards.verifiers.last_number import LastNumber
+from tulu_mega.rewards.verifiers.math import MathAnswer, answers, equivalent, last_boxed, simpler
 
 # reply, ground truth, score of gsm8k (as published), score of last_number
 NUMBERS = [

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from tulu_mega.errors import UserError
-from tulu_mega.rewards import RewardSpec, Sample, VerifierPool, sandbox
-from tulu_mega.rewards.python_code import PythonCode, program_of
+from tulu_mega.rewards import RewardSpec, VerifierInput, VerifierPool, sandbox
 from tulu_mega.rewards.sandbox import CodeLimits, protections, require_protections, run_program
+from tulu_mega.rewards.verifiers.python_code import PythonCode, program_of
 
 LIMITS = CodeLimits(wall_s=10, cpu_s=5, memory_mb=256, file_mb=1, total_s=30)
 
@@ -205,5 +205,5 @@ def test_an_endless_program_is_wrong_and_no_error_of_the_verifier():
     spec = RewardSpec(code=CodeLimits(wall_s=1, total_s=1))
     replies = ["```python\nwhile True: pass\n```", "```python\nx = 1\n```"]
     with VerifierPool(spec, ["python_code"], workers=2, timeout_s=20) as pool:
-        verdicts = pool.judge([Sample(reply, "code", ["assert x == 1"]) for reply in replies])
+        verdicts = pool.judge([VerifierInput(reply, "code", ["assert x == 1"]) for reply in replies])
     assert [verdict.score for verdict in verdicts] == [0.0, 1.0]

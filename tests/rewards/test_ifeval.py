@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tulu_mega.rewards.constraints import CONSTRAINTS, NOVEMBER_2024, read_constraint
-from tulu_mega.rewards.ifeval import IfEval, IfEval2024
+from tulu_mega.rewards.verifiers.ifeval import IfEval
+from tulu_mega.rewards.verifiers.ifeval_2024 import IfEval2024
 
 NULLS = dict.fromkeys(
     "N quantifier end_phrase keyword_list word forbidden_words letter i first_word postscript_marker options section_splitter "

@@ -11,10 +11,10 @@ import time
 import pytest
 
 from tulu_mega.errors import UserError
-from tulu_mega.rewards import CodeLimits, Judge, RewardSpec, Sample, Verdict, VerifierPool, check_rows
-from tulu_mega.rewards.gsm8k import Gsm8k
+from tulu_mega.rewards import CodeLimits, Judge, RewardSpec, Verdict, VerifierInput, VerifierPool, check_rows
 from tulu_mega.rewards.registry import BUILT_IN
-from tulu_mega.rl.judging import Judged
+from tulu_mega.rewards.verifiers.gsm8k import Gsm8k
+from tulu_mega.rl.judging import JudgedResponse
 
 NO_COMMAS = json.dumps({"func_name": "validate_no_commas", "N": None})
 
@@ -116,38 +116,39 @@ def test_every_built_in_verifier_loads_and_says_whose_behaviour_it_follows():
 
 def test_several_verifiers_are_summed_with_their_weights():
     judge = Judge(RewardSpec(weights={"MATH": 10, "ifeval": 0.5}))
-    verdict = judge(Sample(r"\boxed{5}, yes", ["math", "ifeval", "gsm8k"], ["5", NO_COMMAS, "5"]))
+    verdict = judge(VerifierInput(r"\boxed{5}, yes", ["math", "ifeval", "gsm8k"], ["5", NO_COMMAS, "5"]))
     assert verdict.score == 11.0
     assert verdict.parts == {"math": 1.0, "ifeval": 0.0, "gsm8k": 1.0}
     assert "ifeval: validate_no_commas() is not met" in verdict.detail
-    assert judge(Sample("5", ["gsm8k"], "5")).score == 1.0
+    assert judge(VerifierInput("5", ["gsm8k"], "5")).score == 1.0
 
 
 def test_a_verifier_that_is_named_twice_is_summed_and_solves_only_where_it_is_met_twice():
     judge = Judge(RewardSpec(weights={"ifeval": 0.5}))
     long = json.dumps({"func_name": "validate_word_constraint", "N": 3, "quantifier": "at least"})
     verdicts = [
-        judge(Sample(reply, ["ifeval", "IFEval", "exact_match"], [NO_COMMAS, long, reply])) for reply in ("one", "one two three")
+        judge(VerifierInput(reply, ["ifeval", "IFEval", "exact_match"], [NO_COMMAS, long, reply]))
+        for reply in ("one", "one two three")
     ]
     assert [verdict.score for verdict in verdicts] == [1.5, 2.0]
     assert [verdict.parts for verdict in verdicts] == [{"ifeval": 1.0, "ifeval#2": met, "exact_match": 1.0} for met in (0.0, 1.0)]
-    assert [Judged(None, "", verdict, verdict.score).solved for verdict in verdicts] == [False, True]
+    assert [JudgedResponse(None, "", verdict, verdict.score).solved for verdict in verdicts] == [False, True]
 
 
 def test_names_of_ones_own_that_look_like_a_second_verifier_keep_their_scores_apart():
     judge = Judge(RewardSpec(custom={"length#2": "own_verifiers:length", "length": "own_verifiers:length"}))
-    verdict = judge(Sample("four", ["length", "length#2", "length"], [4, 2, 1]))
+    verdict = judge(VerifierInput("four", ["length", "length#2", "length"], [4, 2, 1]))
     assert verdict.score == 7.0
     assert verdict.parts == {"length": 1.0, "length#2": 2.0, "length#3": 4.0}
 
 
 def test_one_verifier_that_fails_makes_the_sample_an_error():
     judge = Judge(RewardSpec(custom=OWN))
-    verdict = judge(Sample("raise", ["exact_match", "trouble"], ["raise", None]))
+    verdict = judge(VerifierInput("raise", ["exact_match", "trouble"], ["raise", None]))
     assert verdict == Verdict.failed("trouble: KeyError: 'lost'")
-    assert judge(Sample("error", "trouble", None)).error == "trouble: cannot tell"
-    assert "finite number" in judge(Sample("nan", "trouble", None)).error
-    assert "finite number" in judge(Sample("text", "trouble", None)).error
+    assert judge(VerifierInput("error", "trouble", None)).error == "trouble: cannot tell"
+    assert "finite number" in judge(VerifierInput("nan", "trouble", None)).error
+    assert "finite number" in judge(VerifierInput("text", "trouble", None)).error
 
 
 def test_a_verdict_has_a_score_or_an_error():
@@ -158,11 +159,11 @@ def test_a_verdict_has_a_score_or_an_error():
 
 def test_own_verifiers():
     judge = Judge(RewardSpec(custom={**OWN, "gsm8k": "own_verifiers:length", "whole": "own_verifiers:Whole"}))
-    assert judge(Sample("four", "length", 8)).score == 0.5
-    assert judge(Sample("four", "gsm8k", 4)).score == 1.0
-    assert judge(Sample("four", "whole", "four")).score == 1.0
+    assert judge(VerifierInput("four", "length", 8)).score == 0.5
+    assert judge(VerifierInput("four", "gsm8k", 4)).score == 1.0
+    assert judge(VerifierInput("four", "whole", "four")).score == 1.0
     messages = [{"role": "user", "content": "why?"}]
-    assert judge(Sample("four", "asks", None, messages)).detail == "why?"
+    assert judge(VerifierInput("four", "asks", None, messages)).detail == "why?"
     assert judge.check({"dataset": "asks"}) == []
     assert judge.check({"dataset": "checked", "ground_truth": "y"}) == ["ground_truth for 'checked': expected 'x', got 'y'"]
 
@@ -251,13 +252,15 @@ def pool(own_verifiers):
 
 
 def test_order_is_kept_and_the_pool_says_what_the_judge_says(pool):
-    samples = [Sample(reply, "gsm8k", str(n)) for n in range(60) for reply in (f"It is {n}.", "", f"{n} \ud800 é\n{n + 1}")]
+    samples = [
+        VerifierInput(reply, "gsm8k", str(n)) for n in range(60) for reply in (f"It is {n}.", "", f"{n} \ud800 é\n{n + 1}")
+    ]
     assert pool.judge(samples) == list(map(Judge(), samples)) == pool.judge(samples)
 
 
 def test_a_verifier_in_trouble_spoils_its_own_sample_alone(pool):
     kinds = ["crash", "kill", "exit", "hang", "raise", "memory", "nan"]
-    samples = [Sample(reply, "trouble", None) for kind in kinds for reply in (kind, "fine")]
+    samples = [VerifierInput(reply, "trouble", None) for kind in kinds for reply in (kind, "fine")]
     verdicts = pool.judge(samples)
     assert [verdict.score for verdict in verdicts[1::2]] == [1.0] * len(kinds)
     errors = [verdict.error for verdict in verdicts[::2]]
@@ -271,34 +274,36 @@ def test_a_verifier_in_trouble_spoils_its_own_sample_alone(pool):
 def test_workers_stay_warm(pool):
     held = bytearray(1200 * 2**20)  # a parent larger than what a worker may hold makes no worker look bloated
     held[:: 2**12] = b"x" * len(held[:: 2**12])
-    pool.judge([Sample("crash", "trouble", None)] * 2)  # new workers, children of that parent
-    pool.judge([Sample("x", "trouble", None)] * 4)  # both up again
-    pids = {verdict.score for _ in range(5) for verdict in pool.judge([Sample("pid", "trouble", None)] * 4)}
+    pool.judge([VerifierInput("crash", "trouble", None)] * 2)  # new workers, children of that parent
+    pool.judge([VerifierInput("x", "trouble", None)] * 4)  # both up again
+    pids = {verdict.score for _ in range(5) for verdict in pool.judge([VerifierInput("pid", "trouble", None)] * 4)}
     assert len(pids) <= 2
     assert os.getpid() not in pids
     start = time.monotonic()
     for _ in range(50):
-        pool.judge([Sample("7", "gsm8k", "7")])
+        pool.judge([VerifierInput("7", "gsm8k", "7")])
     assert time.monotonic() - start < 5
 
 
 def test_futures_can_be_awaited(pool):
     async def rollouts():
-        futures = [asyncio.wrap_future(pool.submit(Sample(reply, "trouble", None))) for reply in ("slow", "raise", "fine")]
+        futures = [asyncio.wrap_future(pool.submit(VerifierInput(reply, "trouble", None))) for reply in ("slow", "raise", "fine")]
         return [(await future).score for future in futures]
 
     assert asyncio.run(rollouts()) == [1.0, None, 1.0]
 
 
 def test_what_is_no_json_is_that_samples_error(pool):
-    verdicts = pool.judge([Sample("7", "gsm8k", {1, 2}), Sample("7", "gsm8k", "7"), Sample("7", "unknown", "7")])
+    verdicts = pool.judge(
+        [VerifierInput("7", "gsm8k", {1, 2}), VerifierInput("7", "gsm8k", "7"), VerifierInput("7", "unknown", "7")]
+    )
     assert "not plain JSON" in verdicts[0].error
     assert verdicts[1].score == 1.0
     assert "unknown verifier" in verdicts[2].error
 
 
 def test_the_same_verdicts_with_one_worker(pool):
-    samples = [Sample(f"{n}", "gsm8k", str(n % 3)) for n in range(20)]
+    samples = [VerifierInput(f"{n}", "gsm8k", str(n % 3)) for n in range(20)]
     with VerifierPool(names=["gsm8k"], workers=1) as single:
         assert single.judge(samples) == pool.judge(samples)
 
@@ -306,7 +311,7 @@ def test_the_same_verdicts_with_one_worker(pool):
 def test_closing_ends_the_workers_and_what_is_queued():
     pool = VerifierPool(RewardSpec(custom=OWN), ["trouble"], workers=1, timeout_s=60)
     processes = [worker._process for worker in pool._workers]
-    futures = [pool.submit(Sample("hang", "trouble", None)) for _ in range(3)]
+    futures = [pool.submit(VerifierInput("hang", "trouble", None)) for _ in range(3)]
     time.sleep(0.2)
     start = time.monotonic()
     pool.close()

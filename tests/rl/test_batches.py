@@ -6,12 +6,13 @@ from hypothesis import strategies as st
 
 from tulu_mega.data.batch import by_token, pack
 from tulu_mega.layout.alignment import Alignment
-from tulu_mega.records import IGNORE
-from tulu_mega.rl.batches import Response, differences, split
+from tulu_mega.records import IGNORE, Response
+from tulu_mega.rl.batches import TrainedResponse, differences, split
 
 
 def response(number, prompt=2, length=3):
-    return Response(number, [1] * prompt, [5 + number] * length, [-0.5] * length, 0.25)
+    made = Response.of_one_turn([1] * prompt, [5 + number] * length, [-0.5] * length, [0] * length, "stop")
+    return TrainedResponse(number, made, 0.25)
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.integers(1, 8))
@@ -33,12 +34,10 @@ def test_only_the_response_is_trained():
 
 
 def test_differences_by_response():
-    import dataclasses
-
     responses = [response(3, length=4), response(0, length=1)]
     batch = pack([one.sequence for one in responses], Alignment(sequence=4, total=16))
     sampler = by_token(batch, {3: [-1.0, -2.0, -3.0, -4.0], 0: [-5.0]})
     old = by_token(batch, {3: [-1.0, -2.5, -3.0, -4.0], 0: [-5.25]})
-    batch = dataclasses.replace(batch, sampler_logp_T=sampler, old_logp_T=old)
+    batch = batch.with_columns(sampler_logp_T=sampler, old_logp_T=old)
     assert differences([batch]) == {3: (0.125, 0.5), 0: (0.25, 0.25)}
-    assert torch.equal(batch.old_logp_T[~batch.loss_mask_T], torch.zeros(int((~batch.loss_mask_T).sum())))
+    assert torch.equal(old[~batch.loss_mask_T], torch.zeros(int((~batch.loss_mask_T).sum())))

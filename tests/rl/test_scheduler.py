@@ -8,8 +8,9 @@ from tulu_mega.config import GrpoSettings
 from tulu_mega.data.prompts import PromptSet, PromptStream, read_prompts
 from tulu_mega.data.sources import load_rows
 from tulu_mega.errors import UserError
+from tulu_mega.objectives.advantages import ESTIMATORS, GroupAdvantages
 from tulu_mega.quickstart import tiny_model
-from tulu_mega.records import Rollout
+from tulu_mega.records import Response
 from tulu_mega.rewards.registry import Judge
 from tulu_mega.rl import journal
 from tulu_mega.rl.judging import Rewards
@@ -64,21 +65,22 @@ class Answers:
         for index, prompt in enumerate(prompts):
             number = int(self.tokenizer.decode(prompt).split("Say ")[1].split(".")[0])
             texts = self.table(number)[: sampling.samples]
-            group = [self._rollout(prompt, text, version) for text in texts]
+            group = [self._response(prompt, text, version) for text in texts]
             answers.append(group)
             done(index, group)
         return answers
 
-    def _rollout(self, prompt, text, version):
+    def _response(self, prompt, text, version):
         ids = self.tokenizer.encode(text)
         reason = self.reason(text) if callable(self.reason) else self.reason
-        return Rollout(list(prompt), ids, [-1.0] * len(ids), [version] * len(ids), reason)
+        return Response.of_one_turn(list(prompt), ids, [-1.0] * len(ids), [version] * len(ids), reason)
 
 
 def scheduler_of(tmp_path, tokenizer, judge, table, count=6, reason="stop", **values):
     prompts = prompts_of(tmp_path, [row(n) for n in range(count)], tokenizer)
     answers = Answers(tokenizer, table, reason)
-    return Scheduler(prompts, answers, judge, settings_of(**values), ENDS), answers
+    settings = settings_of(**values)
+    return Scheduler(prompts, answers, judge, ESTIMATORS[settings.policy.advantages], settings, ENDS), answers
 
 
 def mixed(number):
@@ -126,7 +128,7 @@ def test_a_control_deals_out_penalties_for_length_too(tmp_path, tokenizer, rewar
     for group in groups:
         given = group.advantages.rewards
         assert sorted(given) == [-10.0, 0.0, 10.0, 10.0] and given == tuple(one.reward for one in group.judged)
-        assert group.judged[2].rollout.finish_reason == "length" and group.judged[2].verdict.score == 0.0
+        assert group.judged[2].response.finish_reason == "length" and group.judged[2].verdict.score == 0.0
     for at in range(4):
         penalised = [group.advantages.rewards[at] == -10.0 for group in groups]
         assert 0.1 < sum(penalised) / 99 < 0.4
@@ -159,6 +161,23 @@ def test_equal_groups_are_left_out_and_others_drawn(tmp_path, tokenizer, rewards
     assert figures["solve_rate"] == pytest.approx(8 / 28)  # of all that were asked
 
 
+def test_the_estimator_decides_what_is_worth_training(tmp_path, tokenizer, rewards):
+    """One that is not of groups, such as a value model's: a response is worth training though all rewards are equal."""
+    asked = []
+
+    def estimator(rewards, masked):
+        asked.append((list(rewards), list(masked)))
+        return GroupAdvantages((0.5,) * len(rewards), (True,) * len(rewards), tuple(rewards))
+
+    settings = settings_of(policy={"overlong": "mask"})
+    prompts = prompts_of(tmp_path, [row(n) for n in range(4)], tokenizer)
+    answers = Answers(tokenizer, lambda n: ["No idea"] * 4, "length")
+    step = Scheduler(prompts, answers, rewards, estimator, settings, ENDS).next(version=0)
+    assert len(step.groups) == 2 and step.left_out == [] and step.rounds == 1
+    assert asked == [([0.0] * 4, [True] * 4)] * 2
+    assert all(group.advantages.advantages == (0.5,) * 4 for group in step.groups)
+
+
 def test_refills_end(tmp_path, tokenizer, rewards):
     scheduler, answers = scheduler_of(tmp_path, tokenizer, rewards, lambda n: ["No idea"] * 4)
     step = scheduler.next(version=0)
@@ -186,7 +205,7 @@ def test_a_failed_verifier_takes_its_sample_out_and_is_counted(tmp_path, tokeniz
         settings = settings_of(rewards={"scale": 1.0, "workers": 1, "custom": {"gsm8k": "own_verifier:judge"}})
         with Rewards(settings.rewards, ["gsm8k"], tokenizer) as own:
             prompts = prompts_of(tmp_path, [row(n + 5) for n in range(4)], tokenizer)
-            step = Scheduler(prompts, Answers(tokenizer, mixed), own, settings, ENDS).next(version=0)
+            step = Scheduler(prompts, Answers(tokenizer, mixed), own, ESTIMATORS["standardised"], settings, ENDS).next(version=0)
     finally:
         sys.path.remove(str(tmp_path))
     for group in step.groups:
@@ -215,12 +234,6 @@ def test_a_restored_scheduler_goes_on_where_the_other_was(tmp_path, tokenizer, r
     again.state = state
     again.next(version=1)
     assert others.asked == answers.asked[1:]
-
-
-def test_another_lag_is_refused(tmp_path, tokenizer, rewards):
-    prompts = prompts_of(tmp_path, [row(1)], tokenizer)
-    with pytest.raises(ValueError, match="max_policy_lag = 1: only 0"):
-        Scheduler(prompts, Answers(tokenizer, mixed), rewards, settings_of(), ENDS, max_policy_lag=1)
 
 
 def test_greedy_evaluation_of_held_out_prompts(tmp_path, tokenizer, rewards):

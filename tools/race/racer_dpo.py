@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import prepared  # noqa: F401  before what imports megatron-core
 from laps import Laps, spec
 from racer_steps import settings, timed
 
 from tulu_mega.config import DpoSettings
 from tulu_mega.launch.launcher import World
-from tulu_mega.objectives.preference import PreferenceObjective
-from tulu_mega.train.dataset_run import opened_stage
+from tulu_mega.objectives.preference_objective import PreferenceObjective
+from tulu_mega.train.dataset_run import opened_run
 from tulu_mega.train.reference_cache import ReferenceCache, fill
 
 
@@ -21,14 +22,14 @@ def main() -> None:
     own = {"preference": {"loss": "dpo_norm", "beta": wanted["beta"]}}
     given = DpoSettings.model_validate(settings(wanted, wanted["run_dir"], wanted["pairs"]) | own)
     world = World(rank, size, rank, size, size // given.parallel.model_parallel)
-    with opened_stage(given, world) as stage:
-        engine = stage.session.engine
-        stage.initial_weights()
-        cache = ReferenceCache.under(Path(wanted["run_dir"], "reference"), wanted["model"].replace("/", "_"), len(stage.store))
-        fill(engine, stage.store, cache, cache.missing(), wanted["pack"], lambda line: None)
-        loader = stage.loader({"ref_logp_S": cache.values()})
+    with opened_run(given, world) as training:
+        engine = training.session.engine
+        training.initial_weights()
+        cache = ReferenceCache.under(Path(wanted["run_dir"], "reference"), wanted["model"].replace("/", "_"), len(training.store))
+        fill(engine, training.store, cache, cache.missing(), wanted["pack"], lambda line: None)
+        loader = training.loader({"ref_logp_S": cache.values()})
         engine.prepare_training(given.optim, loader.steps)
-        objective = PreferenceObjective(**given.preference.model_dump())
+        objective = PreferenceObjective.of(given.preference)
         timed(laps, engine, loader, objective, wanted["steps"])
 
 

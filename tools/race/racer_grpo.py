@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import prepared  # noqa: F401  before what imports megatron-core
 from laps import Laps, spec
 
 from tulu_mega.config import GrpoSettings
@@ -56,12 +57,12 @@ def laps_of(policy: Policy, laps: Laps, steps: int) -> None:
         if step % steps == 0:
             laps.begin()
             responses = tokens = 0
-        policy.collect(step)
-        policy.learn(step)
-        policy.sync(step + 1)
-        policy.report(step + 1)
-        responses += len(policy.now.responses)
-        tokens += sum(len(one.response_ids) for one in policy.now.responses)
+        collected = policy.collect(step)
+        learned = policy.learn(step, collected)
+        sync = policy.sync(step + 1)
+        policy.report(step + 1, collected, learned, sync, heldout={})
+        responses += len(collected.responses)
+        tokens += sum(one.response.num_trained for one in collected.responses)
         if (step + 1) % steps == 0:
             laps.end(tokens=tokens, responses=responses, losses=[])
 

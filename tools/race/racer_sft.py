@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import prepared  # noqa: F401  before what imports megatron-core
 from laps import Laps, spec
 from racer_steps import settings, timed
 

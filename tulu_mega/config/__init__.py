@@ -1,83 +1,48 @@
-"""Settings: pydantic, strict, frozen, importable without torch."""
+"""Settings: pydantic, strict, frozen, importable without torch.
 
-from tulu_mega.config.data import DataInspectSettings, DataMixSettings, DecontaminateSettings
-from tulu_mega.config.grpo import (
-    GrpoSettings,
-    GrpoTrainSettings,
-    PromptDataSettings,
-    PromptHeldOutSettings,
-    RewardSettings,
-)
-from tulu_mega.config.precision import PrecisionSettings
-from tulu_mega.config.rollout import PolicySettings, RolloutSettings, SamplingSettings, ServeSettings
-from tulu_mega.config.sections import (
-    CheckpointSettings,
-    DataSettings,
-    HeldOutSettings,
-    ModelSettings,
-    OptimSettings,
-    ParallelSettings,
-    PreferenceDataSettings,
-    PreferenceSettings,
-    ReferenceSettings,
-    Section,
-    SpikeSettings,
-    StragglerSettings,
-    TrainSettings,
-    WandbSettings,
-    WatchdogSettings,
-)
-from tulu_mega.config.source import describe, load
-from tulu_mega.config.stages import (
-    DpoSettings,
-    EngineSettings,
-    GenerateSettings,
-    PreferenceStageSettings,
-    RmSettings,
-    RunSettings,
-    ScoreSettings,
-    SftSettings,
-    StageSettings,
-)
+Their classes are imported when they are asked for: the command line reads `config.stages` alone to name the commands, and
+pydantic takes longer to import than that.
+"""
 
-__all__ = [
-    "CheckpointSettings",
-    "DataInspectSettings",
-    "DataMixSettings",
-    "DataSettings",
-    "DecontaminateSettings",
-    "DpoSettings",
-    "EngineSettings",
-    "GenerateSettings",
-    "GrpoSettings",
-    "GrpoTrainSettings",
-    "HeldOutSettings",
-    "ModelSettings",
-    "OptimSettings",
-    "ParallelSettings",
-    "PolicySettings",
-    "PrecisionSettings",
-    "PreferenceDataSettings",
-    "PreferenceSettings",
-    "PreferenceStageSettings",
-    "PromptDataSettings",
-    "PromptHeldOutSettings",
-    "ReferenceSettings",
-    "RewardSettings",
-    "RmSettings",
-    "RolloutSettings",
-    "RunSettings",
-    "SamplingSettings",
-    "ScoreSettings",
-    "Section",
-    "ServeSettings",
-    "SftSettings",
-    "SpikeSettings",
-    "StageSettings",
-    "StragglerSettings",
-    "TrainSettings",
-    "WandbSettings",
-    "WatchdogSettings",
-    "describe",
-    "load",
-]
+import importlib
+from typing import Any
+
+_DEFINED = {
+    "asked": ("GenerateSettings", "ScoreSettings"),
+    "data": ("DataInspectSettings", "DataMixSettings", "DecontaminateSettings"),
+    "dpo": ("DpoSettings",),
+    "grpo": ("GrpoSettings", "GrpoTrainSettings", "PromptDataSettings", "PromptHeldOutSettings", "RewardSettings"),
+    "precision": ("PrecisionSettings",),
+    "preference": ("PreferenceSettings",),
+    "rm": ("RmSettings",),
+    "rollout": ("PolicySettings", "RolloutSettings", "SamplingSettings", "ServeSettings"),
+    "run": ("EngineSettings", "PreferenceStageSettings", "RunSettings", "StageSettings"),
+    "sections": (
+        "CheckpointSettings",
+        "DataSettings",
+        "HeldOutSettings",
+        "ModelSettings",
+        "OptimSettings",
+        "ParallelSettings",
+        "PreferenceDataSettings",
+        "ReferenceSettings",
+        "Section",
+        "SpikeSettings",
+        "StragglerSettings",
+        "TrainSettings",
+        "WandbSettings",
+        "WatchdogSettings",
+    ),
+    "sft": ("SftSettings",),
+    "source": ("describe", "load"),
+}
+"""What each module of this package offers under the package's own name."""
+_MODULES = {name: module for module, names in _DEFINED.items() for name in names}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from tulu_mega.config.dpo import DpoSettings
+from tulu_mega.config.rm import RmSettings
+from tulu_mega.config.run import EngineSettings
 from tulu_mega.config.sections import (
     DataSettings,
     Fraction,
@@ -15,7 +18,7 @@ from tulu_mega.config.sections import (
     SftTrainSettings,
     TrainSettings,
 )
-from tulu_mega.config.stages import DpoSettings, EngineSettings, RmSettings, SftSettings
+from tulu_mega.config.sft import SftSettings
 
 
 class _OfARun(Section):

@@ -1,4 +1,4 @@
-"""What `tulu-mega grpo` takes."""
+"""What `tulu-mega grpo` takes, and what a step of it is made of."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from tulu_mega.config.effects import Effect
 from tulu_mega.config.rollout import PolicySettings, RolloutSettings, SamplingSettings, Seconds, check_servers
+from tulu_mega.config.run import RunSettings
 from tulu_mega.config.sections import Fraction, OptimSettings, PositiveInt, Section, Sources, SpikeSettings, StragglerSettings
-from tulu_mega.config.stages import RunSettings
+from tulu_mega.config.workload import Workload
+
+MEAN_LENGTH = 200
+"""Tokens of a prompt of Tulu 3's."""
 
 
 class PromptDataSettings(Section):
@@ -29,7 +34,7 @@ class PromptDataSettings(Section):
     """Longest prompt in tokens; rows with a longer one are left out, and listed."""
     malformed: Literal["error", "reject"] = "error"
     """Rows that cannot be read, rendered or judged: stop and name them, or leave them out."""
-    pack_length: PositiveInt | None = None
+    pack_length: Annotated[PositiveInt | None, Effect.NONE] = None
     """Tokens a packed micro-batch may hold on one data-parallel rank; the longest prompt and response together when unset."""
     shuffle: bool = True
     """Draw a new seeded order each epoch; otherwise rows come in file order."""
@@ -44,11 +49,11 @@ class RewardSettings(Section):
     """Verifiers of your own: name in the `dataset` column = "module:function"."""
     aliases: dict[str, str] = {}
     """Name in the `dataset` column = verifier, such as ifeval = "ifeval_2024"."""
-    workers: PositiveInt | None = None
+    workers: Annotated[PositiveInt | None, Effect.NONE] = None
     """Processes that verify; the machine's cores when unset."""
-    timeout: Seconds = 30.0
+    timeout: Annotated[Seconds, Effect.NONE] = 30.0
     """Seconds a response's verification may take; a sample that takes longer is taken out, not scored 0."""
-    memory_mib: PositiveInt = 4096
+    memory_mib: Annotated[PositiveInt, Effect.NONE] = 4096
     """Address space of each of them."""
     model: str | None = None
     """Directory of a reward model (`tulu-mega rm`) whose score is added."""
@@ -66,9 +71,9 @@ class GrpoSpikeSettings(SpikeSettings):
 
 
 class GrpoTrainSettings(Section):
-    steps: PositiveInt | None = None
+    steps: Annotated[PositiveInt | None, Effect.LENGTH] = None
     """Rounds of generation and training; unset, as many as `epochs` take."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0), Effect.LENGTH] = 1.0
     """Sets the number of steps: as many as pass this often over the prompts at `prompts` a step. Those that `refills` draw are
     not counted: with them a run asks more. Ignored when `steps` is given."""
     prompts: PositiveInt = 48
@@ -77,22 +82,22 @@ class GrpoTrainSettings(Section):
     """Optimizer steps that a step's responses are split into."""
     passes: PositiveInt = 1
     """Times that a step's responses are trained on."""
-    share_prompts: bool = True
+    share_prompts: Annotated[bool, Effect.NONE] = True
     """Have the tokens of a prompt once in a pack for all its responses there. Only the attention of this project can: not under
     context parallelism, nor where attention is Transformer Engine's, where this changes nothing."""
-    max_policy_lag: int = 0
+    max_policy_lag: Annotated[int, Effect.NONE] = 0
     """Steps that the weights which generate may lie behind those that train; only 0, synchronous, is offered yet."""
     filter_equal: bool = True
     """Leave out prompts whose responses all have the same reward, from which nothing can be learned, and draw others."""
     refills: Annotated[int, Field(ge=0)] = 3
     """Times that a step draws others."""
-    max_skipped: PositiveInt = 5
+    max_skipped: Annotated[PositiveInt, Effect.NONE] = 5
     """Stop after this many updates in a row whose loss or gradient is not finite, or steps in a row without any to learn from."""
-    spike: GrpoSpikeSettings = GrpoSpikeSettings()
-    straggler: StragglerSettings = StragglerSettings()
-    log_every: PositiveInt = 1
+    spike: Annotated[GrpoSpikeSettings, Effect.NONE] = GrpoSpikeSettings()
+    straggler: Annotated[StragglerSettings, Effect.NONE] = StragglerSettings()
+    log_every: Annotated[PositiveInt, Effect.NONE] = 1
     """Steps between console lines (metrics.jsonl has every step)."""
-    rollouts_every: PositiveInt = 1
+    rollouts_every: Annotated[PositiveInt, Effect.NONE] = 1
     """Steps between files of responses in RUN_DIR/rollouts; the last step has one, and any that something was wrong with."""
 
     @field_validator("max_policy_lag")
@@ -125,7 +130,7 @@ class GrpoSettings(RunSettings):
     """`tulu-mega grpo`: reinforcement learning with verifiable rewards, by groups of responses."""
 
     data: PromptDataSettings
-    heldout: PromptHeldOutSettings | None = None
+    heldout: Annotated[PromptHeldOutSettings | None, Effect.NONE] = None
     """Prompts to evaluate on while training, greedily."""
     rollout: RolloutSettings = RolloutSettings()
     sampling: SamplingSettings = SamplingSettings()
@@ -133,7 +138,7 @@ class GrpoSettings(RunSettings):
     rewards: RewardSettings = RewardSettings()
     train: GrpoTrainSettings = GrpoTrainSettings()
     optim: _GrpoOptim = _GrpoOptim()
-    restarts: Annotated[int, Field(ge=0)] = 0
+    restarts: Annotated[int, Field(ge=0), Effect.NONE] = 0
     """Times that the launcher starts the ranks anew after one died; they go on from the newest checkpoint, the servers stay."""
 
     @model_validator(mode="after")
@@ -145,3 +150,33 @@ class GrpoSettings(RunSettings):
     def longest(self) -> int:
         """Tokens that prompt and response may have together."""
         return self.data.max_prompt + self.sampling.max_tokens
+
+
+def workload(settings: GrpoSettings) -> Workload:
+    """Prompts, to which servers sample groups of responses.
+
+    The old weights' log-probabilities are scored where a step has several updates (of one alone they are its own), the initial
+    model's where the loss compares with it.
+    """
+    data, sampling, policy, train = settings.data, settings.sampling, settings.policy, settings.train
+    updates = train.mini_batches * train.passes
+    return Workload(
+        rows=train.prompts,
+        mean_length=MEAN_LENGTH,
+        longest_row=data.max_prompt,
+        samples=sampling.samples,
+        longest_response=sampling.max_tokens,
+        pack_length=data.pack_length,
+        mini_batches=train.mini_batches,
+        passes=train.passes,
+        scorings=(updates > 1) + policy.reads_reference,
+        reference=policy.reads_reference,
+        other_models=int(settings.rewards.model is not None),
+        entropy=policy.entropy > 0,
+        rollout=settings.rollout,
+    )
+
+
+def restarts(settings: GrpoSettings) -> int:
+    """Times that the launcher starts the ranks anew."""
+    return settings.restarts

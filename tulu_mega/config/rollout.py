@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
+from tulu_kernels.policy_choices import Aggregation, Divergence, Importance, Surrogate
 
+from tulu_mega.config.effects import Effect
 from tulu_mega.config.sections import ModelSettings, PositiveInt, Section
 
 Seconds = Annotated[float, Field(gt=0)]
+# The registry lies above settings and is asked by name; it does without torch.
+Transport = Literal[("auto", *import_module("tulu_mega.weight_transfer.transports").names())]
 
 
 class RolloutSettings(Section):
-    servers: PositiveInt = 1
+    servers: Annotated[PositiveInt, Effect.NONE] = 1
     """vLLM servers that the launcher starts on this machine."""
-    tensor: PositiveInt = 1
+    tensor: Annotated[PositiveInt, Effect.NONE] = 1
     """vLLM's tensor parallel size, of each server."""
-    urls: list[str] = []
+    urls: Annotated[list[str], Effect.NONE] = []
     """Servers that run already (`tulu-mega serve`, on any node), instead of ones started here; their key is read from
     TULU_MEGA_ROLLOUT_KEY."""
     dtype: Literal["model", "bf16", "fp32"] = "model"
@@ -24,29 +29,29 @@ class RolloutSettings(Section):
     quantization: Literal["none", "fp8"] = "none"
     """`fp8`: the servers' layers compute in FP8 with scales for blocks of 128 x 128 weights, quantized by the trainer as it sends
     them; the trainer's own precision is its own (`precision.fp8`). Needs servers in bf16."""
-    max_model_len: PositiveInt | None = None
+    max_model_len: Annotated[PositiveInt | None, Effect.NONE] = None
     """Longest prompt and response together; what [data] and [sampling] may need when unset."""
-    gpu_memory: Annotated[float, Field(gt=0, le=1)] | None = None
+    gpu_memory: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Effect.NONE] = None
     """Share of a GPU's memory that a server takes: 0.9 when unset. Has to be set where servers share a GPU with one another or
     with the trainer."""
-    cpu_cache_gib: PositiveInt = 1
+    cpu_cache_gib: Annotated[PositiveInt, Effect.NONE] = 1
     """Gibibytes of a server's key-value cache on a CPU."""
-    concurrency: PositiveInt = 256
+    concurrency: Annotated[PositiveInt, Effect.NONE] = 256
     """Responses that a server computes at once; the others wait there."""
-    transport: Literal["auto", "shm", "gloo", "nccl", "ipc"] = "auto"
+    transport: Annotated[Transport, Effect.NONE] = "auto"
     """How weights travel: shared memory (one host), gloo (several), NCCL or CUDA IPC (GPUs). `auto`: by where the servers are."""
-    bucket_mib: PositiveInt = 256
+    bucket_mib: Annotated[PositiveInt, Effect.NONE] = 256
     """Mebibytes of weights sent at once; a tensor larger than that has a bucket of its own."""
-    start_timeout: Seconds = 600.0
+    start_timeout: Annotated[Seconds, Effect.NONE] = 600.0
     """Seconds a server may take to start."""
-    request_timeout: Seconds = 600.0
+    request_timeout: Annotated[Seconds, Effect.NONE] = 600.0
     """Seconds that may pass between two answers of a server; then what it has not answered is asked again elsewhere, or of the
     same one, started again, where there is no other."""
-    update_timeout: Seconds = 300.0
+    update_timeout: Annotated[Seconds, Effect.NONE] = 300.0
     """Seconds a bucket of weights may take to be loaded."""
-    retries: Annotated[int, Field(ge=0)] = 2
+    retries: Annotated[int, Field(ge=0), Effect.NONE] = 2
     """Times a request that failed is asked again, on another server where there is one."""
-    restarts: Annotated[int, Field(ge=0)] = 3
+    restarts: Annotated[int, Field(ge=0), Effect.NONE] = 3
     """Times that the launcher starts each server anew after it died or got stuck."""
 
     @property
@@ -88,25 +93,25 @@ class SamplingSettings(Section):
 
 
 class PolicySettings(Section):
-    loss: Literal["grpo", "dapo", "cispo", "gspo"] = "grpo"
+    loss: Surrogate = "grpo"
     """`grpo`: the clipped surrogate; `dapo`: the same with an upper bound of 0.28 and token aggregation; `cispo`: the ratio
     clipped and held constant, times the log-probability; `gspo`: one ratio a sequence."""
     clip_low: Annotated[float, Field(gt=0)] = 0.2
     """How far below 1 the ratio counts; unset, 0.2 (`gspo` 3e-4, `cispo` 1: not at all)."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     """How far above 1 the ratio counts; unset, 0.2 (`dapo` 0.28, `gspo` 4e-4, `cispo` 0.28)."""
-    aggregation: Literal["token", "sequence", "constant"] = "token"
+    aggregation: Aggregation = "token"
     """What the loss is a mean of, over the mini-batch: its response tokens; its responses, each the mean of its tokens; or its
     responses, each the sum of its tokens over `sampling.max_tokens`. Unset, `token` (`gspo` `sequence`)."""
     advantages: Literal["centred", "standardised", "leave_one_out"] = "standardised"
     """A reward less its group's mean; that over the group's standard deviation; or less the mean of the others."""
     beta: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the KL divergence from the initial model, in the loss; 0 does without that model."""
-    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl: Divergence = "k3"
     """Estimator of that divergence."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the entropy bonus."""
-    importance: Literal["none", "token", "sequence"] = "token"
+    importance: Importance = "token"
     """Correction for what sampler and trainer make of the same weights: each token's ratio of their probabilities, or a
     response's, as a weight that is cut at `importance_cap`."""
     importance_cap: Annotated[float, Field(gt=1)] = 2.0

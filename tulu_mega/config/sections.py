@@ -6,6 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from tulu_mega.config.effects import Effect
+from tulu_mega.errors import UserError
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -53,20 +56,22 @@ class ModelSettings(Section):
     """Directory of a Hugging Face model (config.json, *.safetensors, tokenizer), or a hub name."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of parameters and activations while training; bf16 keeps fp32 main parameters."""
-    spec: Literal["auto", "local", "te"] = "auto"
+    spec: Annotated[Literal["auto", "local", "te"], Effect.NONE] = "auto"
     """Layer implementation: Transformer Engine (`te`), our own (`local`), or TE when importable."""
-    attention: Literal["auto", "te", "flash3", "flash2", "varlen", "sdpa"] = "auto"
+    attention: Annotated[Literal["auto", "te", "flash3", "flash2", "varlen", "sdpa"], Effect.NONE] = "auto"
     """Attention: Transformer Engine's (in its own layers only), FlashAttention 3 or 2, torch's for packed rows (`varlen`) or
     segment by segment (`sdpa`); `auto` takes the fastest of them that is there and can do it."""
-    kernels: Literal["auto", "triton", "torch"] = "auto"
+    kernels: Annotated[Literal["auto", "triton", "torch"], Effect.NONE] = "auto"
     """Our own kernels: Triton's on GPUs where it can be imported and torch elsewhere (`auto`), or one of them everywhere."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Annotated[Literal["none", "selective", "full"], Effect.NONE] = "none"
     """Activation recomputation: nothing, the attention core, or whole layers."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Effect.NONE] = False
     """Let transformers run code from the model directory (tokenizer, config)."""
 
 
 class DataSettings(Section):
+    pairs: ClassVar[bool] = False
+    """Whether rows are pairs of a chosen and a rejected response."""
     train: Sources
     """JSONL or Parquet file(s), or hub data set names; rows of `messages`, or of `input_ids` and `labels`. As a table, each with
     its amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
@@ -84,24 +89,25 @@ class DataSettings(Section):
     """Rows longer than `max_length`: cut on the right, or left out."""
     malformed: Literal["error", "reject"] = "error"
     """Rows that cannot be read or rendered: stop and name them, or leave them out."""
-    cache: str | None = None
+    cache: Annotated[str | None, Effect.NONE] = None
     """Directory where tokenised data is kept by content, for all runs that name it; unset, each run keeps its own."""
-    pack_length: PositiveInt | None = None
+    pack_length: Annotated[PositiveInt | None, Effect.NONE] = None
     """Tokens a packed micro-batch may hold on one data-parallel rank; `max_length` when unset."""
     shuffle: bool = True
     """Draw a new seeded order each epoch; otherwise rows come in file order."""
-    workers: PositiveInt | None = None
+    workers: Annotated[PositiveInt | None, Effect.NONE] = None
     """Processes that tokenise; the machine's cores when unset."""
 
 
 class PreferenceDataSettings(DataSettings):
+    pairs: ClassVar[bool] = True
     train: Sources
     """JSONL or Parquet file(s), or hub data set names; rows of `chosen` and `rejected`, each a list of messages that part at
     the last one, or of `chosen_input_ids`, `chosen_labels`, `rejected_input_ids`, `rejected_labels`. As a table, each with its
     amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
     max_length: PositiveInt = 2048
     """Longest sequence in tokens, prompt and response."""
-    pack_length: PositiveInt | None = None
+    pack_length: Annotated[PositiveInt | None, Effect.NONE] = None
     """Tokens a packed micro-batch may hold on one data-parallel rank; twice `max_length` when unset, so that any pair fits."""
     turns: Literal["all", "last"] = "all"
     """Assistant turns whose log-probabilities count: all of them, as Tulu 3 was trained, or the last alone, where the two sides
@@ -140,6 +146,28 @@ class ParallelSettings(Section):
     def model_parallel(self) -> int:
         """Processes that hold one replica of the model: TP x PP x CP."""
         return self.tensor * self.pipeline * self.context
+
+    def replicas(self, world: int) -> int:
+        """The data parallel size that fills a world.
+
+        Args:
+            world: its processes.
+
+        Raises:
+            UserError: the layout does not divide the world, or is for one of another size.
+        """
+        replica = self.model_parallel
+        layout = f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
+        if world % replica:
+            raise UserError(
+                f"parallel: {layout} = {replica} processes a replica do not divide the world of {world}; change either"
+            )
+        if self.data not in (None, world // replica):
+            raise UserError(
+                f"parallel: {layout} x data {self.data} = {self.data * replica} processes, but torchrun started {world}; "
+                f"set parallel.data to {world // replica}, or start {self.data * replica}"
+            )
+        return world // replica
 
     @model_validator(mode="after")
     def _consistent(self) -> ParallelSettings:
@@ -181,24 +209,27 @@ class StragglerSettings(Section):
 
 
 class TrainSettings(Section):
-    steps: PositiveInt | None = None
+    steps: Annotated[PositiveInt | None, Effect.LENGTH] = None
     """Optimizer steps; unset, the steps that `epochs` take."""
-    epochs: Annotated[float, Field(gt=0)] = 2.0
+    epochs: Annotated[float, Field(gt=0), Effect.LENGTH] = 2.0
     """Passes over the data; ignored when `steps` is given."""
     global_batch: PositiveInt = 128
     """Rows (conversations, or pairs) in an optimizer step, over all ranks."""
-    micro_batches: PositiveInt | None = None
+    micro_batches: Annotated[PositiveInt | None, Effect.NONE] = None
     """Packed micro-batches a step on each data-parallel rank; the fewest that hold the batch when unset."""
-    max_skipped: PositiveInt = 5
+    max_skipped: Annotated[PositiveInt, Effect.NONE] = 5
     """Stop after this many steps in a row whose loss or gradient is not finite."""
-    spike: SpikeSettings = SpikeSettings()
-    straggler: StragglerSettings = StragglerSettings()
-    log_every: PositiveInt = 1
+    spike: Annotated[SpikeSettings, Effect.NONE] = SpikeSettings()
+    straggler: Annotated[StragglerSettings, Effect.NONE] = StragglerSettings()
+    log_every: Annotated[PositiveInt, Effect.NONE] = 1
     """Steps between console lines (metrics.jsonl has every step)."""
 
 
+Reduction = Literal["sum", "token_mean"]
+
+
 class SftTrainSettings(TrainSettings):
-    reduction: Literal["sum", "token_mean"] = "sum"
+    reduction: Reduction = "sum"
     """Denominator of the summed loss: sequences of the global batch (Tulu 3) or its supervised tokens."""
 
 
@@ -223,39 +254,6 @@ class OptimSettings(Section):
         if isinstance(value, dict) and isinstance(value.get("betas"), list):
             return {**value, "betas": tuple(value["betas"])}
         return value
-
-
-class PreferenceSettings(Section):
-    loss: Literal["dpo_norm", "dpo", "ipo", "simpo"] = "dpo_norm"
-    """`dpo_norm`: DPO on mean log-probabilities per response token (Tulu 3); `dpo`: on their sums; `ipo`: squared distance of
-    the means' difference from 1/(2 beta); `simpo`: means, without a reference model."""
-    beta: Annotated[float, Field(gt=0)] = 5.0
-    """Scale of the log-probabilities' difference; unset, 5 for `dpo_norm`, 0.1 for `dpo` and `ipo`, 2 for `simpo`."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the labels taken to be the wrong way round (not with `ipo`)."""
-    gamma_beta_ratio: Annotated[float, Field(ge=0)] = 0.3
-    """`simpo`: by how much the mean log-probabilities are to differ."""
-    sft_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of a further term: the chosen response's mean negative log-probability per token."""
-
-    @property
-    def reads_reference(self) -> bool:
-        """Whether the loss compares with a reference model."""
-        return self.loss != "simpo"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _beta_of_the_loss(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("beta") is None:
-            usual = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}.get(value.get("loss"), 5.0)
-            return {**value, "beta": usual}
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> PreferenceSettings:
-        if self.loss == "ipo" and self.label_smoothing:
-            raise ValueError(f"label_smoothing = {self.label_smoothing}: ipo has none; leave it out or choose another loss")
-        return self
 
 
 class ReferenceSettings(Section):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from tulu_mega.config.effects import section_of
 from tulu_mega.config.sections import Section
 from tulu_mega.errors import UserError, nearest
 
@@ -44,7 +45,7 @@ def describe(settings: type[BaseModel], prefix: str = "") -> list[tuple[str, str
     """Rows of (dotted name, type, default, help) of every setting, for `--help`."""
     rows = []
     for name, field in settings.model_fields.items():
-        section = _section(field.annotation)
+        section = section_of(field.annotation)
         if section:
             inner = describe(section, f"{prefix}{name}.")
             if not field.is_required() and field.default is None:  # the section may be left out, and then all that is in it
@@ -52,7 +53,7 @@ def describe(settings: type[BaseModel], prefix: str = "") -> list[tuple[str, str
                 inner = [(*row[:2], needed if row[2] == "required" else row[2], row[3]) for row in inner]
             rows += inner
             continue
-        if get_origin(field.annotation) is dict and (section := _section(get_args(field.annotation)[1])):
+        if get_origin(field.annotation) is dict and (section := section_of(get_args(field.annotation)[1])):
             rows += describe(section, f"{prefix}{name}.NAME.")
         default = "required" if field.is_required() else str(field.default)
         rows.append((f"{prefix}{name}", _kind(field.annotation), default, (field.description or "").replace("\n", " ")))
@@ -108,19 +109,12 @@ def _pairs(settings: type[BaseModel], flags: Sequence[str], problems: list[str])
     return pairs
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) in (Union, UnionType):  # a section that may be left out
-        given = [part for part in get_args(annotation) if part is not type(None)]
-        annotation = given[0] if len(given) == 1 else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
 def _field(settings: type[BaseModel], dotted: str):
     section: type[BaseModel] | None = settings
     field = None
     for part in dotted.split("."):
         field = section.model_fields.get(part) if section else None
-        section = _section(field.annotation) if field else None
+        section = section_of(field.annotation) if field else None
     return field
 
 
@@ -128,11 +122,11 @@ def _section_at(settings: type[BaseModel], parts: Sequence[str]) -> type[BaseMod
     """The section at a dotted place; the values of a table of sections are such places too."""
     place: Any = settings
     for part in parts:
-        if section := _section(place):
+        if section := section_of(place):
             place = field.annotation if (field := section.model_fields.get(part)) else None
         else:
             place = get_args(place)[1] if get_origin(place) is dict else None
-    return _section(place)
+    return section_of(place)
 
 
 def _parse(settings: type[BaseModel], dotted: str, text: str) -> Any:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Series
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tulu_mega.data.prefix_sharing import Family
+from tulu_mega.data.prefix_sharing import PrefixGroup
 from tulu_mega.layout.alignment import Alignment
-from tulu_mega.layout.context import context_rows
-from tulu_mega.records import IGNORE, PackedBatch, Sequence
+from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow
 
 
-def pack(sequences: Iterable[Sequence], align: Alignment, pad_token: int = 0) -> PackedBatch:
+def pack(sequences: Iterable[TokenizedRow], align: Alignment, pad_token: int = 0) -> PackedBatch:
     """Lays sequences behind one another (see the picture at :class:`PackedBatch`).
 
     A sequence is padded to ``align.sequence`` inside its own segment; what the total lacks to ``align.total`` is a segment of
@@ -29,17 +26,17 @@ def pack(sequences: Iterable[Sequence], align: Alignment, pad_token: int = 0) ->
     return pack.batch()
 
 
-def pack_families(families: Iterable[Family], align: Alignment, pad_token: int = 0) -> PackedBatch:
-    """As :func:`pack`, but of families, which leave out what a :class:`~tulu_mega.data.prefix_sharing.Family` says.
+def pack_prefix_groups(groups: Iterable[PrefixGroup], align: Alignment, pad_token: int = 0) -> PackedBatch:
+    """As :func:`pack`, without the tokens that a :class:`~tulu_mega.data.prefix_sharing.PrefixGroup` leaves out.
 
     Shared tokens are a segment of row -1, right before the segments of those that share them (see `PackedBatch.key_rows_K`).
     """
     pack = _Pack(align, pad_token)
-    for family in families:
-        shared, before = family.shared, None
+    for group in groups:
+        shared, before = group.shared, None
         if shared:
-            before = pack.add(-1, family.sequences[0].input_ids[:shared], [])
-        for one in family.sequences:
+            before = pack.add(-1, group.sequences[0].input_ids[:shared], [])
+        for one in group.sequences:
             pack.add(one.row, one.input_ids[shared:-1], one.labels[shared + 1 :], before=before)
     return pack.batch()
 
@@ -55,7 +52,13 @@ class _Pack:
         self.before: list[int | None] = []
 
     def add(
-        self, row: int, ids: Series[int], labels: Series[int], ends: Series[int] = (), before: int | None = None, least: int = 0
+        self,
+        row: int,
+        ids: Sequence[int],
+        labels: Sequence[int],
+        ends: Sequence[int] = (),
+        before: int | None = None,
+        least: int = 0,
     ) -> int:
         """A segment; its number.
 
@@ -121,7 +124,7 @@ class _Pack:
         return self.bounds[segment + 1] - self.bounds[segment]
 
 
-def by_token(batch: PackedBatch, values: Mapping[int, Series[float]]) -> Tensor:
+def by_token(batch: PackedBatch, values: Mapping[int, Sequence[float]]) -> Tensor:
     """Each row's values laid at the positions that predict its trained tokens, in order: float32 [T], 0 elsewhere.
 
     Args:
@@ -141,16 +144,3 @@ def by_token(batch: PackedBatch, values: Mapping[int, Series[float]]) -> Tensor:
     laid_T[batch.loss_mask_T] = torch.from_numpy(np.concatenate(found))
     return laid_T
 
-
-def context_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
-    """A context-parallel rank's share of a pack whose sequences are aligned to ``2 * size``; labels are shifted already.
-
-    Args:
-        batch: the whole pack, on the CPU.
-    """
-    if size == 1:
-        return batch
-    rows = context_rows(batch.lengths_S, rank, size)
-    per_token = {name: value for name, value in vars(batch).items() if name.endswith("_T") and value is not None}
-    share = {name: value[rows] for name, value in per_token.items()}
-    return dataclasses.replace(batch, context_rank=rank, labelled_N=share["loss_mask_T"].nonzero().squeeze(1), **share)

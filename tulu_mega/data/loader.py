@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -70,7 +70,7 @@ class PackedLoader:
         cost: cost of a sequence by its length, to level packs and ranks.
         pipeline: decides the number of micro-batches and their order.
         pad_token: fills padding; nobody attends to it.
-        columns: further fields of :class:`PackedBatch` by segment: name -> value of each sequence of the store, float64.
+        columns: columns of :class:`PackedBatch` by segment: name -> value of each sequence of the store, float64.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class PackedLoader:
 
     def _batch(self, rows: list[int]) -> PackedBatch:
         batch = pack((self._store[row] for row in rows), self._align, self._pad_token)
-        return replace(batch, **{name: by_segment(batch, values) for name, values in self._columns.items()})
+        return batch.with_columns(**{name: by_segment(batch, values) for name, values in self._columns.items()})
 
 
 def by_segment(batch: PackedBatch, values: np.ndarray) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable
-from collections.abc import Sequence as Series
+from collections.abc import Callable, Sequence
 
 from tulu_mega.errors import UserError
 from tulu_mega.layout.alignment import Alignment
@@ -19,7 +18,7 @@ _NO_PIPELINE = Pipeline()
 
 
 def plan_step(
-    lengths: Series[int],
+    lengths: Sequence[int],
     data_parallel: int,
     capacity: int,
     align: Alignment,
@@ -65,8 +64,8 @@ def plan_step(
 
 
 def plan_groups(
-    sizes: Series[int],
-    costs: Series[float],
+    sizes: Sequence[int],
+    costs: Sequence[float],
     data_parallel: int,
     capacity: int,
     align: Alignment,

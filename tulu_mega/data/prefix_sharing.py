@@ -1,8 +1,8 @@
-"""Sequences that begin with the same tokens, which a pack then holds once: the responses to a prompt."""
+"""Shares prefixes: what sequences begin with in common, as responses to a prompt do, comes once in a pack."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Series
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -10,70 +10,71 @@ from tulu_mega.data.packing import plan_groups
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.layout.cost import Cost
 from tulu_mega.layout.schedule import Pipeline, simulate
-from tulu_mega.records import IGNORE, Sequence
+from tulu_mega.records import IGNORE, TokenizedRow
 
 
 @dataclass(frozen=True)
-class Family:
-    """One or several sequences, of whose tokens a pack holds the shared ones once and each one's last not at all.
+class PrefixGroup:
+    """One or several sequences with a common prefix; a pack holds the shared tokens once, and no sequence's last token.
 
-    The last token predicts nothing, so nobody looks at what becomes of it. Neither does anybody at a shared token's: all that is
-    trained is predicted by a sequence's own tokens, of which the first is the last that it has in common with the others.
+    The last token predicts nothing and is dropped. The last token that all have in common is not shared but repeated in each
+    sequence, because it may predict that sequence's first trained token. So no shared token predicts a trained one. Behind the
+    prefix, trained and untrained tokens may alternate.
     """
 
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[TokenizedRow, ...]
     shared: int
-    """tokens"""
+    """tokens that are shared"""
 
     @property
     def size(self) -> int:
-        """Tokens in a pack."""
+        """Tokens of the group in a pack."""
         return self.shared + sum(self.own(sequence) for sequence in self.sequences)
 
-    def own(self, sequence: Sequence) -> int:
-        """Tokens that one of them has in a pack for itself."""
+    def own(self, sequence: TokenizedRow) -> int:
+        """Tokens in a pack that are one sequence's own."""
         return len(sequence.input_ids) - 1 - self.shared
 
     def cost(self, cost: Cost) -> float:
-        """Of all of them, the shared tokens computed once."""
+        """Cost of all sequences, with the shared tokens computed once."""
         whole = sum(cost(len(sequence.input_ids) - 1) for sequence in self.sequences)
         return whole - (len(self.sequences) - 1) * cost(self.shared)
 
 
-def related(sequences: Series[Sequence]) -> list[list[Sequence]]:
-    """Neighbours whose tokens up to the first trained one are the same, together."""
+def related(sequences: Sequence[TokenizedRow]) -> list[list[TokenizedRow]]:
+    """Lists of neighbours whose tokens before the first trained one are the same."""
     return [list(members) for _, members in groupby(sequences, key=_beginning)]
 
 
-def _beginning(sequence: Sequence) -> list[int] | int:
-    """The tokens that others may share; something of its own where nothing is trained."""
+def _beginning(sequence: TokenizedRow) -> list[int] | int:
+    """The tokens before the first trained one, which others may share; the sequence's row where nothing is trained."""
     untrained = _untrained(sequence)
     return sequence.row if untrained is None else sequence.input_ids[:untrained]
 
 
-def _untrained(sequence: Sequence) -> int | None:
-    """Tokens before the first trained one."""
+def _untrained(sequence: TokenizedRow) -> int | None:
+    """Number of tokens before the first trained one; None where nothing is trained."""
     return next((at for at, label in enumerate(sequence.labels) if label != IGNORE), None)
 
 
-def plan_families(
-    sequences: Series[Sequence],
+def plan_prefix_groups(
+    sequences: Sequence[TokenizedRow],
     data_parallel: int,
     capacity: int,
     align: Alignment,
     cost: Cost,
     pipeline: Pipeline,
     share: bool,
-) -> list[list[list[Family]]]:
-    """Splits one global batch: ``plan[rank][micro_batch]``, as :func:`tulu_mega.data.packing.plan_step` but of families.
+) -> list[list[list[PrefixGroup]]]:
+    """Split one global batch into ``plan[rank][micro_batch]``, as :func:`tulu_mega.data.packing.plan_step`, by prefix groups.
 
-    Few large families leave ranks uneven, many small ones compute a prefix many times. Whole ones, halves, quarters and so on are
-    planned, and the plan that ends first is taken, the one of the larger families on a tie.
+    Few large groups leave ranks uneven, many small ones compute a prefix many times. Whole groups, halves, quarters and so on
+    are planned, and the plan that ends first is taken, on a tie the one of the larger groups.
 
     Args:
         sequences: with at least two tokens each.
         data_parallel, capacity, align, cost, pipeline: as for `plan_step`.
-        share: whether neighbours that begin alike become families; else each sequence is one. Families of several need an
+        share: whether neighbours that begin alike become groups; else each sequence is one. Groups of several need an
             alignment that asks nothing of sequences: no context parallelism.
 
     Raises:
@@ -85,24 +86,24 @@ def plan_families(
     plans = []
     while not plans or most > 1:
         most = -(-most // 2) if plans else most
-        families = [family for members in together for family in _cut(members, most, room)]
-        sizes = [align.padded_sequence(family.size) for family in families]
-        costs = [family.cost(cost) for family in families]
+        groups = [group for members in together for group in _cut(members, most, room)]
+        sizes = [align.padded_sequence(group.size) for group in groups]
+        costs = [group.cost(cost) for group in groups]
         plan = plan_groups(sizes, costs, data_parallel, capacity, align, multiple=pipeline.multiple, pipeline=pipeline)
         ends = simulate([[sum(costs[at] for at in bin_) for bin_ in rank] for rank in plan], pipeline).makespan
-        plans.append((ends, [[[families[at] for at in bin_] for bin_ in rank] for rank in plan]))
+        plans.append((ends, [[[groups[at] for at in bin_] for bin_ in rank] for rank in plan]))
     return min(plans, key=lambda made: made[0])[1]
 
 
-def _cut(members: list[Sequence], most: int, room: int) -> list[Family]:
-    """Families of at most so many members, as alike in number as can be, that go into a pack (single ones need not)."""
+def _cut(members: list[TokenizedRow], most: int, room: int) -> list[PrefixGroup]:
+    """Groups of at most `most` sequences, of sizes as equal as can be, that fit into a pack; single sequences need not."""
     for parts in range(-(-len(members) // most), len(members) + 1):
         bounds = [len(members) * part // parts for part in range(parts + 1)]
-        families = [_family(tuple(members[a:b])) for a, b in pairwise(bounds)]
-        if all(len(family.sequences) == 1 or family.size <= room for family in families):
+        groups = [_group(tuple(members[a:b])) for a, b in pairwise(bounds)]
+        if all(len(group.sequences) == 1 or group.size <= room for group in groups):
             break
-    return families
+    return groups
 
 
-def _family(members: tuple[Sequence, ...]) -> Family:
-    return Family(members, max((_untrained(members[0]) or 0) - 1, 0) if len(members) > 1 else 0)
+def _group(members: tuple[TokenizedRow, ...]) -> PrefixGroup:
+    return PrefixGroup(members, max((_untrained(members[0]) or 0) - 1, 0) if len(members) > 1 else 0)

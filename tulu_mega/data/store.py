@@ -1,42 +1,24 @@
-"""Tokenised rows on disk, mapped into memory."""
+"""Tokenised rows on disk, mapped into memory: the format of the files. `data.prepare` makes them of rows."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
-import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from tulu_mega.config import DataSettings, ModelSettings, PreferenceDataSettings
-from tulu_mega.data.encoding import ConversationEncoding, Encoding, PairEncoding, Useless, supervised
-from tulu_mega.data.sources import Rows, load_rows
-from tulu_mega.data.tokenizer import load_tokenizer
-from tulu_mega.data.workers import cores, in_order
 from tulu_mega.errors import UserError
-from tulu_mega.records import Sequence
+from tulu_mega.records import TokenizedRow
 
 VERSION = 3
 """Raised whenever the same rows would give other tokens or another layout of the files."""
 
 REJECTS = "rejects.jsonl"
-
-_CHUNK = 256
-_SHOWN = 5
-_ROWS_FOR_A_POOL = 4096
-"""Below, starting worker processes takes longer than the work."""
 
 
 class Reject(NamedTuple):
@@ -48,20 +30,6 @@ class Reject(NamedTuple):
     """line of a JSONL file, item or row of others, counted from 1"""
     kind: Literal["malformed", "too_long", "nothing_to_train", "nothing_to_learn"]
     reason: str
-
-
-@dataclass
-class _Chunk:
-    """What becomes of a chunk of rows."""
-
-    tokens: list[np.ndarray] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
-    cuts: list[int] = field(default_factory=list)
-    origins: list[tuple[int, int]] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)
-    wrong: int = 0
-    problems: list[str] = field(default_factory=list)
 
 
 class TokenStore:
@@ -128,11 +96,11 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, row: int) -> Sequence:
+    def __getitem__(self, row: int) -> TokenizedRow:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         part = slice(self._offsets[row], self._offsets[row + 1])
-        return Sequence(int(row), self._tokens[part].tolist(), self._labels[part].tolist())
+        return TokenizedRow(int(row), self._tokens[part].tolist(), self._labels[part].tolist())
 
     @classmethod
     def open(cls, directory: str | Path) -> TokenStore:
@@ -159,263 +127,9 @@ class TokenStore:
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"{path}: not tokenised data of this version ({error}); delete it and tokenise again") from None
 
-    @classmethod
-    def build(
-        cls,
-        directory: str | Path,
-        rows: Rows,
-        encoding: Encoding,
-        key: str = "",
-        workers: int | None = None,
-        progress: bool = True,
-        setting: str = "data.train",
-    ) -> TokenStore:
-        """Tokenises the rows into a new directory, which appears (or replaces an older one) only when complete.
-
-        Args:
-            directory: where to write.
-            rows: what to tokenise.
-            encoding: how.
-            key: kept in the store, to tell later whether it is up to date.
-            workers: processes; the cores this process may use when None. Few rows are done in this process.
-            progress: draw a bar on stderr.
-            setting: what names the rows, for messages.
-
-        Raises:
-            UserError: with the first malformed rows and their number where they are not to be left out, or when no row can be
-                used.
-        """
-        target = Path(directory)
-        with _new_directory(target) as path:
-            meta = _write(path, rows, encoding, workers or cores(), progress, setting)
-            (path / "meta.json").write_text(json.dumps({"version": VERSION, "key": key, **meta}, indent=1), encoding="utf-8")
-        return cls.open(target)
-
-
-def prepare(
-    data: DataSettings, model: ModelSettings, directory: str | Path, progress: bool = True, setting: str = "data.train"
-) -> TokenStore:
-    """The tokenised rows of ``data.train``: what lies in the directory when it is up to date, else tokenised anew.
-
-    Conversations, or pairs where the settings are of preference data. A model without a tokenizer does for rows that all have
-    tokens already.
-
-    With ``data.cache`` they are kept there, under a name made of their content, and the directory is a link to them. Runs that
-    want the same rows at the same time wait for the first of them.
-
-    Call it on one process, then :meth:`TokenStore.open` on the others.
-
-    Args:
-        setting: what names the rows, for messages.
-
-    Raises:
-        UserError: data or tokenizer are not to be used; everything that is found is told.
-    """
-    problems: list[str] = []
-    rows = tokenizer = None
-    preferences = isinstance(data, PreferenceDataSettings)
-    kind = PairEncoding if preferences else ConversationEncoding
-    try:
-        rows = load_rows(data.train, data.split, data.seed, setting, any_columns=preferences)
-    except UserError as error:
-        problems += error.problems
-    try:
-        tokenizer = load_tokenizer(model.path, data.tokenizer, data.template, model.trust_remote_code)
-    except UserError as error:
-        if data.tokenizer or rows is None or not _all_tokenised(rows, kind):
-            problems += error.problems
-    if rows is None or problems:
-        raise UserError(problems)
-    how = (tokenizer, data.template, data.max_length, data.overlong, data.malformed)
-    encoding = kind(*how, data.turns, data.margin) if preferences else kind(*how)
-    key = content_key(rows, encoding)
-    directory = Path(directory)
-    store = _up_to_date(directory, key)
-    if store is not None:
-        return store
-    if data.cache is None:
-        return TokenStore.build(directory, rows, encoding, key, data.workers, progress, setting)
-    cached = Path(data.cache).expanduser() / key[:32]
-    with _alone(cached):
-        if _up_to_date(cached, key) is None:
-            TokenStore.build(cached, rows, encoding, key, data.workers, progress, setting)
-    _link(directory, cached)
-    return TokenStore.open(directory)
-
-
-def _all_tokenised(rows: Rows, kind: type[Encoding]) -> bool:
-    for index in range(len(rows)):
-        with suppress(ValueError):  # a line that cannot be read is told of when it is tokenised
-            if not kind.tokenised(rows.row(index)):
-                return False
-    return True
-
-
-def _up_to_date(directory: Path, key: str) -> TokenStore | None:
-    try:
-        store = TokenStore.open(directory)
-    except UserError:
-        return None
-    return store if store.key == key else None
-
 
 @contextmanager
-def _alone(cached: Path) -> Iterator[None]:
-    """Lets one process at a time tokenise what belongs there.
-
-    A file system without locks costs no more than double work: the directories appear whole or not at all.
-    """
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(cached.with_name(f".{cached.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise UserError(f"data.cache = {cached.parent}: cannot be written: {error.strerror or error}") from None
-    try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print("another run is tokenising the same data; waiting for it", file=sys.stderr, flush=True)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _link(directory: Path, cached: Path) -> None:
-    """Makes the directory a link to the cached one, in place of an older link or store."""
-    _refuse_strangers(directory)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = directory.with_name(f".{directory.name}.{os.getpid()}.link")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(cached.absolute(), target_is_directory=True)
-        if not directory.is_symlink() and directory.exists():
-            shutil.rmtree(directory)
-        temporary.replace(directory)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written: {error.strerror or error}") from None
-
-
-def content_key(rows: Rows, encoding: Encoding) -> str:
-    """Digest of all that decides the store: rows, tokenizer, template, length, what is left out, and this code's version."""
-    tokenizer = encoding.tokenizer
-    backend = eos = own = None
-    if tokenizer is not None:
-        backend, eos = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token
-        own = [tokenizer.get_chat_template(), tokenizer.special_tokens_map] if encoding.template == "tokenizer" else None
-    parts = [VERSION, rows.fingerprint, backend, eos, own, encoding.width, *encoding.key()]
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
-
-
-def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: bool, setting: str) -> dict:
-    lengths, counts, cuts, origins, margins, problems = [], [], [], [], [], []
-    rejected: Counter[str] = Counter()
-    wrong = max_token = 0
-    # a tokenizer class that came with the model cannot be unpickled in a fresh process
-    portable = encoding.tokenizer is None or type(encoding.tokenizer).__module__.startswith("transformers.")
-    if len(rows) < _ROWS_FOR_A_POOL or not portable:
-        workers = 1
-    with (
-        _growing(path / "tokens.npy") as tokens,
-        _growing(path / "labels.npy") as labels,
-        open(path / REJECTS, "w", encoding="utf-8") as rejects,
-        tqdm(
-            total=len(rows),
-            desc="tokenising",
-            unit="row",
-            file=sys.stderr,
-            disable=not progress,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file keeps every state of the bar
-            leave=False,
-        ) as bar,
-    ):
-        for done, chunk in in_order(partial(_encode_rows, rows, encoding), len(rows), _CHUNK, workers):
-            wrong += chunk.wrong
-            problems += chunk.problems[: _SHOWN - len(problems)]
-            for reject in chunk.rejects:
-                rejected[reject.kind] += 1
-                rejects.write(json.dumps(reject._asdict(), ensure_ascii=False) + "\n")
-            for ids, targets in zip(chunk.tokens, chunk.labels, strict=True):
-                tokens.write(ids.tobytes())
-                labels.write(targets.tobytes())
-                lengths.append(len(ids))
-                counts.append(supervised(targets))
-                max_token = max(max_token, int(ids.max()), int(targets.max()))
-            cuts += chunk.cuts
-            origins += chunk.origins
-            margins += chunk.margins
-            bar.update(done)
-    if wrong:
-        if wrong > len(problems):
-            problems.append(
-                f"... {wrong} of {len(rows)} rows cannot be used; correct or remove them, "
-                'or leave them out with data.malformed = "reject"'
-            )
-        raise UserError(problems)
-    if not lengths:
-        why = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in rejected.items())
-        raise UserError(
-            f"{setting}: none of the {len(rows)} rows can be used ({why}; at most {encoding.max_length} tokens each); "
-            "raise data.max_length or give other rows"
-        )
-    np.save(path / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
-    np.save(path / "supervised.npy", np.array(counts, np.int32))
-    np.save(path / "cuts.npy", np.array(cuts, np.int32))
-    np.save(path / "origins.npy", np.array(origins, np.int64))
-    np.save(path / "margins.npy", np.array(margins, np.float64))
-    return {
-        "sequences": len(lengths),
-        "width": encoding.width,
-        "tokens": sum(lengths),
-        "rejected": dict(rejected),
-        "truncated": int(np.count_nonzero(cuts)),
-        "max_token": max_token,
-        "sources": rows.sources(),
-    }
-
-
-def _encode_rows(rows: Rows, encoding: Encoding, start: int, stop: int) -> _Chunk:
-    chunk = _Chunk()
-    for index in range(start, stop):
-        source, number = rows.origin(index)
-        reject = partial(Reject, rows.parts[source].name, number)
-        try:
-            row = rows.row(index)
-            sequences, margin = encoding(row), encoding.margin(row)
-        except Useless as error:
-            chunk.rejects.append(reject("nothing_to_learn", str(error)))
-            continue
-        except ValueError as error:
-            if encoding.malformed == "reject":
-                chunk.rejects.append(reject("malformed", str(error)))
-                continue
-            chunk.wrong += 1
-            if len(chunk.problems) < _SHOWN:
-                chunk.problems.append(f"{rows.where(index)}: {error}")
-            continue
-        except UserError as error:
-            raise UserError([f"{rows.where(index)}: {problem}" for problem in error.problems]) from None
-        longest = max(len(ids) + cut for ids, _labels, cut in sequences)
-        untrained = next((one for one in sequences if not supervised(one.labels)), None)
-        if encoding.overlong == "reject" and longest > encoding.max_length:
-            chunk.rejects.append(reject("too_long", f"{longest} tokens, data.max_length is {encoding.max_length}"))
-        elif untrained:
-            ids, _labels, cut = untrained
-            kept = f" among the first {len(ids)} of its {len(ids) + cut}" if cut else ""
-            chunk.rejects.append(reject("nothing_to_train", f"no trained token{kept}"))
-        else:
-            for ids, labels, cut in sequences:
-                chunk.tokens.append(ids)
-                chunk.labels.append(labels)
-                chunk.cuts.append(cut)
-                chunk.origins.append((source, number))
-                chunk.margins.append(margin)
-    return chunk
-
-
-@contextmanager
-def _growing(path: Path) -> Iterator[BinaryIO]:
+def growing(path: Path) -> Iterator[BinaryIO]:
     """An int32 ``.npy`` file to append raw values to; the header, which has room for any length, is set right at the end."""
 
     def header(length: int) -> dict:
@@ -433,9 +147,9 @@ def _growing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling that takes the target's place when the block ends well, and vanishes when not."""
-    _refuse_strangers(target)
+    refuse_strangers(target)
     missing = [parent for parent in target.absolute().parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -461,6 +175,7 @@ def _new_directory(target: Path) -> Iterator[Path]:
         raise
 
 
-def _refuse_strangers(target: Path) -> None:
+def refuse_strangers(target: Path) -> None:
+    """Raises UserError where something lies that is neither a store nor an empty directory."""
     if target.exists() and not (target / "meta.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: something else than tokenised data is there; move it away or give another directory")

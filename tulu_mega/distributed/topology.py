@@ -62,24 +62,6 @@ class Topology(ShardGrid):
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
-    """DP size that fills the world.
-
-    Raises:
-        UserError: when the layout does not divide or does not match the world.
-    """
-    layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
-    if world_size % parallel.model_parallel:
-        raise UserError(f"{layout} = {parallel.model_parallel} does not divide the world of {world_size} processes")
-    data = world_size // parallel.model_parallel
-    if parallel.data not in (None, data):
-        raise UserError(
-            f"parallel.data = {parallel.data}, but {layout} leaves {data} in a world of {world_size} processes; "
-            "leave parallel.data out or start another number of processes"
-        )
-    return data
-
-
 def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: timedelta = timedelta(minutes=30)) -> Topology:
     """Joins the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe and builds its parallel groups.
 
@@ -99,7 +81,7 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         # entries of the flight recorder, for whoever looks into a hang: under NCCL a step of a pipeline has hundreds
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000" if platform.backend == "nccl" else "256")
         dist.init_process_group(platform.backend, timeout=timeout)
-    data = data_parallel_size(parallel, dist.get_world_size())
+    data = parallel.replicas(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

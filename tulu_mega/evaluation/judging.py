@@ -68,12 +68,12 @@ def judge(task: Task, problems: list[Problem], responses: list[list[str]], custo
         return [[_own(task, problem, text) for text in texts] for problem, texts in zip(problems, responses, strict=True)]
     from tulu_mega.rewards.pool import VerifierPool
     from tulu_mega.rewards.registry import RewardSpec
-    from tulu_mega.rewards.verdict import Sample
+    from tulu_mega.rewards.verdict import VerifierInput
 
     pairs = [(problem, text) for problem, texts in zip(problems, responses, strict=True) for text in texts]
     names = {name for problem in problems for name in _names(problem)}
     with VerifierPool(RewardSpec(custom=dict(custom)), names=sorted(names)) as pool:
-        verdicts = pool.judge(Sample(text, problem.verifier, problem.answer, problem.messages) for problem, text in pairs)
+        verdicts = pool.judge(VerifierInput(text, problem.verifier, problem.answer, problem.messages) for problem, text in pairs)
     each = iter(verdicts)
     return [[_verdict(task.metrics[0], next(each)) for _ in texts] for texts in responses]
 

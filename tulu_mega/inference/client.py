@@ -15,9 +15,9 @@ import aiohttp
 
 from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
-from tulu_mega.inference.reply import parsed, rollouts
+from tulu_mega.inference.reply import parsed, responses
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.records import Rollout
+from tulu_mega.records import Response
 from tulu_mega.vllm_plugin.auth import ABOUT
 from tulu_mega.vllm_plugin.batch_route import ROUTE
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
@@ -105,8 +105,8 @@ class RolloutClient:
         sampling: Sampling,
         version: int,
         numbers: Sequence[int] | None = None,
-        done: Callable[[int, list[Rollout]], None] | None = None,
-    ) -> list[list[Rollout]]:
+        done: Callable[[int, list[Response]], None] | None = None,
+    ) -> list[list[Response]]:
         """
         Args:
             prompts: token ids of each prompt.
@@ -133,10 +133,10 @@ class RolloutClient:
             self._task(index, prompt, sampling, number)
             for index, (prompt, number) in enumerate(zip(prompts, numbers, strict=True))
         ]
-        arrived: queue.SimpleQueue[tuple[int, list[Rollout]] | None] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[tuple[int, list[Response]] | None] = queue.SimpleQueue()
         work = self._on_loop(self._run(tasks, version, arrived.put))
         work.add_done_callback(lambda _: arrived.put(None))
-        answers: dict[int, list[Rollout]] = {}
+        answers: dict[int, list[Response]] = {}
         try:
             while (got := arrived.get()) is not None:
                 answers[got[0]] = got[1]
@@ -198,7 +198,7 @@ class RolloutClient:
             self._running.cancel()
             await asyncio.wait([self._running])
 
-    async def _run(self, tasks: list[_Task], version: int, arrived: Callable[[tuple[int, list[Rollout]]], None]) -> None:
+    async def _run(self, tasks: list[_Task], version: int, arrived: Callable[[tuple[int, list[Response]]], None]) -> None:
         """Asks until all tasks are done; those that a server failed, another one."""
         self._running = asyncio.current_task()
         servers = [_Server(address) for address in self._servers]
@@ -230,7 +230,7 @@ class RolloutClient:
             await asyncio.gather(*asking, return_exceptions=True)
 
     async def _batch(
-        self, server: _Server, tasks: list[_Task], version: int, arrived: Callable[[tuple[int, list[Rollout]]], None]
+        self, server: _Server, tasks: list[_Task], version: int, arrived: Callable[[tuple[int, list[Response]]], None]
     ) -> _Batch:
         """Asks a server for the responses to some prompts and passes on those that are as they should be."""
         left = dict(enumerate(tasks))
@@ -249,7 +249,7 @@ class RolloutClient:
                 except ValueError as problem:
                     raise ServerFailure(url, f"POST {ROUTE}: a malformed reply: {problem}") from None
                 try:
-                    made = rollouts(answer, task.prompt, task.sampling, version, self._vocabulary)
+                    made = responses(answer, task.prompt, task.sampling, version, self._vocabulary)
                 except ValueError as problem:
                     failed.append(task)
                     failure = ServerFailure(url, f"POST {ROUTE}: a malformed reply: {problem}")

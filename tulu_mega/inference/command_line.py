@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tulu_mega.vllm_plugin.auth import INCARNATION, KEY
+from tulu_mega.weight_transfer import transports
 
 MIN_BATCHED_TOKENS = 8192
 """Prompt tokens that a forward pass takes, as with vLLM's own `LLM`; a server's default of 2,048 splits batches of prompts."""
@@ -170,7 +171,7 @@ def device_names(devices: list[int], environ: Mapping[str, str]) -> list[str]:
 
 _OF_THE_RANKS = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY",  # platforms/matmul.py
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY",  # platforms/cpu_speed/matmul.py
 )  # fmt: skip
 
 
@@ -245,10 +246,10 @@ def sharing_obstacles(
             f"rollout.gpu_memory = {memory:g}: {who} ({many}), of whose memory servers may take {limit:g} together; set it to "
             f"{each:g} or less, or use fewer servers"
         )
-    if beside and transport == "nccl":
+    if beside and transport != "auto" and transports.named(transport).joins_gpu_once:
         problems.append(
-            f"rollout.transport = 'nccl' joins each GPU once, but a server and a rank share one ({many}); leave it at 'auto' "
-            "(CUDA IPC), or use more GPUs"
+            f"rollout.transport = {transport!r} joins each GPU once, but a server and a rank share one ({many}); leave it at "
+            "'auto' (CUDA IPC), or use more GPUs"
         )
     return problems
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from tulu_mega.config import GrpoSettings, ModelSettings
 
 
+def companions(settings: GrpoSettings, trainers: int) -> ServerPool | None:
+    """The servers of a run that are started here; None where it attaches to others (``rollout.urls``). As `servers`."""
+    return None if settings.rollout.urls else servers(settings, trainers)
+
+
 def servers(settings: GrpoSettings, trainers: int) -> ServerPool:
     """The pool that the launcher has around a run: it takes weights from the ranks before it is asked anything.
 

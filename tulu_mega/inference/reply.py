@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.records import Rollout
+from tulu_mega.records import Response
 
 FINISHED = ("stop", "length")
 ROUNDING = 1e-4
@@ -31,8 +31,8 @@ def parsed(line: bytes) -> dict[str, Any]:
     return answer
 
 
-def rollouts(answer: dict[str, Any], prompt: list[int], sampling: Sampling, version: int, vocabulary: int) -> list[Rollout]:
-    """The responses in one prompt's answer (see `rollout.batch`), in the order of their numbers.
+def responses(answer: dict[str, Any], prompt: list[int], sampling: Sampling, version: int, vocabulary: int) -> list[Response]:
+    """The responses in one prompt's answer (see :mod:`tulu_mega.vllm_plugin.batch_route`), in the order of their numbers.
 
     Args:
         answer: as `parsed`.
@@ -53,13 +53,13 @@ def rollouts(answer: dict[str, Any], prompt: list[int], sampling: Sampling, vers
     made = []
     for choice in sorted(choices, key=lambda choice: choice["index"]):
         try:
-            made.append(_rollout(choice, prompt, sampling, version, vocabulary))
+            made.append(_response(choice, prompt, sampling, version, vocabulary))
         except ValueError as problem:
             raise ValueError(f"response {choice['index']}: {problem}") from None
     return made
 
 
-def _rollout(choice: dict[str, Any], prompt: list[int], sampling: Sampling, version: int, vocabulary: int) -> Rollout:
+def _response(choice: dict[str, Any], prompt: list[int], sampling: Sampling, version: int, vocabulary: int) -> Response:
     reason = choice.get("finish_reason")
     if reason not in FINISHED:
         raise ValueError(f"finish_reason is {reason!r}, expected one of {', '.join(FINISHED)}")
@@ -71,9 +71,9 @@ def _rollout(choice: dict[str, Any], prompt: list[int], sampling: Sampling, vers
     for at, token in enumerate(ids):
         if type(token) is not int or not 0 <= token < vocabulary:
             raise ValueError(f"token {at} is {token!r}, outside the vocabulary of {vocabulary}")
-    return Rollout(
+    return Response.of_one_turn(
         prompt_ids=prompt,
-        response_ids=ids,
+        answer_ids=ids,
         sampler_logp=_log_probabilities(choice, ids),
         versions=_versions(choice, len(ids), version),
         finish_reason=reason,

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 from tulu_mega.errors import Stopped
-from tulu_mega.launch.launcher import AGENT_PID, ASKS, FINAL, KILLED, tell_killed
+from tulu_mega.launch.reporting import AGENT_PID, ASKS, FINAL, KILLED, tell_killed
 
 _HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 _MENDABLE = 2
@@ -32,9 +32,6 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from tulu_mega.platforms.caches import memcpy_environment
-
-    os.environ.update(memcpy_environment())
     os.environ[AGENT_PID] = str(os.getpid())
     parsed = run.parse_args(["--signals-to-handle", _HANDLED, "--shutdown-timeout", "120", *arguments])
     asked_at = _moments()

@@ -1,1 +1,1 @@
-"""Arithmetic of a layout that trainer, packer and planner share, without torch."""
+"""Arithmetic of a layout that trainer, packer and planner share."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from tulu_mega.records import PackedBatch
 
 
 def context_rows(lengths_S: Sequence[int], rank: int, size: int) -> Tensor:
@@ -27,3 +30,18 @@ def context_rows(lengths_S: Sequence[int], rank: int, size: int) -> Tensor:
         for number in (rank, 2 * size - 1 - rank):
             rows.append(torch.arange(begin + number * piece, begin + (number + 1) * piece))
     return torch.cat(rows)
+
+
+def context_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
+    """A context-parallel rank's share of a pack whose sequences are aligned to ``2 * size``; labels are shifted already.
+
+    Args:
+        batch: the whole pack, on the CPU.
+    """
+    if size == 1:
+        return batch
+    rows = context_rows(batch.lengths_S, rank, size)
+    share = {name: value[rows] for name, value in vars(batch).items() if name.endswith("_T")}
+    columns = {name: value[rows] if name.endswith("_T") else value for name, value in batch.columns.items()}
+    labelled_N = share["loss_mask_T"].nonzero().squeeze(1)
+    return dataclasses.replace(batch, context_rank=rank, labelled_N=labelled_N, columns=columns, **share)

@@ -35,8 +35,7 @@ def fp8_problems(config: Mapping[str, Any], settings: EngineSettings) -> list[st
         if extent % multiple
     ]
     layers, stages = config["num_hidden_layers"], settings.parallel.pipeline
-    for name in ("first_bf16", "last_bf16"):
-        kept = getattr(precision, name)
+    for name, kept in (("first_bf16", precision.first_bf16), ("last_bf16", precision.last_bf16)):
         if kept > layers // stages:
             problems.append(
                 f"precision.{name} = {kept}: megatron-core keeps at most {layers // stages} layers in bf16 at an end, "

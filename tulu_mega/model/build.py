@@ -16,7 +16,7 @@ from tulu_mega.model.attention_choice import Attention, choose_attention, situat
 from tulu_mega.model.config import transformer_config
 from tulu_mega.model.gpt import PolicyModel
 from tulu_mega.model.reward import RewardModel
-from tulu_mega.model.rope import PlacedRotary, ropes
+from tulu_mega.model.rope import ropes
 from tulu_mega.model.spec import block_spec, use_transformer_engine
 from tulu_mega.platforms import Platform
 
@@ -82,6 +82,7 @@ def _chunk(
         pre_process=topology.first_stage and not vp_stage,
         post_process=topology.last_stage and vp_stage in (None, topology.virtual - 1),
         position_embedding_type="rope",
+        frequencies=ropes(hf).frequencies.to(platform.device),
         vp_stage=vp_stage,
     )
     if reward:
@@ -93,9 +94,6 @@ def _chunk(
             kernels=kernels,
             share_embeddings_and_output_weights=hf.tie_word_embeddings,
         )
-    # megatron-core knows Llama 3's scaling with its published constants only, and one embedding for all layers
-    model.rotary_pos_emb.inv_freq = ropes(hf).frequencies.to(platform.device)
-    model.rotary_pos_emb.__class__ = PlacedRotary
     return model.to(platform.device)
 
 

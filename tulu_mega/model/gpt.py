@@ -1,4 +1,4 @@
-"""GPTModel whose output step gives log-probabilities of labels instead of logits."""
+"""GPTModel for packs, and the one whose output step gives log-probabilities of labels instead of logits."""
 
 from __future__ import annotations
 
@@ -8,17 +8,53 @@ from torch import Tensor
 from tulu_kernels.dispatch import Backend
 
 from tulu_mega.model.logprobs import token_logprobs
+from tulu_mega.model.rope import PlacedRotary
+
+
+class PackedModel(GPTModel):
+    """megatron-core's GPTModel with a rotary embedding for packs.
+
+    Args:
+        frequencies: `Ropes.frequencies`, on the model's device.
+        The rest is GPTModel's.
+    """
+
+    def __init__(self, *args, frequencies: Tensor, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rotary_pos_emb = PlacedRotary(frequencies, self.config, self.pg_collection.cp)
 
 
 class HiddenThrough(tensor_parallel.ColumnParallelLinear):
-    """Output layer that holds the head's weight but hands hidden states on: the log-prob step multiplies, in chunks."""
+    """Output layer that holds the head's weight but hands hidden states on: the log-prob step multiplies, in chunks.
+
+    Args:
+        head: the output layer that GPTModel has built. Its weight, which GPTModel has marked by then, becomes this layer's;
+            where the embedding serves as the head's weight there is none.
+    """
+
+    def __init__(self, head: tensor_parallel.ColumnParallelLinear):
+        super().__init__(
+            head.input_size,
+            head.output_size,
+            config=head.config,
+            init_method=head.config.init_method,
+            bias=False,
+            gather_output=head.gather_output,
+            skip_bias_add=head.skip_bias_add,
+            skip_weight_param_allocation=True,
+            embedding_activation_buffer=head.embedding_activation_buffer,
+            grad_output_buffer=head.grad_output_buffer,
+            tp_group=head.tp_group,
+        )
+        if head.weight is not None:
+            self.weight = head.weight
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None, **_unused):
         """Hidden states as they are, in the place where GPTModel expects logits."""
         return input_, None
 
 
-class PolicyModel(GPTModel):
+class PolicyModel(PackedModel):
     """megatron-core's GPTModel with the log-prob seam.
 
     ``forward(..., labels=labels)`` with labels [1, T] returns float32 log-probabilities [1, T] on the last pipeline stage,
@@ -31,7 +67,7 @@ class PolicyModel(GPTModel):
     Args:
         real_vocab_size: entries of the tokenizer's vocabulary; `vocab_size` is padded to divide over tensor ranks.
         kernels: what the log-prob step runs on, see `tulu_kernels.dispatch`.
-        The rest is GPTModel's.
+        The rest is PackedModel's.
     """
 
     def __init__(self, *args, real_vocab_size: int, kernels: Backend = "auto", **kwargs):
@@ -42,7 +78,7 @@ class PolicyModel(GPTModel):
         self.gives_entropy = False
         self.labelled_N: Tensor | None = None
         if self.post_process:
-            self.output_layer.__class__ = HiddenThrough
+            self.output_layer = HiddenThrough(self.output_layer)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Where GPTModel turns logits into a loss; here hidden states into log-probabilities.

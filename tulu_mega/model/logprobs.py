@@ -16,7 +16,8 @@ from torch.distributed import ProcessGroup
 from tulu_kernels.dispatch import Backend
 from tulu_kernels.linear_logprob import WORKSPACE, linear_logprob
 
-from tulu_mega.platforms.matmul import times_transposed
+from tulu_mega.platforms.cpu_speed.matmul import times_transposed
+from tulu_mega.process import plain
 from tulu_mega.records import IGNORE
 
 
@@ -68,7 +69,7 @@ def token_logprobs(
         all_gather=_all_gather(tensor_group) if tensor_group.size() > 1 else None,
         workspace=workspace,
         backend=kernels,
-        product=times_transposed if hidden.device.type == "cpu" else None,
+        product=times_transposed if hidden.device.type == "cpu" and not plain() else None,
         gradient_buffer=_gradient_buffer,
     )
     nothing_T = torch.zeros(labels_T.shape, dtype=torch.float32, device=hidden.device)

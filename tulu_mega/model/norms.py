@@ -11,6 +11,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from tulu_mega.errors import UserError
+from tulu_mega.platforms.cpu_speed.norms import rms_norm
+from tulu_mega.platforms.cpu_speed.served import serves
 
 
 class RMSNorm(torch.nn.Module):
@@ -29,29 +31,11 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension."""
-        if x.dtype == torch.float32 and x.device.type == "cpu":
-            return _InFewPasses.apply(x, self.weight, self.eps)
+        if serves(x):
+            return rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32 or x.is_cuda:
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype)
-
-
-class _InFewPasses(torch.autograd.Function):
-    """RMS norm on a CPU in few passes over memory, where torch makes a chain of operations of it and keeps what they make."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        return torch.mul(x, inverse).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
-        both_TH = (grad * x).flatten(0, -2)
-        along = both_TH.mv(weight).view(inverse.shape).mul_(inverse.pow(3)).div_(-x.shape[-1])
-        grad_x = torch.mul(grad, weight).mul_(inverse).addcmul_(x, along)
-        return grad_x, both_TH.t().mv(inverse.flatten()), None
 
 
 class ProjectionNorm(torch.nn.Module):

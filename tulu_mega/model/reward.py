@@ -6,11 +6,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from tulu_mega.model.gpt import PackedModel
 
 HEAD = "output_layer.weight"
 """The head's parameter, where a language model has its own."""
@@ -43,14 +44,14 @@ class RewardHead(torch.nn.Module):
         return scores, None
 
 
-class RewardModel(GPTModel):
+class RewardModel(PackedModel):
     """megatron-core's GPTModel under a head of one output, never tied to the embedding.
 
     ``forward(..., labels=labels)`` returns float32 scores [1, T] of every token on the last pipeline stage, whatever the labels;
     hidden states elsewhere. A sequence's score is that of its last trained token, `PackedBatch.ends_T`.
 
     Args:
-        GPTModel's.
+        PackedModel's.
     """
 
     def __init__(self, *args, **kwargs):

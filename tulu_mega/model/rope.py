@@ -10,6 +10,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -79,10 +80,25 @@ class PlacedRotary(RotaryEmbedding):
     """megatron-core's rotary embedding, with angles for every token of a `PlacedSeqParams` pack.
 
     megatron-core takes as many angles as a pack has tokens for the tokens' own (its "exact mapping"), fewer for those of
-    positions that begin anew in every segment.
+    positions that begin anew in every segment. It knows Llama 3's scaling with its published constants only, and one embedding
+    for all layers: so frequencies are given.
+
+    Args:
+        frequencies: `Ropes.frequencies`, on the model's device.
+        config: the model's.
+        context_group: the ranks that share a pack's tokens.
     """
 
-    _positions_T: Tensor | None = None
+    def __init__(self, frequencies: Tensor, config: TransformerConfig, context_group: ProcessGroup):
+        super().__init__(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_interleaved=config.rotary_interleaved,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=context_group,
+        )
+        self.inv_freq = frequencies
+        self._positions_T: Tensor | None = None
 
     def get_rotary_seq_len(self, *args, **kwargs) -> int:
         """As RotaryEmbedding's, which GPTModel calls before every pass; the pack's positions are kept for it."""

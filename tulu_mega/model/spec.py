@@ -16,11 +16,11 @@ from tulu_mega.errors import UserError
 from tulu_mega.model.attention import PackedAttention, by_segments
 from tulu_mega.model.attention_choice import Attention
 from tulu_mega.model.hf_config import layer_needs
-from tulu_mega.model.linear import ColumnLinear, RowLinear
 from tulu_mega.model.norms import AddNormed, ProjectionNorm, RMSNorm
 from tulu_mega.model.rope import OwnRopeAttention, ropes
 from tulu_mega.model.swiglu import Swiglu
 from tulu_mega.platforms import Platform
+from tulu_mega.platforms.cpu_speed.linear import linear_layers
 from tulu_mega.platforms.fp8 import FITTING
 
 
@@ -70,12 +70,13 @@ def layer_spec(
             TEColumnParallelLinear,
         )
     else:
-        layer, norm, plain_linear = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm, ColumnLinear
+        plain_linear, cut_by_columns = linear_layers()
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
         attending, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
-        attending.linear_qkv = mlp.linear_fc1 = ColumnLinear
-        attending.linear_proj = mlp.linear_fc2 = RowLinear
+        attending.linear_qkv = mlp.linear_fc1 = plain_linear
+        attending.linear_proj = mlp.linear_fc2 = cut_by_columns
         mlp.activation_func = Swiglu
     parts, attending = layer.submodules, layer.submodules.self_attention
     if attention == "te":

@@ -1,11 +1,11 @@
-"""Rewards of a prompt's responses to what each response is better than the others."""
+"""Advantages: by how much a response to a prompt is better than was to be expected, from the rewards of all responses to it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 EPS = 1e-4
 """Added to a group's standard deviation, as in TRL: rewards that differ by less are noise. Tulu 3's GRPO has 1e-8."""
@@ -13,14 +13,14 @@ EPS = 1e-4
 
 @dataclass(frozen=True)
 class GroupAdvantages:
-    """Of one prompt's responses, in their order."""
+    """The advantages of the responses to one prompt, in their order."""
 
     advantages: tuple[float, ...]
     """0 where not trained"""
     trained: tuple[bool, ...]
     """False of responses without a reward and of those that are masked for their length: they are in no loss and no count"""
     rewards: tuple[float | None, ...]
-    """as the statistics had them, penalties in the place of what they replace; None where the verifier failed"""
+    """the rewards that the advantages were estimated from, penalties included; None where the verifier failed"""
 
     @property
     def failed(self) -> int:
@@ -33,47 +33,76 @@ class GroupAdvantages:
         return any(self.advantages)
 
 
-def group_advantages(
-    rewards: Sequence[float | None],
-    truncated: Sequence[bool],
-    kind: Literal["centred", "standardised", "leave_one_out"],
-    overlong: Literal["keep", "mask", "penalise"] = "keep",
-    overlong_reward: float = -10.0,
-) -> GroupAdvantages:
-    """Advantages within a group of all responses to one prompt.
+class AdvantageEstimator(Protocol):
+    """Estimates the advantages of all responses to one prompt."""
 
-    With mean and standard deviation s over the n responses of the group that have a reward:
+    def __call__(self, rewards: Sequence[float | None], masked: Sequence[bool]) -> GroupAdvantages:
+        """
+        Args:
+            rewards: of each response; None where the verifier failed: not trained on, and in no statistics.
+            masked: responses that are not trained on, but whose rewards count.
+        """
+        ...
 
-    - ``centred``: ``reward - mean`` (Liu et al., arXiv 2503.20783, Dr. GRPO).
-    - ``standardised``: ``(reward - mean) / (s + EPS)`` (Shao et al., arXiv 2402.03300, section 4.1.2), where s is the sample's,
-      with n - 1 in the denominator: torch's ``std``, which Tulu 3's GRPO and TRL take.
-    - ``leave_one_out``: ``reward - mean of the others``, which is ``n / (n - 1) (reward - mean)`` (Ahmadian et al.,
-      arXiv 2402.14740).
 
-    Groups are whole when they come here and lengths are looked at here, after grouping: dropping a response that was cut off
-    earlier would compare the others with less than their group, or with another's. ``penalise`` puts ``overlong_reward`` in
-    the place of its reward, a missing one too; ``mask`` leaves its reward in the statistics and does not train on it.
+@dataclass(frozen=True)
+class GroupEstimator:
+    """An advantage is ``factor * (reward - mean)``, the mean being that of the n responses of the group that have a reward.
 
     Advantages do not depend on the responses' order, and are exactly 0 where all rewards are equal or there is one only.
+    """
+
+    factor: Callable[[Sequence[float]], float]
+    """of the n differences ``reward - mean``, n at least 2"""
+
+    def __call__(self, rewards: Sequence[float | None], masked: Sequence[bool]) -> GroupAdvantages:
+        """As :class:`AdvantageEstimator`.
+
+        Raises:
+            ValueError: not as many of one as of the other.
+        """
+        trained = tuple(reward is not None and not left_out for reward, left_out in zip(rewards, masked, strict=True))
+        known = [reward for reward in rewards if reward is not None]
+        if len(set(known)) < 2:
+            return GroupAdvantages((0.0,) * len(rewards), trained, tuple(rewards))
+        mean = math.fsum(known) / len(known)  # fsum rounds once, whatever the order
+        factor = self.factor([reward - mean for reward in known])
+        advantages = tuple(factor * (reward - mean) if train else 0.0 for reward, train in zip(rewards, trained, strict=True))
+        return GroupAdvantages(advantages, trained, tuple(rewards))
+
+
+def _centred(differences: Sequence[float]) -> float:
+    """Liu et al., arXiv 2503.20783, Dr. GRPO: ``reward - mean``."""
+    return 1.0
+
+
+def _standardised(differences: Sequence[float]) -> float:
+    """Shao et al., arXiv 2402.03300, section 4.1.2: ``(reward - mean) / (s + EPS)``.
+
+    The deviation s is the sample's, with n - 1 in the denominator: torch's ``std``, which Tulu 3's GRPO and TRL take.
+    """
+    return 1 / (math.sqrt(math.fsum(difference**2 for difference in differences) / (len(differences) - 1)) + EPS)
+
+
+def _leave_one_out(differences: Sequence[float]) -> float:
+    """Ahmadian et al., arXiv 2402.14740: ``reward - mean of the others``, which is ``n / (n - 1) (reward - mean)``."""
+    return len(differences) / (len(differences) - 1)
+
+
+ESTIMATORS: Mapping[str, AdvantageEstimator] = {
+    "centred": GroupEstimator(_centred),
+    "standardised": GroupEstimator(_standardised),
+    "leave_one_out": GroupEstimator(_leave_one_out),
+}
+"""The values of `policy.advantages`, and what they stand for."""
+
+
+def penalised(rewards: Sequence[float | None], truncated: Sequence[bool], penalty: float) -> list[float | None]:
+    """The rewards of a whole group, with a penalty in the place of the reward, or of none, of each response that was cut off.
+
+    A response that was cut off stays in its group: dropped earlier, the others would be compared with less than their group.
 
     Args:
-        rewards: None where the verifier failed: taken out of the group.
         truncated: responses whose room ran out.
     """
-    counted = list(rewards)
-    if overlong == "penalise":
-        counted = [overlong_reward if cut else reward for reward, cut in zip(rewards, truncated, strict=True)]
-    known = [reward for reward in counted if reward is not None]
-    trained = tuple(
-        reward is not None and not (cut and overlong == "mask") for reward, cut in zip(counted, truncated, strict=True)
-    )
-    if len(set(known)) < 2:
-        return GroupAdvantages((0.0,) * len(counted), trained, tuple(counted))
-    n = len(known)
-    mean = math.fsum(known) / n  # fsum rounds once, whatever the order
-    if kind == "standardised":
-        scale = 1 / (math.sqrt(math.fsum((reward - mean) ** 2 for reward in known) / (n - 1)) + EPS)
-    else:
-        scale = n / (n - 1) if kind == "leave_one_out" else 1.0
-    advantages = tuple(scale * (reward - mean) if train else 0.0 for reward, train in zip(counted, trained, strict=True))
-    return GroupAdvantages(advantages, trained, tuple(counted))
+    return [penalty if cut else reward for reward, cut in zip(rewards, truncated, strict=True)]

@@ -8,14 +8,14 @@ from typing import ClassVar
 from tulu_kernels.policy_loss import LARGEST, PolicyLoss, Tokens, policy_loss
 
 from tulu_mega.config.rollout import PolicySettings
-from tulu_mega.records import LossOutput, PackedBatch, TokenOutput
+from tulu_mega.records import LossOutput, PackedBatch, Reads, TokenOutput
 
 
 @dataclass(frozen=True)
 class PolicyObjective(PolicyLoss):
     """A policy loss as the engine minimises it; `PolicyLoss` says what it is and `tulu_kernels.policy_loss` computes it."""
 
-    needs: ClassVar[str] = "token_logp+entropy"
+    reads: ClassVar[Reads] = Reads.TOKENS_WITH_ENTROPY
     largest: ClassVar[tuple[str, ...]] = LARGEST
 
     @classmethod
@@ -25,10 +25,19 @@ class PolicyObjective(PolicyLoss):
         Args:
             max_tokens: longest response, of ``[sampling]``.
         """
-        names = (
-            "loss", "clip_low", "clip_high", "aggregation", "beta", "kl", "entropy", "importance", "importance_cap", "mask_above",
-        )  # fmt: skip
-        return cls(max_tokens=max_tokens, **{name: getattr(settings, name) for name in names})
+        return cls(
+            max_tokens=max_tokens,
+            loss=settings.loss,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            aggregation=settings.aggregation,
+            beta=settings.beta,
+            kl=settings.kl,
+            entropy=settings.entropy,
+            importance=settings.importance,
+            importance_cap=settings.importance_cap,
+            mask_above=settings.mask_above,
+        )
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -47,18 +56,21 @@ class PolicyObjective(PolicyLoss):
 
         Args:
             output: log-probabilities and entropies.
-            batch: with ``advantages_T`` and ``sampler_logp_T``; ``ref_logp_T`` where ``beta`` is not 0; ``old_logp_T`` or None.
+            batch: with columns of float32, 0 where nothing is trained: ``advantages_T``, of the label; ``sampler_logp_T``,
+                log-probability of the label where it was sampled; ``old_logp_T``, the same by the weights that the rollouts were
+                sampled with, on this trainer, taken for the policy's own where it is not there; ``ref_logp_T``, the same by the
+                frozen reference, where ``beta`` is not 0.
         """
         given = Tokens(
             logp_T=output.values_T,
             entropy_T=output.entropy_T,
-            sampler_logp_T=batch.sampler_logp_T,
-            advantages_T=batch.advantages_T,
+            sampler_logp_T=batch.column("sampler_logp_T"),
+            advantages_T=batch.column("advantages_T"),
             trained_T=batch.loss_mask_T,
             segments_T=batch.segments_T,
             trained_S=batch.trained_S,
-            old_logp_T=batch.old_logp_T,
-            ref_logp_T=batch.ref_logp_T,
+            old_logp_T=batch.optional_column("old_logp_T"),
+            ref_logp_T=batch.column("ref_logp_T") if self.beta else None,
         )
         out = policy_loss(self, given, output.over_context, output.kernels)
         tokens = out.sums["tokens"]

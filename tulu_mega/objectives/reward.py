@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tulu_mega.objectives.pairs import sides
-from tulu_mega.records import LossOutput, PackedBatch
+from tulu_mega.records import LossOutput, PackedBatch, Reads
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class RewardObjective:
     al., arXiv 2307.09288, equation 2.
     """
 
-    needs: ClassVar[str] = "sequence_score"
+    reads: ClassVar[Reads] = Reads.SEQUENCE_SCORE
     reported: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "chosen_reward", "rejected_reward")
     largest: ClassVar[tuple[str, ...]] = ()
 
@@ -28,9 +28,11 @@ class RewardObjective:
         """
         Args:
             score_S: float64, the score at each segment's last trained token.
-            batch: pairs; ``margin_S`` may be None.
+            batch: pairs; the column ``margin_S``, float64, by how much a chosen sequence is to be better than the one behind it,
+                may be left out.
         """
-        values_S = [score_S] if batch.margin_S is None else [score_S, batch.margin_S]
+        margin_S = batch.optional_column("margin_S")
+        values_S = [score_S] if margin_S is None else [score_S, margin_S]
         (chosen_P, rejected_P), *margins = sides(batch, *values_S)
         difference_P = chosen_P - rejected_P
         asked_P = margins[0][0] if margins else 0.0

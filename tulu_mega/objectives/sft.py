@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from tulu_mega.records import LossOutput, PackedBatch, TokenOutput
+from tulu_mega.config.sections import Reduction
+from tulu_mega.records import LossOutput, PackedBatch, Reads, TokenOutput
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class SftObjective:
     keeps long conversations from being down-weighted); ``"token_mean"`` by the number of supervised tokens.
     """
 
-    reduction: Literal["sum", "token_mean"]
-    needs: ClassVar[str] = "token_logp"
+    reduction: Reduction
+    reads: ClassVar[Reads] = Reads.TOKENS
     reported: ClassVar[tuple[str, ...]] = ("nll",)
     largest: ClassVar[tuple[str, ...]] = ()
 
@@ -42,7 +43,7 @@ class HeldOutLikelihood:
     A run's ``reduction`` does not change it, so that runs can be compared.
     """
 
-    needs: ClassVar[str] = "token_logp"
+    reads: ClassVar[Reads] = Reads.TOKENS
     reported: ClassVar[tuple[str, ...]] = ()
     largest: ClassVar[tuple[str, ...]] = ()
 

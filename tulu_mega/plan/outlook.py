@@ -8,8 +8,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from tulu_mega.config import DpoSettings, GrpoSettings, ParallelSettings, PreferenceStageSettings
+from tulu_mega.config import ParallelSettings, RunSettings
+from tulu_mega.config.stages import STAGES
+from tulu_mega.config.workload import Workload
 from tulu_mega.errors import UserError
+from tulu_mega.launch.launcher import resolve
+from tulu_mega.layout.division import layout_problems
 from tulu_mega.layout.fp8 import fp8_problems, rollout_fp8_problems
 from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
@@ -19,8 +23,7 @@ from tulu_mega.plan.model.memory import RankMemory, checkpoint_host_bytes, memor
 from tulu_mega.plan.model.parameters import ITEMSIZE
 from tulu_mega.plan.model.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
 from tulu_mega.plan.model.timing import Step, score_seconds, train_step
-from tulu_mega.plan.model.workload import LABELLED, MEAN_LENGTH, ROWS, draw_lengths, pack_step
-from tulu_mega.plan.source import Stage
+from tulu_mega.plan.model.workload import LABELLED, ROWS, draw_lengths, pack_step
 
 _SAMPLED = 3
 """Global batches that a step's time is the mean of."""
@@ -45,7 +48,7 @@ class Question:
     """
 
     stage: str
-    settings: Stage
+    settings: RunSettings
     config: Mapping[str, Any]
     gpu: Gpu
     gpus: int | None
@@ -55,11 +58,16 @@ class Question:
     rollout_gpu: Gpu | None = None
 
     @cached_property
+    def workload(self) -> Workload:
+        """What a step of the stage is made of."""
+        return resolve(STAGES[self.stage].workload)(self.settings)
+
+    @cached_property
     def servers(self) -> Servers | None:
         """Of a policy's rollouts."""
-        if not isinstance(self.settings, GrpoSettings):
+        rollout, model = self.workload.rollout, self.settings.model
+        if rollout is None:
             return None
-        rollout, model = self.settings.rollout, self.settings.model
         return Servers(
             count=len(rollout.urls) or rollout.servers,
             tensor=rollout.tensor,
@@ -103,20 +111,19 @@ class Question:
         Raises:
             UserError: for lengths or a model that the layout cannot take.
         """
-        settings, config = self.settings, self.config
+        settings, config, workload = self.settings, self.config, self.workload
         replicas = self.trainers // settings.parallel.model_parallel
-        pair = isinstance(settings, PreferenceStageSettings)
         packs: tuple[tuple[Pack, ...], ...] = pack_step(
             lengths,
             labelled,
             replicas,
-            self.capacity,
+            workload.capacity,
             pack_alignment(settings),
             pipeline_of(config, settings),
             config["hidden_size"],
             config["intermediate_size"],
-            micro_batches=getattr(settings.train, "micro_batches", None),
-            together=2 if pair else 1,
+            micro_batches=workload.micro_batches,
+            together=workload.sides,
         )
         return Job(
             config,
@@ -127,47 +134,28 @@ class Question:
             recompute=settings.model.recompute,
             fp8=settings.precision.recipe is not None,
             fp8_weights=settings.precision.fp8_param_gather,
-            entropy=isinstance(settings, GrpoSettings) and settings.policy.entropy > 0,
+            entropy=workload.entropy,
         )
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return self.settings.longest if isinstance(self.settings, GrpoSettings) else self.settings.data.max_length
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of a micro-batch."""
-        twice = 2 if isinstance(self.settings, PreferenceStageSettings) else 1
-        return self.settings.data.pack_length or twice * self.longest
 
     def sequences(self, seed: int) -> tuple[list[int], list[int]]:
         """A step's sequences: tokens, and how many of these are trained."""
-        settings = self.settings
-        mean = self.mean_length or MEAN_LENGTH[self.stage]
-        if isinstance(settings, GrpoSettings):
-            samples = settings.sampling.samples
-            prompts = draw_lengths(settings.train.prompts, mean, settings.data.max_prompt, seed)
-            mean_response = self.response_length or max(1, settings.sampling.max_tokens // 4)
-            longest = settings.sampling.max_tokens
-            responses = draw_lengths(settings.train.prompts * samples, mean_response, longest, seed + 1)
-            return [prompts[at // samples] + each for at, each in enumerate(responses)], responses
-        pair = isinstance(settings, PreferenceStageSettings)
-        count = settings.train.global_batch * (2 if pair else 1)
-        lengths = draw_lengths(count, mean, settings.data.max_length, seed)
-        return lengths, [max(1, round(LABELLED * length)) for length in lengths]
+        work = self.workload
+        mean = self.mean_length or work.mean_length
+        lengths = draw_lengths(work.rows * work.sides, mean, work.longest_row, seed)
+        if not work.samples:
+            return lengths, [max(1, round(LABELLED * length)) for length in lengths]
+        mean_response = self.response_length or max(1, work.longest_response // 4)
+        responses = draw_lengths(work.rows * work.samples, mean_response, work.longest_response, seed + 1)
+        return [lengths[at // work.samples] + each for at, each in enumerate(responses)], responses
 
     @property
     def steps(self) -> int | None:
         """Of the whole stage; None where nobody says how many rows there are."""
-        train, data = self.settings.train, self.settings.data.train
+        train, source = self.settings.train, self.settings.data.train
         if train.steps:
             return train.steps
-        rows = self.rows or (ROWS.get(data) if isinstance(data, str) else None)
-        if rows is None:
-            return None
-        each = train.prompts if isinstance(self.settings, GrpoSettings) else train.global_batch
-        return math.ceil(rows * train.epochs / each)
+        rows = self.rows or (ROWS.get(source) if isinstance(source, str) else None)
+        return None if rows is None else math.ceil(rows * train.epochs / self.workload.rows)
 
 
 @dataclass(frozen=True)
@@ -230,23 +218,18 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
     Raises:
         UserError: with what the layout cannot do with this model, these GPUs or these lengths.
     """
-    settings = question.settings
+    settings, work = question.settings, question.workload
     wrong = _divisions(question)
     if wrong:
         raise UserError(wrong)
     drawn = [question.sequences(seed) for seed in range(sampled)]
-    policy = settings if isinstance(settings, GrpoSettings) else None
-    parts = policy.train.mini_batches if policy else 1
-    jobs = [[question.job(*part) for part in _mini_batches(one, parts)] for one in drawn]
+    jobs = [[question.job(*part) for part in _mini_batches(one, work.mini_batches)] for one in drawn]
     job = jobs[0][0]
     made = [train_step(each, RATES) for one in jobs for each in one]
-    updates = parts * (policy.train.passes if policy else 1)
-    passes = (updates > 1) + policy.policy.reads_reference if policy else 0
-    scores_once = isinstance(settings, DpoSettings) and settings.preference.reads_reference and question.steps
-    forward = sum(score_seconds(each, RATES) for one in jobs for each in one) / len(jobs) if passes or scores_once else 0.0
-    beside = (policy.policy.reads_reference + (policy.rewards.model is not None)) if policy else 0
+    scores_once = work.scores_once and question.steps
+    forward = sum(score_seconds(each, RATES) for one in jobs for each in one) / len(jobs) if work.scorings or scores_once else 0.0
     servers = question.servers
-    memory = memory_by_rank(job, beside, servers.bucket if servers else 0)
+    memory = memory_by_rank(job, work.reference + work.other_models, servers.bucket if servers else 0)
     generation = 0.0
     if servers:
         for lengths, responses in drawn:
@@ -257,8 +240,8 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         question=question,
         job=job,
         memory=memory,
-        step=_mean(made, updates),
-        scoring=forward * passes,
+        step=_mean(made, work.updates),
+        scoring=forward * work.scorings,
         generation=generation,
         sync=sync_seconds(job, servers, RATES) if servers else 0.0,
         servers=server_memory(question.config, servers) if servers else None,
@@ -288,18 +271,11 @@ def _mean(made: list[Step], updates: int) -> Step:
 
 def _divisions(question: Question) -> list[str]:
     """What does not divide, all of it at once."""
-    config, parallel = question.config, question.settings.parallel
-    wrong = []
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
-    for name, count in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
-        if count % parallel.tensor:
-            wrong.append(f"parallel.tensor = {parallel.tensor} does not divide the model's {name} = {count}; choose a divisor")
-    if config["intermediate_size"] % parallel.tensor:
-        wrong.append(f"parallel.tensor = {parallel.tensor} does not divide intermediate_size = {config['intermediate_size']}")
+    config, rollout = question.config, question.workload.rollout
+    wrong = layout_problems(config, question.settings.parallel)
     if not wrong:
         wrong += fp8_problems(config, question.settings)
-        if isinstance(question.settings, GrpoSettings):
-            wrong += rollout_fp8_problems(config, question.settings.rollout)
+        wrong += rollout_fp8_problems(config, rollout) if rollout else []
     try:
         _ = question.trainers
     except UserError as error:
@@ -337,9 +313,9 @@ def _doubts(result: Outlook) -> list[str]:
     parallel, gpu = question.settings.parallel, question.gpu
     if parallel.tensor > gpu.per_node:
         found.append(f"parallel.tensor = {parallel.tensor} spans nodes of {gpu.per_node} GPUs: its collectives take the network")
-    known = question.config.get("max_position_embeddings")
-    if known and question.longest > known:
-        found.append(f"sequences of {question.longest} tokens are longer than the model's max_position_embeddings = {known}")
+    known, longest = question.config.get("max_position_embeddings"), question.workload.longest
+    if known and longest > known:
+        found.append(f"sequences of {longest} tokens are longer than the model's max_position_embeddings = {known}")
     if result.step.idle > _IDLE * result.step.seconds:
         count = len(result.job.packs[0])
         found.append(

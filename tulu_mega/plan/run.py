@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tulu_mega.config import RmSettings
+from tulu_mega.config.stages import STAGES
 from tulu_mega.errors import UserError
 from tulu_mega.layout.hardware import gpu_named
 from tulu_mega.plan.outlook import Outlook, Question, outlook
@@ -41,7 +41,7 @@ def ask(settings: PlanSettings) -> Question:
     stage, said = read_stage(settings)
     gpu = gpu_named(settings.gpu)
     rollout_gpu = gpu_named(settings.rollout_gpu) if settings.rollout_gpu else None
-    config = read_architecture(said.model, reward=isinstance(said, RmSettings))
+    config = read_architecture(said.model, reward=STAGES[stage].reward)
     return Question(
         stage,
         said,

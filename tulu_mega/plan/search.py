@@ -51,7 +51,7 @@ def layouts(question: Question) -> Iterator[ParallelSettings]:
     matrices = matmul_parameters(config)
     for tensor in (size for size in (1, 2, 4, 8) if size <= question.gpu.per_node and not groups % size and not world % size):
         for context in (size for size in (1, 2, 4, 8) if not world % (tensor * size)):
-            if context > 1 and question.capacity / context < _SMALLEST_SHARE:
+            if context > 1 and question.workload.capacity / context < _SMALLEST_SHARE:
                 continue
             for pipeline in range(1, min(layers, world // (tensor * context)) + 1):
                 if world % (tensor * context * pipeline):

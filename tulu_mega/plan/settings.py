@@ -7,8 +7,7 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from tulu_mega.config.sections import PositiveInt, Section
-
-STAGES = ("sft", "rm", "dpo", "grpo")
+from tulu_mega.config.stages import STAGES
 
 
 class PlanSettings(Section):
@@ -16,7 +15,7 @@ class PlanSettings(Section):
 
     config: list[str]
     """TOML file of a stage."""
-    stage: Literal["sft", "rm", "dpo", "grpo"] | None = None
+    stage: Literal[*STAGES] | None = None
     """Which command the file is for; told by its sections or its name when unset."""
     gpus: PositiveInt | None = None
     """GPUs of the whole run, those that generate among them; what the layout takes when unset."""

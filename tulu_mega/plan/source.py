@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,16 @@ from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.bridge.files.hub import config_directory
-from tulu_mega.config import DpoSettings, GrpoSettings, ModelSettings, RmSettings, SftSettings, load
+from tulu_mega.config import ModelSettings, RunSettings, load
+from tulu_mega.config.stages import DEFAULT, STAGES
 from tulu_mega.errors import UserError
-from tulu_mega.plan.settings import STAGES, PlanSettings
+from tulu_mega.launch.launcher import resolve
+from tulu_mega.plan.settings import PlanSettings
 
-Stage = SftSettings | RmSettings | DpoSettings | GrpoSettings
-_CLASSES: dict[str, type[Stage]] = dict(zip(STAGES, (SftSettings, RmSettings, DpoSettings, GrpoSettings), strict=True))
-_SECTIONS = {"sampling": "grpo", "policy": "grpo", "rollout": "grpo", "rewards": "grpo", "preference": "dpo", "reference": "dpo"}
 _OVERLAID = ("model", "parallel", "data", "train", "optim", "checkpoint", "megatron", "rollout", "sampling", "policy")
 
 
-def read_stage(asked: PlanSettings) -> tuple[str, Stage]:
+def read_stage(asked: PlanSettings) -> tuple[str, RunSettings]:
     """The stage's name and its settings, flags laid over the file's.
 
     Raises:
@@ -30,7 +30,8 @@ def read_stage(asked: PlanSettings) -> tuple[str, Stage]:
     """
     file = asked.config[0]
     stage = asked.stage or _told(file)
-    return stage, load(_CLASSES[stage], file, [word for name in _OVERLAID for word in _flags(name, getattr(asked, name))])
+    given = asked.model_dump(include=set(_OVERLAID))
+    return stage, load(resolve(STAGES[stage].settings), file, [word for name in _OVERLAID for word in _flags(name, given[name])])
 
 
 def read_architecture(model: ModelSettings, reward: bool) -> dict[str, Any]:
@@ -56,24 +57,30 @@ def read_architecture(model: ModelSettings, reward: bool) -> dict[str, Any]:
 
 
 def _told(file: str) -> str:
-    """By sections that only one command has, else by the file's name."""
+    """By sections and settings that only one command has, else by the file's name."""
     try:
         content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = {}  # `load` says what is wrong with the file
-    by_section = {_SECTIONS[name] for name in content if name in _SECTIONS}
-    if len(by_section) == 1:
-        return by_section.pop()
-    if isinstance(data := content.get("data"), dict) and "margin" in data:
-        return "rm"
-    named = [word for word in re.split(r"[^a-z]+", Path(file).stem.lower()) if word in STAGES]
-    if len(named) == 1:
-        return named[0]
-    if isinstance(train := content.get("train"), dict) and "reduction" in train:
-        return "sft"
+    stages = STAGES.values()
+    words = re.split(r"[^a-z]+", Path(file).stem.lower())
+    by_sections = [stage.name for stage in stages if any(_has(content, each) for each in stage.sections)]
+    by_marks = [stage.name for stage in stages if any(_has(content, each) for each in stage.marks)]
+    by_words = [word for word in words if word in STAGES]
+    by_hints = [stage.name for stage in stages if any(_has(content, each) for each in stage.hints)]
+    for told in (by_sections, by_marks, by_words, by_hints):
+        if len(told) == 1:
+            return told[0]
     if not content:
-        return "sft"
+        return DEFAULT
     raise UserError(f"{file}: it cannot be told which command this is for; add --stage {', --stage '.join(STAGES)}")
+
+
+def _has(content: Mapping[str, Any], name: str) -> bool:
+    """Whether a settings file has a section, or a dotted setting in one."""
+    section, _, setting = name.partition(".")
+    inside = content.get(section)
+    return section in content and (not setting or (isinstance(inside, dict) and setting in inside))
 
 
 def _flags(name: str, value: Any) -> list[str]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tulu_mega.platforms.imports import prepare_imports
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -27,6 +29,7 @@ def install(local_rank: int = 0) -> Platform:
     """
     from tulu_mega.platforms import adam, grad_norm, weight_gradient
 
+    prepare_imports()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -11,9 +11,9 @@ import importlib
 import types
 
 import torch
-import torch.distributed as dist
 
-from tulu_mega.platforms.lean import import_megatron
+from tulu_mega.platforms.cpu_speed import whole_process
+from tulu_mega.platforms.imports import prepare_imports
 
 _CPU = torch.device("cpu")
 
@@ -67,12 +67,12 @@ def install() -> None:
     if torch.cuda.is_available():
         raise RuntimeError("the CPU platform must not be installed where CUDA is available")
     _installed = True
-    import_megatron()
+    prepare_imports()
     _patch_torch_cuda()
     _patch_tensors()
     for name in _LITERAL_CUDA:
         importlib.import_module(name).torch = _CpuTorch()
-    _patch_groups_of_one()
+    whole_process.install()
 
 
 def _patch_torch_cuda() -> None:
@@ -108,20 +108,3 @@ def _patch_tensors() -> None:
         return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = cuda_type
-
-
-def _patch_groups_of_one() -> None:
-    # gloo copies gradients and parameters, into fresh memory, where a single rank reduces and gathers them in place
-    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
-    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
-        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
-
-
-def _unless_alone(collective):
-    def call(output, given, *args, group=None, async_op=False, **kwargs):
-        in_place = output.data_ptr() == given.data_ptr() and output.numel() == given.numel()
-        if in_place and not async_op and dist.get_world_size(group) == 1:
-            return None
-        return collective(output, given, *args, group=group, async_op=async_op, **kwargs)
-
-    return call

@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 
 from tulu_mega.bridge.files.hub import local_directory
-from tulu_mega.config import EngineSettings, RunSettings, Section
+from tulu_mega.cli import command_of
+from tulu_mega.config import ModelSettings, RunSettings, Section
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import joined_world
 
@@ -118,7 +119,8 @@ def check(settings: Section, look: Callable[[], list[str]] = list) -> int:
             "check --cluster is for several machines: start it on each of them as the run, by examples/launch/torchrun.sh, "
             "ssh.sh or in the Slurm job"
         )
-    if isinstance(settings, EngineSettings):
+    command = command_of(settings)
+    if command.world:
         joined_world(settings.parallel, os.environ)
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     store, *_ = next(iter(dist.rendezvous("env://", rank, size)))
@@ -127,9 +129,11 @@ def check(settings: Section, look: Callable[[], list[str]] = list) -> int:
     speakers = sorted(r for r, first in _gathered(store, "first", rank, range(size), local == 0).items() if first)
     found: list[str] = []
     if local == 0:
-        node = _looked(settings, store, rank, speakers)
+        run_dir = Path(settings.run_dir if command.stage else ".")
+        node = _looked(_same(settings, settings.model if command.world else None), run_dir, store, rank, speakers)
         nodes = _gathered(store, "node", rank, speakers, asdict(node))
-        found = problems([Node(**nodes[each]) for each in speakers], _needed_gib(settings))
+        needed = _needed_gib(settings) if command.stage else 0.0
+        found = problems([Node(**nodes[each]) for each in speakers], needed)
     found = _told(store, "found", rank, size, lambda: found)
     if not found:
         found = _collective(store, rank, size)
@@ -162,14 +166,13 @@ def _told(store: dist.Store, name: str, rank: int, size: int, look: Callable[[],
     return found
 
 
-def _looked(settings: Section, store: dist.Store, rank: int, speakers: Sequence[int]) -> Node:
+def _looked(same: dict[str, str], run_dir: Path, store: dist.Store, rank: int, speakers: Sequence[int]) -> Node:
     host = socket.gethostname()
     hosts = {each: f"{name} (rank {each})" for each, name in _gathered(store, "host", rank, speakers, host).items()}
-    run_dir = Path(getattr(settings, "run_dir", "."))
     return Node(
         rank=rank,
         host=host,
-        same=_same(settings),
+        same=same,
         free_gib=shutil.disk_usage(_existing(run_dir)).free / 2**30,
         clock=_clock(store, rank, speakers),
         unseen=tuple(hosts[each] for each in _unseen(run_dir, store, rank, speakers)),
@@ -177,7 +180,8 @@ def _looked(settings: Section, store: dist.Store, rank: int, speakers: Sequence[
     )
 
 
-def _same(settings: Section) -> dict[str, str]:
+def _same(settings: Section, model: ModelSettings | None) -> dict[str, str]:
+    """What has to be the same on every node, by name: packages, code, settings, the model that ranks build, devices."""
     same = {"Python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -185,10 +189,10 @@ def _same(settings: Section) -> dict[str, str]:
     same["tulu_mega's code"] = _digest(sorted(Path(__file__).parent.rglob("*.py")))
     for name, value in _flat(json.loads(settings.model_dump_json())).items():
         same[f"setting {name}"] = json.dumps(value)
-    if hasattr(settings, "model"):
-        directory = local_directory(settings.model.path)
+    if model:
+        directory = local_directory(model.path)
         config = directory / "config.json" if directory else None
-        same[f"config.json of {settings.model.path}"] = _digest([config]) if config and config.is_file() else "not there"
+        same[f"config.json of {model.path}"] = _digest([config]) if config and config.is_file() else "not there"
     if torch.cuda.is_available():
         same |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
         same["GPUs"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
@@ -313,12 +317,12 @@ def _gathered(store: dist.Store, name: str, rank: int, ranks: Sequence[int], val
     return given
 
 
-def _needed_gib(settings: Section) -> float:
+def _needed_gib(settings: RunSettings) -> float:
     """About what the checkpoints that are still to come take, and the export; 0 where the model is not on this machine yet.
 
     A checkpoint has 14 bytes a parameter where the model's files have 2. A new one is whole before the oldest is removed.
     """
-    model = local_directory(settings.model.path) if isinstance(settings, RunSettings) else None
+    model = local_directory(settings.model.path)
     if model is None:
         return 0.0
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))

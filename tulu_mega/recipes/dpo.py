@@ -13,9 +13,9 @@ from tulu_mega.data.store import TokenStore
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.model.config import DTYPES
-from tulu_mega.objectives.preference import PreferenceObjective
+from tulu_mega.objectives.preference_objective import PreferenceObjective
 from tulu_mega.train import reference_cache
-from tulu_mega.train.dataset_run import Stage, opened_stage
+from tulu_mega.train.dataset_run import DatasetRun, opened_run
 from tulu_mega.train.engine import BatchLoss
 
 REFERENCE = "reference"
@@ -31,56 +31,54 @@ def run(settings: DpoSettings, world: World) -> None:
     Raises:
         UserError: on every rank, for whatever the user can mend.
     """
-    objective = PreferenceObjective(**settings.preference.model_dump())
-    with opened_stage(settings, world, reward=False) as stage:
+    objective = PreferenceObjective.of(settings.preference)
+    with opened_run(settings, world, reward=False) as training:
         columns, first = (lambda store: None), None
         if settings.preference.reads_reference:
-            columns = functools.partial(_reference, stage, reference_cache.weights_digest(stage.session.source))
+            columns = functools.partial(_reference, training, reference_cache.weights_digest(training.session.source))
             first = functools.partial(check_first_loss, settings, objective)
-        loader = stage.loader(columns(stage.store))
-        heldout = stage.heldout_store()
-        evaluated = stage.heldout(heldout, objective, columns(heldout)) if heldout else None
+        loader = training.loader(columns(training.store))
+        heldout = training.heldout_store()
+        evaluated = training.heldout(heldout, objective, columns(heldout)) if heldout else None
         if not settings.reference.only:
-            stage.fit(objective, loader, evaluated, first)
+            training.fit(objective, loader, evaluated, first)
 
 
-def _reference(stage: Stage, weights: str, store: TokenStore) -> dict[str, np.ndarray]:
+def _reference(training: DatasetRun, weights: str, store: TokenStore) -> dict[str, np.ndarray]:
     """For each sequence the initial weights' sum of log-probabilities; from the cache, completed where it lacks some.
 
     Args:
         weights: their digest.
     """
-    settings = stage.settings
+    settings = training.settings
     computed = settings.precision.megatron | settings.megatron
     key = reference_cache.content_key(weights, settings.model.dtype, computed, store)
-    root = Path(settings.reference.cache).expanduser() if settings.reference.cache else stage.run_dir / REFERENCE
+    root = Path(settings.reference.cache).expanduser() if settings.reference.cache else training.run_dir / REFERENCE
     cache = reference_cache.ReferenceCache.under(root, key, len(store))
     if missing := reference_cache.missing_parts(cache):
-        stage.initial_weights()  # never those of a checkpoint: that would be another reference
+        training.initial_weights()  # never those of a checkpoint: that would be another reference
         capacity = settings.data.pack_length or 2 * settings.data.max_length
-        reference_cache.fill(stage.session.engine, store, cache, missing, capacity, functools.partial(print, flush=True))
+        reference_cache.fill(training.session.engine, store, cache, missing, capacity, functools.partial(print, flush=True))
     return {"ref_logp_S": cache.values()}
 
 
 def check_first_loss(settings: DpoSettings, objective: PreferenceObjective, loss: BatchLoss) -> None:
-    """Before the first update the policy is the reference: margins are 0 and the loss is log 2 (ipo: 1 / (2 beta)^2).
+    """Before the first update the policy is the reference: margins are 0 and the loss is what it says of itself then.
 
     What rounding may add, by a token: a logit of up to 2^4 is off by its last place once in the reference's pass and once in this
     one, which is packed otherwise: 2^5 u, u being the precision's unit roundoff. That may be so of all tokens of both responses,
     so that the difference d of a pair, which has to be 0, is let pass up to D = 2 2^5 u for means, times the tokens of a response
-    for sums. Margins beta d then reach beta D. The slope of -log sigmoid(beta d) at 0 is beta / 2 and at most beta anywhere: its
-    loss is off by at most beta D too. That of ipo is (d - c)^2 with c = 1 / (2 beta), off by d^2 - 2 c d: at most D / beta + D^2.
+    for sums. Margins beta d then reach beta D, and each loss says how far D takes it.
 
     Raises:
         UserError: on every rank, when the difference is more than that.
     """
+    asked = objective.loss
     token = 2**5 * torch.finfo(DTYPES[settings.model.dtype]).eps / 2
-    difference = 2 * token * (settings.data.max_length if objective.loss == "dpo" else 1)
-    margin = objective.beta * difference
-    found = [("the mean margin", loss.metrics["margin"], 0.0, margin)]
+    difference = 2 * token * (1 if asked.of_means else settings.data.max_length)
+    found = [("the mean margin", loss.metrics["margin"], 0.0, asked.beta * difference)]
     if not objective.sft_weight:
-        allowed = difference / objective.beta + difference**2 if objective.loss == "ipo" else margin
-        found.append(("the loss", loss.loss, objective.at_reference(), allowed))
+        found.append(("the loss", loss.loss, asked.at_reference(), asked.tolerance(difference)))
     problems = [
         f"{name} is {value:.6g}, expected {wanted:.6g} within {allowed:.2g}"
         for name, value, wanted, allowed in found

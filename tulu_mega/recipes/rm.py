@@ -5,7 +5,7 @@ from __future__ import annotations
 from tulu_mega.config import RmSettings
 from tulu_mega.launch.launcher import World
 from tulu_mega.objectives.reward import RewardObjective
-from tulu_mega.train.dataset_run import opened_stage
+from tulu_mega.train.dataset_run import opened_run
 
 
 def run(settings: RmSettings, world: World) -> None:
@@ -14,9 +14,9 @@ def run(settings: RmSettings, world: World) -> None:
     Raises:
         UserError: on every rank, for whatever the user can mend.
     """
-    with opened_stage(settings, world, reward=True) as stage:
-        loader = stage.loader({"margin_S": stage.store.margins})
-        heldout = stage.heldout_store()
+    with opened_run(settings, world, reward=True) as training:
+        loader = training.loader({"margin_S": training.store.margins})
+        heldout = training.heldout_store()
         objective = RewardObjective()
-        evaluated = stage.heldout(heldout, objective, {"margin_S": heldout.margins}) if heldout else None
-        stage.fit(objective, loader, evaluated)
+        evaluated = training.heldout(heldout, objective, {"margin_S": heldout.margins}) if heldout else None
+        training.fit(objective, loader, evaluated)

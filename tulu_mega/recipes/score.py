@@ -11,7 +11,7 @@ from tulu_mega.config import ScoreSettings
 from tulu_mega.data import score_input
 from tulu_mega.distributed.collectives import from_lead
 from tulu_mega.launch.launcher import World
-from tulu_mega.records import PackedBatch, Sequence
+from tulu_mega.records import PackedBatch, TokenizedRow
 from tulu_mega.train.scoring import score_rows
 from tulu_mega.train.session import Session, opened
 
@@ -42,7 +42,7 @@ def _lead(session: Session, settings: ScoreSettings) -> None:
     with partial.open("w") as file:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
-            sequences = [Sequence(number, ids, ids) for number, ids in enumerate(map(encode, chunk))]
+            sequences = [TokenizedRow(number, ids, ids) for number, ids in enumerate(map(encode, chunk))]
             values = _score(session, from_lead(sequences), settings.pack_length)
             for sequence in sequences:
                 line = _line(chunk[sequence.row], sequence.input_ids, values[sequence.row], session.engine.reward)
@@ -52,7 +52,7 @@ def _lead(session: Session, settings: ScoreSettings) -> None:
     partial.replace(settings.output)
 
 
-def _score(session: Session, sequences: list[Sequence], capacity: int) -> dict[int, list[float]]:
+def _score(session: Session, sequences: list[TokenizedRow], capacity: int) -> dict[int, list[float]]:
     """Log-probabilities by row on rank 0, of a reward model the score alone; nothing elsewhere."""
     reward = session.engine.reward
     return score_rows(
@@ -60,7 +60,7 @@ def _score(session: Session, sequences: list[Sequence], capacity: int) -> dict[i
     )
 
 
-def _by_row(batch: PackedBatch, values: list[float], sequences: list[Sequence], reward: bool) -> dict[int, list[float]]:
+def _by_row(batch: PackedBatch, values: list[float], sequences: list[TokenizedRow], reward: bool) -> dict[int, list[float]]:
     """Position t of a segment holds the log-probability of its token t + 1, or the score of the text up to its token t."""
     found = {}
     for row, at in zip(batch.rows_S.tolist(), batch.cu_seqlens_S1.tolist(), strict=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tulu_mega.config import SftSettings
 from tulu_mega.launch.launcher import World
 from tulu_mega.objectives.sft import HeldOutLikelihood, SftObjective
-from tulu_mega.train.dataset_run import opened_stage
+from tulu_mega.train.dataset_run import opened_run
 
 
 def run(settings: SftSettings, world: World) -> None:
@@ -14,7 +14,7 @@ def run(settings: SftSettings, world: World) -> None:
     Raises:
         UserError: on every rank, for whatever the user can mend.
     """
-    with opened_stage(settings, world) as stage:
-        heldout = stage.heldout_store()
-        evaluated = stage.heldout(heldout, HeldOutLikelihood()) if heldout else None
-        stage.fit(SftObjective(settings.train.reduction), stage.loader(), evaluated)
+    with opened_run(settings, world) as training:
+        heldout = training.heldout_store()
+        evaluated = training.heldout(heldout, HeldOutLikelihood()) if heldout else None
+        training.fit(SftObjective(settings.train.reduction), training.loader(), evaluated)

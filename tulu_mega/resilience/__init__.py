@@ -1,1 +1,1 @@
-"""What notices that a run goes wrong: hangs, slow ranks, leaps of loss or gradient, a request to end."""
+"""Guards of a run: against hangs, slow ranks, spikes of loss or gradient, skipped updates; and the signal to stop."""

@@ -1,4 +1,4 @@
-"""What a rank knows of where it hangs, and what the ranks' accounts say together."""
+"""Explains a hang: each rank accounts for where it is, and the accounts together name the rank that the others wait for."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-_OURS = str(Path(__file__).parent)
+_PACKAGE = Path(__file__).parents[1]
 _LIBRARY = str(Path("torch", "distributed"))
 
 
 @dataclass(frozen=True)
 class Collective:
-    """What a rank waits in, as torch's flight recorder has it."""
+    """A collective that a rank waits in, from torch's flight recorder."""
 
     name: str
     group: str
-    """torch's name of it, the same on all its ranks"""
+    """torch's name of the group, the same on all its ranks."""
     ranks: tuple[int, ...]
-    """the group's"""
+    """Ranks of the group."""
     number: int
-    """of the group's collectives, from 1; 0 between two ranks"""
+    """Sequence number among the group's collectives, from 1; 0 for a message between two ranks."""
 
     def __str__(self) -> str:
         number = f" number {self.number}" if self.number else ""
@@ -35,17 +35,17 @@ class Collective:
 
 @dataclass(frozen=True)
 class Account:
-    """What one rank says of itself."""
+    """One rank's account of where it is."""
 
     at: str
-    """what it is about, e.g. ``step 5: forward and backward``"""
+    """Last mark of the rank, e.g. ``step 5: forward and backward``."""
     beat: int
-    """grows while its process runs"""
+    """A count that grows while the process runs."""
     stack: str = ""
-    """where its main thread is; empty while it makes progress"""
+    """Place of the main thread; empty while the rank makes progress."""
     waits: Collective | None = None
     begun: dict[str, int] = field(default_factory=dict)
-    """of each group, by its name, the number of the last collective that this rank has come to"""
+    """By name of the group, the number of the last collective that the rank has come to."""
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -58,11 +58,11 @@ class Account:
 
 
 def together(accounts: Mapping[int, Account], silent: Sequence[int]) -> list[str]:
-    """The accounts as lines for people: first who is missing, then where the others are.
+    """Describe the accounts in lines for people: first the ranks that are missing, then where the others are.
 
     Args:
-        accounts: the last one of each rank that ever gave one.
-        silent: ranks whose beat has not grown since.
+        accounts: the last account of each rank that ever gave one.
+        silent: ranks whose beat has stopped growing.
     """
     lines = []
     for rank in silent:
@@ -97,7 +97,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def spelt(ranks: Sequence[int]) -> str:
-    """Ranks in short: ``0-3, 7``."""
+    """Spell ranks in short: ``0-3, 7``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
@@ -108,7 +108,7 @@ def spelt(ranks: Sequence[int]) -> str:
 
 
 def main_stack() -> str:
-    """Where the main thread is: the function of torch.distributed that it has called, if any, and the nearest line of ours."""
+    """Return where the main thread is: the function of torch.distributed that it called, if any, and our nearest line."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return described(frame) if frame else "in no Python code"
 
@@ -118,10 +118,10 @@ def described(frame: FrameType) -> str:
     inner, called, ours = frame, "", ""
     while frame and not ours:
         file = frame.f_code.co_filename
-        if file.startswith(_OURS) and Path(file).name not in ("hang.py", "watchdog.py"):
-            ours = f"{Path(file).relative_to(Path(_OURS).parent)}:{frame.f_lineno}"
+        if Path(file).is_relative_to(_PACKAGE) and Path(file).name not in ("hang_report.py", "watchdog.py"):
+            ours = f"{Path(file).relative_to(_PACKAGE.parent)}:{frame.f_lineno}"
         elif _LIBRARY in file and frame.f_code.co_name != "wrapper":
-            called = frame.f_code.co_name  # the outermost: what was called
+            called = frame.f_code.co_name  # the outermost frame: the function that was called
         frame = frame.f_back
     place = f"{inner.f_code.co_name} ({inner.f_code.co_filename}:{inner.f_lineno})"
     what = f"in torch.distributed's {called}" if called else f"in no collective but in {place}"
@@ -129,14 +129,14 @@ def described(frame: FrameType) -> str:
 
 
 def collectives(recorded: str | bytes, groups: Mapping[str, tuple[int, ...]]) -> tuple[Collective | None, dict[str, int]]:
-    """Of what torch's flight recorder gives as JSON: the collective that has not ended, and how far each group has come.
+    """Parse the flight recorder's JSON: return the pending collective and the last sequence number of each group.
 
-    NCCL never marks what was sent and received in a batch as ended, only the entry behind, which stands for the batch
+    NCCL never marks the messages of a batch as ended, only the entry behind them, which stands for the whole batch
     (github.com/pytorch/pytorch/issues/137969).
 
     Args:
-        groups: the ranks of each process group, by its name. Others are left out: what carries weights to servers is never
-            marked as ended either.
+        groups: the ranks of each process group, by its name. The pending collective is looked for in these alone: the groups
+            that carry weights to servers never mark theirs as ended.
     """
     found: dict[str, Any] = json.loads(recorded)
     begun: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Being asked to end: a signal to any rank ends all of them after the same step, with a checkpoint of it."""
+"""The signal to stop: sent to any rank, it ends all of them after the same step, with a checkpoint of that step."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import signal
 import torch
 import torch.distributed as dist
 
-from tulu_mega.launch.launcher import ASKS
+from tulu_mega.launch.reporting import ASKS
 
 
-class Ending:
-    """While it is entered the signals do not end this process; they are noted, and met where a step ends.
+class StopSignal:
+    """While entered, notes the signals that ask this process to end, instead of ending it at once.
 
     Args:
-        device: where the ranks' collectives are.
+        device: the device of the ranks' collectives.
     """
 
     def __init__(self, device: torch.device):
         self._device, self._noted = device, False
 
-    def __enter__(self) -> Ending:
+    def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._note) for number in ASKS}
         return self
 
@@ -28,8 +28,8 @@ class Ending:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def asked(self) -> bool:
-        """Whether any rank was asked; the same on every rank, all of which call it where a step ends."""
+    def received(self) -> bool:
+        """Whether any rank received a signal. A collective: every rank calls it at the end of a step and gets the same."""
         noted = torch.tensor(int(self._noted), device=self._device)
         dist.all_reduce(noted, dist.ReduceOp.MAX)
         return bool(noted.item())

@@ -1,8 +1,8 @@
-"""Which rank is the slowest, by how much, and whether it is so for long.
+"""Finds the slowest rank, by how much it is slower, and whether it stays so.
 
-A rank's own time (`pace`) is compared with the median of the ranks that do the same work. (NVIDIA's Resiliency Extension compares
-with the fastest rank.) megatron-core's `StragglerDetector` is not used: it knows CUDA alone, times blocks that hold collectives,
-and listens on a port of every interface for whoever turns it on or off.
+A rank's own work time (`work_time`) is compared with the median of the ranks that do the same work. (NVIDIA's Resiliency
+Extension compares with the fastest rank.) megatron-core's `StragglerDetector` is not used: it knows CUDA alone, times blocks that
+contain collectives, and opens a port on every interface through which anybody may switch it on or off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import torch.distributed as dist
 
 from tulu_mega.config import StragglerSettings
 from tulu_mega.distributed.collectives import gathered_at_lead
-from tulu_mega.resilience.pace import Pace, gauge
+from tulu_mega.resilience.work_time import WorkTime, work_clock
+
+_NOTABLE = 1.1
+"""Report the slowest rank on the console only above this multiple of the median; below is noise."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +31,30 @@ class Slowest:
     rank: int
     host: str
     times: float
-    """its time / the median's"""
+    """Its work time divided by the median."""
     waiting: float
-    """share of its time that it waited for a CPU"""
+    """Share of its work time that it waited for a CPU."""
     warnings: list[str] = field(default_factory=list)
-    """of ranks that are behind for long, for people"""
+    """One text for each rank that has been behind for long."""
 
     @property
     def figures(self) -> dict[str, float | int | str]:
-        """What metrics.jsonl has of it."""
+        """The rank's entries in metrics.jsonl."""
         return {"slowest_rank": self.rank, "slowest_host": self.host, "slowest_times_median": self.times}
+
+    @property
+    def remark(self) -> str:
+        """The rank's part of the console line; empty where it is hardly behind."""
+        return f"slowest rank {self.rank} ({self.host}) {self.times:.2f}x" if self.times >= _NOTABLE else ""
 
 
 class Lineup:
-    """All ranks of a world beside each other, on whichever rank looks at them.
+    """Compares all ranks of a world, on the one rank that has their work times.
 
     Args:
-        settings: how far behind is too far, and how often.
+        settings: how far behind is too far, and in how many reports.
         hosts: by rank.
-        alike: by rank, a number that ranks of the same work share; one that nobody shares it with is compared with none.
+        alike: by rank, a number shared by ranks that do the same work. A rank that shares its number with none is not compared.
     """
 
     def __init__(self, settings: StragglerSettings, hosts: Sequence[str], alike: Sequence[int]):
@@ -54,18 +62,18 @@ class Lineup:
         self._groups = [group for kind in sorted(set(alike)) if len(group := [r for r, k in enumerate(alike) if k == kind]) > 1]
         self._in_a_row = [0] * len(hosts)
 
-    def slowest(self, paces: Sequence[Pace]) -> Slowest | None:
+    def slowest(self, times_R: Sequence[WorkTime]) -> Slowest | None:
         """
         Args:
-            paces: by rank, since the last time.
+            times_R: by rank, the work time since the last report.
 
         Returns:
             The rank furthest behind; None where no two ranks are alike, or none has worked.
         """
-        spent = [pace.working + pace.waiting for pace in paces]
+        spent = [time.working + time.waiting for time in times_R]
         times: dict[int, float] = {}
         for ranks in self._groups:
-            # of an even number the faster of the two in the middle: of two ranks one would otherwise be half of its own yardstick
+            # median_low: with two ranks, a plain median would average in the slow rank itself
             usual = statistics.median_low(spent[rank] for rank in ranks)
             if usual > 0:
                 times |= {rank: spent[rank] / usual for rank in ranks}
@@ -78,16 +86,16 @@ class Lineup:
             rank,
             self._hosts[rank],
             times[rank],
-            paces[rank].waiting / spent[rank],
-            [self._warning(each, times[each], paces[each]) for each in times if self._is_long(each)],
+            times_R[rank].waiting / spent[rank],
+            [self._warning(each, times[each], times_R[each]) for each in times if self._is_long(each)],
         )
 
     def _is_long(self, rank: int) -> bool:
         count = self._in_a_row[rank]
         return count > 0 and count % self._settings.reports == 0
 
-    def _warning(self, rank: int, times: float, pace: Pace) -> str:
-        share = pace.waiting / (pace.working + pace.waiting)
+    def _warning(self, rank: int, times: float, time: WorkTime) -> str:
+        share = time.waiting / (time.working + time.waiting)
         waits = f"; {share:.0%} of its time it waited for a CPU, which something else uses" if share >= 0.2 else ""
         return (
             f"rank {rank} on {self._hosts[rank]} is slow: {times:.2f} times the median of the ranks that do the same, in "
@@ -96,37 +104,37 @@ class Lineup:
 
 
 class Stragglers:
-    """Watches this rank's pace, and every few steps, on rank 0, that of all of them.
+    """Measures this rank's work time and, every few steps, compares all ranks on rank 0.
 
-    Every rank makes it and calls its methods at the same steps.
+    Every rank makes one and calls its methods at the same steps.
 
     Args:
-        settings: how often, and what is too slow.
+        settings: how often ranks are compared, and what is too slow.
         log_every: steps between console lines.
-        device: where the ranks compute.
-        stage: this rank's place in the pipeline.
+        device: the ranks' device.
+        pipeline_rank: this rank's pipeline stage.
     """
 
-    def __init__(self, settings: StragglerSettings, log_every: int, device: torch.device, stage: int):
+    def __init__(self, settings: StragglerSettings, log_every: int, device: torch.device, pipeline_rank: int):
         usual = -(-10 // log_every) * log_every
         self._every = usual if settings.every is None else settings.every
         self._device, self._lineup = device, None
-        self._gauge = gauge(device) if self._every and dist.get_world_size() > 1 else None
-        if self._gauge:
-            ranks = gathered_at_lead((socket.gethostname(), stage if self._gauge.by_stage else 0))
+        self._clock = work_clock(device) if self._every and dist.get_world_size() > 1 else None
+        if self._clock:
+            ranks = gathered_at_lead((socket.gethostname(), pipeline_rank if self._clock.by_pipeline_stage else 0))
             if ranks:
                 hosts, alike = zip(*ranks, strict=True)
                 self._lineup = Lineup(settings, hosts, alike)
 
     def working(self) -> contextlib.AbstractContextManager[None]:
-        """Around what the ranks are compared by."""
-        return self._gauge.working() if self._gauge else contextlib.nullcontext()
+        """Wrap the work by which ranks are compared."""
+        return self._clock.working() if self._clock else contextlib.nullcontext()
 
     def report(self, step: int) -> Slowest | None:
-        """On rank 0 who is the slowest, at the end of a step (from 1) that a report is due after."""
-        if not self._gauge or step % self._every:
+        """Return the slowest rank, on rank 0 and at the end of a step (from 1) after which a report is due; None otherwise."""
+        if not self._clock or step % self._every:
             return None
-        mine = torch.tensor([self._gauge.take()], dtype=torch.float64, device=self._device)
-        paces = mine.new_empty(dist.get_world_size(), mine.shape[1])
-        dist.all_gather_into_tensor(paces, mine)
-        return self._lineup.slowest([Pace(*pace) for pace in paces.tolist()]) if self._lineup else None
+        mine = torch.tensor([self._clock.take()], dtype=torch.float64, device=self._device)
+        times_R2 = mine.new_empty(dist.get_world_size(), mine.shape[1])
+        dist.all_gather_into_tensor(times_R2, mine)
+        return self._lineup.slowest([WorkTime(*each) for each in times_R2.tolist()]) if self._lineup else None

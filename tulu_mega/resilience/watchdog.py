@@ -1,9 +1,9 @@
-"""Ends a run that hangs, after saying where, and which rank the others wait for.
+"""Ends a run that hangs, after a report of where it hangs and which rank the others wait for.
 
-Every rank marks what it is about (:meth:`Watchdog.at`) and tells the others through the store, from a thread of its own. A rank
-that has marked nothing new within the time-out prints the Python stack of each of its threads, reads from torch's flight recorder
-which collective it waits in, gathers what the others say of themselves, prints that, and ends its process: whoever started the
-ranks may start them again.
+Every rank marks its progress (:meth:`Watchdog.at`). A thread of its own publishes the last mark through the store. A rank that
+has set no mark within the time-out prints the Python stack of each of its threads, reads from torch's flight recorder which
+collective it waits in, gathers the accounts of the other ranks, prints them, and ends its process. The launcher may then start
+the ranks again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from tulu_mega.distributed import topology
-from tulu_mega.launch import launcher
+from tulu_mega.launch import reporting
 from tulu_mega.resilience import hang_report
 from tulu_mega.resilience.hang_report import Account
 
 STATUS = 124
-"""Exit status of a rank that was ended, that of timeout(1)."""
+"""Exit status of a rank that the watchdog ended: the status of timeout(1)."""
 
 
 class Watchdog:
@@ -60,14 +60,14 @@ class Watchdog:
             self._thread.join()
 
     def step(self, number: int) -> None:
-        """A step begins (from 1); what follows is part of it."""
+        """Mark that a step (from 1) begins; later marks are part of it."""
         self._prefix = f"step {number}: "
         self.at("data")
 
     def at(self, what: str) -> None:
-        """This rank makes progress, and is about something new."""
+        """Mark that this rank makes progress and begins something new."""
         self._what, self._marked = what, time.monotonic()
-        if self._thread:  # where a thread holds Python's lock and never gives it back, this one in C still ends the process
+        if self._thread:  # if a thread never gives Python's lock back, this timer in C still ends the process
             faulthandler.dump_traceback_later(2 * self._timeout + 60, exit=True)
 
     def _watch(self) -> None:
@@ -75,7 +75,7 @@ class Watchdog:
             idle = time.monotonic() - self._marked
             if idle > self._timeout:
                 self._end(idle)
-            with contextlib.suppress(Exception):  # a store that is gone is no reason to disturb the run
+            with contextlib.suppress(Exception):  # a lost store must not disturb the run
                 self._tell(self._account())
 
     def _account(self) -> Account:
@@ -94,7 +94,7 @@ class Watchdog:
         lines = _within(4 * self._interval + 20, lambda: self._gathered(stuck))
         for line in lines:
             self._say(line)
-        launcher.record_crash(TimeoutError("; ".join(["the run hung", *lines])))
+        reporting.record_crash(TimeoutError("; ".join(["the run hung", *lines])))
         sys.stderr.flush()
         os._exit(STATUS)
 
@@ -102,7 +102,7 @@ class Watchdog:
         waits, begun = hang_report.collectives(topology.recorded_collectives(), topology.groups())
         stuck = dataclasses.replace(stuck, waits=waits, begun=begun)
         first = self._accounts()
-        end = time.monotonic() + 2 * self._interval + 1  # a rank that runs is heard of meanwhile
+        end = time.monotonic() + 2 * self._interval + 1  # a running rank beats within this time
         while True:
             stuck = dataclasses.replace(stuck, beat=stuck.beat + 1)
             self._tell(stuck)
@@ -124,7 +124,7 @@ class Watchdog:
 
 
 def _within(seconds: float, work: Callable[[], list[str]]) -> list[str]:
-    """What the work gives, which may hang or fail: it is done in a thread that is not waited for any longer than that."""
+    """Return the result of work that may hang or fail: it runs in a thread that is waited for this long at most."""
     lines = [f"the other ranks could not be asked within {seconds:.0f} s"]
 
     def attempt() -> None:

@@ -3,6 +3,6 @@
 from tulu_mega.rewards.pool import VerifierPool
 from tulu_mega.rewards.registry import Judge, RewardSpec, check_rows
 from tulu_mega.rewards.sandbox import CodeLimits
-from tulu_mega.rewards.verdict import Sample, Verdict, Verifier
+from tulu_mega.rewards.verdict import Verdict, Verifier, VerifierInput
 
-__all__ = ["CodeLimits", "Judge", "RewardSpec", "Sample", "Verdict", "Verifier", "VerifierPool", "check_rows"]
+__all__ = ["CodeLimits", "Judge", "RewardSpec", "Verdict", "Verifier", "VerifierInput", "VerifierPool", "check_rows"]

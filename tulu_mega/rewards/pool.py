@@ -17,7 +17,7 @@ from typing import Any
 from tulu_mega.errors import UserError
 from tulu_mega.rewards.registry import DEFAULT_SPEC, Judge, RewardSpec
 from tulu_mega.rewards.sandbox import SLACK_S
-from tulu_mega.rewards.verdict import Sample, Verdict
+from tulu_mega.rewards.verdict import Verdict, VerifierInput
 
 _START_S = 120.0
 
@@ -30,7 +30,7 @@ class VerifierPool:
     on the number of workers or on which of them judged.
 
     >>> with VerifierPool(names=["gsm8k"], workers=1) as pool:
-    ...     [verdict.score for verdict in pool.judge([Sample("It is 4.", "gsm8k", "4"), Sample("", "gsm8k", "4")])]
+    ...     [verdict.score for verdict in pool.judge([VerifierInput("It is 4.", "gsm8k", "4"), VerifierInput("", "gsm8k", "4")])]
     [1.0, 0.0]
 
     Workers are fresh Python interpreters, not forks: safe beside threads and CUDA, and they import no torch.
@@ -78,11 +78,11 @@ class VerifierPool:
             self.close()
             raise
 
-    def submit(self, sample: Sample) -> Future[Verdict]:
+    def submit(self, sample: VerifierInput) -> Future[Verdict]:
         """Queues a sample. The future gives its verdict and never an exception; ``asyncio.wrap_future`` makes it awaitable."""
         return self._threads.submit(self._judge, sample)
 
-    def judge(self, samples: Iterable[Sample]) -> list[Verdict]:
+    def judge(self, samples: Iterable[VerifierInput]) -> list[Verdict]:
         """The verdicts of the samples, in their order."""
         return [future.result() for future in [self.submit(sample) for sample in samples]]
 
@@ -101,7 +101,7 @@ class VerifierPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _judge(self, sample: Sample) -> Verdict:
+    def _judge(self, sample: VerifierInput) -> Verdict:
         worker = self._idle.get()
         try:
             return worker.ask(sample)
@@ -151,7 +151,7 @@ class _Worker:
             raise UserError(answer["problems"])
         self._ready = True
 
-    def ask(self, sample: Sample) -> Verdict:
+    def ask(self, sample: VerifierInput) -> Verdict:
         try:
             question = json.dumps(sample.as_dict(), allow_nan=False)
         except (TypeError, ValueError) as error:

@@ -5,26 +5,19 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tulu_mega.errors import UserError, nearest
+from tulu_mega.rewards import verifiers
 from tulu_mega.rewards.custom import load_custom
 from tulu_mega.rewards.sandbox import CodeLimits
-from tulu_mega.rewards.verdict import Sample, Verdict, Verifier
+from tulu_mega.rewards.verdict import Verdict, Verifier, VerifierInput
 
-# Name -> module and class, imported when the name is first used: sympy and langdetect cost a second each.
-BUILT_IN = {
-    "gsm8k": ("gsm8k", "Gsm8k"),
-    "last_number": ("gsm8k", "LastNumber"),
-    "math": ("math_answer", "MathAnswer"),
-    "ifeval": ("ifeval", "IfEval"),
-    "ifeval_2024": ("ifeval", "IfEval2024"),
-    "exact_match": ("matching", "ExactMatch"),
-    "format": ("matching", "Format"),
-    "python_code": ("python_code", "PythonCode"),
-}
+BUILT_IN = tuple(sorted(module.name for module in pkgutil.iter_modules(verifiers.__path__)))
+"""The names of the built-in verifiers: the files of :mod:`tulu_mega.rewards.verifiers`."""
 ALIASES = {
     "gsm": "gsm8k",
     "rlvr-gsm": "gsm8k",
@@ -110,8 +103,7 @@ class Judge:
         """
         key = self.resolve(name)
         if key not in self._loaded:
-            module, attribute = BUILT_IN[key]
-            kind: Callable[..., Verifier] = getattr(importlib.import_module(f"tulu_mega.rewards.{module}"), attribute)
+            kind: Callable[..., Verifier] = importlib.import_module(f"{verifiers.__name__}.{key}").VERIFIER
             self._loaded[key] = kind(self.spec.code) if key == "python_code" else kind()
         return self._loaded[key]
 
@@ -135,7 +127,7 @@ class Judge:
                 problems.append(f"ground_truth for {name!r}: {error}")
         return problems
 
-    def __call__(self, sample: Sample) -> Verdict:
+    def __call__(self, sample: VerifierInput) -> Verdict:
         """Judges a sample; what a verifier raises becomes the verdict's error.
 
         With several verifiers the score is the sum of weight times score, and one that fails makes the whole sample an error.
@@ -155,7 +147,7 @@ class Judge:
             details.append(verdict.detail if len(pairs) == 1 else f"{name}: {verdict.detail}")
         return Verdict(total, "; ".join(details), parts=parts)
 
-    def _one(self, name: str, sample: Sample, ground_truth: Any) -> Verdict:
+    def _one(self, name: str, sample: VerifierInput, ground_truth: Any) -> Verdict:
         try:
             verdict = self.verifier(name)(sample.response, ground_truth, messages=sample.messages)
         except Exception as error:  # whatever it is, it is about the verifier and not about the response

@@ -41,11 +41,11 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One response to be judged; all fields are plain JSON values, for they cross to a worker process.
+class VerifierInput:
+    """What a verifier reads: a response as text, and what its row says. Plain JSON values: they cross to a worker process.
 
-    >>> Sample("The answer is 1,200.", "gsm8k", "1200")
-    Sample(response='The answer is 1,200.', dataset='gsm8k', ground_truth='1200', messages=None)
+    >>> VerifierInput("The answer is 1,200.", "gsm8k", "1200")
+    VerifierInput(response='The answer is 1,200.', dataset='gsm8k', ground_truth='1200', messages=None)
     """
 
     response: str
@@ -75,3 +75,9 @@ class Verifier(Protocol):
     def __call__(self, response: str, ground_truth: Any, *, messages: Messages | None = None) -> Verdict:
         """Judges one response against a ground truth that :meth:`check` accepts."""
         ...
+
+
+def shortened(value: Any) -> str:
+    """A value for people, of at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -14,7 +14,7 @@ from typing import Any
 
 from tulu_mega.errors import UserError
 from tulu_mega.rewards.registry import Judge, RewardSpec
-from tulu_mega.rewards.verdict import Sample
+from tulu_mega.rewards.verdict import VerifierInput
 
 _MEGABYTE = 1 << 20
 _GRACE_S = 5.0
@@ -46,7 +46,7 @@ def main() -> None:
     for line in questions:
         # Without a parent there is nobody to end a verifier that hangs: the alarm does.
         signal.setitimer(signal.ITIMER_REAL, setup["timeout_s"] + _GRACE_S)
-        verdict = judge(Sample(**json.loads(line)))
+        verdict = judge(VerifierInput(**json.loads(line)))
         signal.setitimer(signal.ITIMER_REAL, 0)
         bloated = _peak_bytes() > limit / 2
         answer({"verdict": vars(verdict), "leaving": bloated})

@@ -1,40 +1,37 @@
-"""Sampled responses as the packed mini-batches that a policy learns from."""
+"""Packs responses into the mini-batches that a policy learns from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Series
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from tulu_mega.data.batch import by_token, pack_families
-from tulu_mega.data.prefix_sharing import plan_families
+from tulu_mega.data.batch import by_token, pack_prefix_groups
+from tulu_mega.data.prefix_sharing import plan_prefix_groups
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
-from tulu_mega.records import IGNORE, PackedBatch, Sequence
+from tulu_mega.records import PackedBatch, Response, TokenizedRow
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.scoring import flops_of
 
 
 @dataclass(frozen=True)
-class Response:
-    """What training needs of a response."""
+class TrainedResponse:
+    """A response that a step trains on."""
 
     number: int
-    """of the response in its step"""
-    prompt_ids: list[int]
-    response_ids: list[int]
-    sampler_logp: list[float]
+    """number of the response among all those of the step"""
+    response: Response
     advantage: float
 
     @property
-    def sequence(self) -> Sequence:
-        """Prompt and response, of which the response is trained."""
-        return Sequence(self.number, self.prompt_ids + self.response_ids, [IGNORE] * len(self.prompt_ids) + self.response_ids)
+    def sequence(self) -> TokenizedRow:
+        """The row that is packed: all tokens, of which those of trained segments are trained."""
+        return TokenizedRow(self.number, self.response.token_ids, self.response.labels)
 
 
-def split(groups: Series[Series[Response]], parts: int) -> list[list[Response]]:
-    """Whole groups to mini-batches of about as many, in their order; fewer mini-batches where there are fewer groups."""
+def split(groups: Sequence[Sequence[TrainedResponse]], parts: int) -> list[list[TrainedResponse]]:
+    """Whole groups in mini-batches of about as many groups each, in order; fewer mini-batches where there are fewer groups."""
     parts = min(parts, len(groups))
     bounds = [len(groups) * part // parts for part in range(parts + 1)]
     return [[response for group in groups[a:b] for response in group] for a, b in zip(bounds, bounds[1:], strict=False)]
@@ -42,66 +39,67 @@ def split(groups: Series[Series[Response]], parts: int) -> list[list[Response]]:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """What one optimizer step is made of, as a data-parallel rank has it."""
+    """A data-parallel rank's share of one optimizer step."""
 
     packs: list[PackedBatch]
-    """its micro-batches"""
+    """the micro-batches"""
     own_tokens: int
-    """tokens of these without padding"""
+    """tokens of the packs without padding"""
     repeated: list[int]
-    """lengths of the prompts, on all ranks, that others in the same pack were spared by having them already"""
+    """lengths of the prefixes that were left out, on all ranks, because a neighbour in the pack has them already"""
 
 
-def packed(engine: Engine, responses: Series[Response], capacity: int, share: bool = True) -> MiniBatch:
-    """A mini-batch in packs, with what each token was sampled with and its advantage.
+def packed(engine: Engine, responses: Sequence[TrainedResponse], capacity: int, share: bool = True) -> MiniBatch:
+    """A mini-batch in packs, with the sampler's log-probability of each trained token and its advantage.
 
     Args:
         responses: the same on every rank.
         capacity: tokens a packed micro-batch may hold.
-        share: whether neighbours with the same prompt have its tokens once, where the engine takes such packs.
+        share: whether the tokens of a prompt come once for neighbours that have it in common, where the engine takes such
+            packs.
     """
     share = share and engine.whole_packs
     align, pipeline = pack_alignment(engine.settings), pipeline_of(engine.hf.to_dict(), engine.settings)
     sequences = [response.sequence for response in responses]
-    plan = plan_families(sequences, engine.topology.data, capacity, align, flops_of(engine.hf), pipeline, share)
-    logp = {response.number: response.sampler_logp for response in responses}
-    advantages = {response.number: [response.advantage] * len(response.response_ids) for response in responses}
+    plan = plan_prefix_groups(sequences, engine.topology.data, capacity, align, flops_of(engine.hf), pipeline, share)
+    logp = {one.number: one.response.sampler_logp for one in responses}
+    advantages = {one.number: [one.advantage] * one.response.num_trained for one in responses}
     own = plan[engine.topology.data_rank]
-    packs = [pack_families(families, align) for families in own]
+    packs = [pack_prefix_groups(groups, align) for groups in own]
     return MiniBatch(
-        [replace(pack, sampler_logp_T=by_token(pack, logp), advantages_T=by_token(pack, advantages)) for pack in packs],
-        sum(family.size for families in own for family in families),
-        [each.shared for rank in plan for families in rank for each in families for _ in each.sequences[1:]],
+        [pack.with_columns(sampler_logp_T=by_token(pack, logp), advantages_T=by_token(pack, advantages)) for pack in packs],
+        sum(group.size for groups in own for group in groups),
+        [group.shared for rank in plan for groups in rank for group in groups for _ in group.sequences[1:]],
     )
 
 
 def scored(engine: Engine, batches: list[PackedBatch], column: str) -> list[PackedBatch]:
-    """The same packs with a model's log-probabilities, computed as training will: equal weights give equal bits.
+    """The same packs with a model's log-probabilities, computed as in training: equal weights give equal bits.
 
     Args:
-        column: the field of :class:`PackedBatch` to fill. Ranks that see no log-probabilities leave it empty: nobody reads it.
+        column: the column of :class:`PackedBatch` to add. Ranks that see no log-probabilities do without: nobody reads it there.
     """
     return with_column(batches, column, engine.score(batches))
 
 
-def with_column(batches: list[PackedBatch], column: str, found: Series[Tensor]) -> list[PackedBatch]:
-    """The same packs with a field filled; as they are where nothing was found.
+def with_column(batches: list[PackedBatch], column: str, found: Sequence[Tensor]) -> list[PackedBatch]:
+    """The same packs with a further column; unchanged where nothing was found.
 
     Args:
-        found: [T] of each pack, or none at all.
+        found: a tensor [T] for each pack, or none at all.
     """
-    return [replace(batch, **{column: each_T.cpu()}) for batch, each_T in zip(batches, found, strict=True)] if found else batches
+    return [batch.with_columns(**{column: each.cpu()}) for batch, each in zip(batches, found, strict=True)] if found else batches
 
 
 def differences(batches: Iterable[PackedBatch]) -> dict[int, tuple[float, float]]:
-    """By response: mean and largest |log-probability by the sampler less that by the trainer's same weights|.
+    """Mean and largest |sampler's log-probability - trainer's by the same weights| of each response, by its number.
 
     Args:
-        batches: whole packs with ``old_logp_T``.
+        batches: whole packs with the columns ``sampler_logp_T`` and ``old_logp_T``.
     """
     found = {}
     for batch in batches:
-        apart_T = (batch.sampler_logp_T - batch.old_logp_T).abs()
+        apart_T = (batch.column("sampler_logp_T") - batch.column("old_logp_T")).abs()
         for segment, number in enumerate(batch.rows_S.tolist()):
             if number >= 0:
                 apart = apart_T[(batch.segments_T == segment) & batch.loss_mask_T]

@@ -13,9 +13,10 @@ from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import ask_restart, attached
 from tulu_mega.inference.client import RolloutClient
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.records import Rollout
+from tulu_mega.records import Response
+from tulu_mega.weight_transfer.attach import Connection
+from tulu_mega.weight_transfer.push import SyncReport, push
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
-from tulu_mega.weight_transfer.transfer import SyncReport, WeightSync
 
 
 class Fleet:
@@ -25,19 +26,17 @@ class Fleet:
         connect: makes the connection to servers; every rank calls it.
         settings: of the rollouts.
         run_dir: where the launcher says which servers there are.
-        repair: on rank 0, has every rank call :meth:`push` while the others wait for what rank 0 says.
     """
 
     def __init__(
         self,
-        connect: Callable[[list[ServerAddress]], WeightSync],
+        connect: Callable[[list[ServerAddress]], Connection],
         settings: RolloutSettings,
         run_dir: Path,
-        repair: Callable[[int], SyncReport],
     ):
-        self._connect, self._settings, self._run_dir, self._repair = connect, settings, run_dir, repair
+        self._connect, self._settings, self._run_dir = connect, settings, run_dir
         self._addresses: list[ServerAddress] = []
-        self._sync: WeightSync | None = None
+        self._connection: Connection | None = None
         self._client: RolloutClient | None = None
 
     def __enter__(self) -> Fleet:
@@ -54,7 +53,7 @@ class Fleet:
         """
         for _ in range(self._settings.restarts + 1):
             self._reconnect()
-            report = self._sync.push(version)
+            report = push(self._connection, version)
             if not report.failed:
                 return report
             self._mark("having servers started again")
@@ -65,35 +64,10 @@ class Fleet:
             f"attempts: {'; '.join(report.failed.values())}; see the servers' logs"
         )
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        version: int,
-        numbers: Sequence[int] | None = None,
-        done: Callable[[int, list[Rollout]], None] | None = None,
-    ) -> list[list[Rollout]]:
-        """Rank 0: as :meth:`RolloutClient.generate`; where no server is left to answer, they are started again and asked anew.
-
-        Raises:
-            UserError: they fail each time, or are not ours to start again.
-        """
-        for attempt in range(self._settings.restarts + 1):
-            try:
-                return self._client.generate(prompts, sampling, version, numbers, done)
-            except ServerFailure as failure:
-                if attempt == self._settings.restarts:
-                    raise UserError(f"{failure}; it failed {attempt + 1} times, see the servers' logs") from None
-                self._mark("having servers started again")
-                self._restart({failure.url: failure.reason})
-                self._repair(version)
-                self._mark("generation")
-        raise AssertionError("unreachable")
-
     def _mark(self, what: str) -> None:
         """For the watchdog: each of these may take as long as a time-out of its own."""
-        if self._sync is not None:
-            self._sync.at(what)
+        if self._connection is not None:
+            self._connection.sender.at(what)
 
     def _restart(self, failed: dict[str, str]) -> None:
         for address in self._addresses:
@@ -104,16 +78,54 @@ class Fleet:
     def _reconnect(self) -> None:
         """Follows the servers where they are now."""
         addresses = awaited_from_lead(attached(self._settings, self._run_dir) if dist.get_rank() == 0 else [])
-        if self._sync is not None and addresses == self._addresses:
+        if self._connection is not None and addresses == self._addresses:
             return
         self._disconnect()
         self._addresses = addresses
-        self._sync = self._connect(self._addresses)
+        self._connection = self._connect(self._addresses)
         if dist.get_rank() == 0:
             self._client = RolloutClient(self._addresses, self._settings)
 
     def _disconnect(self) -> None:
-        for each in (self._sync, self._client):
+        for each in (self._connection, self._client):
             if each is not None:
                 each.close()
-        self._sync = self._client = None
+        self._connection = self._client = None
+
+
+class FleetClient:
+    """Rank 0's way to have a fleet's servers answer prompts.
+
+    Args:
+        fleet: the servers.
+        repair: has every rank call :meth:`Fleet.push`, with the version of the weights, while the others wait for rank 0.
+    """
+
+    def __init__(self, fleet: Fleet, repair: Callable[[int], SyncReport]):
+        self._fleet, self._repair = fleet, repair
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        version: int,
+        numbers: Sequence[int] | None = None,
+        done: Callable[[int, list[Response]], None] | None = None,
+    ) -> list[list[Response]]:
+        """As :meth:`RolloutClient.generate`; where no server is left to answer, they are started again and asked anew.
+
+        Raises:
+            UserError: they fail each time, or are not ours to start again.
+        """
+        fleet = self._fleet
+        for attempt in range(fleet._settings.restarts + 1):
+            try:
+                return fleet._client.generate(prompts, sampling, version, numbers, done)
+            except ServerFailure as failure:
+                if attempt == fleet._settings.restarts:
+                    raise UserError(f"{failure}; it failed {attempt + 1} times, see the servers' logs") from None
+                fleet._mark("having servers started again")
+                fleet._restart({failure.url: failure.reason})
+                self._repair(version)
+                fleet._mark("generation")
+        raise AssertionError("unreachable")

@@ -1,4 +1,4 @@
-"""What was said and what it earned: RUN_DIR/rollouts/*.jsonl, one object a response."""
+"""Writes responses and their rewards: RUN_DIR/rollouts/*.jsonl, one object a response."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.data.prompts import Prompt
-from tulu_mega.rl.judging import Judged
+from tulu_mega.rl.judging import JudgedResponse
 from tulu_mega.rl.scheduler import Evaluation, StepRollouts
 
 FOLDER = "rollouts"
@@ -17,17 +17,17 @@ Differences = Mapping[tuple[int, int], tuple[float, float]]
 
 
 def rollouts_file(run_dir: Path, step: int) -> Path:
-    """Of a step, counted from 1."""
+    """The file of a step, counted from 1."""
     return run_dir / FOLDER / f"step_{step:06}.jsonl"
 
 
 def evaluation_file(run_dir: Path, step: int) -> Path:
-    """Of the held-out prompts after so many steps."""
+    """The file of the responses to the held-out prompts after so many steps."""
     return run_dir / FOLDER / f"heldout_{step:06}.jsonl"
 
 
 def write_rollouts(run_dir: Path, step: int, rollouts: StepRollouts, differences: Differences) -> None:
-    """All responses of a step, also those that are not trained on, in the order of their prompts' places."""
+    """Write all responses of a step, including those that are not trained on, in the order of their prompts' places."""
     trained = {group.place for group in rollouts.groups}
     groups = sorted([*rollouts.groups, *rollouts.left_out], key=lambda group: group.place)
     _write(
@@ -36,10 +36,10 @@ def write_rollouts(run_dir: Path, step: int, rollouts: StepRollouts, differences
             {
                 "place": group.place,
                 "sample": number,
-                **_said(group.prompt, one),
+                **_line(group.prompt, one),
                 "advantage": advantage,
                 "trained": group.place in trained and group.advantages.trained[number],
-                **_apart(differences.get((group.place, number))),
+                **_difference(differences.get((group.place, number))),
             }
             for group in groups
             for number, (one, advantage) in enumerate(zip(group.judged, group.advantages.advantages, strict=True))
@@ -48,21 +48,21 @@ def write_rollouts(run_dir: Path, step: int, rollouts: StepRollouts, differences
 
 
 def write_evaluation(run_dir: Path, step: int, evaluation: Evaluation) -> None:
-    """The answers to the held-out prompts, in their order."""
+    """Write the responses to the held-out prompts, in the prompts' order."""
     pairs = zip(evaluation.prompts.prompts, evaluation.judged, strict=True)
-    _write(evaluation_file(run_dir, step), (_said(prompt, one) for prompt, one in pairs))
+    _write(evaluation_file(run_dir, step), (_line(prompt, one) for prompt, one in pairs))
 
 
-def _said(prompt: Prompt, one: Judged) -> dict[str, Any]:
-    rollout, verdict = one.rollout, one.verdict
-    versions = sorted(set(rollout.versions))
+def _line(prompt: Prompt, one: JudgedResponse) -> dict[str, Any]:
+    response, verdict = one.response, one.verdict
+    versions = sorted(set(response.versions))
     return {
         "messages": prompt.messages,
         "ground_truth": prompt.ground_truth,
         "dataset": prompt.dataset,
         "response": one.text,
-        "tokens": len(rollout.response_ids),
-        "finish_reason": rollout.finish_reason,
+        "tokens": response.num_trained,
+        "finish_reason": response.finish_reason,
         "reward": one.reward,
         "scores": verdict.parts,
         **({"detail": verdict.detail} if verdict.detail else {}),
@@ -72,7 +72,7 @@ def _said(prompt: Prompt, one: Judged) -> dict[str, Any]:
     }
 
 
-def _apart(difference: tuple[float, float] | None) -> dict[str, float]:
+def _difference(difference: tuple[float, float] | None) -> dict[str, float]:
     return {} if difference is None else {"logp_difference_mean": difference[0], "logp_difference_max": difference[1]}
 
 

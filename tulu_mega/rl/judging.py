@@ -1,4 +1,4 @@
-"""What responses earn: verifiers by each row's ``dataset`` column, and a reward model where one is named."""
+"""Rewards of responses: from the verifiers that each row's ``dataset`` column names, and from a reward model if there is one."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING
 
 from tulu_mega.config import RewardSettings
 from tulu_mega.data.prompts import Prompt
-from tulu_mega.records import Rollout
+from tulu_mega.records import Response
 from tulu_mega.rewards.pool import VerifierPool
 from tulu_mega.rewards.registry import RewardSpec
-from tulu_mega.rewards.verdict import Sample, Verdict
+from tulu_mega.rewards.verdict import Verdict, VerifierInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ModelScores = Callable[[Sequence[Rollout]], list[float]]
+ModelScores = Callable[[Sequence[Response]], list[float]]
 """A reward model's score of each response."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A response and what it earned."""
+class JudgedResponse:
+    """A response and its reward."""
 
-    rollout: Rollout
+    response: Response
     text: str
-    """what the verifiers read: special tokens left out"""
+    """what the verifiers read: the last answer, without special tokens"""
     verdict: Verdict
     reward: float | None
     """``scale`` times the verifiers' sum, plus the weighted score of the reward model; None where a verifier failed"""
@@ -40,7 +40,7 @@ class Judged:
 
 
 def reward_spec(settings: RewardSettings) -> RewardSpec:
-    """The verifiers' part of the settings."""
+    """The part of the settings that verifiers need."""
     return RewardSpec(weights=dict(settings.weights), custom=dict(settings.custom), aliases=dict(settings.aliases))
 
 
@@ -48,13 +48,13 @@ class Rewards:
     """Verifier processes that work while other responses are still being generated. A context manager.
 
     Args:
-        settings: of the rewards.
-        names: verifiers that the rows need.
-        tokenizer: makes responses text again, for verifiers.
+        settings: the run's section ``[rewards]``.
+        names: the verifiers that the rows need.
+        tokenizer: decodes responses for the verifiers, which read text.
         model_scores: the reward model, if there is one.
 
     Raises:
-        UserError: the settings name what is not there.
+        UserError: the settings name a verifier that does not exist.
     """
 
     def __init__(
@@ -73,38 +73,38 @@ class Rewards:
     def __exit__(self, *_: object) -> None:
         self._pool.close()
 
-    def begin(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Future[Verdict]]:
-        """Queues the responses to a prompt; from any thread."""
+    def begin(self, prompt: Prompt, responses: Sequence[Response]) -> list[Future[Verdict]]:
+        """Queue the responses to a prompt for its verifiers. Any thread may call this."""
         return [
-            self._pool.submit(Sample(self._text(rollout), prompt.dataset, prompt.ground_truth, prompt.messages))
-            for rollout in rollouts
+            self._pool.submit(VerifierInput(self._text(response), prompt.dataset, prompt.ground_truth, prompt.messages))
+            for response in responses
         ]
 
     def finish(
-        self, groups: Sequence[Sequence[Rollout]], verdicts: Sequence[Sequence[Future[Verdict]]], greedy: bool = False
-    ) -> list[list[Judged]]:
-        """Waits for the verdicts (each within its time-out) and adds them up.
+        self, groups: Sequence[Sequence[Response]], verdicts: Sequence[Sequence[Future[Verdict]]], greedy: bool = False
+    ) -> list[list[JudgedResponse]]:
+        """Wait for the verdicts, each of which comes within its time-out, and compute the rewards.
 
         Args:
             groups: the responses to each prompt.
-            verdicts: what :meth:`begin` gave for them.
-            greedy: leave the reward model aside.
+            verdicts: what :meth:`begin` returned for them.
+            greedy: leave the reward model out.
         """
-        flat = [rollout for group in groups for rollout in group]
+        flat = [response for group in groups for response in group]
         scores: Sequence[float | None] = [None] * len(flat)
         if self._model_scores and not greedy:
             scores = self._model_scores(flat)
         score = iter(scores)
         return [
-            [self._judged(rollout, future.result(), next(score)) for rollout, future in zip(group, futures, strict=True)]
+            [self._judged(response, future.result(), next(score)) for response, future in zip(group, futures, strict=True)]
             for group, futures in zip(groups, verdicts, strict=True)
         ]
 
-    def _judged(self, rollout: Rollout, verdict: Verdict, model_score: float | None) -> Judged:
+    def _judged(self, response: Response, verdict: Verdict, model_score: float | None) -> JudgedResponse:
         reward = None if verdict.score is None else self._settings.scale * verdict.score
         if reward is not None and model_score is not None:
             reward += self._settings.model_weight * model_score
-        return Judged(rollout, self._text(rollout), verdict, reward, model_score)
+        return JudgedResponse(response, self._text(response), verdict, reward, model_score)
 
-    def _text(self, rollout: Rollout) -> str:
-        return self._tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+    def _text(self, response: Response) -> str:
+        return self._tokenizer.decode(response.last_answer, skip_special_tokens=True)

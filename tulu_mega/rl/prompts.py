@@ -1,4 +1,4 @@
-"""The prompts of a run, read and checked: what can be rendered, judged and answered within the model's length."""
+"""Reads and checks the prompts of a run: each can be rendered, judged, and answered within the model's length."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ REJECTS = "rejects.jsonl"
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a run asks."""
+    """The prompts of a run."""
 
     train: PromptSet
     heldout: PromptSet | None
     tokenizer: PreTrainedTokenizerFast
     verifiers: list[str]
-    """that the rows need"""
+    """names of the verifiers that the rows need"""
     rejects: Path
-    """the file that lists the rows which are not used"""
+    """file that lists the rows which are not used"""
 
 
 def read(settings: GrpoSettings) -> Prompts:
-    """
+    """Read the rows that `data.train` and `heldout.data` name.
+
     Raises:
-        UserError: with everything that is wrong with data, verifiers and tokenizer, by file and line.
+        UserError: all problems of data, verifiers and tokenizer, by file and line.
     """
     data, problems = settings.data, []
     tokenizer = load_tokenizer(settings.model.path, data.tokenizer, data.template, settings.model.trust_remote_code)
@@ -67,7 +68,7 @@ def read(settings: GrpoSettings) -> Prompts:
 
 
 def write_rejects(prompts: Prompts) -> None:
-    """The rows that are not used, with the reason."""
+    """Write the rows that are not used, with the reason for each, to :attr:`Prompts.rejects`."""
     prompts.rejects.parent.mkdir(parents=True, exist_ok=True)
     lines = [*prompts.train.rejects, *(prompts.heldout.rejects if prompts.heldout else ())]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

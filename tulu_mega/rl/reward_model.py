@@ -1,33 +1,30 @@
-"""A reward model's scores of responses, by the engine and under the layout of the policy."""
+"""Scores of responses by a reward model, which runs on an engine of its own in the policy's layout."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Series
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from tulu_mega.records import PackedBatch, Rollout, Sequence
+from tulu_mega.records import PackedBatch, Response, TokenizedRow
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.scoring import score_rows
 
 
 class RewardModelScores:
-    """Scores whole conversations, prompt and response, at the response's last token.
+    """Scores whole conversations, from the prompt on, at the response's last token.
 
     Args:
-        engine: of a reward model whose tokens are the policy's.
+        engine: the engine of a reward model that has the policy's tokenizer.
         capacity: tokens a packed micro-batch may hold.
     """
 
     def __init__(self, engine: Engine, capacity: int):
         self._engine, self._capacity = engine, capacity
 
-    def __call__(self, rollouts: Series[Rollout]) -> list[float]:
-        """Every rank calls it with the same responses; rank 0 gets the scores, the others nothing."""
-        sequences = [
-            Sequence(number, ids, ids)
-            for number, ids in enumerate(rollout.prompt_ids + rollout.response_ids for rollout in rollouts)
-        ]
+    def __call__(self, responses: Sequence[Response]) -> list[float]:
+        """Score responses: on rank 0 a score each, on other ranks nothing. Every rank calls this with the same responses."""
+        sequences = [TokenizedRow(number, ids, ids) for number, ids in enumerate(response.token_ids for response in responses)]
         found = score_rows(self._engine, sequences, self._capacity, _at_the_end)
         return [found[number] for number in range(len(found))]
 

@@ -1,4 +1,4 @@
-"""Which prompts are asked when, and which of their responses are trained on. Rank 0 only."""
+"""Draws prompts, has them answered and judged, and decides which responses a step trains on. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from tulu_mega.config import GrpoSettings
 from tulu_mega.data.prompts import Prompt, PromptSet, PromptStream
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.objectives.advantages import GroupAdvantages, group_advantages
-from tulu_mega.records import Rollout
+from tulu_mega.objectives.advantages import AdvantageEstimator, GroupAdvantages, penalised
+from tulu_mega.records import Response
 from tulu_mega.rewards.verdict import Verdict
-from tulu_mega.rl.judging import Judged, Rewards
+from tulu_mega.rl.judging import JudgedResponse, Rewards
 
-Done = Callable[[int, list[Rollout]], None]
-Overlong = Literal["keep", "mask", "penalise"]
+Done = Callable[[int, list[Response]], None]
 
 
 class Generates(Protocol):
-    """What answers prompts, such as :class:`tulu_mega.inference.client.RolloutClient`."""
+    """Answers prompts, as :class:`tulu_mega.inference.client.RolloutClient` does."""
 
     def generate(
         self,
@@ -31,51 +30,51 @@ class Generates(Protocol):
         version: int,
         numbers: Sequence[int] | None = None,
         done: Done | None = None,
-    ) -> list[list[Rollout]]: ...
+    ) -> list[list[Response]]: ...
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt, the responses to it and what they are worth."""
+    """A prompt, the responses to it and their advantages."""
 
     place: int
-    """in the stream of prompts"""
+    """the prompt's index in the stream of prompts"""
     prompt: Prompt
-    judged: list[Judged]
+    judged: list[JudgedResponse]
     advantages: GroupAdvantages
 
 
 @dataclass
 class StepRollouts:
-    """What a step trains on, and what it took to get it."""
+    """The responses of a step, and the time they took."""
 
     version: int
-    """of the weights that answered"""
+    """version of the weights that answered"""
     groups: list[Group] = field(default_factory=list)
-    """those that are trained on, in the order of the stream"""
+    """the groups that are trained on, in the order of the stream"""
     left_out: list[Group] = field(default_factory=list)
-    """those that nothing can be learned from"""
+    """the groups that nothing can be learned from"""
     generating: float = 0.0
-    """seconds"""
+    """seconds that the servers took"""
     judging: float = 0.0
-    """seconds that verifiers and reward model took beyond those"""
+    """seconds that verifiers and reward model took after the servers had answered"""
     rounds: int = 0
-    """times that prompts were asked: 1, and the refills"""
+    """times that prompts were asked: once, and once for each refill"""
 
     def figures(self) -> dict[str, float]:
-        """Over all responses of the step, also those that are not trained on."""
+        """Metrics of all responses of the step, including those that are not trained on; lengths count trained tokens."""
         groups = [*self.groups, *self.left_out]
         every = [one for group in groups for one in group.judged]
         valid = [one for one in every if one.verdict.score is not None]
         rewards = [reward for group in groups for reward in group.advantages.rewards if reward is not None]
-        lengths = [len(one.rollout.response_ids) for one in every]
+        lengths = [one.response.num_trained for one in every]
         tokens = sum(lengths)
         return {
             "reward": _mean(rewards),
             "solve_rate": _mean(float(one.solved) for one in valid),
             "response_length": _mean(lengths),
             "response_length_max": max(lengths, default=0),
-            "truncated": _mean(float(one.rollout.finish_reason == "length") for one in every),
+            "truncated": _mean(float(one.response.finish_reason == "length") for one in every),
             "verifier_failures": len(every) - len(valid),
             "responses": len(every),
             "groups": len(self.groups),
@@ -90,40 +89,37 @@ class StepRollouts:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Greedy answers to held-out prompts."""
+    """The most probable responses to held-out prompts."""
 
     prompts: PromptSet
-    judged: list[Judged]
+    judged: list[JudgedResponse]
 
     def figures(self) -> dict[str, float]:
-        """Mean score and share solved, of what could be judged; lengths and truncation of all."""
+        """Mean score and share solved of the responses that could be judged; lengths and truncation of all."""
         valid = [one for one in self.judged if one.verdict.score is not None]
         return {
             "heldout_score": _mean(one.verdict.score for one in valid),
             "heldout_solve_rate": _mean(float(one.solved) for one in valid),
-            "heldout_length": _mean(len(one.rollout.response_ids) for one in self.judged),
-            "heldout_truncated": _mean(float(one.rollout.finish_reason == "length") for one in self.judged),
+            "heldout_length": _mean(one.response.num_trained for one in self.judged),
+            "heldout_truncated": _mean(float(one.response.finish_reason == "length") for one in self.judged),
             "heldout_verifier_failures": len(self.judged) - len(valid),
         }
 
 
 class Scheduler:
-    """Synchronous: every response of a step is of the weights that the step begins with.
+    """Asks the prompts of each step. Synchronous: all responses of a step are drawn from the weights that it begins with.
 
-    Reproducible: prompts and the random stream of each response follow from the seed and the place in the stream of prompts,
-    which is all the state there is.
+    Reproducible: prompts and the random stream of each response follow from the seed and the place in the stream of prompts.
+    That place is the only state.
 
     Args:
-        prompts: to draw from.
+        prompts: the prompts that are drawn.
         generator: answers them.
-        rewards: judges the answers.
-        settings: of the run.
+        rewards: judges the responses.
+        estimator: gives the responses to a prompt their advantages.
+        settings: the run's.
         ends: tokens that end a response, besides those that the servers' model directory names: the tokenizer's eos. Servers
             know no tokenizer.
-        max_policy_lag: steps that the weights which answer may lie behind; only 0 is offered yet.
-
-    Raises:
-        ValueError: another lag.
     """
 
     def __init__(
@@ -131,20 +127,18 @@ class Scheduler:
         prompts: PromptSet,
         generator: Generates,
         rewards: Rewards,
+        estimator: AdvantageEstimator,
         settings: GrpoSettings,
         ends: tuple[int, ...],
-        max_policy_lag: int = 0,
     ):
-        if max_policy_lag != 0:
-            raise ValueError(f"max_policy_lag = {max_policy_lag}: only 0, synchronous, is offered yet")
         self._prompts, self._generator, self._rewards, self._settings = prompts, generator, rewards, settings
-        self._ends = ends
+        self._estimator, self._ends = estimator, ends
         self._stream = PromptStream(len(prompts), settings.seed, settings.data.shuffle)
         self._place = 0
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         return {"place": self._place}
 
     @state.setter
@@ -152,10 +146,10 @@ class Scheduler:
         self._place = state["place"]
 
     def next(self, version: int) -> StepRollouts:
-        """Asks as many prompts as a step takes; where nothing can be learned from some, others in their place, a few times.
+        """Ask as many prompts as a step takes; in the place of those that teach nothing, others, `train.refills` times.
 
         Args:
-            version: of the weights that are to answer.
+            version: version of the weights that are to answer.
 
         Raises:
             ServerFailure: no server answers.
@@ -169,19 +163,21 @@ class Scheduler:
         return step
 
     def evaluate(self, prompts: PromptSet, version: int) -> Evaluation:
-        """The most probable answer to each prompt, judged by its verifier."""
+        """The most probable response to each prompt, judged by its verifiers.
+
+        Args:
+            version: version of the weights that are to answer.
+
+        Raises:
+            ServerFailure: no server answers.
+        """
         sampling = Sampling(max_tokens=self._settings.sampling.max_tokens, stop_ids=self._ends)
-        verdicts: dict[int, list[Future[Verdict]]] = {}
-
-        def done(index: int, rollouts: list[Rollout]) -> None:
-            verdicts[index] = self._rewards.begin(prompts[index], rollouts)
-
-        asked = [prompt.ids for prompt in prompts.prompts]
-        answers = self._generator.generate(asked, sampling, version, done=done)
-        judged = self._rewards.finish(answers, [verdicts[index] for index in range(len(prompts))], greedy=True)
+        answers, verdicts = self._answered(prompts.prompts, sampling, version)
+        judged = self._rewards.finish(answers, verdicts, greedy=True)
         return Evaluation(prompts, [one for (one,) in judged])
 
     def _round(self, count: int, step: StepRollouts) -> list[Group]:
+        """Ask the next prompts of the stream, and add the time it takes to the step."""
         settings = self._settings.sampling
         places = list(range(self._place, self._place + count))
         prompts = [self._prompts[self._stream[place]] for place in places]
@@ -193,46 +189,44 @@ class Scheduler:
             seed=self._settings.seed,
             stop_ids=self._ends,
         )
-        verdicts: dict[int, list[Future[Verdict]]] = {}
-
-        def done(index: int, rollouts: list[Rollout]) -> None:
-            verdicts[index] = self._rewards.begin(prompts[index], rollouts)
-
         began = time.perf_counter()
-        answers = self._generator.generate([prompt.ids for prompt in prompts], sampling, step.version, places, done)
+        answers, verdicts = self._answered(prompts, sampling, step.version, places)
         generated = time.perf_counter()
-        judged = self._rewards.finish(answers, [verdicts[index] for index in range(count)])
+        judged = self._rewards.finish(answers, verdicts)
         step.generating += generated - began
         step.judging += time.perf_counter() - generated
         step.rounds += 1
         self._place += count
-        overlong = self._settings.policy.overlong
-        if self._settings.rewards.shuffle:
-            judged = [self._dealt_out(group, place) for group, place in zip(judged, places, strict=True)]
-            overlong = "keep" if overlong == "penalise" else overlong  # penalties are dealt out already, to whomever
-        return [
-            Group(place, prompt, group, self._advantages(group, overlong))
-            for place, prompt, group in zip(places, prompts, judged, strict=True)
-        ]
+        return [self._group(*each) for each in zip(places, prompts, judged, strict=True)]
 
-    def _dealt_out(self, judged: list[Judged], place: int) -> list[Judged]:
-        """The group with each other's rewards; what the verifiers said of a response stays with it.
+    def _answered(
+        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, numbers: Sequence[int] | None = None
+    ) -> tuple[list[list[Response]], list[list[Future[Verdict]]]]:
+        """The responses to each prompt and their future verdicts; verifiers work while other prompts are still answered."""
+        verdicts: dict[int, list[Future[Verdict]]] = {}
 
-        Penalties for length are rewards too: left with the responses they belong to, they would teach length.
+        def done(index: int, responses: list[Response]) -> None:
+            verdicts[index] = self._rewards.begin(prompts[index], responses)
+
+        answers = self._generator.generate([prompt.ids for prompt in prompts], sampling, version, numbers, done)
+        return answers, [verdicts[index] for index in range(len(prompts))]
+
+    def _group(self, place: int, prompt: Prompt, judged: list[JudgedResponse]) -> Group:
+        """The responses to a prompt with their advantages.
+
+        Lengths are looked at here, where the group is whole. `rewards.shuffle` deals the rewards out among the responses, with
+        the penalties for length: left with the responses they belong to, those would teach length.
         """
-        rewards = list(self._advantages(judged, self._settings.policy.overlong).rewards)
-        random.Random(f"{self._settings.seed} {place}").shuffle(rewards)
-        return [replace(one, reward=reward) for one, reward in zip(judged, rewards, strict=True)]
-
-    def _advantages(self, judged: list[Judged], overlong: Overlong) -> GroupAdvantages:
         policy = self._settings.policy
-        return group_advantages(
-            [one.reward for one in judged],
-            [one.rollout.finish_reason == "length" for one in judged],
-            kind=policy.advantages,
-            overlong=overlong,
-            overlong_reward=policy.overlong_reward,
-        )
+        truncated = [one.response.finish_reason == "length" for one in judged]
+        rewards = [one.reward for one in judged]
+        if policy.overlong == "penalise":
+            rewards = penalised(rewards, truncated, policy.overlong_reward)
+        if self._settings.rewards.shuffle:
+            random.Random(f"{self._settings.seed} {place}").shuffle(rewards)
+            judged = [replace(one, reward=reward) for one, reward in zip(judged, rewards, strict=True)]
+        masked = [cut and policy.overlong == "mask" for cut in truncated]
+        return Group(place, prompt, judged, self._estimator(rewards, masked))
 
 
 def _mean(values) -> float:

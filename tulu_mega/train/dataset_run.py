@@ -1,4 +1,4 @@
-"""What the stages share that learn from a fixed data set: data, weights, the loop and what surrounds it, the export."""
+"""A run that learns from a fixed data set: its data, weights, training loop and export."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from pathlib import Path
 import numpy as np
 
 from tulu_mega.config import DataSettings, StageSettings, TrainSettings
-from tulu_mega.data.loader import PackedLoader, StepData
+from tulu_mega.data.loader import PackedLoader
 from tulu_mega.data.store import REJECTS, TokenStore
 from tulu_mega.launch.launcher import World
-from tulu_mega.launch.run_dir import CONFIG, DATA, HELDOUT, locked
+from tulu_mega.launch.run_dir import CONFIG, DATA, HELDOUT
 from tulu_mega.layout.cost import sequence_flops
 from tulu_mega.layout.flops import head_columns, training_flops
-from tulu_mega.resilience.spikes import Spikes
-from tulu_mega.resilience.stop_signal import Ending
 from tulu_mega.train.engine import Objective
 from tulu_mega.train.loop import FirstLoss, Fit, HeldOut
-from tulu_mega.train.run import Run
-from tulu_mega.train.session import opened, write_settings
+from tulu_mega.train.run import Run, opened_session
+from tulu_mega.train.session import write_settings
 
 
 @dataclass
-class Stage(Run):
+class DatasetRun(Run):
     """A run on tokenised data."""
 
     settings: StageSettings
     store: TokenStore
+    """The tokenised rows to train on."""
 
     def loader(self, columns: Mapping[str, np.ndarray] | None = None) -> PackedLoader:
-        """The packed micro-batches of every step of the run.
+        """Make the loader of the packed micro-batches of every step.
 
         Args:
             columns: see :class:`PackedLoader`.
@@ -40,15 +39,15 @@ class Stage(Run):
         return self._loader(self.store, self.settings.train, self.settings.data, columns)
 
     def heldout_store(self) -> TokenStore | None:
-        """The tokenised rows to evaluate on, if the settings name some."""
+        """Open the tokenised rows to evaluate on, if the settings name some."""
         return TokenStore.open(self.run_dir / HELDOUT) if self.settings.heldout else None
 
     def heldout(self, store: TokenStore, objective: Objective, columns: Mapping[str, np.ndarray] | None = None) -> HeldOut:
-        """What is evaluated while training, all rows once.
+        """Make the evaluation during training, of all rows once.
 
         Args:
             store: of :meth:`heldout_store`.
-            objective: what is reported of them.
+            objective: gives the reported means.
             columns: see :class:`PackedLoader`.
         """
         settings = self.settings.heldout
@@ -59,50 +58,35 @@ class Stage(Run):
     def fit(
         self, objective: Objective, loader: PackedLoader, heldout: HeldOut | None = None, first: FirstLoss | None = None
     ) -> None:
-        """Trains until the last step and exports the model; goes on from the newest checkpoint in the run directory.
+        """Train until the last step and export the model; go on from the newest checkpoint in the run directory.
 
         Args:
-            first: looks at the loss of the very first step, before any update.
+            first: checks the loss of the very first step, before any update.
 
         Raises:
             UserError: on every rank, for whatever the user can mend.
-            Stopped: on every rank, when one was asked to end.
+            Stopped: on every rank, when any received a signal to stop.
         """
         loader.check()
         found = self.weights(loader.steps)
         start = found.step if found else 0
-        skips = self.skips(self.settings.train.max_skipped)
-        spikes = Spikes(self.settings.train.spike)
-        if found:
-            skips.restore(found.state)
-            if "spikes" in found.state:  # not in checkpoints of before they were looked for
-                spikes.restore(found.state["spikes"])
-        engine, lead = self.session.engine, self.session.lead
-        config = engine.hf.to_dict()
-
-        def flops(data: StepData) -> float:
-            return training_flops(config, self.store.lengths[data.rows])
-
+        config = self.session.engine.hf.to_dict()
         with contextlib.ExitStack() as stack:
             log = None
-            if lead:
+            if self.session.lead:
                 write_settings(self.settings, self.run_dir / CONFIG)
                 print(self._banner(loader, start), flush=True)
                 log = stack.enter_context(self.metrics(loader.steps, start))
+            guards = self.guards(found)
             fit = Fit(
-                engine=engine,
+                engine=self.session.engine,
                 loader=loader,
                 objective=objective,
-                settings=self.settings.checkpoint,
-                directory=self.checkpoints,
-                skips=skips,
+                guards=guards,
+                saves=self.saves(loader.steps, guards),
                 where=self.store.where,
-                flops=flops,
+                flops=lambda data: training_flops(config, self.store.lengths[data.rows]),
                 log=log,
-                ending=Ending(engine.platform.device),
-                watch=self.session.watch,
-                spikes=spikes,
-                stragglers=self.stragglers(),
                 heldout=heldout,
                 first=first,
             )
@@ -137,18 +121,14 @@ class Stage(Run):
 
 
 @contextlib.contextmanager
-def opened_stage(settings: StageSettings, world: World, reward: bool = False) -> Iterator[Stage]:
-    """Joins the world, builds the model and opens the tokenised data, which is in the run directory already (`preflight.ready`).
+def opened_run(settings: StageSettings, world: World, reward: bool = False) -> Iterator[DatasetRun]:
+    """Join the world, build the model and open the tokenised data, which `preflight.check.ready` has put into the run directory.
 
     Args:
-        reward: the model has a scalar head.
+        reward: whether the model has a scalar head.
 
     Raises:
         UserError: on every rank, for whatever the user can mend.
     """
-    run_dir = Path(settings.run_dir)
-    with contextlib.ExitStack() as stack:
-        if world.rank == 0:
-            stack.enter_context(locked(run_dir))
-        session = stack.enter_context(opened(settings, world, settings.seed, reward))
-        yield Stage(settings, session, store=TokenStore.open(run_dir / DATA))
+    with opened_session(settings, world, reward) as session:
+        yield DatasetRun(settings, session, store=TokenStore.open(Path(settings.run_dir, DATA)))

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,16 +24,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from tulu_mega.config import EngineSettings, OptimSettings
-from tulu_mega.data.batch import context_share
 from tulu_mega.distributed.topology import Topology
-from tulu_mega.layout.context import context_rows
+from tulu_mega.layout.context import context_rows, context_share
 from tulu_mega.model.build import attention_of, build_model, wrap_for_training
 from tulu_mega.model.gpt import PolicyModel
 from tulu_mega.model.messages import PackMessages
 from tulu_mega.model.packed import packed_seq_params
 from tulu_mega.model.reward import RewardModel
 from tulu_mega.platforms import Platform
-from tulu_mega.records import LossOutput, PackedBatch, TokenOutput, sent
+from tulu_mega.records import LossOutput, PackedBatch, Reads, TokenOutput, sent
 from tulu_mega.train.optimizer import Schedule, build_optimizer
 
 _GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp_cp"]
@@ -44,10 +43,8 @@ class Objective(Protocol):
     """What the engine minimises; see `objectives/`."""
 
     @property
-    def needs(self) -> Literal["token_logp", "token_logp+entropy", "sequence_logp", "sequence_score"]:
-        """What it is called with: a `TokenOutput` of this rank's share, with entropies or without, of which it gives the share's
-        loss; or float64 [S], the same on all context-parallel ranks, of which it gives the whole loss: the sum of the
-        log-probabilities over each segment, or the score at each segment's end."""
+    def reads(self) -> Reads:
+        """What it is called with."""
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -90,20 +87,29 @@ class Engine:
         settings: model, layout and `[megatron]` table.
         topology, platform: this process's place.
         reward: whether the model is a reward model, which gives scores instead of log-probabilities.
+        temperature: logits are divided by it, in training and in scoring: of policies, that which responses are drawn at.
+        at: called with what this rank does whenever it makes progress; see `watchdog.Watchdog.at`.
     """
 
     def __init__(
-        self, hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform, reward: bool = False
+        self,
+        hf: PretrainedConfig,
+        settings: EngineSettings,
+        topology: Topology,
+        platform: Platform,
+        reward: bool = False,
+        temperature: float = 1.0,
+        at: Callable[[str], None] = lambda _doing: None,
     ):
         self.hf, self.settings, self.topology, self.platform, self.reward = hf, settings, topology, platform, reward
         self.chunks: list[PolicyModel] | list[RewardModel] = build_model(hf, settings, topology, platform, reward)
         """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
-        self.temperature = 1.0
-        """logits are divided by it, in training and in scoring: for policies, whose responses are drawn at it"""
-        self.at: Callable[[str], None] = _unmarked
-        """told of what this rank is about whenever it makes progress; see `watchdog.Watchdog.at`"""
+        self.temperature, self.at = temperature, at
         self.ddp: list[DistributedDataParallel] = []
+        """each chunk in its gradient buffers; empty, as the three below are None, until :meth:`prepare_training`"""
+        self.optim: OptimSettings | None = None
         self.optimizer: MegatronOptimizer | None = None
+        self.schedule: Schedule | None = None
 
     @functools.cached_property
     def whole_packs(self) -> bool:
@@ -227,7 +233,8 @@ class Engine:
 
             return self._forward(model, batch), loss
 
-        self._run(step, micro_batches, self.ddp or self.chunks, forward_only, entropy=objective.needs == "token_logp+entropy")
+        entropy = objective.reads is Reads.TOKENS_WITH_ENTROPY
+        self._run(step, micro_batches, self.ddp or self.chunks, forward_only, entropy=entropy)
         if seen is not None:
             seen += self._wholes(shares, micro_batches)
         return self._reduce(outputs, objective)
@@ -238,10 +245,10 @@ class Engine:
         tokens = TokenOutput(
             values[0], None if entropy is None else entropy[0], batch, self._over_context, self.settings.model.kernels
         )
-        if objective.needs not in ("sequence_logp", "sequence_score"):
+        if objective.reads in (Reads.TOKENS, Reads.TOKENS_WITH_ENTROPY):
             return objective(tokens, batch)
         # log-probabilities are 0 where not trained
-        chosen_T = tokens.values_T * batch.ends_T if objective.needs == "sequence_score" else tokens.values_T
+        chosen_T = tokens.values_T * batch.ends_T if objective.reads is Reads.SEQUENCE_SCORE else tokens.values_T
         whole = objective(tokens.segment_sums(chosen_T), batch)
         if batch.context_rank == 0:
             return whole
@@ -344,10 +351,6 @@ class Engine:
         (loss, count), *rest = sums.view(-1, 2).tolist()
         metrics = {name: total / max(n, 1) for name, (total, n) in zip(names, rest, strict=True)}
         return BatchLoss(loss / max(count, 1), int(count), metrics | dict(zip(objective.largest, largest.tolist(), strict=True)))
-
-
-def _unmarked(_what: str) -> None:
-    """Where nobody watches."""
 
 
 def _stacked(values: Sequence[Tensor | float], device: torch.device) -> Tensor:

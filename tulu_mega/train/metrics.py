@@ -1,4 +1,4 @@
-"""What a run reports: RUN_DIR/metrics.jsonl, the console and, if asked for, wandb. Rank 0 only.
+"""The report of a run: RUN_DIR/metrics.jsonl, the console and, if the settings want it, wandb. Rank 0 only.
 
 metrics.jsonl has one object a step. Keys: ``step`` (finished steps, from 1) · ``loss`` · ``grad_norm`` (before clipping) ·
 ``lr`` · ``tokens`` ``supervised_tokens`` (of the global batch, padding not counted) · ``tokens_per_second``
@@ -34,14 +34,14 @@ from tulu_mega.layout.hardware import named_peak
 if TYPE_CHECKING:
     import torch
 
-    from tulu_mega.resilience.stragglers import Slowest
+    from tulu_mega.resilience.guards import GuardReport
 
 FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Where the wall-clock time of a step went, in seconds."""
+    """Wall-clock seconds of a step by part."""
 
     data: float
     forward_backward: float
@@ -50,32 +50,32 @@ class StepSeconds:
 
     @property
     def working(self) -> float:
-        """Without the checkpoint: what rates are measured over."""
+        """Seconds without the checkpoint; rates are measured over these."""
         return self.data + self.forward_backward + self.optimizer
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the recipe knows after a step, over the whole global batch."""
+    """A recipe's figures of a step, over the whole global batch."""
 
     step: int
-    """finished steps, this one included"""
+    """Number of finished steps, this one included."""
     loss: float
     grad_norm: float
-    """before clipping"""
+    """Gradient norm before clipping."""
     lr: float
     tokens: int
-    """real tokens, padding not counted"""
+    """Number of tokens without padding."""
     supervised_tokens: int
     padding: float
-    """share of the packed positions that hold none of the tokens, 0..1"""
+    """Share of the packed positions that hold no token, 0 to 1."""
     flops: float
-    """of the whole step over all ranks (`planner.flops.training_flops`)"""
+    """FLOP of the whole step, all ranks together (`layout.flops.training_flops`)."""
     seconds: StepSeconds
     extra: Mapping[str, float | int | None] = field(default_factory=dict)
-    """further values, written under their own names"""
+    """Further values by their names in metrics.jsonl."""
     told: tuple[str, ...] = ()
-    """those of them that the console's line has too"""
+    """Names of the further values that the console line shows."""
 
 
 class MetricsLog:
@@ -119,22 +119,22 @@ class MetricsLog:
     def __exit__(self, exception_type, *_: object) -> None:
         self.close(failed=exception_type not in (None, Stopped))
 
-    def step(self, record: StepRecord, slowest: Slowest | None = None) -> None:
+    def step(self, record: StepRecord, guards: GuardReport | None = None) -> None:
         """Reports one step; its line is on disk when this returns (with the operating system, not yet synced).
 
         Args:
-            slowest: rank, after steps that it was looked for.
+            guards: what the guards add to the step's figures, to its console line and to standard error.
         """
-        values = self._values(record) | (slowest.figures if slowest else {})
+        values = self._values(record) | dict(guards.figures if guards else {})
         self._file.write(json.dumps({name: _json_number(value) for name, value in values.items()}, allow_nan=False) + "\n")
         self._file.flush()
-        self._console.step(values, record.told, slowest)
-        for warning in slowest.warnings if slowest else ():
+        self._console.step(values, record.told, guards.remark if guards else "")
+        for warning in guards.warnings if guards else ():
             print(f"warning: step {record.step}: {warning}", file=sys.stderr, flush=True)
         self._wandb.log(values)
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """A line on the console about rows that are not trained on; the step's record is to carry the values."""
+        """Prints the figures of held-out rows on the console; the step's record must carry them too."""
         self._console.say(f"step {step}  " + "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()))
 
     def close(self, failed: bool = False) -> None:
@@ -194,10 +194,6 @@ def _json_number(value: Any) -> Any:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-_BEHIND = 1.1
-"""times the median's: what the console tells of; less is the weather"""
-
-
 class _Console:
     """One readable line every few steps; on a terminal a progress bar below them."""
 
@@ -215,7 +211,7 @@ class _Console:
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 
-    def step(self, values: Mapping[str, Any], told: Sequence[str] = (), slowest: Slowest | None = None) -> None:
+    def step(self, values: Mapping[str, Any], told: Sequence[str] = (), remark: str = "") -> None:
         now = time.monotonic()
         self._seconds.append(now - self._last)
         self._last = now
@@ -227,12 +223,11 @@ class _Console:
             return
         mfu = f"  mfu {values['mfu']:.1%}" if values["mfu"] is not None else ""
         more = "".join(f"{name.replace('_', ' ')} {values[name]:.3g}  " for name in told)
-        behind = slowest and slowest.times >= _BEHIND
-        slow = f"slowest rank {slowest.rank} ({slowest.host}) {slowest.times:.2f}x  " if behind else ""
+        remark = f"{remark}  " if remark else ""
         line = (
             f"step {step:>{len(str(self._total))}}/{self._total}  {more}loss {values['loss']:.4f}  "
             f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s{mfu}  {slow}{left} left"
+            f"{values['tokens_per_second']:,.0f} tokens/s{mfu}  {remark}{left} left"
         )
         self.say(line)
 
@@ -256,7 +251,7 @@ def clock(seconds: float) -> str:
 
 
 class _Wandb:
-    """A wandb run that can fail without the training noticing: the first failure is told, then it is left alone."""
+    """A wandb run whose failure does not disturb the training: it warns of the first failure and logs nothing after it."""
 
     def __init__(self, settings: WandbSettings, run_dir: Path, config: dict[str, Any]):
         self._run = None
@@ -272,7 +267,7 @@ class _Wandb:
                 project=settings.project,
                 name=settings.name or run_dir.resolve().name,
                 id=id_file.read_text().strip(),
-                resume="allow",  # a run that goes on is one run there too
+                resume="allow",  # a resumed run stays one run in wandb
                 mode=settings.mode,
                 dir=run_dir,
                 config=config,
@@ -338,7 +333,7 @@ def _measured_cpu_peak(dtype: torch.dtype) -> float:
 
 
 def peak_memory(device: torch.device | None) -> int:
-    """Most bytes this process has held: CUDA's allocator on a GPU, resident memory on a CPU."""
+    """Peak bytes held by this process: by CUDA's allocator on a GPU, as resident memory on a CPU."""
     if device is not None and device.type == "cuda":
         import torch
 

@@ -1,12 +1,11 @@
-"""What every command shares that trains: a run directory, weights and how far it came, metrics, the export."""
+"""A training run: its directory, its weights and progress, its guards, checkpoints and metrics, and the export at its end."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tulu_mega.bridge.files.companions import OtherTokenizer
 from tulu_mega.bridge.files.config_json import read_config
@@ -15,67 +14,22 @@ from tulu_mega.data.chat import TULU_CHAT_TEMPLATE
 from tulu_mega.data.other_tokenizer import other_tokenizer
 from tulu_mega.distributed.collectives import together
 from tulu_mega.errors import UserError
+from tulu_mega.launch.launcher import World
+from tulu_mega.launch.run_dir import locked
 from tulu_mega.model.config import DTYPES
-from tulu_mega.resilience.stragglers import Stragglers
+from tulu_mega.resilience.guards import Guards
+from tulu_mega.resilience.spikes import SIGNALS
 from tulu_mega.train import checkpoint
 from tulu_mega.train.checkpoint import Checkpoint
 from tulu_mega.train.metrics import MetricsLog, peak_flops
-from tulu_mega.train.session import Session
-
-
-@dataclass
-class Skips:
-    """Updates that were not applied because their loss or gradient was not finite."""
-
-    allowed: int
-    """in a row"""
-    file: Path
-    """where their rows are written"""
-    total: int = 0
-    in_a_row: int = 0
-
-    @property
-    def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
-        return {"skipped": self.total, "skipped_in_a_row": self.in_a_row}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.total, self.in_a_row = state["skipped"], state["skipped_in_a_row"]
-
-    def note(
-        self, applied: bool, step: int, loss: float, grad_norm: float, rows: Callable[[], list[dict[str, Any]]], write: bool
-    ) -> None:
-        """Counts an update; writes the rows of one that was skipped.
-
-        Args:
-            step: from 1.
-            rows: what it was of, for people.
-            write: whether this is the rank that writes.
-
-        Raises:
-            UserError: too many in a row.
-        """
-        if applied:
-            self.in_a_row = 0
-            return
-        self.total += 1
-        self.in_a_row += 1
-        if write:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as file:
-                skipped = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows()}
-                file.write(json.dumps(skipped) + "\n")
-        if self.in_a_row >= self.allowed:
-            raise UserError(
-                f"stopped at step {step}: loss or gradient was not finite in {self.in_a_row} steps in a row "
-                f"(loss {loss}, gradient norm {grad_norm}); the rows of these batches are in {self.file}. "
-                "Look at them, or lower optim.lr; train.max_skipped sets how many steps in a row are let pass"
-            )
+from tulu_mega.train.save_schedule import SaveSchedule
+from tulu_mega.train.saver import Saver
+from tulu_mega.train.session import Session, opened
 
 
 @dataclass
 class Run:
-    """A session with a run directory of its own; every rank makes it.
+    """A session with a run directory; every rank makes one.
 
     Raises:
         UserError: on every rank, when the tokenizer that the settings name cannot go with the model.
@@ -85,13 +39,13 @@ class Run:
     session: Session
     _loaded: bool = field(default=False, init=False)
     _tokenizer: OtherTokenizer | None = field(default=None, init=False)
-    """rank 0's: what the export has of another tokenizer than the model's own"""
+    """Rank 0's part of the export that belongs to another tokenizer than the model's own."""
 
     def __post_init__(self) -> None:
         name = self.settings.data.tokenizer
         if name is None or not self.settings.checkpoint.export:
             return
-        with together(f"data.tokenizer = {name!r} cannot go with the model"):  # now, for at the end it would be too late
+        with together(f"data.tokenizer = {name!r} cannot go with the model"):  # now: at the end it would be too late
             if self.session.lead:
                 source, trusted = self.session.source, self.settings.model.trust_remote_code
                 self._tokenizer = other_tokenizer(name, source, read_config(source), self.session.engine.reward, trusted)
@@ -102,10 +56,11 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """Directory that holds the checkpoints."""
         return self.run_dir / "checkpoints"
 
     def initial_weights(self) -> None:
-        """The weights that training begins with, those of the model's directory; read once.
+        """Load the weights that training begins with, from the model's directory; once.
 
         Raises:
             UserError: with everything that does not fit.
@@ -114,20 +69,11 @@ class Run:
             self.session.load_weights()
             self._loaded = True
 
-    def skips(self, allowed: int) -> Skips:
-        """The count of updates that were not applied, none yet."""
-        return Skips(allowed, self.run_dir / "logs" / "skipped.jsonl")
-
-    def stragglers(self) -> Stragglers:
-        """The ranks' paces beside each other; every rank calls it."""
-        train, engine = self.settings.train, self.session.engine
-        return Stragglers(train.straggler, train.log_every, engine.platform.device, self.session.topology.pipeline_rank)
-
     def weights(self, steps: int, updates: int = 1) -> Checkpoint | None:
-        """Weights and optimizer: those of the newest checkpoint, which is given back, or the model's own.
+        """Load weights and optimizer from the newest checkpoint, which is returned, or begin with the model's own weights.
 
         Args:
-            steps: of the whole run.
+            steps: steps of the whole run.
             updates: optimizer steps in each.
 
         Raises:
@@ -147,8 +93,40 @@ class Run:
         checkpoint.restore({"model": self.session.engine}, found[-1])
         return found[-1]
 
+    def guards(self, found: Checkpoint | None, spike_signals: Sequence[str] = SIGNALS) -> Guards:
+        """Make the run's guards. Every rank calls it.
+
+        Args:
+            found: the checkpoint that the run goes on from.
+            spike_signals: see `Guards`.
+        """
+        session = self.session
+        guards = Guards(
+            self.settings.train,
+            session.watch,
+            session.engine.platform.device,
+            session.topology.pipeline_rank,
+            session.lead,
+            self.run_dir / "logs" / "skipped.jsonl",
+            spike_signals,
+        )
+        if found:
+            guards.restore(found.state)
+        return guards
+
+    def saves(self, steps: int, guards: Guards) -> SaveSchedule:
+        """Make the schedule of the run's checkpoints.
+
+        Args:
+            steps: steps of the whole run.
+            guards: ask for a checkpoint when the run is to stop.
+        """
+        wanted = self.settings.checkpoint
+        saver = Saver({"model": self.session.engine}, self.checkpoints, wanted.keep, wanted.format, wanted.asynchronous)
+        return SaveSchedule(saver, wanted.every, steps, guards.stop_requested)
+
     def metrics(self, steps: int, start: int) -> MetricsLog:
-        """The run's report, of which later lines than step `start` are cut off."""
+        """Open the run's report and cut off the lines of steps later than `start`. Rank 0 only."""
         device = self.session.engine.platform.device
         return MetricsLog(
             self.settings.run_dir,
@@ -161,9 +139,9 @@ class Run:
         )
 
     def export(self) -> None:
-        """The trained model in Hugging Face format, to RUN_DIR/hf, if the settings want it.
+        """Write the trained model to RUN_DIR/hf in Hugging Face format, if the settings want it.
 
-        With it go the tokenizer and the chat template that it was trained with.
+        The tokenizer and the chat template that it was trained with go with it.
         """
         wanted = self.settings.checkpoint
         if not wanted.export:
@@ -174,3 +152,20 @@ class Run:
         self.session.export(directory, dtype, template, self._tokenizer)
         if self.session.lead:
             print(f"model in Hugging Face format: {directory}", flush=True)
+
+
+@contextlib.contextmanager
+def opened_session(settings: RunSettings, world: World, reward: bool, temperature: float = 1.0) -> Iterator[Session]:
+    """Lock the run directory on rank 0, then join the world and build the model.
+
+    Args:
+        reward: whether the model has a scalar head.
+        temperature: that which a policy's responses are drawn at.
+
+    Raises:
+        UserError: on every rank, for whatever the user can mend.
+    """
+    with contextlib.ExitStack() as stack:
+        if world.rank == 0:
+            stack.enter_context(locked(Path(settings.run_dir)))
+        yield stack.enter_context(opened(settings, world, settings.seed, reward, temperature))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Series
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from tulu_mega.distributed.collectives import gathered_at_lead
 from tulu_mega.layout.cost import Cost, sequence_flops
 from tulu_mega.layout.flops import head_columns
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
-from tulu_mega.records import PackedBatch, Sequence
+from tulu_mega.records import PackedBatch, TokenizedRow
 from tulu_mega.train.engine import Engine
 
 R = TypeVar("R")
@@ -26,7 +25,7 @@ def flops_of(hf: PretrainedConfig) -> Cost:
     return sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, head_columns(hf.to_dict()))
 
 
-def packed_share(engine: Engine, sequences: Series[Sequence], capacity: int) -> list[PackedBatch]:
+def packed_share(engine: Engine, sequences: Sequence[TokenizedRow], capacity: int) -> list[PackedBatch]:
     """This data-parallel rank's packed micro-batches of sequences that every rank has, levelled over the ranks.
 
     Args:
@@ -40,7 +39,7 @@ def packed_share(engine: Engine, sequences: Series[Sequence], capacity: int) -> 
 
 
 def score_rows(
-    engine: Engine, sequences: Series[Sequence], capacity: int, read: Callable[[PackedBatch, Tensor], dict[int, R]]
+    engine: Engine, sequences: Sequence[TokenizedRow], capacity: int, read: Callable[[PackedBatch, Tensor], dict[int, R]]
 ) -> dict[int, R]:
     """Scores sequences, levelled over the data-parallel ranks; every rank calls it with the same ones.
 

@@ -36,8 +36,7 @@ from tulu_mega.platforms import Platform
 from tulu_mega.resilience.watchdog import Watchdog
 from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import Engine
-from tulu_mega.weight_transfer.sender import Sender
-from tulu_mega.weight_transfer.transfer import stream_dtype
+from tulu_mega.weight_transfer.sender import Sender, stream_dtype
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,8 @@ class Session:
             precision=self.settings.precision,
             megatron=self.settings.megatron,
         )
-        made = _session(settings, self.topology, self.engine.platform, self.seed, reward, self.watch)
+        engine = self.engine
+        made = _session(settings, self.topology, engine.platform, self.seed, reward, self.watch, engine.temperature)
         if reward and not family_for(read_config(made.source)).reward:
             raise UserError(f"{path}: not a reward model but a language model; tulu-mega rm makes reward models")
         made.load_weights()
@@ -133,8 +133,7 @@ class Session:
             fp8, kernels = rollout.quantization == "fp8", self.settings.model.kernels
             weights = LiveWeights(self.shard(engine.hf.to_dict()), dtype, fp8=fp8, kernels=kernels)
         sends = place.gives_whole_tensors
-        # what `engine.at` is may change after this
-        return Sender(weights, sends, place.pipeline_rank, engine.platform.device, lambda what: engine.at(what), engine.settle)
+        return Sender(weights, sends, place.pipeline_rank, engine.platform.device, engine.at, engine.settle)
 
     def export(
         self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str], tokenizer: OtherTokenizer | None = None
@@ -155,12 +154,15 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(settings: EngineSettings, world: World, seed: int, reward: bool | None = None) -> Iterator[Session]:
+def opened(
+    settings: EngineSettings, world: World, seed: int, reward: bool | None = None, temperature: float = 1.0
+) -> Iterator[Session]:
     """Joins the world, builds this rank's part of the model, and leaves the world at the end.
 
     Args:
         seed: of random states, and of a head that is drawn.
         reward: whether to build a reward model, which a language model's directory is enough for; None does as config.json says.
+        temperature: that which a policy's responses are drawn at.
 
     Raises:
         UserError: the model cannot be had or built, or is a reward model where a language model is wanted.
@@ -169,7 +171,7 @@ def opened(settings: EngineSettings, world: World, seed: int, reward: bool | Non
     place = topology.start(settings.parallel, platform, seed, _patience(settings.watchdog.timeout))
     with Watchdog(settings.watchdog.timeout) as watch:
         try:
-            yield _session(settings, place, platform, seed, reward, watch)
+            yield _session(settings, place, platform, seed, reward, watch, temperature)
         except Stopped:  # on every rank
             topology.stop()
             raise
@@ -182,7 +184,13 @@ def _patience(watchdog: float) -> timedelta:
 
 
 def _session(
-    settings: EngineSettings, place: Topology, platform: Platform, seed: int, reward: bool | None, watch: Watchdog
+    settings: EngineSettings,
+    place: Topology,
+    platform: Platform,
+    seed: int,
+    reward: bool | None,
+    watch: Watchdog,
+    temperature: float,
 ) -> Session:
     source = model_directory(settings.model.path)
     hf = load_config(settings.model.model_copy(update={"path": str(source)}))
@@ -191,8 +199,7 @@ def _session(
         check_language_model(settings.model.path, hf.architectures)
     if reward or family.reward:
         hf.update(reward_fields(family, hf.to_dict()))
-    engine = Engine(hf, settings, place, platform, reward=family.reward if reward is None else reward)
-    engine.at = watch.at
+    engine = Engine(hf, settings, place, platform, family.reward if reward is None else reward, temperature, at=watch.at)
     return Session(settings, place, engine, source, seed, watch)
 
 

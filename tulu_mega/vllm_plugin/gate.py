@@ -15,7 +15,7 @@ BACKEND = "tulu_mega"
 """Our weight transfer engine's name in vLLM's registries."""
 ASK_SECONDS = 60.0
 KIND = "WeightsError"
-"""Of its refusals."""
+"""Type of the errors that it answers."""
 SERVING = ("/v1/", "/inference/", "/generate")
 """Beginnings of the routes that use the model."""
 

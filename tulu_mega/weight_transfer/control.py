@@ -5,13 +5,16 @@ Has the methods of vLLM's ``VLLMWeightSyncClient``, so that vLLM's own trainer e
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import httpx
 
 from tulu_mega.weight_transfer.server import ServerFailure
 
 CONNECT_SECONDS = 10.0
+T = TypeVar("T")
 
 
 class ServerControl:
@@ -22,7 +25,7 @@ class ServerControl:
         key: sent as bearer token with every request; None for a server without.
         timeout_s: seconds that any one call may take.
 
-    Every method but `healthy` raises `ServerFailure` when the server does not do as asked, within that time.
+    Every method raises `ServerFailure` when the server does not do as asked, within that time.
     """
 
     def __init__(self, url: str, key: str | None, timeout_s: float):
@@ -39,13 +42,6 @@ class ServerControl:
         """Closes the connections."""
         self._client.close()
 
-    def healthy(self) -> bool:
-        """Whether the server is there and its engine alive."""
-        try:
-            return self._client.get("/health", timeout=min(CONNECT_SECONDS, self._timeout)).status_code == 200
-        except httpx.HTTPError:
-            return False
-
     def pause(self) -> None:
         """Aborts what is being generated and holds new requests back until `resume`."""
         self._ask("POST", "/pause", params={"mode": "abort"})
@@ -53,9 +49,6 @@ class ServerControl:
     def resume(self) -> None:
         """Lets requests in again; the server refuses while its weights are not whole."""
         self._ask("POST", "/resume")
-
-    def is_paused(self) -> bool:
-        return bool(self._ask("GET", "/is_paused")["is_paused"])
 
     def reset_prefix_cache(self) -> None:
         """Forgets the keys and values of earlier prompts; vLLM answers 200 even when it could not, and says so in the body."""
@@ -71,16 +64,23 @@ class ServerControl:
         return int(self._ask("GET", "/get_world_size")["world_size"])
 
     def weights_status(self) -> list[dict[str, Any]]:
-        """Of each worker, as `rollout.worker.WeightsReport` tells."""
+        """Each worker's state, as `vllm_plugin.worker.WeightsReport` describes it."""
         return self.call_workers("weights_status")
 
     def arrived_checksums(self) -> list[dict[str, str]]:
-        """Of each worker: Hugging Face name -> hash of the bytes that arrived in the last update."""
+        """For each worker: Hugging Face name -> hash of the bytes that arrived in the last update."""
         return self.call_workers("arrived_checksums")
 
-    def weight_checksums(self) -> dict[str, str]:
-        """vLLM's own hashes of its parameters, after its processing."""
-        return self._ask("POST", "/weight_checker", json={"action": "checksum"})["checksums"]
+    def check_workers(self, kind: str = "problems") -> None:
+        """Raises `ServerFailure` with what the workers found wrong.
+
+        Args:
+            kind: `problems` with the update, or `unattached`: with the connection to the senders.
+        """
+        problems = [problem for worker in self.weights_status() for problem in worker[kind]]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise ServerFailure(self.url, "; ".join(problems[:3]) + more)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Has the workers attach to the senders."""
@@ -91,7 +91,7 @@ class ServerControl:
         self._ask("POST", "/start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Passes a message of `rollout.protocol` to the workers; what they make of it is in `weights_status`."""
+        """Passes a message of `weight_transfer.protocol` to the workers; what they make of it is in `weights_status`."""
         self._ask("POST", "/update_weights", json={"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -99,7 +99,7 @@ class ServerControl:
         self._ask("POST", "/finish_weight_update", json={"weight_version": weight_version})
 
     def call_workers(self, method: str) -> list[Any]:
-        """What a method of the workers returns, of each of them."""
+        """Calls a method of the workers and returns what each of them answers."""
         return self._ask("POST", "/collective_rpc", json={"method": method, "timeout": self._timeout})["results"]
 
     def _ask(self, verb: str, path: str, **arguments: Any) -> dict[str, Any]:
@@ -119,6 +119,25 @@ class ServerControl:
         if not isinstance(body, dict):
             raise ServerFailure(self.url, f"{what}: expected a JSON object, got {response.text[:200]!r}")
         return body
+
+
+def each_server(controls: Iterable[ServerControl], action: Callable[[ServerControl], T]) -> tuple[dict[str, T], dict[str, str]]:
+    """Does something to several servers at once.
+
+    Returns:
+        url -> result; url -> what went wrong.
+    """
+    controls = list(controls)
+    results: dict[str, T] = {}
+    failed: dict[str, str] = {}
+    if controls:
+        with ThreadPoolExecutor(len(controls)) as pool:
+            for control, future in [(control, pool.submit(action, control)) for control in controls]:
+                try:
+                    results[control.url] = future.result()
+                except ServerFailure as failure:
+                    failed[control.url] = failure.reason
+    return results, failed
 
 
 def _message(body: Any, text: str) -> str:

@@ -1,4 +1,4 @@
-"""The account that a worker keeps of one update: what must come, what came, and everything that is wrong with it."""
+"""The ledger that a worker keeps of one update: what must come, what came, and everything that is wrong with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tulu_mega.weight_transfer.protocol import Bucket, Manifest
 
 
-class Account:
+class Ledger:
     """One update, as one worker sees it. Problems are collected, never raised; each names tensor, sender and worker.
 
     Args:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tulu_mega.bridge.stream import LiveWeights
+from tulu_mega.weight_transfer.protocol import Bucket, Manifest, plan_buckets
+
+_SMALL_BUCKET = 16 * 2**20
+_BUCKETS = 5
+"""A model smaller than this many of the largest buckets has smaller ones: or else filling and loading would not overlap."""
 
 
 @dataclass(frozen=True)
@@ -24,3 +29,22 @@ class Sender:
     """Reports progress and what begins; see `watchdog.Watchdog.at`."""
     settle: Callable[[], None]
     """Waits until the parameters are those of the last update."""
+
+
+def stream_dtype(model: str, servers: str) -> torch.dtype:
+    """The type of the tensors that travel: no more bits than either end has.
+
+    Args:
+        model, servers: `model.dtype` and `rollout.dtype`.
+    """
+    return torch.bfloat16 if "bf16" in (model, servers) else torch.float32
+
+
+def sender_buckets(sender: int, names: Sequence[str], manifest: Manifest, limit: int) -> list[Bucket]:
+    """The buckets in which a sender's tensors travel, in their order.
+
+    Args:
+        limit: bytes (`rollout.bucket_mib`); small models have smaller buckets.
+    """
+    limit = min(limit, max(_SMALL_BUCKET, sum(manifest[name].nbytes for name in names) // _BUCKETS))
+    return plan_buckets(sender, names, manifest, limit)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
+
+from tulu_kernels.policy_choices import Aggregation, Divergence, Importance, Surrogate
 
 SUMS = (
     "loss", "ratio", "clip_low", "clip_high", "entropy", "sampler_difference", "importance_weight", "importance_cut",
@@ -43,16 +44,16 @@ class PolicyLoss:
     the same bits r is exactly 1 and the divergence exactly 0.
     """
 
-    loss: Literal["grpo", "dapo", "cispo", "gspo"]
+    loss: Surrogate
     clip_low: float
     clip_high: float
-    aggregation: Literal["token", "sequence", "constant"]
+    aggregation: Aggregation
     max_tokens: int
     """what a response is divided by when the aggregation is ``constant``: the longest response that may be sampled"""
     beta: float = 0.0
-    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl: Divergence = "k3"
     entropy: float = 0.0
-    importance: Literal["none", "token", "sequence"] = "none"
+    importance: Importance = "none"
     importance_cap: float = 2.0
     mask_above: float | None = None
 

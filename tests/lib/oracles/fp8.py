@@ -1,6 +1,6 @@
 """What vLLM makes of FP8 blocks, in a process of its own: its quantization of a model's matrices, and its model given a stream.
 
-    python fp8_oracle.py MODEL_DIR STREAM.pt OUT.pt
+    python fp8.py MODEL_DIR STREAM.pt OUT.pt
 
 Products in FP8 blocks want a GPU or a CPU with AMX: their kernel is left out, places for weights and loaders are vLLM's own.
 """

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 VOCAB = 96
 LENGTHS = [(5, 7, 3), (2, 4, 12), (9, 9, 9), (3, 1, 6)]
@@ -28,6 +29,7 @@ DPO = {
     "dpo": dict(loss_type=["sigmoid"], beta=0.1),
     "dpo_norm": dict(loss_type=["sigmoid_norm"], beta=5.0),
     "ipo": dict(loss_type=["ipo"], beta=0.3),
+    "apo_zero": dict(loss_type=["apo_zero"], beta=0.1),
     "dpo with SFT term": dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7], beta=0.1),
 }
 CPO = {
@@ -35,6 +37,15 @@ CPO = {
     "simpo, labels smoothed": dict(loss_type="simpo", beta=2.0, simpo_gamma=0.6, cpo_alpha=0.0, label_smoothing=0.2),
     "dpo without reference, labels smoothed": dict(loss_type="sigmoid", beta=0.1, cpo_alpha=0.0, label_smoothing=0.2),
 }
+ORPO = {"orpo, odds ratio": dict(beta=0.4)}
+
+
+class OddsRatio(ORPOTrainer):
+    """ORPO without its likelihood term, which TRL takes over the chosen side's prompt and response and we over the response."""
+
+    def concatenated_forward(self, *given):
+        *kept, likelihood = super().concatenated_forward(*given)
+        return (*kept, 0 * likelihood)
 
 
 def main(directory: Path) -> None:
@@ -69,11 +80,10 @@ def main(directory: Path) -> None:
         made = list(trainer.train_dataset)
         pairs = made if len(made) == len(rows) else pairs
         answers[name] = _loss(trainer, made)
-    for name, settings in CPO.items():
-        trainer = CPOTrainer(
-            copy.deepcopy(policy), args=CPOConfig(**common, **settings), train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-        )  # fmt: skip
+    without = [(name, CPOTrainer, CPOConfig(**common, **settings)) for name, settings in CPO.items()]
+    without += [(name, OddsRatio, ORPOConfig(**common, **settings)) for name, settings in ORPO.items()]
+    for name, kind, args in without:
+        trainer = kind(copy.deepcopy(policy), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
         answers[name] = _loss(trainer, list(trainer.train_dataset))
         sides = [(row["chosen_input_ids"], row["rejected_input_ids"]) for row in trainer.train_dataset]
         assert sides == [(row["prompt_ids"] + row["chosen_ids"], row["prompt_ids"] + row["rejected_ids"]) for row in pairs]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import traceback
@@ -27,9 +26,9 @@ def main(guard: str, layers: str = "") -> None:
         package.install()
     from transformers import LlamaForCausalLM  # noqa: F401  its module wants torch.cuda as it is
 
-    from tulu_mega.platforms import adam, grad_norm, lean, weight_gradient
+    from tulu_mega.platforms import adam, grad_norm, prepare_imports, weight_gradient
 
-    lean.import_megatron()
+    prepare_imports()
     mode = device.install()
     if layers:
         package.without_values()
@@ -142,7 +141,8 @@ def _batch(objective: str, engine, made):
     from tests.lib import jobs, policy_jobs
     from tulu_mega.data.loader import by_segment
     from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
-    from tulu_mega.objectives.preference import PreferenceObjective
+    from tulu_mega.objectives.preference import dpo_norm
+    from tulu_mega.objectives.preference_objective import PreferenceObjective
     from tulu_mega.objectives.reward import RewardObjective
     from tulu_mega.objectives.sft import SftObjective
 
@@ -155,17 +155,17 @@ def _batch(objective: str, engine, made):
         if objective == "reward":
             return batch, RewardObjective()
         rows = torch.zeros(8 * made.topology.data).double().numpy()
-        batch = dataclasses.replace(batch, ref_logp_S=by_segment(batch, rows))
-        return batch, PreferenceObjective(loss="dpo_norm", beta=5.0)
+        batch = batch.with_columns(ref_logp_S=by_segment(batch, rows))
+        return batch, PreferenceObjective(dpo_norm.Loss())
     sequences = policy_jobs.sequences(vocab)
     if objective == "shared":
-        batch = jobs.share_families(made, sequences)[0]
+        batch = jobs.share_prefixes(made, sequences)[0]
     else:
         batch = jobs.share(made, sequences * made.topology.data, None, capacity=policy_jobs.PACK)[0]
     zeros = torch.zeros(len(batch.tokens_T))
     columns = ("sampler_logp_T", "old_logp_T", "ref_logp_T", "advantages_T")
     settings = {"loss": "grpo", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "token", "beta": 0.1, "importance": "token"}
-    return dataclasses.replace(batch, **dict.fromkeys(columns, zeros)), policy_jobs._objective(settings)
+    return batch.with_columns(**dict.fromkeys(columns, zeros)), policy_jobs._objective(settings)
 
 
 if __name__ == "__main__":

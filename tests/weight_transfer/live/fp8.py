@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.lib import world
 from tulu_mega.platforms.fp8 import server_obstacles
-from tulu_mega.records import Rollout
+from tulu_mega.records import IGNORE, Response
 
 CAN_SERVE = pytest.mark.skipif(bool(server_obstacles()), reason="vLLM's FP8 products want a GPU or a CPU with AMX")
 
@@ -48,22 +48,22 @@ def round_matrices(directory: str, rounded: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def distance(rollouts: Several[Rollout], directory: str) -> float:
+def distance(responses: Several[Response], directory: str) -> float:
     """Mean absolute difference between a server's log-probabilities and a model's."""
-    (wanted,) = world.run(1, transformers_logp, directory, rollouts)
-    told = torch.tensor([logp for each in rollouts for logp in each.sampler_logp])
+    (wanted,) = world.run(1, transformers_logp, directory, responses)
+    told = torch.tensor([logp for each in responses for logp in each.sampler_logp])
     return (told - torch.tensor(wanted)).abs().mean().item()
 
 
-def transformers_logp(directory: str, rollouts: Several[Rollout]) -> list[float]:
-    """Of all response tokens, one response after another, in float32."""
+def transformers_logp(directory: str, responses: Several[Response]) -> list[float]:
+    """Log-probabilities of all trained tokens, one response after another, in float32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     found: list[float] = []
     with torch.no_grad():
-        for each in rollouts:
-            ids = torch.tensor([each.prompt_ids + each.response_ids])
+        for each in responses:
+            ids, trained = torch.tensor([each.token_ids]), torch.tensor(each.labels[1:]) != IGNORE
             logp = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-            found += logp[len(each.prompt_ids) - 1 :].tolist()
+            found += logp[trained].tolist()
     return found

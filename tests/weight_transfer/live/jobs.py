@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from tulu_mega.config import RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference.client import RolloutClient
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.records import Rollout, Sequence
+from tulu_mega.records import IGNORE, Response, TokenizedRow
 from tulu_mega.train.session import Session
-from tulu_mega.weight_transfer import transfer
+from tulu_mega.weight_transfer import push as pushing
+from tulu_mega.weight_transfer import sender
+from tulu_mega.weight_transfer.attach import attach
 from tulu_mega.weight_transfer.control import ServerControl
 from tulu_mega.weight_transfer.protocol import checksum
+from tulu_mega.weight_transfer.push import SyncReport
 from tulu_mega.weight_transfer.server import ServerAddress
-from tulu_mega.weight_transfer.transfer import SyncReport, WeightSync
 
 PROMPTS = [[7 * i % 509 for i in range(start, start + length)] for start, length in ((1, 40), (3, 17), (100, 64), (9, 2))]
 SAMPLING = Sampling(max_tokens=24, temperature=1.0, samples=2, seed=5)
@@ -51,7 +53,7 @@ def settings(**changes: Any) -> RolloutSettings:
 def push(
     directory: str,
     layout: dict[str, Any],
-    servers: Several[ServerAddress],
+    servers: Sequence[ServerAddress],
     version: int,
     dtype: str = "fp32",
     export: str | None = None,
@@ -70,9 +72,8 @@ def push(
     """
     rollout = settings(**(changes or {}))
     with jobs.session(directory, layout, dtype, precision=precision) as made:
-        sync = WeightSync.connect(made.sender(rollout), servers, rollout)
-        report = sync.push(version)
-        sync.close()
+        with attach(made.sender(rollout), servers, rollout) as connection:
+            report = pushing.push(connection, version)
         if report.failed:
             return report, float("inf")
         box: list[Any] = [None]
@@ -84,15 +85,15 @@ def push(
         return report, _difference(made, box[0])
 
 
-def generated(server: ServerAddress, rollout: RolloutSettings, version: int) -> list[Rollout]:
+def generated(server: ServerAddress, rollout: RolloutSettings, version: int) -> list[Response]:
     """What a server answers to `PROMPTS`."""
     with RolloutClient([server], rollout) as client:
         return [each for group in client.generate(PROMPTS, SAMPLING, version) for each in group]
 
 
-def _difference(made: Session, rollouts: list[Rollout]) -> float:
+def _difference(made: Session, responses: list[Response]) -> float:
     """Largest absolute difference of log-probabilities of what was sampled."""
-    batch = [Sequence(row, ids := each.prompt_ids + each.response_ids, ids) for row, each in enumerate(rollouts)]
+    batch = [TokenizedRow(row, each.token_ids, each.token_ids) for row, each in enumerate(responses)]
     micro = jobs.share(made, batch, 2)
     found: dict[int, list[float]] = {}
     for packed, logp in zip(micro, made.engine.score(micro), strict=False):
@@ -102,19 +103,23 @@ def _difference(made: Session, rollouts: list[Rollout]) -> float:
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, found)
     scores = {row: values for each in told for row, values in each.items()}
-    assert scores.keys() == set(range(len(rollouts)))
+    assert scores.keys() == set(range(len(responses)))
     return max(
         abs(ours - theirs)
-        for row, each in enumerate(rollouts)
-        for ours, theirs in zip(scores[row][len(each.prompt_ids) - 1 :], each.sampler_logp, strict=True)
+        for row, each in enumerate(responses)
+        for ours, theirs in zip(
+            [score for score, label in zip(scores[row], each.labels[1:], strict=True) if label != IGNORE],
+            each.sampler_logp,
+            strict=True,
+        )
     )
 
 
 def push_in_small_buckets(
-    directory: str, servers: Several[ServerAddress], version: int, dtype: str, export: str | None
+    directory: str, servers: Sequence[ServerAddress], version: int, dtype: str, export: str | None
 ) -> tuple[SyncReport, float]:
     """As `push`, with buckets smaller than a layer."""
-    transfer._SMALL_BUCKET = 1  # a model has at least eight buckets
+    sender._SMALL_BUCKET = 1  # a model has at least eight buckets
     return push(directory, {}, servers, version, dtype, export)
 
 
@@ -130,9 +135,9 @@ def push_through_vllm(directory: str, server: ServerAddress, version: int) -> tu
 
     vllm_trainer.register()
     with jobs.session(directory, {}) as made:
-        sync = WeightSync.connect(made.sender(settings()), [server], settings())
-        source = vllm_trainer.Source(sync.weights)
-        info = vllm_trainer.TrainerInfo(sync, rank=0)
+        connection = attach(made.sender(settings()), [server], settings())
+        source = vllm_trainer.Source(connection.sender.weights)
+        info = vllm_trainer.TrainerInfo(connection, rank=0)
         control = ServerControl(server.url, server.key, 60)
         engine = WeightTransferTrainerFactory.trainer_init(info, client=control, source=source)
         groups = list(source.iter_groups())
@@ -152,20 +157,21 @@ def push_but_fail(directory: str, layout: dict[str, Any], server: ServerAddress,
         what every rank is told.
     """
     with jobs.session(directory, layout) as made:
-        sync = WeightSync.connect(made.sender(settings()), [server], settings())
+        connection = attach(made.sender(settings()), [server], settings())
         if made.topology.last_stage:
-            fill, names = sync.weights.fill, sync.weights.held_names()
+            weights = connection.sender.weights
+            fill, names = weights.fill, weights.held_names()
 
             def broken(name: str, *arguments: Any) -> None:
                 if name == names[1]:
                     raise RuntimeError("no such memory")
                 fill(name, *arguments)
 
-            sync.weights.fill = broken
+            weights.fill = broken
         try:
-            sync.push(version)
+            pushing.push(connection, version)
             problems = []
         except UserError as error:
             problems = error.problems
-        sync.close()
+        connection.close()
         return problems

@@ -23,7 +23,7 @@ from tulu_mega.weight_transfer.protocol import (
     view,
 )
 from tulu_mega.weight_transfer.server import ServerAddress
-from tulu_mega.weight_transfer.transports import outbox
+from tulu_mega.weight_transfer.transports import named
 
 
 class Senders:
@@ -44,7 +44,7 @@ class Senders:
             name: Expected(tuple(tensor.shape), "float32", 0 if at < half else 3)
             for at, (name, tensor) in enumerate(self.tensors.items())
         }
-        self.boxes = {rank: outbox("shm", 2**20, torch.device("cpu"), 30) for rank in (0, 3)}
+        self.boxes = {rank: named("shm").outbox(2**20, torch.device("cpu"), 30) for rank in (0, 3)}
         workers = self.control.world_size()
         endpoints = {str(rank): box.endpoint(server.url, workers) for rank, box in self.boxes.items()}
         self.control.init_weight_transfer_engine({"endpoints": endpoints, "timeout": 30})
@@ -93,7 +93,7 @@ def send_half(server: ServerAddress, model: str, pipe: Connection) -> None:
 def announce(server: ServerAddress, model: str, pipe: Connection) -> None:
     """Over gloo: says that a bucket comes, and sends nothing."""
     senders = Senders(server, model)
-    box = outbox("gloo", 2**20, torch.device("cpu"), 60)
+    box = named("gloo").outbox(2**20, torch.device("cpu"), 60)
     endpoint = box.endpoint(server.url, senders.control.world_size())
     with ThreadPoolExecutor() as aside:
         attaching = aside.submit(box.connect, server.url)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tulu_mega.inference.command_line import ServerOptions, core_shares
 from tulu_mega.inference.pool import ServerPool
 from tulu_mega.vllm_plugin.gate import server_arguments
+from tulu_mega.weight_transfer.control import ServerControl
 from tulu_mega.weight_transfer.server import ServerAddress
 
 
@@ -50,3 +51,13 @@ def one(model: str, directory: Path, tensor: int = 1, dtype: str = "float32", fp
     """A server for one test alone."""
     with Servers(directory) as servers:
         yield servers.get(model, tensor, dtype, fp8)
+
+
+def is_paused(control: ServerControl) -> bool:
+    """Whether a server holds requests back."""
+    return bool(control._ask("GET", "/is_paused")["is_paused"])
+
+
+def weight_checksums(control: ServerControl) -> dict[str, str]:
+    """vLLM's own hashes of a server's parameters, after its processing."""
+    return control._ask("POST", "/weight_checker", json={"action": "checksum"})["checksums"]

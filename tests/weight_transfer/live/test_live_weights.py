@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.lib import world
 from tests.lib.layouts import LAYOUTS, size
 from tests.weight_transfer.live import jobs
-from tests.weight_transfer.live.servers import one
+from tests.weight_transfer.live.servers import is_paused, one, weight_checksums
 from tulu_mega.weight_transfer.control import ServerControl
 from tulu_mega.weight_transfer.server import ServerFailure
 
@@ -90,7 +90,7 @@ def test_a_trainer_that_fails_says_so_on_every_rank_and_is_not_served(models, se
     control = ServerControl(server.url, server.key, 60)
     with pytest.raises(ServerFailure, match="could not be sent: no such memory"):
         control.resume()
-    assert control.is_paused()
+    assert is_paused(control)
     control.close()
     ((report, difference),) = world.run(1, jobs.push, other, {}, [server], next(VERSIONS))
     assert report.failed == {}
@@ -110,7 +110,7 @@ def test_a_fresh_engine_on_the_export_has_the_same_checksums(models, servers, tm
     with one(export, tmp_path / "fresh", tensor) as fresh:
         for address in (server, fresh):
             control = ServerControl(address.url, address.key, 60)
-            sums.append(control.weight_checksums())
+            sums.append(weight_checksums(control))
             control.close()
     updated, loaded = sums
     assert updated == loaded

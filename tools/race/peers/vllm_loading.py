@@ -18,7 +18,7 @@ class OwnLoading(WeightsReport):
     def own_loading(self) -> dict[str, float]:
         """Seconds that ``model.load_weights`` takes through the layerwise reload, of tensors such as our last update brought."""
         engine = self.weight_transfer_engine
-        tensors = {name: torch.rand(each.shape, dtype=DTYPES[each.dtype]) for name, each in engine._account.manifest.items()}
+        tensors = {name: torch.rand(each.shape, dtype=DTYPES[each.dtype]) for name, each in engine._ledger.manifest.items()}
         with set_current_vllm_config(self.vllm_config):
             start = time.perf_counter()
             initialize_layerwise_reload(engine.model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,11 @@ import numpy as np
 
 from tulu_mega.config import DataInspectSettings
 from tulu_mega.data.loader import PackedLoader
-from tulu_mega.data.store import Reject, TokenStore, prepare
+from tulu_mega.data.prepare import prepare
+from tulu_mega.data.store import TokenStore
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.data.tools.inspect_views import print_inspection, write_page
+from tulu_mega.data.tools.inspection import Inspection, Lengths, Packing, Sample
 from tulu_mega.data.tools.row_kind import of_its_kind
 from tulu_mega.layout.cost import sequence_flops
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
@@ -27,72 +28,6 @@ if TYPE_CHECKING:
 
 _BINS = 20
 _REJECTS = 20
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A row as it is trained."""
-
-    where: str
-    """file and line"""
-    tokens: int
-    trained: int
-    """tokens that are predicted and trained"""
-    cut: int
-    """tokens that were cut off"""
-    pieces: list[tuple[str, bool]]
-    """its text in runs, each with whether it is trained"""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of the sequences of the rows that are used."""
-
-    rows: int
-    tokens: int
-    trained: int
-    quantiles: dict[str, float]
-    histogram: list[tuple[int, int, int]]
-    """``(from, to, sequences)``, both ends included"""
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How the run's steps are packed, by some of them."""
-
-    layout: str
-    steps: int
-    sampled: int
-    capacity: int
-    """tokens a micro-batch may hold"""
-    micro_batches: tuple[int, float, int]
-    """on each data-parallel rank in a step: least, mean, most"""
-    sequences: float
-    """in a micro-batch, mean"""
-    padding: tuple[float, float]
-    """share of what is computed: over all, and of the worst step"""
-    balance: tuple[float, float]
-    """share of the ranks' time that is work, by simulation of the schedule: mean, and of the worst step"""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Everything that is shown."""
-
-    model: str
-    template: str
-    max_length: int
-    sources: list[dict[str, Any]]
-    """as :meth:`tulu_mega.data.sources.Rows.sources`, with the rows used and their tokens"""
-    rejected: dict[str, int]
-    rejects: list[Reject]
-    """the first of them; one that is drawn several times once"""
-    truncated: int
-    cut: int
-    """tokens cut off, over all rows"""
-    lengths: Lengths
-    packing: Packing
-    samples: list[Sample]
 
 
 def inspect(settings: DataInspectSettings) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
@@ -12,10 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from tulu_mega.data.tools.inspection import Inspection
 from tulu_mega.errors import UserError
-
-if TYPE_CHECKING:
-    from tulu_mega.data.tools.inspect import Inspection
 
 _BAR = 50
 _SHOWN = 1500

@@ -10,7 +10,7 @@ def _question(text: str) -> str:
 
 
 def _answer(row: Row) -> str:
-    from tulu_mega.rewards.math_answer import last_boxed  # brings sympy along
+    from tulu_mega.rewards.verifiers.math import last_boxed  # brings sympy along
 
     if isinstance(row.get("answer"), str):
         return row["answer"]

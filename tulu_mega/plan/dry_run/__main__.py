@@ -14,8 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tulu_mega import config
+from tulu_mega.config import EngineSettings
+from tulu_mega.config.stages import stage_of
 from tulu_mega.errors import UserError
+from tulu_mega.launch.launcher import resolve
 from tulu_mega.platforms import meta
 
 RESULT, JOB = "result.json", "job.json"
@@ -24,7 +26,7 @@ RESULT, JOB = "result.json", "job.json"
 def main(directory: Path) -> None:
     """Does the job that lies in a directory."""
     job = json.loads((directory / JOB).read_text())
-    settings = getattr(config, job["kind"]).model_validate_json(json.dumps(job["settings"]))
+    settings = resolve(job["kind"]).model_validate_json(json.dumps(job["settings"]))
     platform = meta.install()  # before anything of megatron-core
     try:
         result = _build(directory, settings, job["world"], platform)
@@ -33,28 +35,29 @@ def main(directory: Path) -> None:
     (directory / RESULT).write_text(json.dumps(result))
 
 
-def _build(directory: Path, settings: config.EngineSettings, world: int, platform: Any) -> dict[str, Any]:
+def _build(directory: Path, settings: EngineSettings, world: int, platform: Any) -> dict[str, Any]:
     from tulu_mega.bridge.families import family_for
     from tulu_mega.bridge.families.reward import reward_fields
     from tulu_mega.distributed.grid import ShardGrid
-    from tulu_mega.distributed.topology import data_parallel_size
     from tulu_mega.model.hf_config import load_config
     from tulu_mega.plan.dry_run import rank
     from tulu_mega.plan.dry_run.truth import hf_shapes
 
     parallel = settings.parallel
-    data = data_parallel_size(parallel, world)
+    data = parallel.replicas(world)
     layout = ShardGrid(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context, data)
     hf = load_config(settings.model.model_copy(update={"path": str(directory)}))
     family = family_for(hf.to_dict())
-    reward = family.reward or isinstance(settings, config.RmSettings)
+    stage = stage_of(settings)  # scoring is none
+    reward = family.reward or bool(stage and stage.reward)
+    workload = resolve(stage.workload)(settings) if stage else None
     if reward:
         hf.update(reward_fields(family, hf.to_dict()))
 
     def built(stage: int, tensor_rank: int, copy: int) -> dict[str, Any]:
         number = layout.at(tensor_rank=tensor_rank, pipeline_rank=stage, copy=copy).rank
         with rank.place(settings, number, layout.world, platform) as here:
-            return asdict(rank.report(hf, settings, here, platform, reward))
+            return asdict(rank.report(hf, settings, here, platform, reward, workload))
 
     first = [built(stage, tensor_rank, 0) for stage in range(layout.pipeline) for tensor_rank in range(layout.tensor)]
     last = []

@@ -14,7 +14,8 @@ from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.shards import ModelShard, exportable
 from tulu_mega.bridge.stream import outgoing
-from tulu_mega.config import EngineSettings, GrpoSettings, RolloutSettings, RunSettings
+from tulu_mega.config import EngineSettings, RolloutSettings
+from tulu_mega.config.workload import Workload
 from tulu_mega.distributed import topology
 from tulu_mega.distributed.topology import Topology
 from tulu_mega.plan.dry_run.record import RankReport, Sending, Shard, Stored, Training
@@ -22,7 +23,7 @@ from tulu_mega.platforms import Platform
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.engine_state import share
 from tulu_mega.weight_transfer.protocol import SLOTS, Expected
-from tulu_mega.weight_transfer.transfer import sender_buckets, stream_dtype
+from tulu_mega.weight_transfer.sender import sender_buckets, stream_dtype
 
 
 @contextlib.contextmanager
@@ -39,12 +40,15 @@ def place(settings: EngineSettings, rank: int, world: int, platform: Platform) -
         topology.stop()
 
 
-def report(hf: PretrainedConfig, settings: EngineSettings, here: Topology, platform: Platform, reward: bool) -> RankReport:
+def report(
+    hf: PretrainedConfig, settings: EngineSettings, here: Topology, platform: Platform, reward: bool, workload: Workload | None
+) -> RankReport:
     """What this rank holds, writes and sends.
 
     Args:
         hf: the model's, of a reward model as it is trained.
         here: of `place`.
+        workload: of the stage that trains the model; None where it is not trained.
     """
     engine = Engine(hf, settings, here, platform, reward=reward)
     layers = tuple(len(chunk.decoder.layers) for chunk in engine.chunks)
@@ -54,7 +58,7 @@ def report(hf: PretrainedConfig, settings: EngineSettings, here: Topology, platf
         for name, parameter in exportable(chunk)
     )
     training, format = None, "reshardable"
-    if isinstance(settings, RunSettings):
+    if workload:
         engine.prepare_training(settings.optim, 1)
         training, format = _training(engine), settings.checkpoint.format
     saved = share(engine, format)
@@ -71,7 +75,7 @@ def report(hf: PretrainedConfig, settings: EngineSettings, here: Topology, platf
         )
         for held in saved.weights
     )
-    grpo = settings if isinstance(settings, GrpoSettings) else None
+    rollout = workload.rollout if workload else None
     size = sum(shard.nbytes for shard in shards)
     return RankReport(
         rank=here.rank,
@@ -83,9 +87,9 @@ def report(hf: PretrainedConfig, settings: EngineSettings, here: Topology, platf
         stored=stored,
         weights_saved=sum(held.data.nbytes for held in saved.weights),
         optimizer_saved=saved.optimizer_bytes,
-        beside=size if grpo and grpo.policy.reads_reference else 0,
+        beside=size if workload and workload.reference else 0,
         training=training,
-        sending=_sending(engine, settings.model.dtype, grpo.rollout) if grpo else None,
+        sending=_sending(engine, settings.model.dtype, rollout) if rollout else None,
     )
 
 

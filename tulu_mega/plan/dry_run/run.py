@@ -55,7 +55,8 @@ def dry_run(settings: EngineSettings, config: Mapping[str, Any], world: int) -> 
 
 def ask(directory: Path, settings: EngineSettings, config: Mapping[str, Any], world: int) -> None:
     """Writes what the process reads."""
-    job = {"kind": type(settings).__name__, "settings": settings.model_dump(mode="json"), "world": world}
+    kind = type(settings)
+    job = {"kind": f"{kind.__module__}:{kind.__qualname__}", "settings": settings.model_dump(mode="json"), "world": world}
     (directory / "job.json").write_text(json.dumps(job))
     (directory / "config.json").write_text(json.dumps(dict(config)))
 

@@ -54,11 +54,6 @@ class Step:
         return {name: getattr(self, name) for name in names}
 
     @property
-    def tokens_per_gpu(self) -> float:
-        """Real tokens a second and GPU."""
-        return self.tokens / self.seconds / self.world
-
-    @property
     def flops_per_gpu(self) -> float:
         """Model FLOP/s of a GPU."""
         return self.flops / self.seconds / self.world

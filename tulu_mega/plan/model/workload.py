@@ -12,9 +12,6 @@ from tulu_mega.layout.cost import sequence_flops
 from tulu_mega.layout.schedule import Pipeline
 from tulu_mega.plan.model.job import Pack
 
-MEAN_LENGTH = {"sft": 560, "rm": 600, "dpo": 600, "grpo": 200}
-"""Tokens of a conversation of Tulu 3's SFT mixture (256 make about 35 packs of 4,096), of a side of a pair of its preference
-mixtures (a pair takes some 1,200), of a prompt."""
 ROWS = {
     "allenai/tulu-3-sft-mixture": 939_344,
     "allenai/llama-3.1-tulu-3-8b-preference-mixture": 271_409,

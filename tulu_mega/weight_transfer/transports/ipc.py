@@ -12,19 +12,35 @@ import torch
 from torch import Tensor
 
 from tulu_mega.weight_transfer.protocol import SLOTS
-from tulu_mega.weight_transfer.transports.ends import Endpoint
-from tulu_mega.weight_transfer.transports.fills import Fills
+from tulu_mega.weight_transfer.transports import Endpoint, Transport
+from tulu_mega.weight_transfer.waiting import FillEvents
+
+
+class CudaIpc(Transport):
+    """Shared memory of a GPU. Not run on a GPU yet."""
+
+    name = "ipc"
+    device = "cuda"
+    same_host = True
+    mapped = True
+    automatic = True
+
+    @staticmethod
+    def outbox(capacity: int, device: torch.device, timeout_s: float) -> IpcOutbox:
+        return IpcOutbox(capacity, device)
+
+    @staticmethod
+    def inbox(endpoint: Mapping[str, Any], worker: int, device: torch.device, timeout_s: float) -> IpcInbox:
+        return IpcInbox(endpoint, worker, device)
 
 
 class IpcOutbox:
-    """Not run on a GPU yet."""
-
-    mapped = True
+    """Buffers in the sender's GPU memory. Not run on a GPU yet."""
 
     def __init__(self, capacity: int, device: torch.device):
         self._device = device
         self._buffers = _shared_buffers(capacity, device)
-        self._fills = Fills(device)
+        self._fills = FillEvents(device)
 
     def buffer(self, slot: int) -> Tensor:
         return self._buffers[slot]
@@ -51,7 +67,7 @@ class IpcOutbox:
 
 
 class IpcInbox:
-    """Not run on a GPU yet."""
+    """The sender's buffers, mapped. Not run on a GPU yet."""
 
     def __init__(self, endpoint: Mapping[str, Any], worker: int, device: torch.device):
         self._buffers = [_imported(handle, device) for handle in endpoint["handles"][worker]]

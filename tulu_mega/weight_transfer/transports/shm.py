@@ -13,14 +13,30 @@ import torch
 from torch import Tensor
 
 from tulu_mega.weight_transfer.protocol import SLOTS
-from tulu_mega.weight_transfer.transports.ends import Endpoint
+from tulu_mega.weight_transfer.transports import Endpoint, Transport
+
+
+class SharedMemory(Transport):
+    """Each byte is written once and read by all workers of the host."""
+
+    name = "shm"
+    device = "cpu"
+    same_host = True
+    mapped = True
+    automatic = True
+
+    @staticmethod
+    def outbox(capacity: int, device: torch.device, timeout_s: float) -> SharedOutbox:
+        return SharedOutbox(capacity)
+
+    @staticmethod
+    def inbox(endpoint: Mapping[str, Any], worker: int, device: torch.device, timeout_s: float) -> SharedInbox:
+        return SharedInbox(endpoint)
 
 
 class SharedOutbox:
     """Memory without a name: it is gone with the last process that has it open, however that ends, and no quota of /dev/shm
     (64 MiB in a container) applies. Others of the same user open it through /proc."""
-
-    mapped = True
 
     def __init__(self, capacity: int):
         self._capacity = capacity
@@ -57,6 +73,12 @@ class SharedOutbox:
 
 
 class SharedInbox:
+    """The sender's memory, mapped for reading.
+
+    Raises:
+        RuntimeError: it cannot be opened, or is another's by now.
+    """
+
     def __init__(self, endpoint: Mapping[str, Any]):
         self._capacity = endpoint["capacity"]
         try:

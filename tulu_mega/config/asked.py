@@ -1,0 +1,48 @@
+"""What the commands take that ask a model: `tulu-mega score` and `tulu-mega generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tulu_mega.config.run import EngineSettings
+from tulu_mega.config.sections import AskedTemplate, ModelSettings, PositiveInt, Section
+
+
+class ScoreSettings(EngineSettings):
+    """`tulu-mega score`: per-token log-probabilities of given texts, or a reward model's scores."""
+
+    input: str
+    """JSONL; rows of `messages`, `text` or `input_ids`, with an optional `id`."""
+    output: str
+    """JSONL to write, in input order: `id`, `input_ids`, `logprobs` (natural log, tokens 2..n), `sum`; of a reward model `id`,
+    `input_ids`, `score` (at the last token)."""
+    template: AskedTemplate = "auto"
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer; the model's own when unset."""
+    pack_length: PositiveInt = 8192
+    """Tokens a packed micro-batch may hold on one data-parallel rank (a longer text has one of its own)."""
+
+
+class GenerateSettings(Section):
+    """`tulu-mega generate`: vLLM on a model directory, from JSONL or at a prompt."""
+
+    model: ModelSettings
+    input: str | None = None
+    """JSONL; rows of `messages`, `prompt` or `input_ids`. Unset: an interactive prompt."""
+    output: str | None = None
+    """JSONL to write: the row with `response`, `output_ids`, `finish_reason`. Unset with `input`: standard output."""
+    template: AskedTemplate = "auto"
+    system: str | None = None
+    """System message put before a conversation that has none."""
+    max_tokens: PositiveInt = 512
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    samples: PositiveInt = 1
+    """Responses to each prompt."""
+    seed: int = 0
+    tensor: PositiveInt = 1
+    """vLLM's tensor parallel size."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt and response together; the model's own limit when unset."""

@@ -1,0 +1,96 @@
+"""What the commands share that build a Megatron model, and those that train one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from tulu_mega.config.effects import Effect
+from tulu_mega.config.megatron_fields import check_megatron_table
+from tulu_mega.config.precision import PrecisionSettings
+from tulu_mega.config.sections import (
+    CheckpointSettings,
+    DataSettings,
+    HeldOutSettings,
+    ModelSettings,
+    OptimSettings,
+    ParallelSettings,
+    PreferenceDataSettings,
+    Section,
+    TrainSettings,
+    WandbSettings,
+    WatchdogSettings,
+)
+
+
+class EngineSettings(Section):
+    """What every command that builds a Megatron model shares."""
+
+    model: ModelSettings
+    parallel: Annotated[ParallelSettings, Effect.NONE] = ParallelSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    megatron: dict[str, Any] = {}
+    """Fields of megatron-core's TransformerConfig that no setting of ours names."""
+    watchdog: Annotated[WatchdogSettings, Effect.NONE] = WatchdogSettings()
+
+    @field_validator("megatron")
+    @classmethod
+    def _known_fields(cls, table: dict[str, Any]) -> dict[str, Any]:
+        check_megatron_table(table)
+        return table
+
+    @model_validator(mode="after")
+    def _fp8_has_its_layers(self) -> EngineSettings:
+        if self.precision.recipe is None:
+            return self
+        needs = []
+        if self.model.dtype != "bf16":
+            needs.append(f"model.dtype = 'bf16', got {self.model.dtype!r}")
+        if self.model.spec == "local":
+            needs.append("Transformer Engine's layers, but model.spec = 'local'; set it to 'auto' or 'te'")
+        if needs:
+            raise ValueError(f"precision.fp8 = {self.precision.fp8!r} needs {'; and '.join(needs)}")
+        if self.precision.fp8_param_gather and not self.parallel.distributed_optimizer:
+            raise ValueError("precision.fp8_param_gather needs parallel.distributed_optimizer; turn it on")
+        return self
+
+
+class RunSettings(EngineSettings):
+    """What every command shares that trains."""
+
+    run_dir: Annotated[str, Effect.NONE]
+    """Directory of this run: config.json, metrics.jsonl, checkpoints/, hf/, logs/. A run found there goes on."""
+    seed: int = 123
+    optim: OptimSettings = OptimSettings()
+    checkpoint: Annotated[CheckpointSettings, Effect.NONE] = CheckpointSettings()
+    wandb: Annotated[WandbSettings, Effect.NONE] = WandbSettings()
+
+    @model_validator(mode="after")
+    def _fp8_has_its_optimizer(self) -> RunSettings:
+        if self.precision.fp8_param_gather and self.optim.name != "adamw":
+            raise ValueError(f"precision.fp8_param_gather needs optim.name = 'adamw', got {self.optim.name!r}")
+        return self
+
+
+class StageSettings(RunSettings):
+    """What every stage shares that learns from a fixed data set."""
+
+    data: DataSettings
+    train: TrainSettings = TrainSettings()
+    heldout: Annotated[HeldOutSettings | None, Effect.NONE] = None
+    """Rows to evaluate on while training."""
+
+
+class OnePass(TrainSettings):
+    epochs: Annotated[float, Field(gt=0), Effect.LENGTH] = 1.0
+    """Passes over the data; ignored when `steps` is given."""
+
+
+class PreferenceStageSettings(StageSettings):
+    """What the stages share that learn from pairs."""
+
+    data: PreferenceDataSettings
+    train: OnePass = OnePass()
+    heldout: Annotated[HeldOutSettings | None, Effect.NONE] = None
+    """Pairs to evaluate on while training."""

@@ -1,0 +1,195 @@
+"""The ranks of a world on this machine: started, waited for, asked to end, started again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tulu_mega.errors import Stopped, UserError
+from tulu_mega.launch.reporting import ASKS, ERROR_FILE, KILLED, LAUNCHER_PID, read_record, report, tell_killed
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.api import PContext
+
+_TAIL_LINES = 20
+
+
+def start_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], starts: int, grace: float) -> int:
+    """Starts the ranks, and again when one fails for a reason that the user cannot mend; at most `starts` times."""
+    for start in range(1, starts + 1):
+        status, final = _one_world(size, run_dir, program, environ, grace)
+        if final or start == starts:
+            break
+        print(f"the ranks are started again ({start} of {starts - 1} times)", file=sys.stderr, flush=True)
+    return status
+
+
+def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], grace: float) -> tuple[int, bool]:
+    """The exit status of a world, and whether another one would fare no better."""
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tulu_mega_")))
+        logs = Path(run_dir, "logs") if run_dir else scratch
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir: {logs} cannot be made: {error.strerror}; choose a directory you may write") from None
+        store = _loopback_store()
+        stack.enter_context(_signals_restored())
+        return _wait(_ranks(size, program, store.port, logs, scratch, environ), size, scratch, grace)
+
+
+def _loopback_store():
+    """The ranks' rendezvous. torch's store listens on every interface unless it is handed a socket."""
+    from torch.distributed import TCPStore
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, environ: Mapping[str, str]) -> PContext:
+    from torch.distributed.elastic.multiprocessing import start_processes
+    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+
+    class RankLogs(LogsSpecs):
+        """Rank 0 on the console, the others in files."""
+
+        def reify(self, envs):
+            def files(stream: str) -> dict[int, str]:
+                return {rank: str(_fresh(logs / f"rank_{rank}.{stream}.log")) if rank else "" for rank in envs}
+
+            return LogsDest(
+                stdouts=files("stdout"), stderrs=files("stderr"), error_files={r: str(_error_file(scratch, r)) for r in envs}
+            )
+
+        @property
+        def root_log_dir(self):
+            return str(logs)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the ranks are clients of our store
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // size))),
+        "PYTHONUNBUFFERED": "1",  # a killed rank's log is whole
+        # messages of tensor parallelism overlap products only when kernels start in the order in which they are queued
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
+        LAUNCHER_PID: str(os.getpid()),
+        **environ,
+    }
+    if sys.platform.startswith("linux"):  # gloo otherwise asks what the host name resolves to, often nothing useful
+        common["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    envs = {
+        rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(_error_file(scratch, rank))}
+        for rank in range(size)
+    }
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say what failed
+    ranks = start_processes("tulu_mega", program[0], {rank: tuple(program[1:]) for rank in range(size)}, envs, RankLogs())
+    signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))  # elastic has taken that over
+    return ranks
+
+
+def _fresh(log: Path) -> Path:
+    """A log's path; what a start before this one left there is kept beside it, since it may say why it failed."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size:
+            log.replace(log.with_suffix(".1.log"))
+    return log
+
+
+def _error_file(scratch: Path, rank: int) -> Path:
+    return scratch / f"rank_{rank}.error.json"
+
+
+def _wait(context: PContext, size: int, scratch: Path, grace: float) -> tuple[int, bool]:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    try:
+        result = context.wait(period=0.1)
+    except SignalException as asked:
+        if asked.sigval not in ASKS:
+            context.close(death_sig=signal.SIGKILL, timeout=5)
+            return 128 + asked.sigval, True
+        ends = time.monotonic() + grace
+        try:
+            context.close(death_sig=asked.sigval, timeout=grace)
+        except SignalException:  # asked again
+            context.close(death_sig=signal.SIGKILL, timeout=5)
+        if time.monotonic() > ends:
+            tell_killed(grace, "checkpoint.grace")
+            return KILLED, True
+        return Stopped.status, True
+    if not result.is_failed():
+        return 0, True
+    codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+    records = {rank: read_record(_error_file(scratch, rank)) for rank in codes}
+    rank = _first_failure(codes, records)
+    if "stopped" in records[rank]:  # a rank was asked, not the launcher
+        return codes[rank], True
+    if "problems" in records[rank]:
+        report(records[rank]["problems"])
+        return codes[rank], True
+    print(
+        _describe_failure(rank, size, codes[rank], context.stderrs[rank], context.stdouts[rank], scratch),
+        file=sys.stderr,
+        flush=True,
+    )
+    return codes[rank] if codes[rank] > 0 else 128 - codes[rank], False
+
+
+def _first_failure(codes: Mapping[int, int], records: Mapping[int, dict[str, Any]]) -> int:
+    """The rank whose failure drew the others along: killed by a signal that was not ours, else the earliest recorded."""
+
+    def order(rank: int):
+        killed = codes[rank] < 0 and codes[rank] != -signal.SIGTERM
+        ended_by_us = codes[rank] == -signal.SIGTERM
+        return (not killed, ended_by_us, records[rank].get("time", float("inf")), rank)
+
+    return min(codes, key=order)
+
+
+def _describe_failure(rank: int, size: int, code: int, stderr: str, stdout: str, scratch: Path) -> str:
+    if code < 0:
+        how = f"was killed by {signal.strsignal(-code) or f'signal {-code}'}"
+        how += " (out of memory?)" if code == -signal.SIGKILL else ""
+    else:
+        how = f"failed with exit status {code}"
+    message = f"error: rank {rank} of {size} {how}"
+    if not stderr:
+        return f"{message}; its output is above"
+    tail = _tail(stderr) or _tail(stdout)
+    where = "" if Path(stderr).is_relative_to(scratch) else f" ({stderr})"
+    return "\n".join([f"{message}; the end of its output{where}:", *(f"  {line}" for line in tail or ["(nothing)"])])
+
+
+def _tail(file: str) -> list[str]:
+    try:
+        return Path(file).read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    except OSError:
+        return []
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    """Elastic takes these signals over when it starts processes; afterwards they do again what they did."""
+    taken = (*ASKS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in taken}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

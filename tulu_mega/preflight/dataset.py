@@ -1,0 +1,43 @@
+"""What is wrong with a stage that learns from a fixed data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tulu_mega.config import StageSettings
+from tulu_mega.errors import UserError
+from tulu_mega.launch.run_dir import DATA, HELDOUT
+from tulu_mega.layout.schedule import Pipeline
+from tulu_mega.preflight import run
+from tulu_mega.preflight.findings import Findings, Rows
+
+
+def problems(settings: StageSettings, findings: Findings, reward: bool = False) -> None:
+    """Of the run and its schedule; the findings have the rows that are to be tokenised then.
+
+    Args:
+        reward: it trains a reward model.
+    """
+    run.problems(settings, findings, reward, short_batches=True)
+    findings.collect(lambda: _schedulable(settings))
+    run_dir = Path(settings.run_dir)
+    if settings.heldout:
+        own = {"train": settings.heldout.data, "split": settings.heldout.split}
+        findings.rows.append(Rows("heldout.data", settings.data.model_copy(update=own), settings.model, run_dir / HELDOUT))
+    findings.rows.append(Rows("data.train", settings.data, settings.model, run_dir / DATA))
+
+
+def reward_model_problems(settings: StageSettings, findings: Findings) -> None:
+    """As `problems`, of a stage that trains a reward model."""
+    problems(settings, findings, reward=True)
+
+
+def _schedulable(settings: StageSettings) -> None:
+    """What packing would find out in every rank."""
+    parallel, count = settings.parallel, settings.train.micro_batches
+    multiple = Pipeline(parallel.pipeline, parallel.virtual_pipeline).multiple
+    if count and count % multiple:
+        raise UserError(
+            f"train.micro_batches = {count}: parallel.virtual_pipeline = {parallel.virtual_pipeline} asks for a multiple of "
+            f"parallel.pipeline = {parallel.pipeline}; set it to {-(-count // multiple) * multiple} or leave it out"
+        )

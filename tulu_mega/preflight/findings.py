@@ -1,0 +1,46 @@
+"""What `check` has found out about a command so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tulu_mega.errors import UserError
+
+if TYPE_CHECKING:
+    from tulu_mega.config import DataSettings, ModelSettings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set that is to be tokenised before the ranks start."""
+
+    setting: str
+    """that names it, for messages"""
+    data: DataSettings
+    model: ModelSettings
+    """whose tokenizer is taken where `data` names none"""
+    directory: Path
+    """for the ranks to read"""
+
+
+@dataclass
+class Findings:
+    """Problems, in the order in which they were found, and what later checks need of earlier ones."""
+
+    problems: list[str] = field(default_factory=list)
+    config: dict[str, Any] | None = None
+    """the model's config.json, where it can be used"""
+    rows: list[Rows] = field(default_factory=list)
+
+    def collect(self, step: Callable[[], T]) -> T | None:
+        """What a step returns; None where it raises UserError, whose problems are noted."""
+        try:
+            return step()
+        except UserError as error:
+            self.problems.extend(error.problems)
+            return None

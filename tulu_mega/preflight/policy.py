@@ -1,0 +1,85 @@
+"""What is wrong with a stage that trains a policy on responses of its own servers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tulu_mega.bridge.families import family_for
+from tulu_mega.config import EngineSettings, GrpoSettings
+from tulu_mega.errors import UserError
+from tulu_mega.inference.addresses import longest_wait
+from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
+from tulu_mega.inference.offline import check_vllm
+from tulu_mega.layout.fp8 import rollout_fp8_problems
+from tulu_mega.preflight import run
+from tulu_mega.preflight.findings import Findings
+from tulu_mega.preflight.model import model_config, within_vocabulary
+from tulu_mega.rl.prompts import Prompts, read
+
+
+def problems(settings: GrpoSettings, findings: Findings) -> None:
+    """Of the run, its servers, its prompts and its reward model."""
+    run.problems(settings, findings)
+    config = findings.config
+    findings.collect(lambda: _servable(settings, config))
+    prompts = findings.collect(lambda: read(settings))
+    if prompts and config:
+        findings.collect(lambda: answerable(prompts, config))
+    if settings.rewards.model:
+        findings.collect(lambda: _scoring(settings, config))
+
+
+def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
+    """What vLLM would find out when it starts, and rollouts when they are asked for."""
+    own = not settings.rollout.urls  # else they have a vLLM and GPUs of their own
+    if own:
+        check_vllm()
+    fp8 = fp8_obstacles if own else rollout_fp8_problems
+    problems = fp8(config, settings.rollout) if config else []
+    if own:
+        parallel = settings.parallel
+        problems += device_obstacles(settings.rollout, parallel.model_parallel * (parallel.data or 1))
+    wait, limit = longest_wait(settings.rollout), settings.watchdog.timeout
+    if limit and wait >= limit:
+        problems.append(
+            f"rollout.start_timeout = {settings.rollout.start_timeout:g}: the ranks may wait {wait:g} s for the servers, but "
+            f"watchdog.timeout = {limit:g} would end them before; raise watchdog.timeout above {wait:g}"
+        )
+    limit = (config or {}).get("max_position_embeddings")
+    if limit and settings.longest > limit:
+        problems.append(
+            f"data.max_prompt = {settings.data.max_prompt} and sampling.max_tokens = {settings.sampling.max_tokens} make "
+            f"{settings.longest} tokens, but the model was made for {limit}; lower either"
+        )
+    given = settings.rollout.max_model_len
+    if given and given < settings.longest:
+        problems.append(
+            f"rollout.max_model_len = {given}: prompt and response may have {settings.longest} tokens (data.max_prompt + "
+            "sampling.max_tokens); raise it or leave it out"
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def answerable(prompts: Prompts, config: Mapping[str, Any]) -> None:
+    """Prompts, and the token that ends a response, are of the model's vocabulary."""
+    largest = {"data.tokenizer, as the end of a response,": prompts.tokenizer.eos_token_id}
+    for name, chosen in (("data.train", prompts.train), ("heldout.data", prompts.heldout)):
+        largest[name] = max((max(one.ids) for one in chosen.prompts), default=0) if chosen else 0
+    for name, token in largest.items():
+        within_vocabulary(name, token, config)
+
+
+def _scoring(settings: GrpoSettings, policy: Mapping[str, Any] | None) -> None:
+    """The reward model has the policy's tokens."""
+    model = settings.model.model_copy(update={"path": settings.rewards.model})
+    parts = dict(parallel=settings.parallel, precision=settings.precision, megatron=settings.megatron)
+    config = model_config(EngineSettings(model=model, **parts))
+    if not family_for(config).reward:
+        raise UserError(f"rewards.model = {settings.rewards.model}: a language model; expected what tulu-mega rm makes")
+    if policy and config["vocab_size"] != policy["vocab_size"]:
+        raise UserError(
+            f"rewards.model = {settings.rewards.model} has a vocabulary of {config['vocab_size']}, the policy one of "
+            f"{policy['vocab_size']}; expected a reward model of the same tokenizer"
+        )

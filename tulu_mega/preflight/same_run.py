@@ -1,0 +1,73 @@
+"""Whether a run directory can go on with these settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tulu_mega.config import RunSettings
+from tulu_mega.config.effects import Effect, decides
+from tulu_mega.config.stages import STAGES
+from tulu_mega.errors import UserError
+from tulu_mega.launch.launcher import resolve
+from tulu_mega.launch.run_dir import CONFIG
+
+
+def same_run(settings: RunSettings, short_batches: bool = False) -> None:
+    """Sees whether a run that is there already began with the settings of now, as far as they decide what is computed.
+
+    Args:
+        short_batches: the last batch of a run whose length is given in epochs may be short.
+
+    Raises:
+        UserError: it began with others; they are named.
+    """
+    file = Path(settings.run_dir) / CONFIG
+    if not file.exists():
+        return
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{file}: cannot be read; choose another run_dir, or remove this one") from None
+    before, now = _flat(before), _flat(json.loads(settings.model_dump_json()))
+    # compared as text: of data.train's amounts, 1 is a row and 1.0 all of them
+    changed = [name for name in now | before if repr(before.get(name)) != repr(now.get(name))]
+    # what only other stages have may have been decided by them: the run may be one of theirs
+    classes = [type(settings), *(resolve(stage.settings) for stage in STAGES.values())]
+    effects = {name: decides(classes, name) for name in changed}
+    fixed = _length_fixed_by(settings, before, short_batches)
+    matters = {Effect.DECIDES, Effect.LENGTH} if fixed else {Effect.DECIDES}
+    changed = [name for name in changed if effects[name] in matters]
+    if changed:
+        raise UserError(
+            f"run_dir = {settings.run_dir} holds a run with other settings: "
+            + "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
+            + (f" ({fixed})" if any(effects[name] is Effect.LENGTH for name in changed) else "")
+            + ". Choose another run_dir, or the settings of before to go on"
+        )
+
+
+def _length_fixed_by(settings: RunSettings, before: Mapping[str, Any], short_batches: bool) -> str:
+    """Why a run cannot be made longer or shorter: the steps done would have been others. Empty where they would not.
+
+    Args:
+        before: the run's settings by full name.
+    """
+    optim = settings.optim
+    if optim.schedule != "constant" or optim.warmup:
+        return (
+            f"with optim.schedule = {optim.schedule!r} and optim.warmup = {optim.warmup:g} the length decides every step's rate; "
+            f"to train on, begin a run with {settings.run_dir}/hf as model.path"
+        )
+    if short_batches and not (settings.train.steps and before.get("train.steps")):
+        return "the last batch of train.epochs may be short; only train.steps can be changed for another number of steps"
+    return ""
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
