@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tests.lib import dry_jobs, jobs, world
 from tests.lib.families import FAMILIES, make_model
 from tests.lib.layouts import size
+from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.families import family_for
 from tulu_mega.cli import main
 from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, ScoreSettings, SftSettings, load
@@ -264,7 +265,7 @@ def test_cover():
     assert uncovered((4, 3), halves) is None
     assert uncovered((4, 3), halves[:1]) == "[2:4, 0:3] of [4, 3] is held by no rank"
     assert uncovered((4, 3), [*halves, ((1, 2), (1, 2))]) == "[1:2, 1:2] of [4, 3] is held 2 times"
-    assert uncovered((4, 3), [((0, 5), (0, 3))]) == "the box [0:5, 0:3] does not lie in the shape [4, 3]"
+    assert uncovered((4, 3), [Box(((0, 5), (0, 3)))]) == "the box [0:5, 0:3] does not lie in the shape [4, 3]"
     assert uncovered((), [()]) is None
 
 
