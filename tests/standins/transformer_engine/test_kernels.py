@@ -39,7 +39,6 @@ def counted(*arguments):
     from collections import Counter
 
     import transformer_engine_torch as compiled
-
     from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
 
     calls: Counter[str] = Counter()
