@@ -75,3 +75,7 @@ def test_a_layout_that_does_not_fit_the_world_is_told_before_nodes_are_looked_at
     settings = SftSettings.model_validate({"model": "m", "run_dir": "r", "data": {"train": "x"}, "parallel": parallel})
     with pytest.raises(UserError, match=r"= 4 processes, but torchrun started 32; set parallel.data to 16, or start 4$"):
         cluster.check(settings)
+
+
+def test_the_code_that_is_compared_is_the_whole_package():
+    assert {"cli.py", "agent.py", "train", "bridge"} <= {path.name for path in cluster.CODE.iterdir()}

