@@ -15,6 +15,7 @@ from blake3 import blake3
 from safetensors.torch import load_file
 
 from tests.lib.conversions import SMALL, command, convert, make_source, same, weights
+from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.files.megatron_files import MegatronCheckpoint
 from tulu_mega.convert import manifest
 from tulu_mega.convert.run import plan_job
@@ -217,10 +218,10 @@ def test_chunks_that_lie_otherwise_than_they_are_wanted_are_read_all_the_same(tm
             sizes = [stop - start for start, stop in region]
             wanted = tensor[tuple(slice(*extent) for extent in region)]
             into = torch.full((2, *sizes), torch.nan)
-            opened.read(key, region, into[1])
+            opened.read(key, Box(region), into[1])
             assert torch.equal(into[1], wanted.float()) and into[0].isnan().all()
             apart = torch.full((sizes[1], sizes[0]), torch.nan).t()
-            opened.read(key, region, apart)
+            opened.read(key, Box(region), apart)
             assert torch.equal(apart, wanted.float())
 
 

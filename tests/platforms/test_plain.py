@@ -41,7 +41,7 @@ def trained(material: Path, run_dir: Path, dtype: str, plain: bool) -> tuple[lis
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.acceptance)])
 def test_a_run_gives_the_same(material, tmp_path, dtype):
     """float32 products and norms are summed in another order, which float32 rounds otherwise. In bf16 all arithmetic is torch's
     both times: there nothing but the import, the collectives of one rank and the end of the process differs, and no bit of it."""
