@@ -76,4 +76,6 @@ def test_a_setting_decides_unless_it_or_its_section_says_otherwise(name, effect)
 
 def test_the_first_class_that_has_a_setting_says():
     assert decides([RmSettings, SftSettings], "train.reduction") is Effect.DECIDES
-    assert decides([RmSettings, SftSettings], "train.not_there") is Effect.NONE
+    assert decides([RmSettings, SftSettings], "train.of_an_earlier_version") is Effect.DECIDES
+    assert decides([RmSettings, SftSettings], "watchdog.of_an_earlier_version") is Effect.NONE
+    assert decides([RmSettings, SftSettings], "of_an_earlier_version") is Effect.NONE

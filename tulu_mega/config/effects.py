@@ -48,8 +48,15 @@ def effect_of(settings: type[BaseModel], name: str) -> Effect | None:
 
 
 def decides(settings: Sequence[type[BaseModel]], name: str) -> Effect:
-    """The effect of a setting by the first of the classes that has it; none where no class does."""
-    return next((effect for each in settings if (effect := effect_of(each, name))), Effect.NONE)
+    """The effect of a setting by the first of the classes that has it.
+
+    A setting that no class has, such as one of an earlier version, has its section's effect; without a section it has none.
+    """
+    found = next((effect for each in settings if (effect := effect_of(each, name))), None)
+    if found is None:
+        section = name.rpartition(".")[0]
+        return decides(settings, section) if section else Effect.NONE
+    return found
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
