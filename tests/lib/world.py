@@ -16,8 +16,9 @@ from torch.distributed import TCPStore
 WARM = os.environ.get("TULU_MEGA_WARM", "tests.lib.warm")
 """what the fork server imports; `tests.standins.transformer_engine.warm` gives models Transformer Engine's layers"""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([WARM])
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Makes processes that are forks of one that has imported everything."""
+CONTEXT.set_forkserver_preload([WARM])
 
 
 def free_port() -> int:
@@ -50,8 +51,8 @@ class Started:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._processes = [], []
         for rank in range(size):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_rank_main, args=(rank, size, self._store.port, theirs, function, args))
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_rank_main, args=(rank, size, self._store.port, theirs, function, args))
             process.start()
             theirs.close()
             self._pipes.append(ours)

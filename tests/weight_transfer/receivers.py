@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tests.lib.world import CONTEXT
 from tulu_mega.weight_transfer import transports
 from tulu_mega.weight_transfer.protocol import checksum
 
@@ -42,9 +42,8 @@ def started(
     Args:
         folder: where more transports are found.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=receive, args=(theirs, endpoint, worker, slot, nbytes, folder), daemon=True)
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=receive, args=(theirs, endpoint, worker, slot, nbytes, folder), daemon=True)
     process.start()
     theirs.close()
     return ours, process

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ import httpx
 import pytest
 import torch
 
+from tests.lib.world import CONTEXT
 from tests.weight_transfer.live import jobs
 from tests.weight_transfer.live.senders import Senders, announce, send_half
 from tests.weight_transfer.live.servers import is_paused
@@ -163,9 +163,8 @@ def test_a_whole_update_heals(broken):
 
 def test_a_sender_that_dies_half_way_leaves_a_server_that_waits_for_the_next(broken):
     server, model = broken
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=send_half, args=(server, model, theirs), daemon=True)
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=send_half, args=(server, model, theirs), daemon=True)
     process.start()
     assert ours.poll(120)
     process.kill()
@@ -176,9 +175,8 @@ def test_a_sender_that_dies_half_way_leaves_a_server_that_waits_for_the_next(bro
 
 def test_workers_that_wait_for_a_sender_that_died_are_freed(broken):
     server, model = broken
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=announce, args=(server, model, theirs), daemon=True)
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=announce, args=(server, model, theirs), daemon=True)
     process.start()
     assert ours.poll(120)
     time.sleep(1)
