@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 _DEFINED = {
-    "asked": ("GenerateSettings", "ScoreSettings"),
+    "inference": ("GenerateSettings", "ScoreSettings"),
     "data": ("DataInspectSettings", "DataMixSettings", "DecontaminateSettings"),
     "dpo": ("DpoSettings",),
     "grpo": ("GrpoSettings", "GrpoTrainSettings", "PromptDataSettings", "PromptHeldOutSettings", "RewardSettings"),

@@ -19,7 +19,7 @@ from tulu_mega.preflight.rows import tokenise
 
 def check(settings: Section) -> list[str]:
     """Everything that is wrong with a command's settings, model and data; nothing is left on disk but in `data.cache`."""
-    findings = looked(settings)
+    findings = findings_of(settings)
     with tempfile.TemporaryDirectory() as scratch:
         return tokenise(findings, Path(scratch))
 
@@ -30,11 +30,11 @@ def ready(settings: EngineSettings) -> None:
     Raises:
         UserError: with every problem; nothing is written then.
     """
-    if problems := tokenise(looked(settings)):
+    if problems := tokenise(findings_of(settings)):
         raise UserError(problems)
 
 
-def looked(settings: Section) -> Findings:
+def findings_of(settings: Section) -> Findings:
     """What is found before any data is tokenised."""
     findings = Findings()
     if command := command_of(settings).problems:

@@ -20,7 +20,7 @@ from tulu_mega.model.config import DTYPES
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.resilience.spikes import SIGNALS
 from tulu_mega.train import checkpoint
-from tulu_mega.train.checkpoint import Checkpoint
+from tulu_mega.train.checkpoint import Checkpoint, Engines
 from tulu_mega.train.metrics import MetricsLog, peak_flops
 from tulu_mega.train.save_schedule import SaveSchedule
 from tulu_mega.train.saver import Saver
@@ -59,6 +59,11 @@ class Run:
         """Directory that holds the checkpoints."""
         return self.run_dir / "checkpoints"
 
+    @property
+    def engines(self) -> Engines:
+        """The engines whose states a checkpoint holds, by name."""
+        return {"model": self.session.engine}
+
     def initial_weights(self) -> None:
         """Load the weights that training begins with, from the model's directory; once.
 
@@ -90,7 +95,7 @@ class Run:
         self.session.engine.prepare_training(self.settings.optim, steps * updates)
         if not found:
             return None
-        checkpoint.restore({"model": self.session.engine}, found[-1])
+        checkpoint.restore(self.engines, found[-1])
         return found[-1]
 
     def guards(self, found: Checkpoint | None, spike_signals: Sequence[str] = SIGNALS) -> Guards:
@@ -122,7 +127,7 @@ class Run:
             guards: ask for a checkpoint when the run is to stop.
         """
         wanted = self.settings.checkpoint
-        saver = Saver({"model": self.session.engine}, self.checkpoints, wanted.keep, wanted.format, wanted.asynchronous)
+        saver = Saver(self.engines, self.checkpoints, wanted.keep, wanted.format, wanted.asynchronous)
         return SaveSchedule(saver, wanted.every, steps, guards.stop_requested)
 
     def metrics(self, steps: int, start: int) -> MetricsLog:
