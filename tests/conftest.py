@@ -13,6 +13,10 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
 
+# vLLM's processes find a plugin of the tests there: their workers sleep between messages.
+PATIENT = str(Path(__file__).parent / "lib/patient_vllm")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PATIENT, os.environ.get("PYTHONPATH")]))
+
 SHARED = {
     "tests/weight_transfer/live/": "servers that take weights",
     "tests/end_to_end/test_grpo": "a run of grpo that others are compared with",
