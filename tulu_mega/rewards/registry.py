@@ -132,7 +132,7 @@ class Judge:
 
         With several verifiers the score is the sum of weight times score, and one that fails makes the whole sample an error.
         """
-        details, parts, total = [], {}, 0.0
+        details, parts, total, kind = [], {}, 0.0, ""
         try:
             pairs = _pairs(sample.dataset, sample.ground_truth)
         except ValueError as error:
@@ -144,8 +144,9 @@ class Judge:
             key = self.resolve(name)
             total += self._weights.get(key, 1.0) * verdict.score
             parts[_untaken(key, parts)] = verdict.score
+            kind = kind or verdict.kind
             details.append(verdict.detail if len(pairs) == 1 else f"{name}: {verdict.detail}")
-        return Verdict(total, "; ".join(details), parts=parts)
+        return Verdict(total, "; ".join(details), parts=parts, kind=kind)
 
     def _one(self, name: str, sample: VerifierInput, ground_truth: Any) -> Verdict:
         try:

@@ -11,18 +11,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tulu_mega.errors import UserError
+from tulu_mega.rewards.statements import prepared
 
 SLACK_S = 5.0
 """Seconds that starting and ending a sandbox may take beyond the program's own limits."""
-_ENTRY = Path(__file__).with_name("sandbox_entry.py")
+_START = "import sys; sys.path.insert(0, sys.argv[2]); from sandboxed.entry import main; main()"
 _PROTECTIONS = {
     "files": "Landlock (Linux 5.13 or later, enabled in the kernel and not blocked by the container)",
     "calls": "seccomp filters (Linux on x86_64 or aarch64)",
 }
+_BY = {"files": "Landlock {landlock}", "calls": "seccomp"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class CodeLimits:
     """Address space, which is more than what is used."""
     file_mb: int = 16
     """Size of a file it writes."""
+    output_mb: int = 16
+    """What it writes to standard output; more is a failure that is told as such."""
+    disk_mb: int = 64
+    """All files it writes together."""
+    files: int = 4000
+    """Their number."""
+    threads: int = 64
+    """Threads at a time."""
     allow_unprotected: bool = False
     """Run programs even where the kernel lacks a protection. Only inside a container or machine of their own."""
 
@@ -50,11 +59,25 @@ DEFAULT_LIMITS = CodeLimits()
 class Outcome:
     passed: bool
     detail: str
+    kind: str = ""
+    """Why it has not passed: "wrong" (another answer), "error" (an exception, an exit status), or what the program did beside the
+    point: "time", "memory", "output", "disk", "threads", "crash", "left" (before the test was through), "tampered" (with the
+    answers to the test), "unserved" (gave the test what does not go over to it)."""
 
 
 def protections() -> frozenset[str]:
-    """Which of "files" and "calls" this machine can enforce; asked once, in a process of its own."""
-    return _protections(sys.executable)
+    """Which of "files" and "calls" this machine can enforce; tried out once, in a process of its own."""
+    return frozenset(_probe(sys.executable)["held"])
+
+
+def self_test() -> str:
+    """A line that says what holds on this machine."""
+    found = _probe(sys.executable)
+    held = [f"{name} by {_BY[name].format(**found)}" for name in _PROTECTIONS if name in found["held"]]
+    missing = [name for name in _PROTECTIONS if name not in found["held"]]
+    failed = f"; not refused: {', '.join(found['failed'])}" if found["failed"] else ""
+    as_root = ", started as root and without its capabilities" if os.geteuid() == 0 else ""
+    return f"sandbox: confined {' and '.join(held) or 'nothing'}{as_root}; missing: {', '.join(missing) or 'nothing'}{failed}"
 
 
 def require_protections(limits: CodeLimits) -> None:
@@ -71,45 +94,52 @@ def require_protections(limits: CodeLimits) -> None:
         )
 
 
-def run_program(program: str, tests: Sequence[dict[str, str]], limits: CodeLimits) -> list[Outcome]:
-    """Runs the program once for each test, in a fresh process and a fresh directory, one after another.
+def run_program(program: str, tests: Sequence[dict[str, str]], limits: CodeLimits, prompt: str = "") -> list[Outcome]:
+    """Runs the program once for each test, in a process and a directory of its own, one after another.
 
-    Enforced, without needing root: CPU time, wall time, address space, size of a file, open files (64), no core dumps;
-    no environment variables of ours, no user site-packages (``python -I``); by seccomp no network, no new process, no
-    signal or look into another process, no change of owners, modes or mounts; by Landlock no writing outside the test's own
+    A program is run as ``python -I program.py`` runs it. It gets standard input alone, or answers the calls of a statement,
+    which is evaluated in another process: what the statement compares are built-in values, whatever the program made of Python in
+    its own process. Neither tests nor expected outputs are in the memory or the descriptors of the program's process.
+
+    Enforced, without needing root: CPU time, wall time, address space, size of a file and of all files, their number, open
+    files, threads, output; no core dumps; no environment variables of ours, no user site-packages; no capabilities, also as
+    root; by seccomp a list of the calls that are allowed, so no network, new process, signal or look into another process,
+    device, change of owners, modes or mounts, nor a way to outlive its parent; by Landlock no writing outside the test's own
     directory and no reading but there and in Python's and the system's libraries, so neither home directories nor ``/proc``.
 
-    Not enforced: the number of threads (the address space bounds it), the disk space of many files together, reading
-    file names' existence, and honesty: test and program share an interpreter, so a program that searches its caller's frames
-    can make a test pass. Kernels before 6.2 let ``O_TRUNC`` through. It is no virtual machine: a hole in the kernel is a
-    hole in it.
+    Not enforced: reading file names' existence. It is no virtual machine: a hole in the kernel is a hole in it.
 
     Args:
         program: Python source.
-        tests: ``{"statement": code to run after the program}`` or ``{"input": text, "output": text}`` for standard input and
-            output (compared line by line, trailing spaces and outer empty lines dropped).
+        tests: ``{"statement": code that calls the program's functions}`` or ``{"input": text, "output": text}`` for standard
+        input
+            and output (compared line by line, trailing spaces and outer empty lines dropped).
+        prompt: what the model was asked. Functions that it defines in full and a statement calls are the prompt's, not the
+        program's.
 
     Raises:
         RuntimeError: the sandbox itself failed, which says nothing about the program.
     """
-    job = {**asdict(limits), "program": program, "tests": list(tests)}
+    asked = [prepared(test["statement"], prompt) if "statement" in test else test for test in tests]
+    job = {**asdict(limits), "program": program, "tests": asked}
     answers = _call(job, timeout=limits.total_s + SLACK_S)
     if any(answer.get("unprotected") for answer in answers):
         raise RuntimeError("the sandbox could not confine the program, which was not run")
-    return [Outcome(answer["passed"], answer["detail"]) for answer in answers]
+    return [Outcome(answer["passed"], answer["detail"], answer["kind"]) for answer in answers]
 
 
 @functools.cache
-def _protections(executable: str) -> frozenset[str]:
-    return frozenset(_call({**asdict(DEFAULT_LIMITS), "probe": True}, timeout=60))
+def _probe(executable: str) -> dict[str, Any]:
+    return _call({"probe": asdict(DEFAULT_LIMITS)}, timeout=60)
 
 
-def _call(job: dict[str, Any], timeout: float) -> list[Any]:
+def _call(job: dict[str, Any], timeout: float) -> Any:
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    config = json.dumps({"parent": os.getpid(), **_places()})
     with _directory() as directory:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-B", str(_ENTRY)],
+                [sys.executable, "-I", "-S", "-B", "-c", _START, config, os.path.dirname(__file__)],
                 input=json.dumps(job),
                 capture_output=True,
                 text=True,
@@ -123,6 +153,14 @@ def _call(job: dict[str, Any], timeout: float) -> list[Any]:
     if done.returncode:
         raise RuntimeError(f"the sandbox failed: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}")
     return json.loads(done.stdout)
+
+
+def _places() -> dict[str, list[str]]:
+    """What confined processes may read, and where in it they import from."""
+    prefixes = {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix}
+    readable = sorted({*prefixes, "/usr", "/lib", "/lib64", "/bin"})
+    paths = [path for path in sys.path if any(os.path.abspath(path).startswith(prefix.rstrip("/") + "/") for prefix in prefixes)]
+    return {"readable": readable, "paths": paths}
 
 
 @contextmanager

@@ -24,6 +24,9 @@ class Verdict:
     error: str | None = None
     parts: dict[str, float] = field(default_factory=dict)
     """Verifier -> its own score, before its weight. One that is named again is ``name#2``: each judgement has its own entry."""
+    kind: str = ""
+    """What the response brought about beside a wrong answer ("time", "memory", "tampered"...), for which it has lost score.
+    Counted in metrics; never a reason to leave the response out."""
 
     def __post_init__(self) -> None:
         if (self.score is None) == (self.error is None):
@@ -35,9 +38,9 @@ class Verdict:
         return cls(None, error=error)
 
     @classmethod
-    def of(cls, passed: bool, detail: str) -> Verdict:
+    def of(cls, passed: bool, detail: str, kind: str = "") -> Verdict:
         """1 or 0."""
-        return cls(1.0 if passed else 0.0, detail)
+        return cls(1.0 if passed else 0.0, detail, kind=kind)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def _line(prompt: Prompt, one: JudgedResponse) -> dict[str, Any]:
         "reward": one.reward,
         "scores": verdict.parts,
         **({"detail": verdict.detail} if verdict.detail else {}),
+        **({"kind": verdict.kind} if verdict.kind else {}),
         **({"error": verdict.error} if verdict.error else {}),
         **({"model_score": one.model_score} if one.model_score is not None else {}),
         "version": versions[0] if len(versions) == 1 else versions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class JudgedResponse:
     def solved(self) -> bool:
         """Whether every verifier gave at least 1."""
         return self.verdict.score is not None and all(part >= 1 for part in self.verdict.parts.values())
+
+
+def count_kinds(name: str, judged: Iterable[JudgedResponse]) -> dict[str, int]:
+    """How many responses lost score for what they brought about, by kind: ``{"zeros_time": 2}``. What nobody did is not named."""
+    return dict(sorted(Counter(f"{name}_{one.verdict.kind}" for one in judged if one.verdict.kind).items()))
 
 
 def reward_spec(settings: RewardSettings) -> RewardSpec:

@@ -15,7 +15,7 @@ from tulu_mega.inference.sampling import Sampling
 from tulu_mega.objectives.advantages import AdvantageEstimator, GroupAdvantages, penalised
 from tulu_mega.records import Response
 from tulu_mega.rewards.verdict import Verdict
-from tulu_mega.rl.judging import JudgedResponse, Rewards
+from tulu_mega.rl.judging import JudgedResponse, Rewards, count_kinds
 
 Done = Callable[[int, list[Response]], None]
 
@@ -76,6 +76,7 @@ class StepRollouts:
             "response_length_max": max(lengths, default=0),
             "truncated": _mean(float(one.response.finish_reason == "length") for one in every),
             "verifier_failures": len(every) - len(valid),
+            **count_kinds("zeros", every),
             "responses": len(every),
             "groups": len(self.groups),
             "equal_groups": sum(not group.advantages.informative for group in groups),
@@ -103,6 +104,7 @@ class Evaluation:
             "heldout_length": _mean(one.response.num_trained for one in self.judged),
             "heldout_truncated": _mean(float(one.response.finish_reason == "length") for one in self.judged),
             "heldout_verifier_failures": len(self.judged) - len(valid),
+            **count_kinds("heldout_zeros", self.judged),
         }
 
 

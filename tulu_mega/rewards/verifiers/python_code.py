@@ -11,9 +11,15 @@ from tulu_mega.rewards.verdict import Messages, Verdict
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
+_ORDINARY = ("", "wrong", "error")
+
 
 class PythonCode:
     """The share of the tests that the reply's program passes.
+
+    Statements are evaluated apart from the program (:func:`tulu_mega.rewards.sandbox.run_program`): calls go over to it,
+    values come back. What a program does beside the point (running on, leaving, meddling with the answers) is a failed test
+    and told in the verdict's ``kind``.
 
     The program is the last fenced block that is marked ``python`` (or ``py``), else the last one without a mark; without any,
     the reply scores 0. The ground truth lists the tests (or is JSON of such a list): statements that run after the program,
@@ -37,10 +43,17 @@ class PythonCode:
         program = program_of(response)
         if program is None:
             return Verdict.of(False, "no fenced block of Python code")
-        outcomes = run_program(program, tests, self.limits)
+        outcomes = run_program(program, tests, self.limits, _prompt(messages))
         passed = sum(outcome.passed for outcome in outcomes)
         failure = next((f"; test {i}: {outcome.detail}" for i, outcome in enumerate(outcomes, 1) if not outcome.passed), "")
-        return Verdict(passed / len(tests), f"{passed} of {len(tests)} tests passed{failure}")
+        kind = next((outcome.kind for outcome in outcomes if outcome.kind not in _ORDINARY), "")
+        return Verdict(passed / len(tests), f"{passed} of {len(tests)} tests passed{failure}", kind=kind)
+
+
+def _prompt(messages: Messages | None) -> str:
+    """What the model was asked: tests may call what it defines."""
+    asked = [message.get("content") for message in messages or () if message.get("role") == "user"]
+    return "\n\n".join(content for content in asked if isinstance(content, str))
 
 
 def program_of(response: str) -> str | None:

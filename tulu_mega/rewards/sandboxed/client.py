@@ -1,0 +1,404 @@
+"""Asks the judged program's process on behalf of a test, and believes none of its answers beyond what they are."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import select
+import struct
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from . import values
+
+MOST_PRINTED = 16 << 20
+"""Bytes that a program may print in a test."""
+_SIZES = {"value": 2, "object": 2, "raise": 4, "class": 3, "function": 2, "none": 1, "item": 2, "end": 1, "ask": 4}
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+
+
+class Over(BaseException):
+    """The test is over and has not passed. A test's bare ``except`` does not save it: see ``Client.trouble``."""
+
+
+class Client:
+    """Asks the program's process.
+
+    Args:
+        channel: to its answering code.
+        output: what it prints; does not block.
+    """
+
+    def __init__(self, channel: int, output: int):
+        self._channel, self._output = channel, output
+        self._printed = 0
+        self._given: list[Any] = []
+        self._exceptions: dict[str, type[BaseException]] = {}
+        self.trouble: tuple[str, str] | None = None
+        """Kind and words of the first thing that ends the test, whatever the test makes of it."""
+
+    def over(self, kind: str, detail: str) -> Over:
+        if self.trouble is None:
+            self.trouble = kind, detail
+        return Over(detail)
+
+    def tampered(self, what: object) -> Over:
+        return self.over("tampered", f"the program's process answered with what is no answer: {what}")
+
+    def hear_start(self) -> None:
+        """Waits until the program's own code has run."""
+        match self._hear():
+            case ["ready"]:
+                return
+            case ["raise", [str(name), *_], _, str(text)]:
+                raise self.over("memory" if name == "MemoryError" else "error", text[:300])
+        raise self.tampered("its first message")
+
+    def ask(self, question: list, kept: list | None = None) -> list:
+        """An answer of the right length; exceptions of the program are raised as the built-in ones that they come from.
+
+        Args:
+            kept: the containers among the arguments, which get the contents that the program left them with.
+        """
+        try:
+            self._say(question)
+            while (answer := self._answer(kept))[0] == "ask":
+                self._say(self._called(*answer[1:]))
+            error = self._exception(*answer[1:]) if answer[0] == "raise" else None
+        except values.Malformed as malformed:
+            raise self.tampered(malformed) from None
+        except MemoryError:
+            raise self.over("memory", "what the program gave does not fit into the test's memory") from None
+        if error is not None:
+            raise error
+        return answer
+
+    def _answer(self, kept: list | None) -> list:
+        answer = self._hear()
+        if answer[0] == "untold":
+            raise self.over("unserved", f"the program gave {str(answer[-1])[:200]}, which does not go over to a test")
+        size = _SIZES.get(answer[0])
+        if kept is not None and size and answer[0] != "ask" and len(answer) == size + 1:
+            self._change(kept, answer.pop())
+        if len(answer) != size:
+            raise values.Malformed("a message of another length")
+        return answer
+
+    def call(self, target: list, arguments: tuple, named: dict[str, Any]) -> tuple[list, list]:
+        """The answer to a call, and the containers among its arguments."""
+        kept: list[Any] = []
+        encode = values.Encoder(self._tell, keep=kept)
+        try:
+            question = ["call", target, [encode(value) for value in arguments], {name: encode(named[name]) for name in named}]
+            return self.ask(question, kept), kept
+        except values.Untold as untold:
+            raise self.over("unserved", f"the test gives the program {untold}, which does not go over") from None
+
+    def value(self, told: Any, known: list | None = None) -> Any:
+        try:
+            return values.Decoder(self._make, known)(told)
+        except values.Malformed as malformed:
+            raise self.tampered(malformed) from None
+        except MemoryError:
+            raise self.over("memory", "what the program gave does not fit into the test's memory") from None
+
+    def _change(self, kept: list, changes: Any) -> None:
+        decode, new = values.Decoder(self._make, kept), []
+        for change in changes if type(changes) is list else [None]:
+            match change:
+                case [int(number), [str(tag), *_] as told] if 0 <= number < len(kept) and tag == values.tag_of(kept[number]):
+                    new.append((kept[number], tag, told[1:] if tag == "B" else decode.contents(told)))
+                case _:
+                    raise values.Malformed("changes of arguments")
+        for container, tag, parts in new:
+            try:
+                values.fill(container, tag, parts)
+            except (TypeError, ValueError, LookupError):
+                raise values.Malformed("changes of arguments") from None
+
+    def _called(self, number: Any, arguments: Any, named: Any) -> list:
+        """Calls a function that the test gave to the program."""
+        if (
+            type(number) is not int
+            or not 0 <= number < len(self._given)
+            or type(arguments) is not list
+            or type(named) is not dict
+        ):
+            raise values.Malformed("a call")
+        decode = values.Decoder(self._make)
+        positional = [decode(argument) for argument in arguments]
+        keywords = {name: decode(value) for name, value in named.items()}
+        try:
+            return ["value", values.Encoder(self._tell)(self._given[number](*positional, **keywords))]
+        except Over:
+            raise
+        except values.Untold as untold:
+            raise self.over("unserved", f"the test gives the program {untold}, which does not go over") from None
+        except BaseException as error:
+            return ["raise", [kind.__name__ for kind in type(error).__mro__], [str(part) for part in error.args]]
+
+    def _exception(self, names: Any, arguments: Any, text: Any) -> BaseException:
+        if type(names) is not list or not all(type(name) is str for name in names):
+            raise values.Malformed("an exception")
+        if type(arguments) is not list or type(text) is not str:
+            raise values.Malformed("an exception")
+        kind = self._exception_class(names)
+        if issubclass(kind, (StopIteration, StopAsyncIteration)):  # would end a loop of the test as if all were compared
+            kind = RuntimeError
+        decode = values.Decoder(self._make)
+        told = [decode(argument) for argument in arguments[:10]]
+        try:
+            error = kind(*told)
+        except Exception:
+            error = Exception(text[:300])
+        error.__dict__["told"] = text[:300]
+        return error
+
+    def _exception_class(self, names: list[str]) -> type[BaseException]:
+        """The first that is known here, of an exception's class and those that it comes from."""
+        for name in names:
+            known = self._exceptions.get(name) or builtins.__dict__.get(name)
+            if isinstance(known, type) and issubclass(known, BaseException):
+                return known
+        return Exception
+
+    def new_exception(self, name: str, bases: list[str]) -> type[BaseException]:
+        """A class for an exception that the program defines and the test names."""
+        if name not in self._exceptions:
+            self._exceptions[name] = type(name, (self._exception_class(bases),), {})
+        return self._exceptions[name]
+
+    def _tell(self, value: Any) -> list:
+        if type(value) in (Stub, Instance):
+            return object.__getattribute__(value, "_target")
+        if type(value) in _VIEWS:
+            return values.Encoder(self._tell)(list(value))
+        if isinstance(value, Iterator):
+            self._given.append(value.__next__)
+            return ["y", len(self._given) - 1]
+        if callable(value):
+            self._given.append(value)
+            return ["k", len(self._given) - 1]
+        raise values.Untold(f"an object of type {type(value).__name__}")
+
+    def _make(self, told: list) -> Any:
+        match told:
+            case ["h", int(number)]:
+                return Stub(self, ["h", number], "function")
+            case ["g", int(number)]:
+                return Stream(self, number)
+            case ["w", int(number)]:
+                return self._awaited(number)
+        raise values.Malformed("an unknown tag")
+
+    async def _awaited(self, number: int) -> Any:
+        match self.ask(["await", number]):
+            case ["item", told]:
+                return self.value(told)
+        raise self.tampered("what is awaited")
+
+    def _say(self, message: list) -> None:
+        rest = memoryview(values.pack(message))
+        while rest:
+            self._wait(select.POLLOUT)
+            try:
+                rest = rest[os.write(self._channel, rest[:4096]) :]
+            except OSError:
+                raise self._left() from None
+
+    def _hear(self) -> list:
+        (length,) = struct.unpack("<I", self._exactly(4))
+        if length > values.MOST_BYTES:
+            raise values.Malformed("a message that is too long")
+        message = values.unpack(self._exactly(length))
+        self._print()
+        return message
+
+    def _exactly(self, length: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < length:
+            self._wait(select.POLLIN)
+            try:
+                part = os.read(self._channel, min(length - len(parts), 1 << 20))
+            except OSError:
+                part = b""
+            if not part:
+                raise self._left()
+            parts += part
+        return bytes(parts)
+
+    def _left(self) -> Over:
+        return self.over("left", "the program left before the test was through")
+
+    def _wait(self, event: int) -> None:
+        """Until the channel can be read or written; prints meanwhile, lest the program waits for a reader."""
+        poll = select.poll()
+        poll.register(self._channel, event)
+        poll.register(self._output, select.POLLIN)
+        while self._channel not in (found := dict(poll.poll())):
+            if found and not self._print():
+                poll.unregister(self._output)
+
+    def _print(self) -> bool:
+        """Gives what the program has printed to the test's standard output; whether there may be more."""
+        while True:
+            try:
+                part = os.read(self._output, 1 << 16)
+            except BlockingIOError:
+                return True
+            if not part:
+                return False
+            self._printed += len(part)
+            if self._printed > MOST_PRINTED:
+                raise self.over("output", f"printed more than {MOST_PRINTED >> 20} MiB")
+            sys.stdout.write(part.decode("utf-8", "replace"))
+
+
+class _Refusing:
+    """What no object of the program may decide for a test: truth, equality, order."""
+
+    _client: Client
+    _target: list
+
+    def _refuse(self, what: str) -> Over:
+        return self._client.over("unserved", f"the test needs {what} of an object of the program, which stays there")
+
+    def __bool__(self) -> bool:
+        raise self._refuse("the truth")
+
+    def __eq__(self, other: object) -> bool:
+        raise self._refuse("the equality")
+
+    __ne__ = __eq__
+
+    def __lt__(self, other: object) -> bool:
+        raise self._refuse("the order")
+
+    __le__ = __gt__ = __ge__ = __lt__
+
+    def __hash__(self) -> int:
+        raise self._refuse("the hash")
+
+
+class Stub(_Refusing):
+    """A function or class of the program. It can be called; what comes back is data, a function or an iterator.
+
+    Args:
+        objects: whether calling it may give an :class:`Instance`.
+    """
+
+    def __init__(self, client: Client, target: list, name: str, objects: bool = False):
+        self._client, self._target, self._objects, self.__name__ = client, target, objects, name
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        answer, kept = self._client.call(self._target, arguments, named)
+        match answer:
+            case ["value", told]:
+                return self._client.value(told, kept)
+            case ["object", int(number)] if self._objects:
+                return Instance(self._client, ["h", number])
+            case ["object", int()]:
+                raise self._refuse("the value")
+        raise self._client.tampered("a call's answer")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not self._objects:
+            raise AttributeError(name)
+        return attribute(self._client, self._target, name)
+
+
+class Instance(_Refusing):
+    """An object of a class that the test names: a number here. Its methods are called there, its attributes read there."""
+
+    def __init__(self, client: Client, target: list):
+        object.__setattr__(self, "_client", client)
+        object.__setattr__(self, "_target", target)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return attribute(self._client, self._target, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise self._refuse(f"a new .{name}")
+
+    def _exact(self, method: str, kind: type, *arguments: Any) -> Any:
+        value = attribute(self._client, self._target, method)(*arguments)
+        if type(value) is not kind:
+            raise TypeError(f"{method} returned {type(value).__name__}")
+        return value
+
+    def __len__(self) -> int:
+        return self._exact("__len__", int)
+
+    def __str__(self) -> str:
+        return self._exact("__str__", str)
+
+    def __repr__(self) -> str:
+        return self._exact("__repr__", str)
+
+    def __contains__(self, value: Any) -> bool:
+        return self._exact("__contains__", bool, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return attribute(self._client, self._target, "__getitem__")(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        attribute(self._client, self._target, "__setitem__")(key, value)
+
+    def __iter__(self) -> Stream:
+        found = attribute(self._client, self._target, "__iter__")()
+        if type(found) is not Stream:
+            raise TypeError("__iter__ returned no iterator")
+        return found
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return attribute(self._client, self._target, "__call__")(*arguments, **named)
+
+
+_ANSWERED_BY_DATA = {
+    name for kind in (str, bytes, set, int, float) for name in dir(kind) if name.startswith(("is", "startsw", "endsw"))
+}
+"""Methods of built-in types that answer yes or no: an object of the program with such a method may stand for a value."""
+
+
+def attribute(client: Client, target: list, name: str) -> Any:
+    if name in _ANSWERED_BY_DATA:
+        raise client.over("unserved", f"the test asks .{name} of an object of the program, which may stand for a value")
+    match client.ask(["get", target, name]):
+        case ["value", told]:
+            return client.value(told)
+        case ["function" | "class", int(number), *_]:
+            return Stub(client, ["h", number], name)
+    raise client.tampered("an attribute")
+
+
+class Stream:
+    """An iterator of the program: each item is asked for, none after the end."""
+
+    def __init__(self, client: Client, number: int):
+        self._client, self._number, self._ended = client, number, False
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._ended:
+            match self._client.ask(["next", self._number]):
+                case ["item", told]:
+                    return self._client.value(told)
+                case ["end"]:
+                    self._ended = True
+                case _:
+                    raise self._client.tampered("an item")
+        raise StopIteration
+
+    def __bool__(self) -> bool:
+        raise self._client.over("unserved", "the test needs the truth of an iterator of the program")
+
+    def __eq__(self, other: object) -> bool:
+        raise self._client.over("unserved", "the test needs the equality of an iterator of the program")
+
+    __ne__ = __eq__
+    __hash__ = None  # type: ignore[assignment]

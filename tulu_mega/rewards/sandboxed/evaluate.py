@@ -1,0 +1,75 @@
+"""Evaluates a test in a process that the judged program never enters: the program's names are stubs whose calls go over."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+from .client import Client, Over, Stub
+
+
+class Names(dict):
+    """The test's globals. Its own names, its prompt's and Python's come first; what is left is the program's.
+
+    Args:
+        theirs: names of Python's that the program defines anew and the test means so.
+    """
+
+    def __init__(self, client: Client, theirs: list[str]):
+        super().__init__(__name__="__main__", __builtins__=builtins)
+        self._client = client
+        self._stubs: dict[str, Any] = {}
+        for name in theirs:
+            self[name] = self._of_program(name)
+
+    def __missing__(self, name: str) -> Any:
+        if name in builtins.__dict__ or name.startswith("__"):
+            raise KeyError(name)
+        if name not in self._stubs:
+            found = self._of_program(name)
+            if not isinstance(found, (Stub, type)):
+                return found  # data, which may change
+            self._stubs[name] = found
+        return self._stubs[name]
+
+    def _of_program(self, name: str) -> Any:
+        match self._client.ask(["name", name]):
+            case ["none"]:
+                raise KeyError(name)
+            case ["function", int(number)]:
+                return Stub(self._client, ["h", number], name)
+            case ["class", int(number), [str(), *bases]] if all(type(base) is str for base in bases):
+                if "BaseException" in bases:
+                    return self._client.new_exception(name, bases)
+                return Stub(self._client, ["h", number], name, objects=name[:1].isupper())
+            case ["value", told]:
+                return self._client.value(told)
+        raise self._client.tampered("a name")
+
+
+def evaluate(test: dict, client: Client) -> dict:
+    """Runs a test: ``{"passed", "kind", "detail"}``."""
+    try:
+        client.hear_start()
+        names = Names(client, test.get("theirs", []))
+        for part in ("setup", "statement"):
+            exec(compile(test.get(part, ""), f"<{part}>", "exec", dont_inherit=True), names)
+    except Over:
+        pass
+    except BaseException as error:
+        if client.trouble is None:
+            return _failed(error)
+    if client.trouble is not None:
+        kind, detail = client.trouble
+        return {"passed": False, "kind": kind, "detail": detail}
+    return {"passed": True, "kind": "", "detail": ""}
+
+
+def _failed(error: BaseException) -> dict:
+    told = getattr(error, "told", None)
+    if type(told) is str:
+        kind = "memory" if isinstance(error, MemoryError) else "error"
+        return {"passed": False, "kind": kind, "detail": told}
+    text = f"{type(error).__name__}: {error}"[:300] if str(error) else type(error).__name__
+    kind = "error" if isinstance(error, NameError) else "memory" if isinstance(error, MemoryError) else "wrong"
+    return {"passed": False, "kind": kind, "detail": text}

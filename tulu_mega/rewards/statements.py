@@ -1,0 +1,162 @@
+"""Whose the names in a test are: the test's own, its prompt's, Python's, or the judged program's."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+import symtable
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+_KNOWN = {
+    **dict.fromkeys(("Counter", "OrderedDict", "defaultdict", "deque"), "collections"),
+    **dict.fromkeys(("isclose", "inf", "nan", "pi", "sqrt"), "math"),
+    **dict.fromkeys(("date", "datetime", "timedelta"), "datetime"),
+    **dict.fromkeys(("islice", "permutations", "combinations", "product", "chain"), "itertools"),
+    **dict.fromkeys(("List", "Dict", "Tuple", "Set", "Optional", "Any", "Union", "Callable"), "typing"),
+    "Decimal": "decimal",
+    "Fraction": "fractions",
+    "reduce": "functools",
+    "deepcopy": "copy",
+}
+"""Names of the standard library that tests use without importing them."""
+_OTHERS = {"np": "numpy as np", "numpy": "numpy"}
+_BLOCK = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(.*?)^ {0,3}\1", re.DOTALL | re.MULTILINE)
+_MOST_STARTS = 50
+
+
+def prepared(statement: str, prompt: str = "") -> dict[str, Any]:
+    """The test as the sandbox takes it: ``statement``, ``setup`` to run before it, and ``theirs``.
+
+    Free names of the statement are looked for in this order: modules of the standard library that it takes attributes of,
+    well-known names of these, functions that the prompt defines in full (where it asks for others), and the program.
+    ``theirs`` are names of Python's own, such as ``sum``, that the program is asked to define.
+
+    Args:
+        prompt: what the model was asked, in which code may stand.
+    """
+    table, tree = symtable.symtable(statement, "<test>", "exec"), ast.parse(statement)
+    free = {name for name in _free(table) if not name.startswith("__")}
+    passed = _passed(tree, table)
+    trees = list(_code(prompt)) if prompt else []
+    whole, unfinished = _functions(trees)
+    python = {name for name in free if hasattr(builtins, name)}
+    modules = {name for name in free - python - _called_or_alone(tree) if name in sys.stdlib_module_names or name in _OTHERS}
+    rest = free - python - modules
+    known = {name for name in rest & _KNOWN.keys() if rest - _KNOWN.keys() and name not in passed | unfinished.keys()}
+    imports = [f"import {_OTHERS.get(name, name)}" for name in sorted(modules)]
+    imports += [f"from {_KNOWN[name]} import {name}" for name in sorted(known)]
+    rest -= known
+    helpers = rest & whole.keys() - passed if (rest & passed) or rest - whole.keys() else set()
+    theirs = python & (passed | unfinished.keys())
+    if not rest and not theirs and len(python & _called(tree)) == 1:
+        theirs = python & _called(tree)
+    return {"statement": statement, "setup": _setup(imports, helpers, whole, trees), "theirs": sorted(theirs)}
+
+
+def _free(table: symtable.SymbolTable) -> Iterator[str]:
+    """Names that are read of the module without being bound there."""
+    bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    tables = [table]
+    while tables:
+        scope = tables.pop()
+        tables += scope.get_children()
+        for symbol in scope.get_symbols():
+            at_top = scope is table or symbol.is_global()
+            if at_top and symbol.is_referenced() and symbol.get_name() not in bound:
+                yield symbol.get_name()
+
+
+def _passed(tree: ast.Module, table: symtable.SymbolTable) -> set[str]:
+    """Names that are given to a function of the test itself, as in ``check(add)``."""
+    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+    given = {part.id for call in calls if call.func.id in own for part in call.args if isinstance(part, ast.Name)}
+    return given & set(_free(table))
+
+
+def _called(tree: ast.Module) -> set[str]:
+    return {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+
+
+def _called_or_alone(tree: ast.Module) -> set[str]:
+    """Names that are used other than for their attributes."""
+    bases = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in bases}
+
+
+def _code(prompt: str) -> Iterator[ast.Module]:
+    """The code of a prompt: its fenced blocks, else what follows the first line from which on all is code."""
+    blocks = [code for _, code in _BLOCK.findall(prompt)]
+    if not blocks:
+        lines = prompt.split("\n")
+        starts = [number for number, line in enumerate(lines) if re.match(r"(def|async def|import|from|class|@)\b", line)]
+        for start in starts[:_MOST_STARTS]:
+            tree = _parsed("\n".join(lines[start:]))
+            if tree is not None:
+                yield tree
+                return
+    for code in blocks:
+        tree = _parsed(code)
+        if tree is not None:
+            yield tree
+
+
+def _parsed(code: str) -> ast.Module | None:
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _functions(trees: list[ast.Module]) -> tuple[dict[str, ast.stmt], dict[str, ast.stmt]]:
+    """The functions that a prompt defines: in full, and by their head alone."""
+    found = {node.name: node for tree in trees for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    unfinished = {name: node for name, node in found.items() if all(map(_is_nothing, node.body))}
+    return {name: node for name, node in found.items() if name not in unfinished}, unfinished
+
+
+def _is_nothing(node: ast.stmt) -> bool:
+    """A docstring, ``pass``, ``...`` or ``raise NotImplementedError``."""
+    if isinstance(node, ast.Raise):
+        named = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        return isinstance(named, ast.Name) and named.id == "NotImplementedError"
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+
+def _setup(imports: list[str], helpers: set[str], whole: dict[str, ast.stmt], trees: list[ast.Module]) -> str:
+    """Source of what the test takes from elsewhere; a helper comes with the functions, imports and constants it uses."""
+    wanted, open_names = set(helpers), list(helpers)
+    while open_names:
+        used = {node.id for node in ast.walk(whole[open_names.pop()]) if isinstance(node, ast.Name)}
+        for name in used - wanted:
+            wanted.add(name)
+            if name in whole:
+                open_names.append(name)
+    parts: list[str] = []
+    if helpers:
+        for node in (node for tree in trees for node in tree.body):
+            importing = isinstance(node, (ast.Import, ast.ImportFrom)) and _importable(node)
+            constant = isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None and _is_literal(node.value)
+            function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name in wanted & whole.keys()
+            if importing or constant or function:
+                parts.append(ast.unparse(node))
+    return "\n".join([*imports, *parts])
+
+
+def _importable(node: ast.stmt) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        names = [node.module or ""] if not node.level else [""]
+    else:
+        names = [alias.name for alias in node.names]  # type: ignore[attr-defined]
+    return all(name.split(".")[0] in sys.stdlib_module_names for name in names)
+
+
+def _is_literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
