@@ -46,7 +46,7 @@ class CodeLimits:
     """All files it writes together."""
     files: int = 4000
     """Their number."""
-    threads: int = 64
+    threads: int = 128
     """Threads at a time."""
     allow_unprotected: bool = False
     """Run programs even where the kernel lacks a protection. Only inside a container or machine of their own."""

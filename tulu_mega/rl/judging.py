@@ -13,6 +13,7 @@ from tulu_mega.data.prompts import Prompt
 from tulu_mega.records import Response
 from tulu_mega.rewards.pool import VerifierPool
 from tulu_mega.rewards.registry import RewardSpec
+from tulu_mega.rewards.sandbox import self_test
 from tulu_mega.rewards.verdict import Verdict, VerifierInput
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ class Rewards:
         model_scores: ModelScores | None = None,
     ):
         self._settings, self._tokenizer, self._model_scores = settings, tokenizer, model_scores
+        names = list(names)
+        if "python_code" in names:
+            print(self_test(), flush=True)
         self._pool = VerifierPool(reward_spec(settings), names, settings.workers, settings.timeout, settings.memory_mib)
 
     def __enter__(self) -> Rewards:

@@ -35,6 +35,7 @@ class Client:
         self._printed = 0
         self._given: list[Any] = []
         self._exceptions: dict[str, type[BaseException]] = {}
+        self._instances: dict[int, Instance] = {}
         self.trouble: tuple[str, str] | None = None
         """Kind and words of the first thing that ends the test, whatever the test makes of it."""
 
@@ -48,7 +49,11 @@ class Client:
 
     def hear_start(self) -> None:
         """Waits until the program's own code has run."""
-        match self._hear():
+        try:
+            message = self._hear()
+        except values.Malformed as malformed:
+            raise self.tampered(malformed) from None
+        match message:
             case ["ready"]:
                 return
             case ["raise", [str(name), *_], _, str(text)]:
@@ -119,12 +124,8 @@ class Client:
 
     def _called(self, number: Any, arguments: Any, named: Any) -> list:
         """Calls a function that the test gave to the program."""
-        if (
-            type(number) is not int
-            or not 0 <= number < len(self._given)
-            or type(arguments) is not list
-            or type(named) is not dict
-        ):
+        known = type(number) is int and 0 <= number < len(self._given)
+        if not known or type(arguments) is not list or type(named) is not dict:
             raise values.Malformed("a call")
         decode = values.Decoder(self._make)
         positional = [decode(argument) for argument in arguments]
@@ -143,7 +144,8 @@ class Client:
             raise values.Malformed("an exception")
         if type(arguments) is not list or type(text) is not str:
             raise values.Malformed("an exception")
-        kind = self._exception_class(names)
+        own = names and names[0] not in builtins.__dict__ and len(self._exceptions) < 100
+        kind = self.new_exception(names[0], names[1:]) if own else self._exception_class(names)
         if issubclass(kind, (StopIteration, StopAsyncIteration)):  # would end a loop of the test as if all were compared
             kind = RuntimeError
         decode = values.Decoder(self._make)
@@ -169,6 +171,10 @@ class Client:
             self._exceptions[name] = type(name, (self._exception_class(bases),), {})
         return self._exceptions[name]
 
+    def instance(self, number: int) -> Instance:
+        """The object of the program behind a number."""
+        return self._instances.setdefault(number, Instance(self, ["h", number]))
+
     def _tell(self, value: Any) -> list:
         if type(value) in (Stub, Instance):
             return object.__getattribute__(value, "_target")
@@ -184,6 +190,8 @@ class Client:
 
     def _make(self, told: list) -> Any:
         match told:
+            case ["h", int(number)] if number in self._instances:
+                return self._instances[number]
             case ["h", int(number)]:
                 return Stub(self, ["h", number], "function")
             case ["g", int(number)]:
@@ -297,7 +305,7 @@ class Stub(_Refusing):
             case ["value", told]:
                 return self._client.value(told, kept)
             case ["object", int(number)] if self._objects:
-                return Instance(self._client, ["h", number])
+                return self._client.instance(number)
             case ["object", int()]:
                 raise self._refuse("the value")
         raise self._client.tampered("a call's answer")

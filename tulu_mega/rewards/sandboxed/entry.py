@@ -1,5 +1,4 @@
-"""The supervisor of one program and its tests: a job (one JSON object) on standard input, a JSON list of outcomes on standard
-output."""
+"""The supervisor of one program and its tests: a job as JSON on standard input, a list of outcomes on standard output."""
 
 from __future__ import annotations
 

@@ -5,8 +5,10 @@ The program shares this process, so nothing that leaves it is trusted: it is her
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+import sys
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -24,6 +26,7 @@ class Server:
     def __init__(self, names: dict[str, Any], channel: int):
         self._names, self._channel = names, channel
         self._held: list[Any] = []
+        self._numbers: dict[int, int] = {}
 
     def say(self, message: list) -> None:
         rest = memoryview(values.pack(message))
@@ -63,12 +66,8 @@ class Server:
             self.say(["untold", str(untold)])
 
     def flush(self) -> None:
-        import sys
-
-        try:
+        with contextlib.suppress(Exception):
             sys.stdout.flush()
-        except Exception:
-            pass
 
     def _do(self, asked: list) -> list:
         match asked:
@@ -136,8 +135,10 @@ class Server:
         return not callable(value) and not isinstance(value, Iterator)
 
     def _hold(self, value: Any) -> int:
-        self._held.append(value)
-        return len(self._held) - 1
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._held)
+            self._held.append(value)
+        return self._numbers[id(value)]
 
     def _encode(self, value: Any) -> Any:
         return values.Encoder(self.tell)(value)
@@ -147,7 +148,7 @@ class Server:
             return ["g", self._hold(value)]
         if isinstance(value, Coroutine):
             return ["w", self._hold(value)]
-        if callable(value) and not isinstance(value, type):
+        if id(value) in self._numbers or (callable(value) and not isinstance(value, type)):
             return ["h", self._hold(value)]
         raise values.Untold(f"an object of type {type(value).__name__}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -156,14 +157,14 @@ def _too_large(directory: str, most_bytes: int, most_files: int) -> bool:
                         return True
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
-        except OSError:  # closed to us, too deep, or gone
-            continue
+        except OSError as error:  # closed to us or gone, or nested beyond what a path can say
+            if error.errno == errno.ENAMETOOLONG:
+                return True
     return False
 
 
 def run_program(request: dict) -> None:
-    """In the program's process: rights away, then the program as ``python -I program.py`` runs it, to the interpreter's own
-    end."""
+    """In the program's process: rights away, then the program as ``python -I program.py`` runs it."""
     os.setsid()
     os.chdir(request["directory"])
     held = confine(request, request["directory"], request["readable"])
