@@ -1,0 +1,225 @@
+"""A gallery of programs: right ones earn; cheating, dodging and escaping ones earn nothing, are counted, and leave nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.rewards import gallery
+from tulu_mega.config import GrpoSettings
+from tulu_mega.data.prompts import Prompt
+from tulu_mega.records import Response
+from tulu_mega.rewards import CodeLimits, VerifierInput, VerifierPool
+from tulu_mega.rewards.sandbox import protections, run_program, self_test
+from tulu_mega.rl.judging import Rewards, count_kinds
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    protections() != {"files", "calls"}, reason="the kernel lacks Landlock or seccomp; python_code refuses to run there"
+)
+LIMITS = CodeLimits(wall_s=10, total_s=10)
+
+
+class Texts:
+    """Stands for a tokenizer: a response's only token is the number of its text."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def decode(self, tokens, skip_special_tokens):
+        return self.texts[tokens[0]]
+
+
+def judged_by_grpo(entries):
+    """The entries' replies judged as a run of grpo judges them."""
+    settings = GrpoSettings.model_validate({"model": "m", "run_dir": "r", "data": "d", "rewards": {"workers": 2}}).rewards
+    responses = [Response.of_one_turn([0], [number], [0.0], [0], "stop") for number in range(len(entries))]
+    with Rewards(settings, ["python_code"], Texts([entry.reply for entry in entries])) as rewards:
+        begun = [
+            rewards.begin(Prompt([], [{"role": "user", "content": entry.prompt}], [entry.test], "python_code", ""), [response])
+            for entry, response in zip(entries, responses, strict=True)
+        ]
+        return [group[0] for group in rewards.finish([[response] for response in responses], begun)]
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """A temporary directory of the workers, in which nothing and nobody is left."""
+    before = sorted(os.listdir("/dev/shm"))
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    yield victim
+    wait_until(lambda: not inhabitants(scratch), "processes are left")
+    assert not list(scratch.iterdir())
+    assert [name for name in os.listdir("/dev/shm") if name not in before and "program" in name] == []
+    assert victim.read_text() == "precious"
+
+
+def inhabitants(directory):
+    """Processes that work beneath a directory."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                place = os.readlink(process / "cwd")
+            except OSError:
+                continue
+            if place.startswith(str(directory)):
+                found.append(int(process.name))
+    return found
+
+
+def wait_until(true, what, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+def test_the_gallery_is_large_enough():
+    assert len(gallery.read("cheats.txt")) + len(gallery.read("escapes.txt")) >= 190
+    assert len(gallery.read("right.txt")) >= 70
+    names = [entry.name for file in ("cheats.txt", "escapes.txt", "right.txt") for entry in gallery.read(file)]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+def test_right_programs_earn():
+    entries = gallery.read("right.txt")
+    with ThreadPoolExecutor(2) as threads:
+        outcomes = threads.map(lambda entry: run_program(entry.program, [entry.job], LIMITS, entry.prompt)[0], entries)
+    lost = [f"{entry.name}: {outcome.kind}: {outcome.detail}" for entry, outcome in zip(entries, outcomes, strict=True)]
+    assert [line for line, entry in zip(lost, entries, strict=True) if not line.endswith(": : ")] == []
+
+
+def test_programs_that_cheat_or_dodge_get_nothing_from_grpo_and_are_counted(watched, capfd):
+    entries = [*gallery.read("cheats.txt"), gallery.all_escapes(str(watched))]
+    judged = judged_by_grpo(entries)
+    wrong = [
+        f"{entry.name}: {one.reward} {one.verdict}"
+        for entry, one in zip(entries, judged, strict=True)
+        if one.reward != 0.0 or one.solved or (entry.kinds and (one.verdict.kind or "wrong") not in entry.kinds | {"wrong"})
+    ]
+    assert wrong == []
+    counted = count_kinds("zeros", judged)
+    assert {"zeros_unserved", "zeros_tampered", "zeros_left", "zeros_crash", "zeros_disk", "zeros_output"} <= counted.keys()
+    assert "sandbox: confined files by Landlock" in capfd.readouterr().out
+
+
+@pytest.mark.acceptance
+def test_programs_that_try_to_get_out_one_by_one(watched):
+    entries = gallery.escapes(str(watched))
+    judged = judged_by_grpo(entries)
+    assert [f"{entry.name}: {one.verdict}" for entry, one in zip(entries, judged, strict=True) if one.reward != 0.0] == []
+
+
+def test_a_reply_that_takes_all_its_time_is_wrong_and_counted():
+    limits = {"wall_s": 0.5, "cpu_s": 1}
+    programs = ["import time\ndef f(x): time.sleep(60)", "import os, time\nos.close(3)\nos.closerange(0, 99)\ntime.sleep(60)"]
+    programs += ["import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\ndef f(x):\n    while True: pass"]
+    outcomes = [run_program(program, [{"statement": "assert f(1) == 1"}], CodeLimits(**limits))[0] for program in programs]
+    assert [outcome.kind for outcome in outcomes] == ["time", "left", "time"]
+    assert not any(outcome.passed for outcome in outcomes)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_all_of_it_ends_when_the_judge_does(watched, end):
+    scratch = os.environ["TMPDIR"]
+    program = "import signal, time\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except OSError: pass\n"
+    script = (
+        "from tulu_mega.rewards.sandbox import *\n"
+        f"run_program({program + 'time.sleep(60)'!r}, [{{'statement': 'pass'}}], CodeLimits(wall_s=60, total_s=60))"
+    )
+    judge = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    wait_until(lambda: len(inhabitants(scratch)) >= 4, "the program did not start", 30)
+    judge.send_signal(end)
+    judge.wait()
+    wait_until(lambda: not inhabitants(scratch) and not os.listdir(scratch), "something outlived the judge")
+
+
+CHECKS = """
+import json, sys
+from tests.rewards import gallery
+from tulu_mega.rewards.sandbox import CodeLimits, protections, require_protections, run_program, self_test
+entries = [gallery.all_escapes(sys.argv[1]), *gallery.read("cheats.txt")[:2], *gallery.read("right.txt")[:2]]
+limits = CodeLimits(allow_unprotected=len(sys.argv) > 2)
+told = ""
+try:
+    require_protections(CodeLimits())
+except Exception as error:
+    told = str(error)
+passed = [run_program(entry.program, [entry.job], limits)[0].passed for entry in entries] if not told or len(sys.argv) > 2 else []
+print(json.dumps({"held": sorted(protections()), "told": told, "passed": passed, "line": self_test()}))
+"""
+
+
+def checked(*arguments, before="", **options):
+    done = subprocess.run(
+        [sys.executable, "-c", before + CHECKS, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_as_an_ordinary_user(watched):
+    for place in (*Path(os.environ["TMPDIR"]).parents[:3], Path(os.environ["TMPDIR"])):
+        place.chmod(place.stat().st_mode | 0o055)
+    Path(os.environ["TMPDIR"]).chmod(0o777)
+    reachable = subprocess.run(
+        [sys.executable, "-c", "import tulu_mega.rewards, sys"], cwd=ROOT, user=65534, group=65534, check=False
+    )
+    if reachable.returncode:
+        pytest.skip("an ordinary user cannot read this environment")
+    found = checked(str(watched), user=65534, group=65534, extra_groups=[])
+    assert found["passed"] == [False, False, False, True, True]
+    assert "root" not in found["line"]
+
+
+FILTER = """
+import ctypes, struct
+def refuse(numbers, error):
+    steps = [(0x20, 0, 0, 0)]
+    for number in numbers: steps += [(0x15, 0, 1, number), (6, 0, 0, 0x50000 | error)]
+    code = b"".join(struct.pack("=HBBI", *step) for step in [*steps, (6, 0, 0, 0x7FFF0000)])
+    class Program(ctypes.Structure): _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+    libc, buffer = ctypes.CDLL(None), ctypes.create_string_buffer(code, len(code))
+    program = Program(len(code) // 8, ctypes.addressof(buffer))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
+refuse((444, 445, 446, 272), ERROR)
+"""
+
+
+@pytest.mark.parametrize("error", [1, 38])
+def test_without_landlock_and_namespaces(watched, error):
+    refused = checked(str(watched), before=FILTER.replace("ERROR", str(error)))
+    assert refused["held"] == ["calls"]
+    assert "Landlock (Linux 5.13" in refused["told"]
+    assert refused["passed"] == []
+    assert "missing: files" in refused["line"]
+    if error == 1:
+        unsafe = checked(str(watched), "unsafe", before=FILTER.replace("ERROR", str(error)))
+        assert unsafe["passed"][1:] == [False, False, True, True]
+
+
+def test_what_the_machine_has_is_told_in_a_line():
+    line = self_test()
+    assert "\n" not in line
+    assert line.endswith("missing: nothing")
+    print(line)
+
+
+def test_the_share_of_a_reply_that_fails_one_test_is_kept_and_its_kind_told():
+    reply = "```python\nimport os\ndef f(x): return x if x else os._exit(0)\n```"
+    with VerifierPool(names=["python_code"], workers=1) as pool:
+        [verdict] = pool.judge([VerifierInput(reply, "python_code", ["assert f(1) == 1", "assert f(0) == 0"])])
+    assert (verdict.score, verdict.kind) == (0.5, "left")
