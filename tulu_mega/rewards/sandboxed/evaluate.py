@@ -5,7 +5,8 @@ from __future__ import annotations
 import builtins
 from typing import Any
 
-from .client import Client, Over, Stub
+from .client import Client, Over
+from .stubs import Stub
 
 
 class Names(dict):

@@ -1,0 +1,157 @@
+"""What stands for the program's functions, objects and iterators in a test."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import Client, Over
+
+
+class _Refusing:
+    """What no object of the program may decide for a test: truth, equality, order."""
+
+    _client: Client
+    _target: list
+
+    def _refuse(self, what: str) -> Over:
+        return self._client.over("unserved", f"the test needs {what} of an object of the program, which stays there")
+
+    def __bool__(self) -> bool:
+        raise self._refuse("the truth")
+
+    def __eq__(self, other: object) -> bool:
+        raise self._refuse("the equality")
+
+    __ne__ = __eq__
+
+    def __lt__(self, other: object) -> bool:
+        raise self._refuse("the order")
+
+    __le__ = __gt__ = __ge__ = __lt__
+
+    def __hash__(self) -> int:
+        raise self._refuse("the hash")
+
+
+class Stub(_Refusing):
+    """A function or class of the program. It can be called; what comes back is data, a function or an iterator.
+
+    Args:
+        objects: whether calling it may give an :class:`Instance`.
+    """
+
+    def __init__(self, client: Client, target: list, name: str, objects: bool = False):
+        self._client, self._target, self._objects, self.__name__ = client, target, objects, name
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        answer, kept = self._client.call(self._target, arguments, named)
+        match answer:
+            case ["value", told]:
+                return self._client.value(told, kept)
+            case ["object", int(number)] if self._objects:
+                return self._client.instance(number)
+            case ["object", int()]:
+                raise self._refuse("the value")
+        raise self._client.tampered("a call's answer")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not self._objects:
+            raise AttributeError(name)
+        return attribute(self._client, self._target, name)
+
+
+class Instance(_Refusing):
+    """An object of a class that the test names: a number here. Its methods are called there, its attributes read there."""
+
+    def __init__(self, client: Client, target: list):
+        object.__setattr__(self, "_client", client)
+        object.__setattr__(self, "_target", target)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return attribute(self._client, self._target, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise self._refuse(f"a new .{name}")
+
+    def _exact(self, method: str, kind: type, *arguments: Any) -> Any:
+        value = attribute(self._client, self._target, method)(*arguments)
+        if type(value) is not kind:
+            raise TypeError(f"{method} returned {type(value).__name__}")
+        return value
+
+    def __len__(self) -> int:
+        return self._exact("__len__", int)
+
+    def __str__(self) -> str:
+        return self._exact("__str__", str)
+
+    def __repr__(self) -> str:
+        return self._exact("__repr__", str)
+
+    def __contains__(self, value: Any) -> bool:
+        return self._exact("__contains__", bool, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return attribute(self._client, self._target, "__getitem__")(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        attribute(self._client, self._target, "__setitem__")(key, value)
+
+    def __iter__(self) -> Stream:
+        found = attribute(self._client, self._target, "__iter__")()
+        if type(found) is not Stream:
+            raise TypeError("__iter__ returned no iterator")
+        return found
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return attribute(self._client, self._target, "__call__")(*arguments, **named)
+
+
+_ANSWERED_BY_DATA = {
+    name for kind in (str, bytes, set, int, float) for name in dir(kind) if name.startswith(("is", "startsw", "endsw"))
+}
+"""Methods of built-in types that answer yes or no: an object of the program with such a method may stand for a value."""
+
+
+def attribute(client: Client, target: list, name: str) -> Any:
+    if name in _ANSWERED_BY_DATA:
+        raise client.over("unserved", f"the test asks .{name} of an object of the program, which may stand for a value")
+    match client.ask(["get", target, name]):
+        case ["value", told]:
+            return client.value(told)
+        case ["function" | "class", int(number), *_]:
+            return Stub(client, ["h", number], name)
+    raise client.tampered("an attribute")
+
+
+class Stream:
+    """An iterator of the program: each item is asked for, none after the end."""
+
+    def __init__(self, client: Client, number: int):
+        self._client, self._number, self._ended = client, number, False
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._ended:
+            match self._client.ask(["next", self._number]):
+                case ["item", told]:
+                    return self._client.value(told)
+                case ["end"]:
+                    self._ended = True
+                case _:
+                    raise self._client.tampered("an item")
+        raise StopIteration
+
+    def __bool__(self) -> bool:
+        raise self._client.over("unserved", "the test needs the truth of an iterator of the program")
+
+    def __eq__(self, other: object) -> bool:
+        raise self._client.over("unserved", "the test needs the equality of an iterator of the program")
+
+    __ne__ = __eq__
+    __hash__ = None  # type: ignore[assignment]
