@@ -26,6 +26,12 @@ SHARED = {
 """Beginning of a test file's path -> what its tests share, which takes long to start; one worker runs all that share it."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that start servers first: the longest ones at the end would leave a core idle."""
+    with_servers = {item.path for item in items if item.get_closest_marker("servers")}
+    items.sort(key=lambda item: item.path not in with_servers)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """Which tests one worker takes: a file's; of files that share servers, all."""
