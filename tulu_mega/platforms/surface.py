@@ -58,6 +58,8 @@ _TORCH = (
          "NCCL's own flight recorder; builds without CUDA lack it, and it is asked for with a default"),
     Name("bridge/files/megatron_files.py", "torch.distributed.checkpoint.filesystem._StorageInfo", "read",
          "where in its file a chunk lies: the index of a checkpoint is made of these"),
+    Name("bridge/files/megatron_index.py", "torch.distributed.checkpoint.filesystem._StorageInfo", "read",
+         "the only class beside those of `metadata` that an index may be made of"),
     Name("bridge/files/megatron_files.py", "torch.distributed.checkpoint.utils._create_file_view", "read",
          "a chunk within its file, as torch's own reader sees it"),
     Name("bridge/files/megatron_files.py", "torch.UntypedStorage._checkpoint_offset", "read",

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from tulu_mega.bridge.files.megatron_index import screen
+from tulu_mega.bridge.files.untrusted import read_json
 from tulu_mega.distributed.collectives import together
 from tulu_mega.errors import UserError
 from tulu_mega.train.engine import Engine
@@ -71,7 +73,7 @@ def find(directory: Path) -> list[Checkpoint]:
         if not _NAME.fullmatch(path.name):
             continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            manifest = json.loads((path / _MANIFEST).read_text())
+            manifest = read_json(path / _MANIFEST)
             if all((path / name).stat().st_size == size for name, size in manifest["files"].items()):
                 others = {name: _saved(path / name, each) for name, each in manifest.get("engines", {}).items()}
                 known = (manifest[name] for name in ("step", "state", "format"))
@@ -152,7 +154,10 @@ def restore(engines: Engines, checkpoint: Checkpoint) -> None:
         _check(engine, saved, checkpoint.format)
     for engine, saved in parts:
         random = saved is checkpoint.first and saved.layout == layout_of(engine)
-        with together(f"{saved.path} could not be read; remove it to go on from the checkpoint before"), torch.no_grad():
+        why = f"{saved.path} could not be read; remove it to go on from the checkpoint before"
+        with together(why):
+            _screen(saved.path)
+        with together(why), torch.no_grad():
             load_state(engine, saved.path, checkpoint.format, random)
 
 
@@ -167,8 +172,16 @@ def load_weights(engine: Engine, directory: Path, leave: Collection[str] = ()) -
     Raises:
         UserError: on every rank, when a tensor is missing or cannot be read.
     """
+    with together(f"{directory} could not be read"):
+        _screen(directory)
     with together(f"{directory} could not be read"), torch.no_grad():
         load_parameters(engine, directory, leave)
+
+
+def _screen(directory: Path) -> None:
+    """Makes sure, on the first rank of each node, that what the ranks load next runs no code of its own."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        screen(directory)
 
 
 def _check(engine: Engine, saved: Saved, format: Format) -> None:
