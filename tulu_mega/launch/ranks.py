@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tulu_mega.errors import Stopped, UserError
 from tulu_mega.launch.reporting import ASKS, ERROR_FILE, KILLED, LAUNCHER_PID, read_record, report, tell_killed
+from tulu_mega.launch.run_dir import make_private
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import PContext
@@ -39,7 +40,8 @@ def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapp
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tulu_mega_")))
         logs = Path(run_dir, "logs") if run_dir else scratch
         try:
-            logs.mkdir(parents=True, exist_ok=True)
+            make_private(logs.parent)
+            logs.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir: {logs} cannot be made: {error.strerror}; choose a directory you may write") from None
         store = _loopback_store()
