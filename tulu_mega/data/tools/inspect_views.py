@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tulu_mega.data.tools.inspection import Inspection
-from tulu_mega.errors import UserError
+from tulu_mega.errors import UserError, printable
 
 _BAR = 50
 _SHOWN = 1500
@@ -26,11 +26,12 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
     for sample in found.samples:
         cut = f", {sample.cut:,} more cut off" if sample.cut else ""
         console.rule()  # without a title: a long path would be cut off before its line
-        title = f"{escape(sample.where)} · {sample.tokens:,} tokens, {sample.trained:,} trained{cut}"
+        title = f"{escape(printable(sample.where))} · {sample.tokens:,} tokens, {sample.trained:,} trained{cut}"
         console.print(title, style="bold", soft_wrap=True)
         text = Text()
         for piece, trained in sample.pieces:
             shown = piece if len(piece) <= _SHOWN else f"{piece[:_SHOWN]} ... {len(piece) - _SHOWN:,} more characters"
+            shown = printable(shown)
             text.append(f"{begin}{shown}{end}" if trained else shown, "black on green" if trained else "dim")
         console.print(text)
     console.rule("sources", align="left")
@@ -39,7 +40,7 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
         kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in found.rejected.items())
         console.print(f"not used: {kinds}", style="bold red")
         for reject in found.rejects:
-            console.print(f"  {reject.source} {reject.line}: {reject.reason}", markup=False)
+            console.print(f"  {printable(f'{reject.source} {reject.line}: {reject.reason}')}", markup=False)
         if sum(found.rejected.values()) > len(found.rejects):
             console.print("  ...")
     console.rule("lengths in tokens", align="left")
