@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.lib.hostile_requests import ENDLESS, HOSTILE
 from tests.lib.server_processes import (
     START_SECONDS,
     gone,
@@ -36,7 +37,7 @@ from tulu_mega.inference.pool import ServerPool
 from tulu_mega.inference.sampling import Sampling
 from tulu_mega.vllm_plugin.auth import ABOUT, KEY
 from tulu_mega.vllm_plugin.batch_route import ROUTE
-from tulu_mega.vllm_plugin.bounds import GENERATE, ROUTES
+from tulu_mega.vllm_plugin.bounds import ROUTES
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
 
 pytest.importorskip("vllm")
@@ -223,30 +224,6 @@ def test_what_is_cancelled_ends_at_the_server_too(servers):
         return answer.json()["aborted"] == 0
 
     assert until(idle, 30)
-
-
-ENDLESS = b"[" * 100_000
-HOSTILE = [
-    (ROUTE, {"prompts": [{"token_ids": [5, 10**6], "sampling_params": {"max_tokens": 2}}]}),
-    (ROUTE, {"prompts": [{"token_ids": [5], "sampling_params": {"max_tokens": 2, "logits_processors": ["os:system"]}}]}),
-    (ROUTE, {"prompts": [{"token_ids": [5], "sampling_params": {"max_tokens": 2, "n": 10**9}}]}),
-    (ROUTE, ENDLESS),
-    (GENERATE, {"token_ids": [10**6], "sampling_params": {"max_tokens": 2}}),
-    (GENERATE, {"token_ids": [5], "sampling_params": {"max_tokens": 2, "structured_outputs": {"regex": "(a+)+b"}}}),
-    (GENERATE, ENDLESS),
-    ("/collective_rpc", {"method": "no_such_method"}),
-    ("/collective_rpc", {"method": "shutdown"}),
-    ("/collective_rpc", ENDLESS),
-    ("/init_weight_transfer_engine", {"init_info": None}),
-    ("/init_weight_transfer_engine", {"init_info": {"endpoints": [], "timeout": "x"}}),
-    ("/start_weight_update", {}),
-    ("/update_weights", {"update_info": {"begin": [], "bucket": 7}}),
-    ("/update_weights", {"update_info": {"commit": {"version": [], "checksums": 3}}}),
-    ("/finish_weight_update", {"weight_version": 7}),
-    ("/finish_weight_update", {"weight_version": "7"}),
-    ("/sleep", {}),
-    ("/v1/completions", {"prompt": "x"}),
-]
 
 
 def honest(servers) -> list[list[list[int]]]:

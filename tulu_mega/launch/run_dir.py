@@ -13,6 +13,8 @@ from tulu_mega.errors import UserError
 
 CONFIG = "config.json"
 """The settings as resolved."""
+CHECKPOINTS = "checkpoints"
+"""What a run goes on from."""
 DATA = "data"
 """The tokenised training data."""
 HELDOUT = "heldout"
@@ -27,8 +29,7 @@ def make_private(directory: Path) -> None:
     Raises:
         OSError: it cannot be made.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    directory.mkdir(mode=0o700, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # the mode is that of the last one
 
 
 @contextlib.contextmanager

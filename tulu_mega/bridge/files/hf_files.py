@@ -67,6 +67,7 @@ class HfCheckpoint:
             raise UserError(f"{directory}: no such directory; expected a Hugging Face model (config.json and *.safetensors)")
         problems: list[str] = []
         config = _read_json(directory / "config.json", problems)
+        problems += _two_models(directory)
         if (directory / INDEX).exists():
             tensors = _read_shards(directory, problems)
         elif (directory / SINGLE).exists():
@@ -146,6 +147,29 @@ def _no_weights(directory: Path) -> str:
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
         )
     return f"{directory}: holds neither {INDEX} nor {SINGLE}; the download or export is not complete"
+
+
+def _two_models(directory: Path) -> list[str]:
+    """What makes it unclear which weights a directory means: transformers reads the single file, others the index."""
+    single = (directory / SINGLE).exists()
+    if parts := sorted(each.name for each in directory.glob("*.distcp")):
+        return [
+            f"{directory}: holds a model in Hugging Face's format and parts of a Megatron checkpoint ({parts[0]}); "
+            "move away what is not meant"
+        ]
+    if not single or not (directory / INDEX).exists():
+        return []
+    try:
+        named = set(read_json(directory / INDEX)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # told of where the index is read
+    if SINGLE in named:
+        return []
+    shards = f"{len(named)} other file{'s' if len(named) > 1 else ''}"
+    return [
+        f"{directory}: holds {SINGLE} and {INDEX}, which names {shards} and not it; transformers reads the former, others "
+        f"the latter. Remove what is not meant: {SINGLE}, or {INDEX} and the files it names"
+    ]
 
 
 def _read_shards(directory: Path, problems: list[str]) -> dict[str, TensorInfo]:
