@@ -1,16 +1,21 @@
-"""Published data that is not part of the project: read where it lies, beside the checkout."""
+"""Published data that is not part of the project, read where it lies."""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
 
 import pytest
 
-_BESIDE = Path(__file__).resolve().parents[3] / "shared" / "real"
+PLACE = "TULU_MEGA_REAL_DATA"
+"""Environment variable: a directory of published data."""
 
 
 def real_data(name: str) -> Path:
-    """A file of the directory that TULU_MEGA_REAL_DATA names, or of ``shared/real`` beside the checkout; skips without it."""
-    path = Path(os.environ.get("TULU_MEGA_REAL_DATA", _BESIDE)) / name
+    """A file of the directory that `PLACE` names; skips the test without it."""
+    if PLACE not in os.environ:
+        pytest.skip(f"{PLACE} is not set: name the directory that holds {name}")
+    path = Path(os.environ[PLACE], name)
     if not path.exists():
-        pytest.skip(f"{path} is not there; set TULU_MEGA_REAL_DATA to the directory that holds {name}")
+        pytest.skip(f"{path} is not there; {PLACE} names the directory that holds it")
     return path

@@ -58,8 +58,6 @@ _TORCH = (
          "NCCL's own flight recorder; builds without CUDA lack it, and it is asked for with a default"),
     Name("bridge/files/megatron_files.py", "torch.distributed.checkpoint.filesystem._StorageInfo", "read",
          "where in its file a chunk lies: the index of a checkpoint is made of these"),
-    Name("rewards/mathematics/numbers.py", "sympy.Float._mpf_", "read",
-         "the exponent of a number, without computing the number"),
     Name("bridge/files/megatron_index.py", "torch.distributed.checkpoint.filesystem._StorageInfo", "read",
          "the only class beside those of `metadata` that an index may be made of"),
     Name("bridge/files/megatron_files.py", "torch.distributed.checkpoint.utils._create_file_view", "read",
