@@ -4,7 +4,7 @@ BIN := .venv/bin
 LOCKED := .venv/.locked
 INSTALLED := .venv/.installed
 PEERS := .venv-peers/.locked
-LOGS ?= docs/notes/measurements
+ACCEPTANCE_LOGS := $(or $(LOGS),docs/notes/measurements)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -54,17 +54,17 @@ test: lint  ## lint, then every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/standins/transformer_engine -m "not acceptance" -n 2 --dist loadfile --durations 5
 
 acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; logs under docs/notes/measurements/
-	@mkdir -p $(LOGS); failed=; trap 'exit 130' INT; \
-	part() { name=$$1; shift; echo "== $$name"; "$$@" 2>&1 | tee "$(LOGS)/$$name.log" || failed="$$failed $$name"; }; \
+	@mkdir -p $(ACCEPTANCE_LOGS); failed=; trap 'exit 130' INT; \
+	part() { name=$$1; shift; echo "== $$name"; "$$@" 2>&1 | tee "$(ACCEPTANCE_LOGS)/$$name.log" || failed="$$failed $$name"; }; \
 	pool="env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder"; \
 	part acceptance $$pool tests -m "acceptance and not alone" --ignore tests/standins/transformer_engine; \
 	part acceptance_te $$pool tests/standins/transformer_engine -m acceptance; \
 	part acceptance_alone $(BIN)/python -m pytest tests -m "acceptance and alone" -s --ignore tests/standins/transformer_engine; \
 	for bench in tools/bench_*.py; do part "$$(basename "$$bench" .py)" $(BIN)/python "$$bench"; done; \
-	[ -z "$$failed" ] || { echo "failed:$$failed; see $(LOGS)" >&2; exit 1; }
+	[ -z "$$failed" ] || { echo "failed:$$failed; see $(ACCEPTANCE_LOGS)" >&2; exit 1; }
 
-gpu:  ## what needs a CUDA device, in ten minutes: make gpu PYTHON=python3 [GPU_PARTS="tests kernels training smoke fused"]; logs under LOGS
-	@PYTHON=$(PYTHON) LOGS=$(LOGS) tools/gpu.sh $(GPU_PARTS)
+gpu:  ## what needs a CUDA device, in ten minutes: make gpu PYTHON=python3 [GPU_PARTS="smoke fused training tests ipc kernels"]; logs under LOGS
+	@PYTHON=$(PYTHON) LOGS=$(or $(LOGS),gpu_logs) tools/gpu.sh $(GPU_PARTS)
 
 gpu-smoke:  ## train and score on a CUDA device with PYTHON's own packages: make gpu-smoke PYTHON=python3
 	$(PYTHON) tools/gpu_smoke.py

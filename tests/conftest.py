@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: tests measure results, not speed, and several processes share few cores.
@@ -19,11 +20,18 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PATIENT, os.environ.get
 
 SHARED = {
     "tests/weight_transfer/live/": "servers that take weights",
-    "tests/end_to_end/test_grpo": "a run of grpo that others are compared with",
+    "tests/end_to_end/test_grpo": "a server for runs of grpo",
+    "tests/invariant/test_grpo.py": "a server for runs of grpo",
     "tests/inference/test_generate.py": "one vLLM",
     "tests/evaluation/test_eval_vllm.py": "one vLLM",
 }
 """Beginning of a test file's path -> what its tests share, which takes long to start; one worker runs all that share it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that start servers first: the longest ones at the end would leave a core idle."""
+    with_servers = {item.path for item in items if item.get_closest_marker("servers")}
+    items.sort(key=lambda item: item.path not in with_servers)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -99,3 +107,31 @@ def material(tmp_path_factory) -> Path:
     from tests.lib import sft_runs
 
     return sft_runs.make_material(tmp_path_factory.mktemp("sft_runs"))
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """Model, prompts, verifier, reward model and settings of `tulu-mega grpo`."""
+    pytest.importorskip("vllm")
+    from tests.lib.grpo_runs import make_place
+
+    return make_place(tmp_path_factory.mktemp("grpo"))
+
+
+@pytest.fixture(scope="session")
+def served(place) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Flags and environment variables of runs that have their responses from one server of `tulu-mega serve`."""
+    from tests.invariant.server import served as serving
+
+    with serving(place, "--rollout.max_model_len", "128") as attached:
+        yield attached
+
+
+@pytest.fixture(scope="session")
+def undisturbed(place, served) -> Path:
+    """The directory of a run of grpo that nothing happened to."""
+    from tests.lib.grpo_runs import ended, start
+
+    flags, variables = served
+    ended(start(place, "undisturbed", *flags, **variables), place, "undisturbed")
+    return place / "undisturbed"

@@ -16,7 +16,7 @@ measured until then:
     products                 the step's matrix products alone, by torch, in the model's precision: TFLOP/s of a layer's, of the
                              head's and of both as a step has them (`tflops`, the ceiling)
     packs                    by tokens of a pack: seconds of a step (median) and of its parts; tokens/s;
-                             `tflops` of the model (`planner.flops`), `mfu` of the data sheet's peak (on a CPU a measured one),
+                             `tflops` of the model (`planner.flops`), `mfu` of the data sheet's peak (on a CPU null),
                              `of_products` of the ceiling; memory at the peak; `planner`: what it says of both, over what was seen
     kernels                  with --profile: milliseconds on the device in one step, by kernel, the largest first
     failed                   what raised an error; the other figures are there

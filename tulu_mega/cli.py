@@ -24,6 +24,7 @@ from tulu_mega import __version__
 from tulu_mega.config.stages import DEFAULT, STAGES, Stage
 from tulu_mega.errors import Stopped, UserError, nearest
 from tulu_mega.launch import launcher, reporting
+from tulu_mega.launch.run_files import FULL, unwritten
 from tulu_mega.process import leave
 
 
@@ -87,7 +88,7 @@ COMMANDS = {
         "tulu_mega.evaluation.settings:EvalSettings",
         "tulu_mega.evaluation.run:run",
         example="tulu-mega eval --model DIR --output DIR/eval --tasks.gsm8k test.jsonl --tasks.ifeval input_data.jsonl",
-        problems="tulu_mega.preflight.inference:problems",
+        problems="tulu_mega.preflight.evaluation:problems",
     ),
     "report": Command(
         "draws runs: curves as PNG and one self-contained HTML page",
@@ -108,19 +109,21 @@ COMMANDS = {
         "tulu_mega.config.data:DataInspectSettings",
         "tulu_mega.data.tools.inspect:inspect",
         example="tulu-mega data inspect examples/tulu3/8b/sft.toml --parallel.data 8 --html data.html",
-        problems="tulu_mega.preflight.model:problems",
+        problems="tulu_mega.preflight.tools:inspect_problems",
     ),
     "data mix": Command(
         "the rows that data.train draws of its sources, as one JSONL file",
         "tulu_mega.config.data:DataMixSettings",
         "tulu_mega.data.tools.mix:mix",
         example='tulu-mega data mix --data.train \'{"a.jsonl" = 0.5, "owner/b" = 2000}\' --output mixed.jsonl',
+        problems="tulu_mega.preflight.tools:mix_problems",
     ),
     "data decontaminate": Command(
         "finds training rows that hold evaluation rows, by 8-grams, and writes the data without them",
         "tulu_mega.config.data:DecontaminateSettings",
         "tulu_mega.data.tools.decontaminate:decontaminate",
         example='tulu-mega data decontaminate --train train.jsonl --evaluations \'{"test.jsonl" = "question"}\' --output DIR',
+        problems="tulu_mega.preflight.tools:decontaminate_problems",
     ),
     "quickstart": Command(
         "the recipe on a tiny model and task made on the spot: train, generate, compare",
@@ -162,6 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `tulu-mega ... | head`
         sys.stderr.close()
         return 141
+    except OSError as error:
+        if error.errno not in FULL:
+            reporting.record_crash(error)
+            raise
+        reporting.report([unwritten(str(error.filename or "a file"), error)])
+        return 2
     except Exception as error:
         reporting.record_crash(error)
         raise
@@ -244,17 +253,21 @@ def _check(arguments: list[str]) -> int:
     """``check [COMMAND] config.toml [flags]``: prints the resolved settings and everything that is wrong."""
     if not arguments or any(flag in HELP for flag in arguments):
         print(
-            f"usage: tulu-mega check [--cluster] [COMMAND] [config.toml] [--section.key value ...]\n\n{CHECK_SUMMARY}.\n"
+            f"usage: tulu-mega check [--cluster] [--verify] [COMMAND] [config.toml] [--section.key value ...]\n\n"
+            f"{CHECK_SUMMARY}.\n"
             "--cluster looks at what differs or fails between machines; started on each of them as the run is (docs/launch.md).\n"
-            f"COMMAND is {', '.join(COMMANDS)}; {DEFAULT} when left out. Exit status 0: nothing is wrong; 2: something is."
+            "--verify reads all files that the run depends on, and its checkpoints, even where their times are those of before.\n"
+            f"COMMAND is {', '.join(COMMANDS)}; when left out, the one that the file is for, and {DEFAULT} for flags alone.\n"
+            "Exit status 0: nothing is wrong; 2: something is."
         )
         return 0
-    cluster, arguments = "--cluster" in arguments, [argument for argument in arguments if argument != "--cluster"]
+    cluster, verify = "--cluster" in arguments, "--verify" in arguments
+    arguments = [argument for argument in arguments if argument not in ("--cluster", "--verify")]
     name, rest = _name(arguments)
     if named := name in COMMANDS:
         arguments = rest
     else:
-        name = DEFAULT
+        name = _told(arguments)
     try:
         settings = _settings(COMMANDS[name], arguments)
     except UserError as error:
@@ -264,10 +277,13 @@ def _check(arguments: list[str]) -> int:
         raise UserError([*error.problems, told]) from None
     first = not cluster or os.environ.get("RANK", "0") == "0"
     if first:
+        if not named:
+            print(f"# no command was named: read as settings of {name}")
         print(as_toml(settings.model_dump()), flush=True)
 
     def look() -> list[str]:
-        return launcher.resolve("tulu_mega.preflight.check:check")(settings)
+        tell = None if cluster else lambda line: print(f"# {line}", flush=True)
+        return launcher.resolve("tulu_mega.preflight.check:check")(settings, verify, tell)
 
     if cluster:
         nodes = launcher.resolve("tulu_mega.preflight.cluster:check")(settings, look)
@@ -275,8 +291,25 @@ def _check(arguments: list[str]) -> int:
         raise UserError(problems)
     if not first:
         return 0
-    print(f"# {name}: nothing wrong found{f' on {nodes} nodes' if cluster else ''}")
+    where = f" on {nodes} nodes" if cluster else ""
+    looked = "nothing wrong found" if COMMANDS[name].problems else "its settings are in order; nothing else was looked at"
+    print(f"# {name}: {looked}{where}")
     return 0
+
+
+def _told(arguments: list[str]) -> str:
+    """The command that a settings file is for, where there is one."""
+    if not arguments or arguments[0].startswith("-"):
+        return DEFAULT
+    from tulu_mega.config.told import command_told
+
+    taking_files = {name: command for name, command in COMMANDS.items() if not command.operands and name != "data inspect"}
+    kinds = {name: partial(launcher.resolve, command.settings) for name, command in taking_files.items()}
+
+    def by_rows(data: Any) -> Sequence[str]:  # imported only where it is called: few files leave it open
+        return launcher.resolve("tulu_mega.data.tools.row_kind:stages_of")(data)
+
+    return command_told(arguments[0], arguments[1:], kinds, by_rows)
 
 
 def as_toml(values: dict[str, Any], section: str = "") -> str:

@@ -16,7 +16,8 @@ class UserError(Exception):
     """
 
     def __init__(self, problems: str | Iterable[str]):
-        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        told = [problems] if isinstance(problems, str) else problems
+        self.problems: list[str] = [printable(each) for each in told]
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self):  # crosses process boundaries (broadcast from rank 0, worker pools)
@@ -36,6 +37,21 @@ class Stopped(Exception):
     def __init__(self, step: int):
         self.step = step
         super().__init__(f"asked to end: stopped after step {step}, which is saved; the same command goes on from there")
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters but line feeds and tabs, and characters that turn the
+    direction of writing, as Python would escape them.
+
+    What rows, settings, file names and models say reaches terminals through this function.
+    """
+    return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    code = ord(character)
+    obeyed = code < 0x20 or 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+    return repr(character)[1:-1] if obeyed and character not in "\n\t" else character
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -163,3 +163,23 @@ def test_a_tokenizer_that_would_be_another_beside_the_model_is_refused(model, tm
     config = {**read_config(model), "model_type": "qwen2"}
     with pytest.raises(UserError, match=r"beside a qwen2 model's config.json transformers makes another tokenizer .*Qwen2Token"):
         other_tokenizer(str(other), model, config)
+
+
+def test_ends_of_training_are_among_those_of_generation(model, tmp_path):
+    config = read_config(model) | {"architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2}
+
+    def written(*ends: int, given: dict | None = None) -> dict:
+        (model / "generation_config.json").unlink(missing_ok=True)
+        if given is not None:
+            (model / "generation_config.json").write_text(json.dumps(given))
+        out = tmp_path / f"out_{len(list(tmp_path.iterdir()))}"
+        out.mkdir()
+        write_companions(out, model, config, "bfloat16", ends=ends)
+        return content(out / "generation_config.json") if (out / "generation_config.json").exists() else {}
+
+    assert written(2) == {} and written(2, given={"eos_token_id": [2, 5], "top_p": 0.5}) == {"eos_token_id": [2, 5], "top_p": 0.5}
+    stops = written(7)  # of config.json, by which a model without the file generates
+    assert (stops["eos_token_id"], stops["bos_token_id"]) == ([2, 7], 1)
+    assert written(7, 2, given={"eos_token_id": 2, "top_p": 0.5}) == {"eos_token_id": [2, 7], "top_p": 0.5}
+    assert written(7, given={"top_p": 0.5})["eos_token_id"] == [2, 7]
+    assert written(given={"top_p": 0.5}) == {"top_p": 0.5}

@@ -218,3 +218,15 @@ def test_the_writer_refuses_what_was_not_announced(tmp_path):
         writer.add("a", torch.zeros(2, dtype=torch.float64))
     with pytest.raises(ValueError, match="1 announced tensors were not written, first b"), ShardWriter(tmp_path, files) as writer:
         writer.add("a", torch.zeros(2))
+
+
+def test_two_models_in_one_directory(model):
+    """transformers reads model.safetensors, whatever an index beside it says."""
+    save_file({name: tensor + 1 for name, tensor in TENSORS.items()}, model / "model.safetensors", {"format": "pt"})
+    (problem,) = problems_of(model)
+    assert "holds model.safetensors and model.safetensors.index.json, which names 2 other files and not it" in problem
+    write_map(model, dict.fromkeys("abc", "model.safetensors"))
+    assert HfCheckpoint.open(model).tensors["a"].file == "model.safetensors"
+    (model / "__0_0.distcp").write_bytes(b"")
+    (problem,) = problems_of(model)
+    assert "and parts of a Megatron checkpoint (__0_0.distcp)" in problem

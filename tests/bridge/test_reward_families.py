@@ -7,6 +7,7 @@ import pytest
 from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.families import FAMILIES, REWARD_FAMILIES, family_for
 from tulu_mega.bridge.families.reward import check_language_model, reward_fields
+from tulu_mega.bridge.files.hf_files import HfCheckpoint, TensorInfo
 from tulu_mega.bridge.rules import Piece
 from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
@@ -87,3 +88,11 @@ def test_a_classifier_is_no_language_model():
     check_language_model("here", None)
     with pytest.raises(UserError, match=r"model.path = here: is a GemmaForSequenceClassification, .*give a language model"):
         check_language_model("here", ["GemmaForSequenceClassification"])
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.architecture)
+def test_buffers_of_rotary_embeddings_are_nobodys(family, tmp_path):
+    """Older versions of transformers stored them; it and vLLM pass them over, whatever the family."""
+    checkpoint = HfCheckpoint(tmp_path, {}, {"model.layers.0.self_attn.rotary_emb.inv_freq": TensorInfo("F32", (4,))})
+    assert checkpoint.check({}, family.ignorable({})) == []
+    assert checkpoint.check({}, ()) != []

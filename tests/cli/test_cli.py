@@ -124,7 +124,7 @@ def test_a_missing_package_is_named():
 def preflight(monkeypatch):
     module = types.ModuleType("tulu_mega.preflight.check")
     module.problems = []
-    module.check = lambda settings: module.problems
+    module.check = lambda _settings, _verify, _tell: module.problems
     monkeypatch.setitem(sys.modules, "tulu_mega.preflight.check", module)
     return module
 

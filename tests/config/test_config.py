@@ -98,6 +98,22 @@ def test_what_is_said_of_a_mistake(file, flags, start):
     assert any(problem.startswith(start) for problem in told), told
 
 
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        (["--optim.betas", "[1.0, 0.999]"], "optim.betas.0: input should be less than or equal to 0.99999"),
+        (["--optim.betas", "[0.9, 0.99999999]"], "optim.betas.1: input should be less than or equal to 0.99999"),
+        (["--optim.eps", "1e-50"], "optim.eps: input should be greater than or equal to"),
+        (["--optim.lr", "1e-5", "--optim.min_lr", "1e-4"], "optim: min_lr = 0.0001 is above lr = 1e-05"),
+        (["--optim.schedule", "constant", "--optim.min_lr", "1e-4"], "optim: min_lr = 0.0001 is above lr = 1e-05"),
+    ],
+)
+def test_an_optimizer_that_divides_by_0_is_refused(file, flags, start):
+    """As megatron-core's schedule refuses a rate that rises, after the data is tokenised: with an assertion."""
+    (told,) = problems(*flags, file=file)
+    assert told.startswith(start)
+
+
 def test_a_misspelt_megatron_field(file):
     if not megatron_fields():
         pytest.skip("megatron-core is not installed")

@@ -17,12 +17,14 @@ EVERYWHERE = """
     parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.first_stage_layers parallel.last_stage_layers
     parallel.context parallel.data parallel.sequence parallel.distributed_optimizer parallel.overlap_grad_reduce
     parallel.overlap_param_gather parallel.bucket_size
-    watchdog.timeout run_dir checkpoint.every checkpoint.keep checkpoint.format checkpoint.asynchronous checkpoint.grace
+    watchdog.timeout run_dir accept_changes
+    checkpoint.every checkpoint.keep checkpoint.format checkpoint.asynchronous checkpoint.grace
     checkpoint.export checkpoint.export_dtype wandb.mode wandb.project wandb.name
     data.pack_length train.max_skipped train.spike.action train.spike.factor train.spike.window
     train.straggler.every train.straggler.factor train.straggler.reports train.log_every
     heldout.data heldout.split heldout.every
 """
+CONTENT = {"model.path", "data.train", "data.split", "data.tokenizer"}
 ROWS = "data.cache data.workers train.micro_batches heldout.batch"
 INDIFFERENT = {
     "sft": ROWS,
@@ -44,6 +46,7 @@ def test_what_does_not_decide(name):
     of = {effect: {each for each in effects if effects[each] is effect} for effect in Effect}
     assert of[Effect.NONE] == {*EVERYWHERE.split(), *INDIFFERENT[name].split()}
     assert of[Effect.LENGTH] == LENGTH
+    assert of[Effect.CONTENT] == CONTENT | ({"rewards.model", "rewards.custom"} if name == "grpo" else set())
     assert all(effects.values())
 
 

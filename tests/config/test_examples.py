@@ -20,6 +20,7 @@ from tulu_mega.layout.division import layout_problems
 from tulu_mega.layout.fp8 import fp8_problems
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.layout.schedule import simulate
+from tulu_mega.pins import directories
 from tulu_mega.plan.outlook import outlook
 from tulu_mega.plan.run import ask
 from tulu_mega.plan.settings import PlanSettings
@@ -151,6 +152,7 @@ def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
 
     monkeypatch.setattr(model_checks, "model_config", model)
     monkeypatch.setattr(run_checks, "model_directory", lambda path: local)  # with no tokenizer of its own
+    monkeypatch.setattr(directories, "model_directory", lambda path: local)
     monkeypatch.setattr(fp8, "this_machine", lambda: fp8.Machine((9, 0), (12, 9), (2, 8)))  # what recipes in FP8 are for
     rows = str(local / f"{stage(file)}.jsonl")
     flags = ["--data.train", rows, "--data.tokenizer", str(local / "tokenizer"), "--run_dir", str(tmp_path / "run")]

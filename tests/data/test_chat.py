@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tulu_mega.data.chat import TULU_CHAT_TEMPLATE, check_messages, encode, prompt_ids, render_tulu, template_of, tulu_prompt
-from tulu_mega.errors import UserError
+from tulu_mega.data.messages import Given
 from tulu_mega.records import IGNORE
 
 EOS = "<|end_of_text|>"
@@ -50,7 +50,7 @@ def test_the_published_format_to_the_letter():
     assert rendered.text == (
         f"<|system|>\nbe brief\n<|user|>\nhi\n<|assistant|>\nhi you 😀{EOS}\n<|user|>\nbye\n<|assistant|>\nbye{EOS}"
     )
-    assert [rendered.text[start:end] for start, end in rendered.spans] == [f"hi you 😀{EOS}", f"bye{EOS}"]
+    assert [rendered.text[start:end] for start, end, _message in rendered.spans] == [f"hi you 😀{EOS}", f"bye{EOS}"]
     assert tulu_prompt(TALK[:2], EOS) == "<|system|>\nbe brief\n<|user|>\nhi\n<|assistant|>\n"
 
 
@@ -110,15 +110,11 @@ def test_a_template_without_marks_is_told_by_prefixes(tokenizer):
 
 def test_marks_without_the_end_keep_every_byte_of_the_last_character(tokenizer):
     tokenizer.chat_template = CHATML.replace(
-        "m['content'] + eos_token", "'' }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ eos_token"
-    ).replace("{% for m in messages %}", "{% for m in messages if m['role'] == 'assistant' %}")
+        "m['content'] + eos_token",
+        "'' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}"
+        "{{ m['content'] }}{% endif %}{{ eos_token",
+    )
     assert trained(tokenizer, *encode(TALK, tokenizer, "tokenizer", None)) == ["hi you 😀", "bye"]
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    tokenizer.chat_template = CHATML.replace("m['content']", "(m['content'] if loop.last else 'cut')")
-    with pytest.raises(UserError, match="otherwise than inside the whole"):
-        encode(TALK, tokenizer, "tokenizer", None)
 
 
 def test_a_template_that_refuses_is_about_the_row(tokenizer):
@@ -137,7 +133,15 @@ def test_a_template_that_refuses_is_about_the_row(tokenizer):
         ([{"role": "user"}], "message 1 has content None"),
         ([{"role": "user", "content": [{"type": "text"}]}], "expected text"),
         ([{"content": "hi"}], "message 1 has role None"),
-        ([{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}], "message 2 has role 'tool'"),
+        ([{"role": "user", "content": "x"}, {"role": "gpt", "content": "x"}], "message 2 has role 'gpt'"),
+        ([{"role": "user", "content": "x", "tool_calls": [{}]}], "message 1 has tool_calls, but is the user's"),
+        ([{"role": "assistant", "content": None, "tool_calls": "f()"}], "message 1 has tool_calls 'f()'"),
+        ([{"role": "assistant", "content": None, "tool_calls": []}], "message 1 has content None"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "{"}}]}], "expected JSON"),
+        ([{"role": "assistant", "content": "x", "weight": 0.5}], "message 1 has weight 0.5"),
+        ([{"role": "assistant", "content": "x", "weight": "0"}], "message 1 has weight '0'"),
+        ([{"role": "user", "content": "x", "weight": 1}, {"role": "assistant", "content": "x"}], "only the assistant's turns"),
+        ([{"role": "assistant", "content": "x", "reasoning_content": "\ud800"}], "surrogate"),
         ([{"role": ["user"], "content": "x"}], "message 1 has role"),
         ([{"role": "user", "content": "hi"}], "nothing to train"),
         ([{"role": "user", "content": "\ud800"}], "surrogate"),
@@ -149,5 +153,21 @@ def test_malformed_conversations_say_what_is_wrong(messages, text):
     assert text in str(caught.value)
 
 
-def test_other_keys_are_left_out():
-    assert check_messages([{"role": "user", "content": "a", "id": 3}], training=False) == [{"role": "user", "content": "a"}]
+def test_fields_that_are_null_are_left_out_and_arguments_become_objects():
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 2}'}}
+    talk = [{"role": "user", "content": "a", "id": 3, "name": None}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    user, answer = check_messages(talk, training=False)
+    assert user == {"role": "user", "content": "a", "id": 3}
+    assert answer["content"] is None and answer["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 2}}
+
+
+def test_tulus_template_refuses_what_it_has_no_form_for(tokenizer):
+    for more, told in [
+        ({"role": "tool", "content": "5"}, "message 2 has role 'tool'"),
+        ({"role": "assistant", "content": "5", "reasoning_content": "2 and 3"}, "message 2 has reasoning_content"),
+        ({"role": "assistant", "content": "5", "tool_calls": [{"name": "f"}]}, "message 2 has tool_calls"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            prompt_ids([{"role": "user", "content": "hi"}, more], tokenizer, "tulu")
+    with pytest.raises(ValueError, match="tools are given"):
+        prompt_ids(TALK[:2], tokenizer, "tulu", Given(tools=[{"name": "f"}]))

@@ -27,6 +27,11 @@ from tulu_mega.errors import UserError
         ("abc漢字とかなdef", "abc 漢 字 と か な def"),
         ("สวัสดี", "ส ว ั ส ด ี"),
         ("한국어 문장", "한국어 문장"),
+        ("_one_ __two__ *three* snake_case", "one two three snake_case"),
+        ("co\u00adop ze\u200bro j\u200do\u2060in \ufeffbom sm\ufe0file", "coop zero join bom smile"),
+        ("dir\u202aect t\U000e0061ag nu\x00ll", "direct tag null"),
+        ("e\u200b\u0301te\u0301", "été"),
+        ("one\u00a0two\u2028three\x1cfour\x85five", "one two three four five"),
     ],
 )
 def test_words(text, expected):
@@ -212,7 +217,16 @@ def test_everything_wrong_is_told(world, tmp_path, capsys):
         file.write('{"messages": 5}\n{broken\n')
     with pytest.raises(UserError) as caught:
         decontaminate(DecontaminateSettings(**world))
-    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{tmp_path}/dirty.jsonl line {n}" for n in (42, 43)]
+    *rows, summary = caught.value.problems
+    assert [problem.split(": ")[0] for problem in rows] == [f"{tmp_path}/dirty.jsonl line {n}" for n in (42, 43)]
+    assert summary.startswith("2 of ") and summary.endswith("correct or remove them, or give --malformed reject")
+    capsys.readouterr()
+    decontaminate(DecontaminateSettings(**{**world, "malformed": "reject"}))
+    dirty = json.loads((tmp_path / "out" / "report.json").read_text())["sets"][0]
+    assert dirty["unread"] == 2 and dirty["left"] == dirty["rows"] - dirty["contaminated"] - 2
+    left = (tmp_path / "out" / "dirty.clean.jsonl").read_text().splitlines()
+    assert len(left) == dirty["left"] and all("role" in line for line in left)
+    assert "2 rows of" in capsys.readouterr().out
     (tmp_path / "busy").write_text("")
     (tmp_path / "dirty.jsonl").write_text(json.dumps(talk("a")))
     with pytest.raises(UserError, match="cannot be written"):

@@ -52,7 +52,7 @@ def test_what_is_stored_is_what_encode_gives(ready, tokenizer):
 
 def test_tokenised_rows_are_taken_as_they_are(ready):
     store = ready(
-        [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 900]}, {"input_ids": [1, 2], "labels": [1, 2]}], max_length=3
+        [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]}, {"input_ids": [1, 2], "labels": [1, 2]}], max_length=3
     )
     assert (store[0].input_ids, store[0].labels) == ([5, 6, 7], [-100, 6, -100])
     assert (store[1].input_ids, store[1].labels) == ([1, 2], [1, 2])

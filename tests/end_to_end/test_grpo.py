@@ -55,19 +55,23 @@ def test_the_model_is_exported(undisturbed, place):
     assert trained.keys() == first.keys() and any(not np.array_equal(trained[name], first[name]) for name in first)
 
 
-def test_killed_servers_and_ranks_change_nothing(undisturbed, place):
-    """A server is killed after step 1, a rank after step 2; the rest is the same to the last bit, and nothing is left running."""
-    run = place / "disturbed"
-    process = start(place, "disturbed", "--restarts", "2")
+@pytest.mark.parametrize("server_too", [False, pytest.param(True, marks=pytest.mark.acceptance)], ids=["rank", "server and rank"])
+def test_what_is_killed_changes_nothing(undisturbed, place, server_too):
+    """A server of its own is killed after step 1, a rank after step 2; the rest is the same to the last bit, and nothing is left
+    running. tests/inference/test_servers.py kills a server for less."""
+    name = f"disturbed_{server_too}"
+    run = place / name
+    process = start(place, name, "--restarts", "2")
     launcher = psutil.Process(process.pid)
     try:
-        after(process, run, 1)
-        os.kill(json.loads((run / "servers/server_0.json").read_text())["pid"], 9)
+        if server_too:
+            after(process, run, 1)
+            os.kill(json.loads((run / "servers/server_0.json").read_text())["pid"], 9)
         after(process, run, 2)
         next(each for each in launcher.children(recursive=True) if rank_of(each) == "1").kill()
     finally:
-        ended(process, place, "disturbed")
-    told = (place / "disturbed.log").read_text()
+        ended(process, place, name)
+    told = (place / f"{name}.log").read_text()
     assert "started again" in told
     check_same(run, undisturbed)
     assert not (run / "servers").exists()

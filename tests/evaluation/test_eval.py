@@ -51,14 +51,12 @@ def answering(monkeypatch, tokenizer):
             def __exit__(self, *_):
                 pass
 
-            def __call__(self, prompts, sampling, numbers=None):
-                answers = []
-                for prompt in prompts:
+            def each(self, prompts, sampling, numbers=None):
+                for place, prompt in enumerate(prompts):
                     text = tokenizer.decode(prompt)
                     asked.append(text)
                     given = [rule(text, sample) for sample in range(sampling.samples)]
-                    answers.append([_completion(response, tokenizer) for response in given])
-                return answers
+                    yield place, [_completion(response, tokenizer) for response in given]
 
         monkeypatch.setattr(evaluation.vllm, "Generator", Rule)
         monkeypatch.setattr(evaluation.vllm, "check_vllm", lambda: None)
@@ -174,12 +172,13 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(answering, model, tm
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate(wanted)
     assert len(asked) == 1 + 8 and not (tmp_path / "eval/results.json").exists()
+    assert len(samples(tmp_path, "gsm8k")) == 7, "every answer is kept as it comes"
     with (tmp_path / "eval/samples/gsm8k.jsonl").open("ab") as file:
         file.write(b'{"key": "torn')
 
     asked = answering(lambda text, sample: "8")
     results = evaluation.evaluate(wanted)
-    assert [question(text) for text in asked[1:]] == [f"Question: What is {number} + 1?\nAnswer:" for number in (6, 7, 8, 9)]
+    assert [question(text) for text in asked[1:]] == [f"Question: What is {number} + 1?\nAnswer:" for number in (7, 8, 9)]
     assert results["tasks"]["gsm8k"]["metrics"]["exact_match"]["value"] == 0.2, "problem 0 from before and problem 7 now"
     assert [record["problem"] for record in samples(tmp_path, "gsm8k")] == list(range(10))
 
@@ -190,6 +189,23 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(answering, model, tm
     asked = answering(lambda text, sample: "1")
     evaluation.evaluate(more)
     assert len(asked) == 11, "other settings, other responses"
+
+
+def test_a_limit_asks_the_same_problems_of_all_groups_and_a_larger_one_only_more(answering, model, tmp_path):
+    rows = [{"input": f"{task} {n}?", "target": "(A)", "task": task} for task in "abcd" for n in range(25)]
+    data = write(tmp_path / "bbh.jsonl", rows)
+
+    def asks(limit: int, **values) -> list[str]:
+        asked = answering(lambda text, sample: "So the answer is (A).")
+        wanted = settings(model, tmp_path, {"bbh": {"data": data, "limit": limit, **SHOTLESS}}, **values)
+        assert evaluation.evaluate(wanted)["tasks"]["bbh"]["problems"] == limit
+        return [question(text) for text in asked[1:]]
+
+    eight = asks(8)
+    assert sorted(text[3] for text in eight) == list("aabbccdd")
+    assert [record["problem"] for record in samples(tmp_path, "bbh")] != list(range(8)), "rows are numbered as in the file"
+    assert len(asks(12)) == 4, "eight were answered before"
+    assert set(asks(8, temperature=0.5, seed=1)) == set(eight)
 
 
 def test_another_model_is_asked_anew(answering, tmp_path):
@@ -261,14 +277,15 @@ def test_all_that_is_wrong_is_told_before_vllm_starts(answering, model, tmp_path
     asked = answering(lambda text, sample: "1")
     tasks = {
         "gsm8k": {"data": write(tmp_path / "math.jsonl", MATH), **SHOTLESS},
-        "mmlu": {"data": str(tmp_path / "none.jsonl")},
+        "mmlu": {"data": str(tmp_path / "none.jsonl"), "shots_from": str(tmp_path / "no_shots.jsonl")},
         "math": {"data": write(tmp_path / "long.jsonl", [{"problem": "word " * 600, "answer": "1"}]), **SHOTLESS},
     }
     with pytest.raises(UserError) as caught:
         evaluation.evaluate(settings(model, tmp_path, tasks))
     text = "\n".join(caught.value.problems)
     assert "math.jsonl line 1: answer has no '#### number' at its end; GSM8K expects question, answer" in text
-    assert "none.jsonl: no such file" in text
+    assert "none.jsonl: no such file; correct tasks.mmlu.data" in text and "data.train" not in text
+    assert "no_shots.jsonl: no such file; correct tasks.mmlu.shots_from" in text
     assert "MATH, problem 1: the prompt has" in text and "may have 512" in text
     assert asked == []
     with pytest.raises(UserError, match="fewer make it shorter"):

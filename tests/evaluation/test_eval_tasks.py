@@ -279,7 +279,7 @@ def test_limits_parquet_and_worked_examples_by_group(tmp_path):
     table = [{**MMLU_ROW, "question": f"{subject} {number}", "subject": subject} for subject in "ab" for number in range(3)]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "mmlu.parquet")
     settings = TaskSettings(data=str(tmp_path / "mmlu.parquet"), limit=4, shots_from=str(tmp_path / "mmlu.parquet"))
-    assert [problem.group for problem in rows.problems(TASKS["mmlu"], settings)] == list("aaab")
+    assert [problem.group for problem in rows.problems(TASKS["mmlu"], settings)] == list("aabb")
     available = rows.shots(TASKS["mmlu"], settings)
     assert [shot.group for shot in rows.chosen(available, 2, "b")] == ["b", "b"]
     with pytest.raises(ValueError, match="4 worked examples of 'b' wanted, 3 there"):
@@ -301,7 +301,7 @@ def test_bbhs_own_files_and_prompts(tmp_path):
     text = f"canary\n-----\nDecide.\n\n{first}\n\nQ: two?\nA: So the answer is no.\n"
     (prompts / "navigate.txt").write_text(text)
     first, second = rows.shots(TASKS["bbh"], TaskSettings(data="x", shots_from=str(prompts)))
-    assert first.question == "Q: one?\nA: Let's think step by step." and first.answer == "Yes. So the answer is yes."
+    assert first.question == "Decide.\n\nQ: one?\nA: Let's think step by step." and first.answer == "Yes. So the answer is yes."
     assert second.answer == "So the answer is no." and second.group == "navigate"
     (prompts / "navigate.txt").write_text("canary\n-----\n")
     with pytest.raises(UserError, match="cot-prompts"):

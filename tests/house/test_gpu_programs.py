@@ -81,19 +81,45 @@ def gpu(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_unknown_part_is_refused():
-    done = gpu("tools/gpu.sh", "tests", "kernel", PYTHON="false")
-    assert done.returncode == 2 and "part kernel: expected some of tests kernels training smoke fused" in done.stderr
+    done = gpu("tools/gpu.sh", "tests", "kernel", PYTHON=sys.executable)
+    assert done.returncode == 2 and "part kernel: expected some of smoke fused training tests ipc kernels" in done.stderr
 
 
-@pytest.mark.parametrize("command", [["tools/gpu.sh", "kernels", "smoke"], ["make", "gpu", "GPU_PARTS=kernels smoke"]])
-def test_parts_run_one_after_another(tmp_path, command):
-    """Each with its log, and the next although one failed; `python` stands for one that has all packages."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "ran $*"\n[ "$1" != tools/bench_kernels.py ]\n')
-    python.chmod(0o755)
-    done = gpu(*command, PYTHON=str(python), LOGS=f"{tmp_path}/logs")
-    assert done.returncode == (2 if command[0] == "make" else 1) and "failed: bench_kernels; see" in done.stderr
-    assert done.stdout.splitlines() == [
-        "== bench_kernels (at most 140 s)", "ran tools/bench_kernels.py", "== gpu_smoke (at most 90 s)", "ran tools/gpu_smoke.py",
-    ]  # fmt: skip
-    assert {each.name for each in (tmp_path / "logs").iterdir()} == {"bench_kernels.log", "gpu_smoke.log"}
+@pytest.mark.parametrize("command", [["tools/gpu.sh", "--device", "cpu"], ["make", "gpu", "GPU_PARTS=--device cpu"]])
+def test_all_parts_run_within_their_limits(tmp_path, command):
+    """Each with its log and its figures; the summary is the last line and a file."""
+    done = gpu(*command, PYTHON=sys.executable, LOGS=f"{tmp_path}/logs")
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0 and summary["ok"], done.stdout[-4000:]
+    assert summary == json.loads((tmp_path / "logs/summary.json").read_text())
+    assert list(summary["parts"]) == ["smoke", "fused", "training", "tests", "ipc", "kernels"]
+    assert {each.name for each in (tmp_path / "logs").iterdir()} == {f"{name}.log" for name in summary["parts"]} | {
+        "summary.json"
+    }
+    assert summary["parts"]["ipc"]["result"]["equal"] == summary["parts"]["ipc"]["result"]["rounds"]
+    assert len(json.dumps(summary)) < 12_000
+
+
+def test_a_part_that_does_not_fit_is_skipped_and_said(tmp_path):
+    done = gpu("tools/gpu.sh", "smoke", "ipc", "--device", "cpu", "--total", "45", PYTHON=sys.executable, LOGS=str(tmp_path))
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 1 and "== smoke: skipped" in done.stdout
+    assert {name: part["ended"] for name, part in summary["parts"].items()} == {"smoke": "skipped", "ipc": "ok"}
+
+
+def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import gpu as program
+
+    parts = {
+        "failing": program.Part(9, ("-c", "print('{\"a\": 1}'); raise SystemExit(3)"), ()),
+        "hanging": program.Part(2, ("-c", "import time; print('{\"b\": 2}', flush=True); time.sleep(60)"), ()),
+        "well": program.Part(9, ("-c", "print('{\"c\": \"' + 'x' * 4000 + '\", \"d\": 4}')"), ()),
+    }
+    monkeypatch.setattr(program, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--logs", str(tmp_path)])
+    assert program.main() == 1
+    found = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    assert found["failing"]["ended"] == "failed" and found["failing"]["result"] == {"a": 1}
+    assert found["hanging"]["ended"] == "timed out" and found["hanging"]["result"] == {"b": 2}
+    assert found["well"]["ended"] == "ok" and found["well"]["result"] == {"d": 4} and found["well"]["in_the_log"] == ["c"]

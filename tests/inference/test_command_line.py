@@ -169,7 +169,8 @@ def test_the_key_is_in_the_environment_alone_and_the_door_is_outermost(monkeypat
     environ = environment(options, "the key", 5, Path("/scratch"), [[0, 1], [2]], None)
     assert "the key" not in words and environ[KEY] == "the key"
     middleware = [word for before, word in zip(words, words[1:], strict=False) if before == "--middleware"]
-    assert middleware == ["tulu_mega.vllm_plugin.batch_route.Batches", "a.b", "tulu_mega.vllm_plugin.auth.Door"]
+    ours = "tulu_mega.vllm_plugin"
+    assert middleware == [f"{ours}.batch_route.Batches", "a.b", f"{ours}.bounds.Bounds", f"{ours}.auth.Door"]
     assert words[words.index("--host") + 1] == "127.0.0.1"
     assert environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|2" and environ["VLLM_CPU_KVCACHE_SPACE"] == "7"
     assert "RANK" not in environ and "CUDA_VISIBLE_DEVICES" not in environ

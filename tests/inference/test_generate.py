@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tulu_mega.config import GenerateSettings, ModelSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference import offline as door
-from tulu_mega.inference.generate import generate
+from tulu_mega.inference.generate import generate, how_taken, prepared
 from tulu_mega.inference.offline import Completion, Generator, Sampling
 from tulu_mega.quickstart import tiny_model
 
@@ -74,6 +75,26 @@ def test_a_stop_token_ends_the_response_and_belongs_to_it(vllm):
     assert vllm(PROMPTS[:1], Sampling(max_tokens=12, stop_ids=(stop,))) == [[Completion(free.token_ids[: first + 1], "stop")]]
 
 
+def test_a_response_is_given_as_it_comes_and_may_be_stopped(vllm):
+    sampling = Sampling(max_tokens=12)
+    ((whole,),) = vllm(PROMPTS[:1], sampling)
+    pieces = list(vllm.stream(PROMPTS[0], sampling))
+    assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
+    assert [piece.finish_reason for piece in pieces] == [None] * 11 + ["length"]
+    long, seen = Sampling(max_tokens=400), 0
+    for _ in vllm.stream(PROMPTS[0], long):
+        seen += 1
+        if seen == 1:
+            vllm.stop()
+    assert seen < 400
+    vllm.stop()  # of nothing
+    assert vllm(PROMPTS[:1], sampling) == [[whole]], "what was stopped leaves nothing behind"
+
+
+def test_answers_come_as_they_are_done(vllm):
+    assert sorted(place for place, _ in vllm.each(PROMPTS, Sampling(max_tokens=3))) == [0, 1, 2]
+
+
 def test_samples_differ_and_their_seed_repeats_them_in_any_batch(vllm):
     sampling = Sampling(max_tokens=8, temperature=1.0, samples=3, seed=4)
     first = vllm(PROMPTS, sampling)
@@ -126,45 +147,117 @@ def test_a_system_message_is_put_before_a_conversation_without_one(shared_server
     assert with_system == its_own != without
 
 
-def test_a_conversation_is_kept_until_reset(model, monkeypatch, capsys):
-    asked = []
+class Parrot:
+    """In place of vLLM: says what number the turn has, a token at a time, until it is stopped."""
 
-    class Parrot:
-        def __init__(self, *arguments, **options):
-            pass
+    def __init__(self, *arguments, **options):
+        self.asked, self.stopped, self.tokenizer = [], False, tiny_model.make_tokenizer()
 
-        def __enter__(self):
-            return self
+    def __enter__(self):
+        return self
 
-        def __exit__(self, *_):
-            pass
+    def __exit__(self, *_):
+        pass
 
-        def __call__(self, prompts, sampling):
-            text = tokenizer.decode(prompts[0])
-            asked.append(text)
-            return [[Completion([*tokenizer.encode(f"turn {len(asked)}"), tokenizer.eos_token_id], "stop")]]
+    def __call__(self, prompts, sampling):
+        return [[Completion([*self.tokenizer.encode(f"sample {n}"), 0], "stop") for n in range(sampling.samples)]]
 
-    tokenizer = tiny_model.make_tokenizer()
-    lines = iter(["one", "", "two", "x" * 600, "/reset", "three"])
+    def stream(self, prompt, sampling):
+        self.asked.append(self.tokenizer.decode(prompt))
+        for token in self.tokenizer.encode(f"turn {len(self.asked)}é"):
+            yield Completion([token], None)
+            if self.stopped:
+                return
+        yield Completion([self.tokenizer.eos_token_id], "stop")
 
-    def typed(prompt):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
+    def stop(self):
+        self.stopped = True
 
-    monkeypatch.setattr(door, "Generator", Parrot)
-    monkeypatch.setattr("builtins.input", typed)
+
+@pytest.fixture
+def typing(monkeypatch):
+    """`typing(lines)` makes the next conversation's lines."""
+
+    def use(*lines):
+        rest = iter(lines)
+
+        def typed(prompt=""):
+            try:
+                return next(rest)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", typed)
+
+    return use
+
+
+def test_a_conversation_is_kept_until_reset(model, monkeypatch, typing, capsys):
+    parrot = Parrot()
+    monkeypatch.setattr(door, "Generator", lambda *_, **__: parrot)
+    typing("one", "", "two", "x" * 600, "/reset", "three", "/system T", "four", "/system", "five", "/exit", "six")
     generate(settings(model, system="S"))
     start = "<|system|>\nS\n<|user|>\n"
-    assert asked == [
+    assert parrot.asked == [
         f"{start}one\n<|assistant|>\n",
-        f"{start}one\n<|assistant|>\nturn 1<|end_of_text|>\n<|user|>\ntwo\n<|assistant|>\n",
+        f"{start}one\n<|assistant|>\nturn 1é<|end_of_text|>\n<|user|>\ntwo\n<|assistant|>\n",
         f"{start}three\n<|assistant|>\n",
+        "<|system|>\nT\n<|user|>\nfour\n<|assistant|>\n",
+        "<|user|>\nfive\n<|assistant|>\n",
     ]
     told = capsys.readouterr()
-    assert told.out.splitlines() == ["turn 1", "turn 2", "turn 3"]
+    assert told.out.splitlines() == [f"turn {number}é" for number in range(1, 6)]
     assert "may have 512" in told.err
+
+
+def test_commands_are_not_sent_to_the_model(model, monkeypatch, typing, capsys):
+    parrot = Parrot()
+    monkeypatch.setattr(door, "Generator", lambda *_, **__: parrot)
+    typing("/help", "/?", "/rest", "/HELP me", "/etc/hosts is what?", "/bye", "never")
+    generate(settings(model))
+    assert parrot.asked == ["<|user|>\n/etc/hosts is what?\n<|assistant|>\n"]
+    told = capsys.readouterr()
+    assert told.err.count("begins a new conversation") == 4 * 2
+    assert "/rest is no command; did you mean '/reset'?; nothing was sent to the model" in told.err
+
+
+def test_words_are_shown_as_they_come_and_ctrl_c_ends_an_answer(model, monkeypatch, typing, capsys):
+    parrot = Parrot()
+    shown = []
+
+    def stream(prompt, sampling):
+        for piece in Parrot.stream(parrot, prompt, sampling):
+            shown.append(capsys.readouterr().out)
+            if len(shown) == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield piece
+
+    parrot.stream = stream
+    monkeypatch.setattr(door, "Generator", lambda *_, **__: parrot)
+    typing("one")
+    generate(settings(model))
+    assert "".join(shown) and parrot.stopped and capsys.readouterr().out.endswith(" [stopped]\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_several_samples_of_a_turn_are_all_shown(model, monkeypatch, typing, capsys):
+    monkeypatch.setattr(door, "Generator", Parrot)
+    typing("one")
+    generate(settings(model, samples=2, temperature=1.0))
+    assert "[1] sample 0" in (out := capsys.readouterr().out) and "[2] sample 1" in out
+
+
+def test_how_rows_are_asked_is_said_and_chosen(model, tmp_path):
+    messages = [{"role": "user", "content": "Hi"}]
+    rows = [{"messages": messages}, {"prompt": messages}, {"prompt": "Hi"}, {"input_ids": [5]}]
+    file = rows_file(tmp_path / "in.jsonl", rows)
+    raw, chat = (prepared(settings(model, input=file, prompts=how)) for how in ("raw", "chat"))
+    assert raw.prompts[0] == raw.prompts[1] != raw.prompts[2] and chat.prompts[2] == raw.prompts[0]
+    assert how_taken(raw.rows, raw.settings) == (
+        "2 rows as conversations under the model's own template; 1 rows of prompt as they are, without a template "
+        "(--prompts chat asks them as conversations); 1 rows of input_ids as they are"
+    )
+    assert how_taken(chat.rows, chat.settings).startswith("3 rows as conversations under the model's own template; 1")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +151,56 @@ def test_whatever_dies_the_rest_goes_too_and_a_new_one_comes(stub, tmp_path, mon
     assert victim == 0 or not segments()
     for name in segments():
         os.unlink(f"/dev/shm/{name}")
+
+
+def test_a_server_whose_directory_was_removed_goes_on_and_is_started_again(stub, tmp_path):
+    stub()
+    directory = tmp_path / "run"
+    with pool(directory, 1) as started:
+        (before,) = started.wait()
+        session = session_of(directory, 0)
+        shutil.rmtree(directory)
+        session[1].kill()
+        assert until(lambda: (told := read_record(directory / "servers", 0)) is not None and told.state == "ready")
+        (now,) = started.wait()
+        assert now.incarnation > before.incarnation
+
+
+def test_who_cannot_look_after_servers_says_so(stub, tmp_path, monkeypatch):
+    stub()
+    monkeypatch.setattr(server_pool, "write_record", fail_from_now(server_pool.write_record, after=2))
+    with pool(tmp_path, 1) as started, pytest.raises(UserError, match="No space left on device"):
+        started.wait()
+        started.watch_until(threading.Event())
+
+
+def fail_from_now(write: Callable[..., None], after: int) -> Callable[..., None]:
+    """A function that finds the disk full once it was called so often."""
+    calls = itertools.count(1)
+
+    def call(*arguments: object) -> None:
+        if next(calls) > after:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    return call
+
+
+def test_a_log_is_kept_within_bounds(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_pool, "LOG_BYTES", 50_000)
+    talk = "[print('x' * 99, flush=True) or time.sleep(1e-3) for _ in range(5000)]"
+    stub(f"import threading; threading.Thread(target=lambda: {talk}, daemon=True).start()")
+    with pool(tmp_path, 1) as started:
+        started.wait()
+        log = tmp_path / "logs/server_0.log"
+        assert until(lambda: log.with_suffix(".log.1").exists())
+        assert log.stat().st_size < 100_000 and log.with_suffix(".log.1").read_text().count("x" * 99) > 100
+
+
+def test_only_the_owner_may_enter_the_directory(stub, tmp_path):
+    stub()
+    with pool(tmp_path / "run", 1):
+        assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
 
 
 def test_a_rank_may_ask_for_another_one(stub, tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.lib.hostile_requests import ENDLESS, HOSTILE
 from tests.lib.server_processes import (
     START_SECONDS,
     gone,
@@ -34,6 +37,7 @@ from tulu_mega.inference.pool import ServerPool
 from tulu_mega.inference.sampling import Sampling
 from tulu_mega.vllm_plugin.auth import ABOUT, KEY
 from tulu_mega.vllm_plugin.batch_route import ROUTE
+from tulu_mega.vllm_plugin.bounds import ROUTES
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
 
 pytest.importorskip("vllm")
@@ -220,6 +224,40 @@ def test_what_is_cancelled_ends_at_the_server_too(servers):
         return answer.json()["aborted"] == 0
 
     assert until(idle, 30)
+
+
+def honest(servers) -> list[list[list[int]]]:
+    with RolloutClient(servers[:1], rollout_settings()) as client:
+        groups = client.generate(PROMPTS, SAMPLING, VERSION)
+    return [[rollout.last_answer for rollout in group] for group in groups]
+
+
+def test_whoever_has_the_key_cannot_end_a_server_or_stop_it_from_serving(servers):
+    before = honest(servers)
+    for path, asked in HOSTILE:
+        content = asked if isinstance(asked, bytes) else json.dumps(asked).encode()
+        answer = httpx.post(servers[0].url + path, content=content, headers=with_key(servers[0]), timeout=30)
+        assert 400 <= answer.status_code <= 503, (path, asked, answer.text)
+    assert honest(servers) == before
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(1800)
+def test_twenty_thousand_random_requests(servers):
+    """Each route gets its share; the server answers all of them and, after them, an honest request."""
+    before, draw = honest(servers), random.Random(0)
+    pieces = [b"{", b"}", b"[", b"]", b'"', b":", b",", b"1e999", b"-1", b"null", b"true", b"\xff", b"0" * 5000, ENDLESS[:500]]
+    names = [b'"prompts"', b'"token_ids"', b'"sampling_params"', b'"n"', b'"seed"', b'"method"', b'"update_info"', b'"init_info"']
+    routes = [asked for asked in ROUTES if asked[1] not in ("/pause", "/resume")]
+    with httpx.Client(headers=with_key(servers[0]), timeout=60) as client:
+        for number in range(20_000):
+            method, path = routes[number % len(routes)]
+            content = b"".join(draw.choice(pieces + names) for _ in range(draw.randint(0, 12)))
+            if draw.random() < 0.5:
+                content = json.dumps({draw.choice(names).decode().strip('"'): draw.choice([[], {}, None, 3, "x", [{}]])}).encode()
+            client.request(method, servers[0].url + path, content=content if method == "POST" else None)
+    assert httpx.get(f"{servers[0].url}/health", headers=with_key(servers[0])).status_code == 200
+    assert honest(servers) == before
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------------

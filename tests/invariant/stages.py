@@ -12,6 +12,8 @@ from tests.invariant import commands, material
 
 HERE = Path(__file__).parent
 STEPS = 5
+HIDDEN = 128
+"""Width of the model that grpo trains; one server may serve all runs of grpo whose models are of this width."""
 RELATIVE = 1e-5
 """What a figure may be off by, of its size: rounding alone, in float32, of another order of sums."""
 _SHARED = {
@@ -45,7 +47,7 @@ class Stage:
 
     def prepare(self, directory: Path) -> None:
         """Writes model, rows and settings."""
-        material.make_model(directory / "model", hidden=128 if self.name == "grpo" else 32)
+        material.make_model(directory / "model", hidden=HIDDEN if self.name == "grpo" else 32)
         rows = {"sft": material.conversations, "dpo": material.pairs, "grpo": lambda count: material.prompts(count, "vowels")}
         material.write_rows(directory / "train.jsonl", rows[self.name](32))
         (directory / "own_verifier.py").write_text(_VERIFIER)

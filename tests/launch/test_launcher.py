@@ -142,9 +142,15 @@ LAUNCHER = """
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl")
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 128 + signal.SIGINT)],
+    [
+        (signal.SIGKILL, -signal.SIGKILL),
+        (signal.SIGTERM, 128 + signal.SIGTERM),
+        (signal.SIGINT, 128 + signal.SIGINT),
+        (signal.SIGHUP, 128 + signal.SIGHUP),
+    ],
 )
 def test_ranks_die_with_the_launcher(tmp_path, number, status):
+    """Also where a signal comes again at once: two of a terminal that closes, or an impatient Ctrl-C."""
     script = write_rank(tmp_path, f"open(f'{tmp_path}/pid{{world.rank}}', 'w').write(f'{{os.getpid()}}.'); time.sleep(120)")
     (tmp_path / "launch.py").write_text(textwrap.dedent(LAUNCHER))
     process = subprocess.Popen([sys.executable, str(tmp_path / "launch.py"), str(script)])
@@ -152,7 +158,9 @@ def test_ranks_die_with_the_launcher(tmp_path, number, status):
     try:
         wait_until(lambda: process.poll() is not None or all(f.exists() and f.read_text().endswith(".") for f in files), 90)
         pids = [int(file.read_text().rstrip(".")) for file in files]
-        process.send_signal(number)
+        for _ in range(4 if number in (signal.SIGINT, signal.SIGHUP) else 1):
+            process.send_signal(number)
+            time.sleep(0.01)
         assert process.wait(30) == status
         wait_until(lambda: not any(alive(pid) for pid in pids), 10)
     finally:

@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from tulu_mega.quickstart import tiny_model
+from tests.invariant import material
+from tests.invariant.stages import HIDDEN
 
 STEPS = 4
 VERIFIER = '''
@@ -28,7 +29,8 @@ LIMIT = 280
 
 def make_place(directory: Path) -> Path:
     """Everything a run reads; `grpo.toml` has its settings."""
-    tiny_model.make(directory / "model", seed=0)
+    material.make_model(directory / "model", hidden=HIDDEN)
+    material.write_json(directory / "model/generation_config.json", {"eos_token_id": 0})
     reward_model(directory / "model", directory / "rm")
     (directory / "own_verifier.py").write_text(VERIFIER)
     rows = [

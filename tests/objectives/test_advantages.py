@@ -82,12 +82,21 @@ def test_penalised_after_grouping(group, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "given_rewards", [[0.1] * 7, [1.0], [None, 1.0], [None, None], [None, 10.0, 10.0, None], [1e300, 1e300]], ids=str
-)
+    "given_rewards",
+    [[0.1] * 7, [1.0], [None, 1.0], [None, None], [None, 10.0, 10.0, None], [1e300, 1e300],
+     [0.1 + 0.2, 0.3, 0.3], [0.1 + 0.2 - 0.3, 0.0], [float(np.float32(0.7)), 0.7, None], [-10.0, -10.000001]],
+    ids=str,
+)  # fmt: skip
 def test_a_group_without_a_difference_teaches_nothing(kind, given_rewards):
     found = advantages(given_rewards, [False] * len(given_rewards), kind)
     assert found.advantages == (0.0,) * len(given_rewards) and not found.informative
     assert found.trained == tuple(reward is not None for reward in given_rewards)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given_rewards", [[1.0, 1.0001], [1e-9, 2e-9], [1e8, 1.001e8], [0.0, 1e-3]], ids=str)
+def test_a_small_difference_is_a_difference(kind, given_rewards):
+    assert advantages(given_rewards, [False, False], kind).informative
 
 
 def test_a_difference_that_only_masked_responses_have_teaches_the_others():

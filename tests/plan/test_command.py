@@ -19,6 +19,7 @@ from tulu_mega.plan.run import ask
 from tulu_mega.plan.search import search
 from tulu_mega.plan.settings import PlanSettings
 from tulu_mega.plan.source import read_architecture, read_stage
+from tulu_mega.plan.table import _duration, _size
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples/tulu3/8b"
@@ -61,6 +62,24 @@ def test_json_says_what_the_table_says(capsys):
     parts = {name: seconds for name, seconds in told["seconds"].items() if name not in ("step", "before")}
     assert told["seconds"]["step"] == pytest.approx(sum(parts.values()))
     assert told["gpu_hours"] == pytest.approx(8 * told["hours"])
+
+
+@pytest.mark.parametrize(
+    ("hours", "told"),
+    [
+        (0.003, "11 s, 1.4 GPU-minutes"),
+        (0.02, "1.2 min, 9.6 GPU-minutes"),
+        (0.5, "30.0 min, 4.0 GPU-hours"),
+        (300, "300 h, 2,400 GPU-hours"),
+    ],
+)
+def test_a_short_run_is_told_in_minutes(hours, told):
+    assert f"{_duration(hours)}, {_duration(8 * hours, 'GPU-')}" == told
+
+
+@pytest.mark.parametrize(("nbytes", "told"), [(5e6, "4.77 MiB"), (2e8, "191 MiB"), (1.6e9, "1.49 GiB"), (3e12, "2,794 GiB")])
+def test_main_memory_is_told_to_three_digits(nbytes, told):
+    assert _size(nbytes) == told
 
 
 def test_weights_kept_in_fp8_are_counted(tmp_path, capsys):

@@ -96,3 +96,8 @@ def test_links_of_groups():
 def test_an_unknown_gpu_is_named():
     with pytest.raises(UserError, match=r"gpu = 'h10'.*did you mean 'h100'.*known: a100, h100, h200, b200"):
         gpu_named("h10")
+
+
+def test_a_cpu_is_said_not_to_be_planned_for():
+    with pytest.raises(UserError, match=r"gpu = 'CPU': what a run on CPUs takes is not predicted, plans are for GPUs \(a100, "):
+        gpu_named("CPU")

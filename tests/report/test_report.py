@@ -103,6 +103,14 @@ def test_a_run_becomes_pictures_and_one_page_that_asks_nobody(tmp_path):
     assert page.shows("eval, GSM8K, problem 1: right", "Question", "2+2?", "Response", "It is 4.")
 
 
+def test_what_saves_took_is_drawn_and_told(tmp_path):
+    saved = {"save_seconds": 2.0, "save_waited_seconds": 1.0, "save_memory_gib": 0.25}
+    steps = [step(1), step(2, **saved), step(3), step(4, **saved | {"save_memory_gib": 0.5})]
+    page = made(make(tmp_path / "sft", steps, {"seed": 1}))
+    assert page.shows("a save", "2.0 s, 0.50 GiB") and page.shows("time", "4 s")
+    assert {"save_memory.png", "save_seconds.png"} <= {file.name for file in (tmp_path / "sft/report").iterdir()}
+
+
 def test_every_picture_is_told_in_words_and_every_table_has_headings(tmp_path):
     page = made(make(tmp_path / "sft", [step(1), step(2)], {"seed": 1}))
     (loss,) = [picture["alt"] for picture in page.pictures if picture["alt"].startswith("Loss")]
@@ -181,7 +189,44 @@ def test_time_is_all_that_a_step_took(tmp_path):
     page = made(make(tmp_path / "grpo", steps))
     assert page.shows("time", "1 min 8 s")
     (time,) = [picture["alt"] for picture in page.pictures if picture["alt"].startswith("Where the time went")]
-    assert "4000 at step 1" in time and "6.4e+04 at step 2" in time
+    assert "(s a step)" in time and "4 at step 1" in time and "64 at step 2" in time  # not 64,000 ms
+    page = made(make(tmp_path / "short", [step(1), step(2)]))
+    (time,) = [picture["alt"] for picture in page.pictures if picture["alt"].startswith("Where the time went")]
+    assert "(ms a step)" in time and "1000 at step 1" in time
+
+
+def test_losses_of_two_kinds_have_an_axis_each(tmp_path):
+    """A summed loss of sft in the hundreds makes dpo's, from .69 down, a line at the bottom."""
+    runs = [
+        make(tmp_path / "sft", [step(1), step(2)], {"train": {"reduction": "sum"}}),
+        make(tmp_path / "mean", [step(1), step(2)], {"train": {"reduction": "token_mean"}}),
+        make(tmp_path / "dpo", [step(1, margin=0.1), step(2, margin=0.2)], {"preference": {"loss": "simpo"}}),
+        make(tmp_path / "rm", [step(1, margin=1.0), step(2, margin=2.0)], {}),
+        make(tmp_path / "again", [step(1, margin=1.5), step(2, margin=2.0)], {}),
+        make(tmp_path / "grpo", [step(1, reward=0.5), step(2)], {"policy": {"loss": "grpo"}}),
+    ]
+    page = made(*runs, output=str(tmp_path / "out"))
+    told = {picture["alt"].split(" (")[0].split(".")[0]: picture["alt"] for picture in page.pictures}
+    titles = ("Loss: sft", "Loss: dpo", "Loss: rm", "Loss: grpo", "Margin: dpo", "Margin: rm")
+    assert set(titles) <= set(told) and "Loss" not in told
+    assert "again: 1.5" in told["Margin: rm"] and "again" not in told["Margin: dpo"] and "Learning rate" in told
+    files = {file.name for file in (tmp_path / "out/report").iterdir()}
+    assert {"loss_sft.png", "loss_sft_token_mean_.png", "loss_dpo_simpo_.png"} <= files
+
+
+def test_a_loss_fills_its_chart_and_amounts_begin_at_0(tmp_path):
+    from tulu_mega.report.curves import _dress
+
+    ranges = {}
+    for name, values in (("heldout_loss", [2.3, 2.25, 2.2]), ("throughput", [2.3, 2.25, 2.2]), ("loss", [2.3, 2.3, 2.3 + 1e-9])):
+        from matplotlib.figure import Figure
+
+        axes = Figure().subplots()
+        axes.plot(values)
+        _dress(axes, next(chart for chart in CHARTS if chart.name == name), legend=False)
+        ranges[name] = axes.get_ylim()
+    assert ranges["heldout_loss"][0] > 2.19 and ranges["heldout_loss"][1] < 2.31
+    assert ranges["throughput"][0] == 0 and 0.01 < ranges["loss"][1] - ranges["loss"][0] < 0.05
 
 
 def test_long_runs_are_drawn_quickly(tmp_path):
@@ -229,16 +274,22 @@ def test_rollouts_of_the_newest_step_are_shown_with_what_they_earned(tmp_path):
     rows = [
         {**said, "sample": 0, "response": "It is 4.", "reward": 10.0, "advantage": 0.75, "trained": True, "detail": "right"},
         {**said, "sample": 1, "response": "<b>five</b>", "reward": None, "advantage": 0.0, "trained": False, "error": "it hung"},
+        {**said, "sample": 2, "response": "Well", "reward": -10.0, "verdict_reward": 0.0, "advantage": -1.0, "trained": True},
     ]
     for number, content in ((1, "{}\n"), (2, "".join(json.dumps(row) + "\n" for row in rows) + "{torn"), (3, "{}\n")):
         (run / f"rollouts/step_{number:06}.jsonl").write_text(content)
-    page = made(run, samples=2)
+    page = made(run, samples=3)
+    assert page.shows("step 2, prompt 7, response 3: reward -10 in the place of 0, advantage -1.00")
     assert page.shows("step 2, prompt 7, response 1: reward 10, advantage +0.75")
     assert page.shows("step 2, prompt 7, response 2: not judged")
     assert "<b>five</b>" in page.text and "it hung" in "".join(page.text) and "b" not in page.tags
-    held = [{"scores": {"gsm8k": score}} for score in (1.0, 0.0, 0.5, 1.0)]
+    given = {"tokens": 5, "finish_reason": "stop"}
+    held = [{"scores": {"gsm8k": score}, "score": 2 * score, **given} for score in (1.0, 0.0, 0.5, 1.0)]
+    held.append({"scores": {"gsm8k": 1.0}, "score": None, "error": "it hung", "tokens": 15, "finish_reason": "length"})
     (run / "rollouts/heldout_000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*held, {}]) + "{torn")
     assert read_runs([str(run)], 1)[0].column("heldout_solve_rate") == ([0], [0.5])  # before the first step
+    figures = ("heldout_score", "heldout_length", "heldout_truncated")
+    assert [read_runs([str(run)], 1)[0].column(name) for name in figures] == [([0], [value]) for value in (1.25, 7.0, 0.2)]
     assert {"reward", "solve_rate", "time"} <= {drawing.chart.name for drawing in draw(read_runs([str(run)], 1))}
 
 

@@ -122,7 +122,7 @@ def test_a_resumed_run_is_guarded_as_if_it_had_never_stopped(tmp_path):
     stopped, resumed = guards_of(tmp_path, **settings), guards_of(tmp_path, **settings)
     seen = [update(stopped, step, loss) for step, loss in enumerate(losses[:12], 1)]
     kept = json.loads(json.dumps(stopped.state))
-    assert set(kept) == {"skipped", "skipped_in_a_row", "spikes"} and kept["skipped_in_a_row"] == 1
+    assert set(kept) == {"skipped", "skipped_in_a_row", "finite_updates", "spikes"} and kept["skipped_in_a_row"] == 1
     resumed.restore(kept | {"prompts": {"place": 3}})
     assert seen + [update(resumed, step, loss) for step, loss in enumerate(losses[12:], 13)] == expected
     assert resumed.state == through.state and resumed.after_step(16) == through.after_step(16)
@@ -131,7 +131,8 @@ def test_a_resumed_run_is_guarded_as_if_it_had_never_stopped(tmp_path):
 def test_a_checkpoint_of_before_there_were_spikes_is_restored(tmp_path):
     guards = guards_of(tmp_path)
     guards.restore({"skipped": 3, "skipped_in_a_row": 1})
-    assert guards.state == {"skipped": 3, "skipped_in_a_row": 1, "spikes": guards_of(tmp_path).state["spikes"]}
+    spikes = guards_of(tmp_path).state["spikes"]
+    assert guards.state == {"skipped": 3, "skipped_in_a_row": 1, "finite_updates": 1, "spikes": spikes}
 
 
 def reports(place) -> list:

@@ -7,11 +7,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tulu_mega.quickstart.task import demonstrations, is_correct, problems, prompt_row
+from tulu_mega.rewards.mathematics.equality import equivalent
+from tulu_mega.rewards.mathematics.finding import answers, last_boxed
+from tulu_mega.rewards.mathematics.latex import simpler
 from tulu_mega.rewards.verifiers.exact_match import ExactMatch
 from tulu_mega.rewards.verifiers.format import Format
 from tulu_mega.rewards.verifiers.gsm8k import Gsm8k
 from tulu_mega.rewards.verifiers.last_number import LastNumber
-from tulu_mega.rewards.verifiers.math import MathAnswer, answers, equivalent, last_boxed, simpler
+from tulu_mega.rewards.verifiers.math import MathAnswer
 
 # reply, ground truth, score of gsm8k (as published), score of last_number
 NUMBERS = [

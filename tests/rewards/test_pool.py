@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import subprocess
 import sys
@@ -72,6 +73,11 @@ def own_verifiers(tmp_path_factory):
 
         NUMBER = 5
 
+        def answers(response, ground_truth, *, messages):
+            import decimal, fractions, math, numpy  # what the ground truth is worth in Python
+            value = eval(ground_truth, {"numpy": numpy, **vars(math), **vars(decimal), **vars(fractions)})
+            return Verdict(value) if response == "verdict" else value
+
         class Whole:
             def __call__(self, response, ground_truth, *, messages):
                 return response == ground_truth
@@ -82,7 +88,39 @@ def own_verifiers(tmp_path_factory):
     sys.path.remove(str(directory))
 
 
-OWN = {name: f"own_verifiers:{name}" for name in ("length", "asks", "checked", "trouble")}
+OWN = {name: f"own_verifiers:{name}" for name in ("length", "asks", "checked", "trouble", "answers")}
+
+
+NUMBERS = {
+    "True": 1.0, "3": 3.0, "0.5": 0.5, "Fraction(1, 4)": 0.25, "Decimal('0.5')": 0.5, "numpy.float32(0.5)": 0.5, "-0.0": 0.0,
+    "numpy.float64(0.5)": 0.5, "numpy.bool_(True)": 1.0, "numpy.int64(3)": 3.0, "numpy.array(0.5)": 0.5, "numpy.float16(2)": 2.0,
+}  # fmt: skip
+NONE = ("nan", "inf", "-inf", "numpy.float32('nan')", "numpy.float64('inf')", "Decimal('NaN')", "'1.0'", "1e39", "10 ** 400",
+        "1j", "numpy.array([1.0, 2.0])", "[1.0]", "numpy.str_('1.0')", "-1e300")  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["number", "verdict"])
+def test_scalars_are_numbers_and_what_is_not_finite_is_an_error_of_its_sample(way):
+    """In a verdict, too: one NaN would make loss and gradient of a whole batch NaN."""
+    judge = Judge(RewardSpec(custom=OWN))
+    found = {value: judge(VerifierInput(way, "answers", value)) for value in (*NUMBERS, *NONE)}
+    for value, score in NUMBERS.items():
+        verdict = found[value]
+        assert (verdict.score, verdict.error, verdict.parts) == (score, None, {"answers": score}), value
+        assert type(verdict.score) is float and json.dumps(vars(verdict))
+    for value in NONE:
+        assert found[value].score is None and "expected" in found[value].error and "finite number" in found[value].error, value
+
+
+def test_torchs_scalars_are_numbers_and_weighted_sums_may_be_none():
+    torch = pytest.importorskip("torch")
+    assert [Verdict(torch.tensor(value)).score for value in (1.0, True, 3)] == [1.0, 1.0, 3.0]
+    assert Verdict(torch.tensor([0.5], dtype=torch.bfloat16, requires_grad=True)).score == 0.5
+    for wrong in (torch.tensor(math.nan), torch.tensor([1.0, 2.0])):
+        with pytest.raises(ValueError, match="expected a finite number"):
+            Verdict(wrong)
+    judge = Judge(RewardSpec(custom=OWN, weights={"answers": 1e20}))
+    assert "add up to 1e+40" in judge(VerifierInput("", "answers", "1e20")).error
 
 
 def test_names_of_tulus_data_and_their_aliases():

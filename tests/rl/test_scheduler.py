@@ -1,6 +1,7 @@
 """Which prompts are asked and what becomes of their responses: order, refills, failed verifiers, what a checkpoint keeps."""
 
 import json
+import math
 
 import pytest
 
@@ -107,12 +108,12 @@ def test_a_control_deals_rewards_out_at_random(tmp_path, tokenizer, rewards):
     scheduler, _ = scheduler_of(tmp_path, tokenizer, rewards, mixed, count=99, **control)
     again, _ = scheduler_of(tmp_path, tokenizer, rewards, mixed, count=99, **control)
     groups = scheduler.next(version=0).groups
-    dealt = [[one.reward for one in group.judged] for group in groups]
+    dealt = [list(group.advantages.rewards) for group in groups]
     assert all(sorted(rewards) == [0.0, 0.0, 10.0, 10.0] for rewards in dealt)
     assert all([one.solved for one in group.judged] == [True, False, False, True] for group in groups)
     for at in range(4):
         assert 0.35 < sum(rewards[at] for rewards in dealt) / 990 < 0.65
-    assert dealt == [[one.reward for one in group.judged] for group in again.next(version=0).groups]
+    assert dealt == [list(group.advantages.rewards) for group in again.next(version=0).groups]
 
 
 def test_a_control_deals_out_penalties_for_length_too(tmp_path, tokenizer, rewards):
@@ -127,7 +128,8 @@ def test_a_control_deals_out_penalties_for_length_too(tmp_path, tokenizer, rewar
     assert len(groups) == 99
     for group in groups:
         given = group.advantages.rewards
-        assert sorted(given) == [-10.0, 0.0, 10.0, 10.0] and given == tuple(one.reward for one in group.judged)
+        assert sorted(given) == [-10.0, 0.0, 10.0, 10.0]
+        assert [one.reward for one in group.judged] == [10.0, 0.0, 0.0, 10.0]  # what was earned, whoever gets it
         assert group.judged[2].response.finish_reason == "length" and group.judged[2].verdict.score == 0.0
     for at in range(4):
         penalised = [group.advantages.rewards[at] == -10.0 for group in groups]
@@ -219,10 +221,35 @@ def test_a_failed_verifier_takes_its_sample_out_and_is_counted(tmp_path, tokeniz
     assert lines[2]["reward"] is None and not lines[2]["trained"] and lines[0]["trained"] and lines[0]["version"] == 0
 
 
+def test_a_score_of_the_reward_model_that_is_no_number_takes_its_sample_out(tmp_path, tokenizer):
+    """NaN and infinity would make loss and gradient of the whole batch the same; so would a reward beyond float32."""
+    scores = {"It is 0.": math.nan, "No idea": math.inf, "0": 1e38, "It is 99.": 0.5}
+    own = {"scale": 1.0, "workers": 1, "model": "m", "model_weight": 10.0}
+    settings = settings_of(rewards=own, train={"prompts": 1, "filter_equal": False})
+
+    def model(responses):
+        return [scores[tokenizer.decode(one.last_answer)] for one in responses]
+
+    with Rewards(settings.rewards, ["gsm8k"], tokenizer, model) as own:
+        prompts = prompts_of(tmp_path, [row(0)], tokenizer)
+        step = Scheduler(prompts, Answers(tokenizer, mixed), own, ESTIMATORS["centred"], settings, ENDS).next(version=0)
+    (group,) = step.groups
+    assert [one.reward for one in group.judged] == [None, 5.0, None, None] and step.figures()["verifier_failures"] == 3
+    assert ["the reward model's score is nan" in (one.verdict.error or "") for one in group.judged] == [True, False, False, False]
+    assert group.judged[0].verdict.parts == {"gsm8k": 1.0} and "the reward is 1e+39" in group.judged[3].verdict.error
+    journal.write_rollouts(tmp_path, 1, step, {(0, 0): (math.nan, math.inf)})
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in journal.rollouts_file(tmp_path, 1).read_text().splitlines()]
+    assert lines[0]["reward"] is None and lines[0]["logp_difference_mean"] == "NaN" and "model_score" not in lines[0]
+
+
 def test_cut_off_responses_are_penalised_after_grouping(tmp_path, tokenizer, rewards):
     scheduler, _ = scheduler_of(tmp_path, tokenizer, rewards, mixed, reason="length", train={"filter_equal": False})
     step = scheduler.next(version=0)
     assert step.figures()["reward"] == -10.0 and step.figures()["truncated"] == 1.0
+    journal.write_rollouts(tmp_path, 1, step, {})
+    lines = [json.loads(line) for line in journal.rollouts_file(tmp_path, 1).read_text().splitlines()]
+    assert [line["reward"] for line in lines[:4]] == [-10.0] * 4
+    assert [line["verdict_reward"] for line in lines[:4]] == [10.0, 0.0, 0.0, 10.0]
 
 
 def test_a_restored_scheduler_goes_on_where_the_other_was(tmp_path, tokenizer, rewards):
@@ -256,7 +283,8 @@ BAD = [
     ("{", "line 2: not valid JSON"),
     ({**row(1), "dataset": "gsm9k"}, "line 2: unknown verifier 'gsm9k'; did you mean 'gsm8k'?"),
     ({**row(1), "ground_truth": None}, "line 2: ground_truth for 'gsm8k': not given"),
-    ({"ground_truth": "1", "dataset": "gsm8k"}, "line 2: messages is None"),
+    ({"ground_truth": "1", "dataset": "gsm8k"}, "line 2: has ground_truth, dataset; expected messages, the prompt as a list"),
+    ({"prompt": "Say 1.", "messages": None}, "line 2: has prompt; expected messages, the prompt as a list"),
     ({**row(1), "messages": [{"role": "assistant", "content": "1"}]}, "line 2: its last message is the assistant's"),
 ]
 
@@ -266,6 +294,7 @@ def test_bad_rows_are_named_or_left_out(tmp_path, tokenizer, bad, message):
     with pytest.raises(UserError) as caught:
         prompts_of(tmp_path, [row(0), bad], tokenizer)
     assert message in caught.value.problems[0]
+    assert 'data.malformed = "reject"' in caught.value.problems[-1]
     kept = prompts_of(tmp_path, [row(0), bad], tokenizer, malformed="reject")
     assert len(kept) == 1 and kept.rejects[0]["kind"] == "malformed"
 

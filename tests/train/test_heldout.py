@@ -66,6 +66,11 @@ def ran(wanted: SftSettings) -> list[dict]:
     check.ready(wanted)
     parallel = wanted.parallel
     world.run(parallel.model_parallel * (parallel.data or 1), sft, wanted)
+    return [row for row in lines(wanted) if row["step"]]
+
+
+def lines(wanted: SftSettings) -> list[dict]:
+    """All of metrics.jsonl, that of step 0 too."""
     return [json.loads(line) for line in (Path(wanted.run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -118,6 +123,9 @@ def test_one_process_gives_it_too_and_training_moved_it(material, undisturbed):
     want, _ = transformers_loss(Path(wanted.run_dir) / "hf", material / "heldout.jsonl")
     assert found[-1]["heldout_loss"] == pytest.approx(want, rel=2e-7)
     assert abs(want / before - 1) > 1e-3
+    first, *others = lines(wanted)
+    assert set(first) == {"step", "heldout_loss", "seconds_evaluation"} and first["step"] == 0 and first["seconds_evaluation"] > 0
+    assert first["heldout_loss"] == pytest.approx(before, rel=2e-7) and others == found
     assert [row["step"] for row in found if row.get("seconds_evaluation", 0) > 0] == [2, STEPS]
     store = TokenStore.open(Path(wanted.run_dir) / "heldout")
     assert store.lengths.tolist() == HELDOUT
@@ -145,10 +153,11 @@ def test_training_is_the_same_to_the_bit_without_it(material, undisturbed, tmp_p
     assert digests[0] == digests[1]
 
 
-def test_a_run_that_goes_on_evaluates_to_the_same_bits(material, undisturbed, tmp_path):
+def test_a_run_that_goes_on_evaluates_to_the_same_bits_and_not_again_before_its_first_step(material, undisturbed, tmp_path):
     wanted = settings(material, tmp_path / "run")
     shutil.copytree(undisturbed[0].run_dir, wanted.run_dir, symlinks=True)
     shutil.rmtree(Path(wanted.run_dir) / "checkpoints" / f"step_{STEPS:08d}")
     found = ran(wanted)
     told = [[(row["loss"], row["grad_norm"], row.get("heldout_loss")) for row in rows] for rows in (found, undisturbed[1])]
     assert told[0] == told[1]
+    assert lines(wanted)[0] == lines(undisturbed[0])[0] and [row["step"] for row in lines(wanted)] == [*range(STEPS + 1)]

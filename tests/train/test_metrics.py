@@ -195,11 +195,9 @@ def test_peaks_by_name(name, bf16):
     assert named_peak(name, fp32=False) == bf16
 
 
-def test_the_cpu_peak_is_measured_once():
-    cpu = torch.device("cpu")
-    peak = metrics.peak_flops(cpu, torch.float32)
-    assert 1e9 < peak < 1e14
-    assert metrics.peak_flops(cpu, torch.float32) == peak
+def test_a_cpu_has_no_peak():
+    """Measured beside something else that ran, it made the share of it more than 100%."""
+    assert metrics.peak_flops(torch.device("cpu"), torch.float32) is None
 
 
 @pytest.mark.parametrize(

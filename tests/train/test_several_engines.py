@@ -84,7 +84,7 @@ def only(directory: Path, steps: int) -> None:
     ("layout", "options"),
     [
         ({"tensor": 2}, {"asynchronous": True}),
-        ({"data": 2}, {"asynchronous": False}),
+        pytest.param({"data": 2}, {"asynchronous": False}, marks=pytest.mark.acceptance),
         ({"data": 2}, {"asynchronous": True, "format": "same_layout"}),
     ],
 )
@@ -109,7 +109,12 @@ def saved_again(models, layout: dict, source: str, target: str, asynchronous: bo
 
 
 @pytest.mark.parametrize(
-    ("target", "asynchronous"), [({"pipeline": 2}, False), ({"tensor": 2}, True), ({"pipeline": 2, "virtual_pipeline": 2}, True)]
+    ("target", "asynchronous"),
+    [
+        ({"pipeline": 2, "virtual_pipeline": 2}, True),
+        pytest.param({"pipeline": 2}, False, marks=pytest.mark.acceptance),
+        pytest.param({"tensor": 2}, True, marks=pytest.mark.acceptance),
+    ],
 )
 def test_another_layout_has_equal_bits_of_both(models, tmp_path, target, asynchronous):
     here, there = tmp_path / "here", tmp_path / "there"
@@ -146,7 +151,7 @@ def killed_between(models, directory: str, asynchronous: bool) -> None:
     train(models, {"data": 2}, directory, 0, 2, {"asynchronous": asynchronous})
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.acceptance), True])
 def test_killed_between_the_engines_leaves_the_checkpoint_before(models, tmp_path, asynchronous):
     stayed = world.run(2, train, models, {"data": 2}, str(tmp_path / "stayed"), 0, 3, {})[0]
     directory = tmp_path / "killed"
@@ -199,5 +204,5 @@ def test_other_engines_are_refused_and_one_alone_is_as_it_always_was(models, tmp
     assert "is a checkpoint of one model, this run trains one model and value" in problem
     path = tmp_path / "step_00000001"
     told = json.loads((path / "training.json").read_text())
-    assert list(told) == ["step", "state", "model", "layout", "format", "cut", "files"]
+    assert list(told) == ["step", "state", "model", "layout", "format", "cut", "finite", "random", "files"]
     assert not [each for each in path.iterdir() if each.is_dir()]

@@ -76,6 +76,7 @@ def export_hf(
     source_directory: str | os.PathLike,
     extra_files: Mapping[str, str] | None = None,
     tokenizer: OtherTokenizer | None = None,
+    ends: Sequence[int] = (),
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Writes the model as a Hugging Face directory that transformers and vLLM load. Every rank of the world calls it.
@@ -88,7 +89,7 @@ def export_hf(
         directory: the final directory; a model directory of that name is replaced.
         dtype: type of the written weights (float32 or bfloat16).
         source_directory: where the tokenizer, its chat template and the generation config are copied from.
-        extra_files, tokenizer: what goes beside the weights, see `write_companions`.
+        extra_files, tokenizer, ends: what goes beside the weights, see `write_companions`.
         max_shard_bytes: bytes of weights a file holds at most.
 
     Raises:
@@ -120,7 +121,7 @@ def export_hf(
         with together(what):
             if is_first:
                 write_index(partial, files)
-                write_companions(partial, source, shard.config, str(dtype).removeprefix("torch."), extra_files, tokenizer)
+                write_companions(partial, source, shard.config, str(dtype).removeprefix("torch."), extra_files, tokenizer, ends)
                 put_in_place(partial, final)
     except UserError:
         if is_first:

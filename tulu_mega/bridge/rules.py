@@ -107,8 +107,9 @@ class Family:
     """what the layers need; raises UserError for a config it cannot read"""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
-    leftovers: tuple[str, ...] = ()
-    """shell patterns of tensors that a checkpoint may hold and nobody needs"""
+    leftovers: tuple[str, ...] = ("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached")
+    """shell patterns of tensors that a checkpoint may hold and nobody needs: by default buffers of rotary embeddings, which older
+    versions of transformers stored; they follow from config.json, which alone is read, as transformers and vLLM do"""
     reward: bool = False
     """its head gives a score instead of logits, and so is never the embedding"""
 

@@ -95,6 +95,8 @@ class DecontaminateSettings(Section):
     """A set is cleaned or dropped when more than this share of an evaluation's rows is in it; 0 leaves nothing."""
     action: Literal["clean", "drop", "report"] = "clean"
     """What becomes of such a set: its contaminated rows are left out, all of it is, or it is reported only."""
+    malformed: Literal["error", "reject"] = "error"
+    """Training rows that cannot be read: refuse them with file and line, or leave them out of what is cleaned and count them."""
     workers: PositiveInt | None = None
     """Processes; the machine's cores when unset."""
 

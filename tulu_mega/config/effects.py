@@ -21,6 +21,9 @@ class Effect(Enum):
     """The result. What every setting does that has no mark."""
     LENGTH = "length"
     """The number of steps; the steps already done would have been the same where the learning rate does not depend on it."""
+    CONTENT = "content"
+    """The result, by the content that is named and not by how it is spelt: a file's path, a hub name. The content is pinned
+    (`pins`)."""
     NONE = "none"
     """Nothing that is computed, but for rounding: speed, memory, files, what is printed, when a run gives up."""
 

@@ -9,7 +9,16 @@ from pydantic import Field, field_validator, model_validator
 from tulu_mega.config.effects import Effect
 from tulu_mega.config.rollout import PolicySettings, RolloutSettings, SamplingSettings, Seconds, check_servers
 from tulu_mega.config.run import RunSettings
-from tulu_mega.config.sections import Fraction, OptimSettings, PositiveInt, Section, Sources, SpikeSettings, StragglerSettings
+from tulu_mega.config.sections import (
+    AskedTemplate,
+    Fraction,
+    OptimSettings,
+    PositiveInt,
+    Section,
+    Sources,
+    SpikeSettings,
+    StragglerSettings,
+)
 from tulu_mega.config.workload import Workload
 
 MEAN_LENGTH = 200
@@ -18,16 +27,15 @@ MEAN_LENGTH = 200
 
 class PromptDataSettings(Section):
     alone: ClassVar[str] = "train"
-    train: Sources
+    train: Annotated[Sources, Effect.CONTENT]
     """JSONL or Parquet file(s), or hub data set names; rows of `messages`, `ground_truth` and `dataset` (the verifier, or a list
     of them). As a table, each with its amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
-    split: str | dict[str, str] = "train"
+    split: Annotated[str | dict[str, str], Effect.CONTENT] = "train"
     """Split of hub data sets; a table names the split of some, the others' is `train`."""
     seed: int = 42
     """Decides which rows are drawn where `train` gives amounts."""
-    template: Literal["tulu", "tokenizer"] = "tulu"
-    """Chat template: Tulu's, or the one the tokenizer ships."""
-    tokenizer: str | None = None
+    template: AskedTemplate = "auto"
+    tokenizer: Annotated[str | None, Effect.CONTENT] = None
     """Directory or hub name of the tokenizer; the model's own when unset. Its eos token ends a response, and the exported model
     has it."""
     max_prompt: PositiveInt = 2048
@@ -45,7 +53,7 @@ class RewardSettings(Section):
     """Factor of the verifiers' weighted sum (Tulu 3: 10 for a right answer)."""
     weights: dict[str, float] = {}
     """Verifier and the factor of its score, where a row names several; 1 where not named."""
-    custom: dict[str, str] = {}
+    custom: Annotated[dict[str, str], Effect.CONTENT] = {}
     """Verifiers of your own: name in the `dataset` column = "module:function"."""
     aliases: dict[str, str] = {}
     """Name in the `dataset` column = verifier, such as ifeval = "ifeval_2024"."""
@@ -55,7 +63,7 @@ class RewardSettings(Section):
     """Seconds a response's verification may take; a sample that takes longer is taken out, not scored 0."""
     memory_mib: Annotated[PositiveInt, Effect.NONE] = 4096
     """Address space of each of them."""
-    model: str | None = None
+    model: Annotated[str | None, Effect.CONTENT] = None
     """Directory of a reward model (`tulu-mega rm`) whose score is added."""
     model_weight: float = 1.0
     """Factor of its score."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,7 +30,11 @@ class GenerateSettings(Section):
 
     model: ModelSettings
     input: str | None = None
-    """JSONL; rows of `messages`, `prompt` or `input_ids`. Unset: an interactive prompt."""
+    """JSONL; rows of `messages` (a `prompt` that is a list of messages is the same), of `prompt` text, or of `input_ids`.
+    Unset: an interactive prompt."""
+    prompts: Literal["raw", "chat"] = "raw"
+    """How rows of `prompt` text are asked: `raw` as they are, for the model to go on with, no template around them and no BOS
+    before them; `chat` as a user's message under the template."""
     output: str | None = None
     """JSONL to write: the row with `response`, `output_ids`, `finish_reason`. Unset with `input`: standard output."""
     template: AskedTemplate = "auto"

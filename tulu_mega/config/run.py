@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tulu_mega.config.effects import Effect
 from tulu_mega.config.megatron_fields import check_megatron_table
@@ -56,11 +56,22 @@ class EngineSettings(Section):
         return self
 
 
+def _names(value: Any) -> Any:
+    """``"model,data.train"`` as a list."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
 class RunSettings(EngineSettings):
     """What every command shares that trains."""
 
+    flags_alone: ClassVar[tuple[str, ...]] = ("accept_changes",)
+
     run_dir: Annotated[str, Effect.NONE]
     """Directory of this run: config.json, metrics.jsonl, checkpoints/, hf/, logs/. A run found there goes on."""
+    accept_changes: Annotated[list[str], BeforeValidator(_names), Effect.NONE, Field(exclude=True)] = []
+    """What was changed on purpose since this run began, such as `model,data.train`: settings, or sections for all in them, whose
+    files are taken as they are now. On the command line only; RUN_DIR/pins.json records it. Once accepted, a further change of
+    the same setting is accepted by the name that its refusal prints."""
     seed: int = 123
     optim: OptimSettings = OptimSettings()
     checkpoint: Annotated[CheckpointSettings, Effect.NONE] = CheckpointSettings()

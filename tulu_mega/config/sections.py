@@ -11,6 +11,8 @@ from tulu_mega.errors import UserError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, le=1 - 2.0**-24)]
+"""A share that float32 can tell from 1: an average with that factor never changes, and Adam's correction of it divides by 0."""
 
 
 def _is_amount(value: Any) -> bool:
@@ -34,7 +36,7 @@ AskedTemplate = Annotated[
     Literal["auto", "tulu", "tokenizer"],
     Field(description="Chat template: Tulu's, the one the tokenizer ships, or that and Tulu's where it ships none (`auto`)."),
 ]
-"""Of a model that is asked, not trained."""
+"""Of every command: a model is asked under the template that it was trained with."""
 
 
 class Section(BaseModel):
@@ -43,6 +45,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
     alone: ClassVar[str] = ""
     """The setting meant when the section is given as a text (or list) alone: ``model = "dir"`` is ``model.path = "dir"``."""
+    flags_alone: ClassVar[tuple[str, ...]] = ()
+    """Settings that are for the command line: in a file they would outlive what they are meant for."""
 
     @model_validator(mode="before")
     @classmethod
@@ -52,7 +56,7 @@ class Section(BaseModel):
 
 class ModelSettings(Section):
     alone: ClassVar[str] = "path"
-    path: str
+    path: Annotated[str, Effect.CONTENT]
     """Directory of a Hugging Face model (config.json, *.safetensors, tokenizer), or a hub name."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of parameters and activations while training; bf16 keeps fp32 main parameters."""
@@ -72,16 +76,15 @@ class ModelSettings(Section):
 class DataSettings(Section):
     pairs: ClassVar[bool] = False
     """Whether rows are pairs of a chosen and a rejected response."""
-    train: Sources
+    train: Annotated[Sources, Effect.CONTENT]
     """JSONL or Parquet file(s), or hub data set names; rows of `messages`, or of `input_ids` and `labels`. As a table, each with
     its amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
-    split: str | dict[str, str] = "train"
+    split: Annotated[str | dict[str, str], Effect.CONTENT] = "train"
     """Split of hub data sets; a table names the split of some, the others' is `train`."""
     seed: int = 42
     """Decides which rows are drawn where `train` gives amounts."""
-    template: Literal["tulu", "tokenizer"] = "tulu"
-    """Chat template: Tulu's, or the one the tokenizer ships (must mark the assistant's tokens)."""
-    tokenizer: str | None = None
+    template: AskedTemplate = "auto"
+    tokenizer: Annotated[str | None, Effect.CONTENT] = None
     """Directory or hub name of the tokenizer; the model's own when unset. The exported model has it."""
     max_length: PositiveInt = 4096
     """Longest sequence in tokens."""
@@ -89,6 +92,10 @@ class DataSettings(Section):
     """Rows longer than `max_length`: cut on the right, or left out."""
     malformed: Literal["error", "reject"] = "error"
     """Rows that cannot be read or rendered: stop and name them, or leave them out."""
+    rewritten: Literal["leave", "split"] = "split"
+    """Turns of the assistant that the chat template writes otherwise once more follows, as templates do that drop earlier
+    reasoning: each the last turn of a row of its own, as the model is asked for it (`split`), or not trained, but counted
+    (`leave`)."""
     cache: Annotated[str | None, Effect.NONE] = None
     """Directory where tokenised data is kept by content, for all runs that name it; unset, each run keeps its own."""
     pack_length: Annotated[PositiveInt | None, Effect.NONE] = None
@@ -101,14 +108,18 @@ class DataSettings(Section):
 
 class PreferenceDataSettings(DataSettings):
     pairs: ClassVar[bool] = True
-    train: Sources
+    train: Annotated[Sources, Effect.CONTENT]
     """JSONL or Parquet file(s), or hub data set names; rows of `chosen` and `rejected`, each a list of messages that part at
-    the last one, or of `chosen_input_ids`, `chosen_labels`, `rejected_input_ids`, `rejected_labels`. As a table, each with its
-    amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
+    the last one (messages or a text in `prompt` come before both where they do not begin with it), or of `chosen_input_ids`,
+    `chosen_labels`, `rejected_input_ids`, `rejected_labels`. As a table, each with its amount: 500 is a count of rows, 0.5 half
+    of them, 3.0 three times all of them."""
     max_length: PositiveInt = 2048
     """Longest sequence in tokens, prompt and response."""
     pack_length: Annotated[PositiveInt | None, Effect.NONE] = None
     """Tokens a packed micro-batch may hold on one data-parallel rank; twice `max_length` when unset, so that any pair fits."""
+    rewritten: Literal["leave"] = "leave"
+    """Turns of the assistant that the chat template writes otherwise once more follows are not trained, but counted: the two
+    sides part at the last turn."""
     turns: Literal["all", "last"] = "all"
     """Assistant turns whose log-probabilities count: all of them, as Tulu 3 was trained, or the last alone, where the two sides
     part. (A reward model's score is read at the end, whatever this says.)"""
@@ -241,9 +252,10 @@ class OptimSettings(Section):
     warmup: Fraction = 0.03
     """Share of the steps in which the rate rises linearly from 0."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Rate at the end of the decay."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Rate at the end of the decay, at most `lr`."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Annotated[float, Field(ge=1e-30)] = 1e-8
+    """Added to the root of the second moment; at least what float32 can add to 0 and divide by."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
@@ -254,6 +266,12 @@ class OptimSettings(Section):
         if isinstance(value, dict) and isinstance(value.get("betas"), list):
             return {**value, "betas": tuple(value["betas"])}
         return value
+
+    @model_validator(mode="after")
+    def _decays_downwards(self) -> OptimSettings:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}; expected at most that")
+        return self
 
 
 class ReferenceSettings(Section):
@@ -271,7 +289,7 @@ class HeldOutSettings(Section):
     split: str = "test"
     """Split of hub data sets."""
     every: PositiveInt = 100
-    """Steps between evaluations; after the last step there is always one."""
+    """Steps between evaluations; before the first step and after the last there is always one."""
     batch: PositiveInt = 256
     """Rows (conversations, or pairs) evaluated at once, over all ranks; the result does not depend on it."""
 
@@ -280,10 +298,11 @@ class CheckpointSettings(Section):
     every: PositiveInt | None = None
     """Steps between checkpoints; the last step is always saved. Unset: the last step only."""
     keep: PositiveInt = 2
-    """Newest complete checkpoints kept on disk."""
+    """Newest complete checkpoints kept on disk, and beside them the newest healthy one: with finite weights, and from before
+    updates that were left out."""
     format: Literal["reshardable", "same_layout"] = "reshardable"
-    """What the optimizer's state is written as: `reshardable` resumes under any layout; `same_layout` is faster to write, since
-    no rank gathers another's part, and resumes under the same tensor, pipeline and context sizes, stages and buckets only."""
+    """What the optimizer's state is written as: `reshardable`, parameter by parameter, resumes under any layout; `same_layout`,
+    in the ranks' own buckets, under the same tensor, pipeline and context sizes, stages and buckets only. Neither gathers."""
     asynchronous: bool = False
     """Write while training goes on, from copies in main memory; one save at a time, the next waits for it."""
     grace: Annotated[float, Field(gt=0)] = 120.0

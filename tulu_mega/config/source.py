@@ -29,7 +29,11 @@ def load(settings: type[S], file: str | None, flags: Sequence[str] = ()) -> S:
         UserError: with all problems of file and flags together.
     """
     values = _read_toml(file) if file is not None else {}
-    problems: list[str] = []
+    problems = [
+        f"{file}: {name}: only on the command line, as --{name}, where it is seen each time; take it out of the file"
+        for name in settings.flags_alone
+        if name in values
+    ]
     for dotted, text in _pairs(settings, flags, problems):
         _put(settings, values, dotted, _parse(settings, dotted, text), problems)
     try:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from tulu_mega.data.chat import Template, Turns, check_messages, encode
+from tulu_mega.data.chat import Sequence, Template, Turns, encodings
+from tulu_mega.data.messages import PROMPT_COLUMNS, Given, Messages, conversation_of, short
 from tulu_mega.records import IGNORE
 
 if TYPE_CHECKING:
@@ -25,6 +27,16 @@ class Encoded(NamedTuple):
     labels: np.ndarray
     cut: int
     """tokens beyond the longest sequence, which are not among ``ids``"""
+    ends: tuple[int, ...] = ()
+    """the last token of each trained turn that is among ``ids`` whole; none of rows that have tokens already"""
+
+
+class EncodedRow(NamedTuple):
+    """What a row is trained as."""
+
+    sequences: list[Encoded]
+    told: Counter[str]
+    """what of it is not used or changed: how often, by the names of `data.told`"""
 
 
 class Useless(Exception):
@@ -41,16 +53,22 @@ class Encoding(ABC):
     max_length: int
     overlong: Literal["truncate", "reject"] = "truncate"
     malformed: Literal["error", "reject"] = "error"
+    rewritten: Literal["leave", "split"] = "leave"
+    """what becomes of a turn that the template writes otherwise once more follows"""
     width: ClassVar[int]
-    """sequences that a row gives"""
+    """sequences that belong together: a row gives as many, or rows of that many each"""
     token_columns: ClassVar[tuple[str, ...]]
     """of a row that has tokens already"""
+    mask_columns: ClassVar[tuple[str, ...]]
+    """of such a row: which of them are no padding"""
+    chat_columns: ClassVar[tuple[str, ...]]
+    """of a row of conversations"""
 
     @abstractmethod
-    def __call__(self, row: dict[str, Any]) -> list[Encoded]:
+    def __call__(self, row: dict[str, Any]) -> EncodedRow:
         """
         Returns:
-            ``width`` sequences of at most ``max_length`` tokens, whatever ``overlong`` says.
+            ``width`` sequences of at most ``max_length`` tokens, whatever ``overlong`` says; or several times ``width``.
 
         Raises:
             ValueError: the row is of another form, or malformed.
@@ -65,21 +83,44 @@ class Encoding(ABC):
 
     def key(self) -> list[Any]:
         """What the tokens depend on beside rows and tokenizer, for JSON."""
-        return [self.max_length, self.overlong, self.malformed]
+        return [self.template, self.max_length, self.overlong, self.malformed, self.rewritten]
 
     def margin(self, row: dict[str, Any]) -> float:
         """By how much the row's first sequence is to be better than its second."""
         return 0.0
 
-    def _tokenised(self, row: dict[str, Any], ids_name: str, labels_name: str) -> Encoded:
+    def _told(self, row: dict[str, Any], used: tuple[str, ...]) -> Counter[str]:
+        """The columns that have a value which nobody looks at."""
+        return Counter(f"column {name}" for name, value in row.items() if value is not None and name not in used)
+
+    def _tokenised(self, row: dict[str, Any], prefix: str, told: Counter[str]) -> Encoded:
+        """The tokens of a row that has them, without padding."""
+        ids_name, labels_name, mask_name = (f"{prefix}{name}" for name in ("input_ids", "labels", "attention_mask"))
         ids, labels = _tokens(row, ids_name, 0), _tokens(row, labels_name, IGNORE)
         if len(ids) != len(labels):
             raise ValueError(f"{len(ids)} {ids_name} but {len(labels)} {labels_name}; expected as many")
+        if row.get(mask_name) is not None:
+            kept = _attended(row[mask_name], len(ids), mask_name)
+            told["padding"] += kept.stop - kept.start < len(ids)
+            ids, labels = ids[kept], labels[kept]
+        _check_unshifted(ids, labels, ids_name, labels_name)
         return self._cut(ids, labels)
 
-    def _rendered(self, messages: Any, turns: Turns) -> Encoded:
-        ids, labels = encode(messages, self.tokenizer, self.template, None, turns)
-        return self._cut(np.array(ids, np.int32), np.array(labels, np.int32))
+    def _rendered(self, messages: Messages, given: Given, turns: Turns, told: Counter[str]) -> list[Encoded]:
+        """The sequences of a conversation: one, or further ones before it for turns that it does not hold as they were asked."""
+        made = encodings(messages, self.tokenizer, self.template, turns, given)
+        told.update(f"field {name}" for name in made.unread)
+        told["altered"] += made.altered
+        if made.rewritten:
+            told["rewritten"] += len(made.rewritten)
+            told["rewritten rows"] += 1
+        if self.rewritten == "leave" or not made.rewritten:
+            return [self._cut_turns(made.whole)]
+        return [self._cut_turns(one) for one in (*made.rewritten, made.whole) if one.ends]
+
+    def _cut_turns(self, made: Sequence) -> Encoded:
+        ids, labels, cut, _ = self._cut(np.array(made.ids, np.int32), np.array(made.labels, np.int32))
+        return Encoded(ids, labels, cut, tuple(token for token, length in made.ends if length <= len(ids)))
 
     def _cut(self, ids: np.ndarray, labels: np.ndarray) -> Encoded:
         return Encoded(ids[: self.max_length], labels[: self.max_length], max(0, len(ids) - self.max_length))
@@ -87,25 +128,35 @@ class Encoding(ABC):
 
 @dataclass(frozen=True)
 class ConversationEncoding(Encoding):
-    """Rows of ``messages``, or of ``input_ids`` and ``labels``, which are taken as they are and win where both are given."""
+    """Rows of ``messages``, or of ``input_ids`` and ``labels``, which are taken as they are and win where both are given.
+
+    A row gives one sequence, or with ``rewritten = "split"`` further ones: a turn that the template writes otherwise once more
+    follows is the last of a sequence of its own.
+    """
 
     width: ClassVar[int] = 1
     token_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
+    mask_columns: ClassVar[tuple[str, ...]] = ("attention_mask",)
+    chat_columns: ClassVar[tuple[str, ...]] = ("messages", *PROMPT_COLUMNS)
 
-    def __call__(self, row: dict[str, Any]) -> list[Encoded]:
+    def __call__(self, row: dict[str, Any]) -> EncodedRow:
         if self.tokenised(row):
-            return [self._tokenised(row, "input_ids", "labels")]
+            told = self._told(row, self.token_columns + self.mask_columns)
+            return EncodedRow([self._tokenised(row, "", told)], told)
         if row.get("messages") is None:
             raise ValueError(f"has {_keys(row)}; expected messages, or input_ids and labels")
-        return [self._rendered(row["messages"], "all")]
+        told = self._told(row, self.chat_columns)
+        messages, given = conversation_of(row, row["messages"], training=True)
+        return EncodedRow(self._rendered(messages, given, "all", told), told)
 
 
 @dataclass(frozen=True)
 class PairEncoding(Encoding):
     """Rows of ``chosen`` and ``rejected``: conversations that part at the last message, the assistant's.
 
-    Or of ``chosen_input_ids``, ``chosen_labels``, ``rejected_input_ids``, ``rejected_labels``, which are taken as they are and
-    win where both are given.
+    Or of what parts alone, behind a ``prompt``: messages that come before both, or a text, which is the user's message. Or of
+    ``chosen_input_ids``, ``chosen_labels``, ``rejected_input_ids``, ``rejected_labels``, which are taken as they are and win
+    where both are given.
     """
 
     turns: Turns = "all"
@@ -114,18 +165,28 @@ class PairEncoding(Encoding):
     width: ClassVar[int] = 2
     token_columns: ClassVar[tuple[str, ...]] = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
-    def __call__(self, row: dict[str, Any]) -> list[Encoded]:
+    mask_columns: ClassVar[tuple[str, ...]] = ("chosen_attention_mask", "rejected_attention_mask")
+    chat_columns: ClassVar[tuple[str, ...]] = ("chosen", "rejected", *PROMPT_COLUMNS)
+
+    def __call__(self, row: dict[str, Any]) -> EncodedRow:
         """The chosen sequence, then the rejected one."""
+        margin = () if self.margin_column is None else (self.margin_column,)
         if self.tokenised(row):
-            pair = [self._tokenised(row, f"{side}_input_ids", f"{side}_labels") for side in ("chosen", "rejected")]
+            told = self._told(row, self.token_columns + self.mask_columns + margin)
+            pair = [self._tokenised(row, side, told) for side in ("chosen_", "rejected_")]
         else:
-            pair = [self._rendered(messages, self.turns) for messages in _sides(row)]
+            told = self._told(row, self.chat_columns + margin)
+            sides, given, prompted = _sides(row)
+            if prompted:
+                told.pop("column prompt", None)
+            pair = [one for messages in sides for one in self._rendered(messages, given, self.turns, told)]
+            told["rewritten rows"] = min(told["rewritten rows"], 1)
         chosen, rejected = pair
         same = np.array_equal(chosen.ids, rejected.ids) and np.array_equal(chosen.labels, rejected.labels)
         if same and supervised(chosen.labels):
             kept = f" among the first {self.max_length} tokens" if chosen.cut or rejected.cut else ""
             raise Useless(f"chosen and rejected are the same{kept}")
-        return pair
+        return EncodedRow(pair, told)
 
     def key(self) -> list[Any]:
         return [*super().key(), self.turns, self.margin_column]
@@ -143,24 +204,76 @@ class PairEncoding(Encoding):
         return float(value)
 
 
-def _sides(row: dict[str, Any]) -> list[list[dict[str, str]]]:
-    sides = []
+def _sides(row: dict[str, Any]) -> tuple[list[Messages], Given, bool]:
+    """Both conversations, what the row gives beside them, and whether its ``prompt`` is part of them."""
+    sides, prompted = [], False
     for side in ("chosen", "rejected"):
         if row.get(side) is None:
             raise ValueError(f"has {_keys(row)}; expected chosen and rejected, each a list of messages")
         try:
-            messages = check_messages(row[side], training=True)
+            given_messages, with_prompt = _behind_prompt(row.get("prompt"), row[side])
+            messages, given = conversation_of(row, given_messages, training=True)
         except ValueError as error:
             raise ValueError(f"{side}: {error}") from None
         if messages[-1]["role"] != "assistant":
             raise ValueError(f"{side}: the last message is the {messages[-1]['role']}'s; expected the assistant's response")
         sides.append(messages)
+        prompted |= with_prompt
     chosen, rejected = sides
     if chosen[:-1] != rejected[:-1]:
         at = next((n for n, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False), 1) if a != b), None)
         where = f"at message {at}" if at else f"in length ({len(chosen) - 1} and {len(rejected) - 1} messages)"
         raise ValueError(f"the prompts of chosen and rejected differ {where}; expected the same messages but for the last")
-    return sides
+    return sides, given, prompted
+
+
+def _behind_prompt(prompt: Any, side: Any) -> tuple[Any, bool]:
+    """A side with the row's ``prompt`` before it where it does not begin with it, and whether it holds the prompt.
+
+    A prompt that is text is taken where the side has none of its own; else it is one more column, as in data sets that have the
+    question once more by itself.
+    """
+    if not isinstance(side, list) or not all(isinstance(message, dict) for message in side) or prompt in (None, [], ""):
+        return side, False
+    if isinstance(prompt, str):
+        if any(message.get("role") not in ("assistant", "system") for message in side):
+            return side, False
+        system = [message for message in side[:1] if message.get("role") == "system"]
+        return [*system, {"role": "user", "content": prompt}, *side[len(system) :]], True
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+        raise ValueError(f"prompt is {short(prompt)}; expected messages, or a text")
+    if _said(side[: len(prompt)]) == _said(prompt) and len(side) > len(prompt):
+        return side, True
+    if prompt[-1].get("role") == "assistant":
+        raise ValueError("the last message of prompt is the assistant's; expected the one that is answered")
+    return [*prompt, *side], True
+
+
+def _said(messages: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    return [(message.get("role"), message.get("content")) for message in messages]
+
+
+def _attended(mask: Any, length: int, name: str) -> slice:
+    """Where a mask is 1. Raises ValueError where it is no mask of padding."""
+    if not isinstance(mask, list) or len(mask) != length or any(value not in (0, 1) for value in mask):
+        raise ValueError(f"{name} is {short(mask)}; expected {length} values of 0 or 1, as many as tokens")
+    if 1 not in mask:
+        raise ValueError(f"{name} is 0 throughout; expected a token at least")
+    start, count = mask.index(1), sum(mask)
+    if not all(mask[start : start + count]):
+        raise ValueError(f"{name} is 0 between tokens; expected 0 for padding alone, before or behind them")
+    return slice(start, start + count)
+
+
+def _check_unshifted(ids: np.ndarray, labels: np.ndarray, ids_name: str, labels_name: str) -> None:
+    wrong = np.flatnonzero((labels != IGNORE) & (labels != ids))
+    if not len(wrong):
+        return
+    at = int(wrong[0])
+    following = labels[:-1] != IGNORE
+    shifted = bool(following.any()) and bool(np.all(labels[:-1][following] == ids[1:][following]))
+    hint = "they are the next tokens, shifted already; give them unshifted" if shifted else f"expected its token, or {IGNORE}"
+    raise ValueError(f"{labels_name}[{at}] is {labels[at]}, but {ids_name}[{at}] is {ids[at]}: {hint}")
 
 
 def supervised(labels: np.ndarray) -> int:

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,10 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from tulu_mega.config import DataSettings, ModelSettings
-from tulu_mega.data.encoding import ConversationEncoding, Encoding, PairEncoding, Useless, supervised
+from tulu_mega.data.chat import template_of
+from tulu_mega.data.encoding import ConversationEncoding, Encoded, Encoding, PairEncoding, Useless, supervised
 from tulu_mega.data.sources import Rows, load_rows
-from tulu_mega.data.store import REJECTS, VERSION, Reject, TokenStore, growing, new_directory, refuse_strangers
+from tulu_mega.data.store import REJECTS, VERSION, Reject, RejectKind, TokenStore, growing, new_directory, refuse_strangers
 from tulu_mega.data.tokenizer import load_tokenizer
+from tulu_mega.data.told import end_tokens, lines
 from tulu_mega.data.workers import cores, in_order
 from tulu_mega.errors import UserError
 
@@ -42,12 +44,19 @@ class _Chunk:
     origins: list[tuple[int, int]] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
+    told: Counter[str] = field(default_factory=Counter)
+    ends: Counter[int] = field(default_factory=Counter)
     wrong: int = 0
     problems: list[str] = field(default_factory=list)
 
 
 def prepare(
-    data: DataSettings, model: ModelSettings, directory: str | Path, progress: bool = True, setting: str = "data.train"
+    data: DataSettings,
+    model: ModelSettings,
+    directory: str | Path,
+    progress: bool = True,
+    setting: str = "data.train",
+    seen: Callable[[Rows], None] | None = None,
 ) -> TokenStore:
     """The tokenised rows of ``data.train``: what lies in the directory when it is up to date, else tokenised anew.
 
@@ -61,6 +70,7 @@ def prepare(
 
     Args:
         setting: what names the rows, for messages.
+        seen: called with the rows before anything is written; may raise UserError.
 
     Raises:
         UserError: data or tokenizer are not to be used; everything that is found is told.
@@ -69,7 +79,10 @@ def prepare(
     rows = tokenizer = None
     kind = PairEncoding if data.pairs else ConversationEncoding
     try:
-        rows = load_rows(data.train, data.split, data.seed, setting, any_columns=data.pairs)
+        split_setting = f"{setting.rpartition('.')[0]}.split"
+        rows = load_rows(data.train, data.split, data.seed, setting, any_columns=data.pairs, split_setting=split_setting)
+        if seen:
+            seen(rows)
     except UserError as error:
         problems += error.problems
     try:
@@ -79,7 +92,8 @@ def prepare(
             problems += error.problems
     if rows is None or problems:
         raise UserError(problems)
-    how = (tokenizer, data.template, data.max_length, data.overlong, data.malformed)
+    template = template_of(tokenizer, data.template)
+    how = (tokenizer, template, data.max_length, data.overlong, data.malformed, data.rewritten)
     encoding = kind(*how, data.turns, data.margin) if data.pairs else kind(*how)
     key = content_key(rows, encoding)
     directory = Path(directory)
@@ -156,7 +170,7 @@ def content_key(rows: Rows, encoding: Encoding) -> str:
     backend = eos = own = None
     if tokenizer is not None:
         backend, eos = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token
-        own = [tokenizer.get_chat_template(), tokenizer.special_tokens_map] if encoding.template == "tokenizer" else None
+        own = [tokenizer.chat_template, tokenizer.special_tokens_map] if encoding.template == "tokenizer" else None
     parts = [VERSION, rows.fingerprint, backend, eos, own, encoding.width, *encoding.key()]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
@@ -195,6 +209,8 @@ def build(
 def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: bool, setting: str) -> dict:
     lengths, counts, cuts, origins, margins, problems = [], [], [], [], [], []
     rejected: Counter[str] = Counter()
+    told: Counter[str] = Counter()
+    ends: Counter[int] = Counter()
     wrong = max_token = 0
     # a tokenizer class that came with the model cannot be unpickled in a fresh process
     portable = encoding.tokenizer is None or type(encoding.tokenizer).__module__.startswith("transformers.")
@@ -216,6 +232,8 @@ def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: b
     ):
         for done, chunk in in_order(partial(_encode_rows, rows, encoding), len(rows), _CHUNK, workers):
             wrong += chunk.wrong
+            told += chunk.told
+            ends += chunk.ends
             problems += chunk.problems[: _SHOWN - len(problems)]
             for reject in chunk.rejects:
                 rejected[reject.kind] += 1
@@ -239,9 +257,11 @@ def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: b
         raise UserError(problems)
     if not lengths:
         why = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in rejected.items())
+        with open(path / REJECTS, encoding="utf-8") as first:
+            reason = Reject(**json.loads(first.readline())).reason
         raise UserError(
             f"{setting}: none of the {len(rows)} rows can be used ({why}; at most {encoding.max_length} tokens each); "
-            "raise data.max_length or give other rows"
+            f"raise data.max_length or give other rows. The first: {reason}"
         )
     np.save(path / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
     np.save(path / "supervised.npy", np.array(counts, np.int32))
@@ -253,6 +273,9 @@ def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: b
         "width": encoding.width,
         "tokens": sum(lengths),
         "rejected": dict(rejected),
+        "template": encoding.template,
+        "told": lines(told, ends, encoding.tokenizer, encoding.template, encoding.rewritten),
+        "ends": end_tokens(ends, encoding.tokenizer),
         "truncated": int(np.count_nonzero(cuts)),
         "max_token": max_token,
         "sources": rows.sources(),
@@ -266,7 +289,7 @@ def _encode_rows(rows: Rows, encoding: Encoding, start: int, stop: int) -> _Chun
         reject = partial(Reject, rows.parts[source].name, number)
         try:
             row = rows.row(index)
-            sequences, margin = encoding(row), encoding.margin(row)
+            (sequences, told), margin = encoding(row), encoding.margin(row)
         except Useless as error:
             chunk.rejects.append(reject("nothing_to_learn", str(error)))
             continue
@@ -280,19 +303,33 @@ def _encode_rows(rows: Rows, encoding: Encoding, start: int, stop: int) -> _Chun
             continue
         except UserError as error:
             raise UserError([f"{rows.where(index)}: {problem}" for problem in error.problems]) from None
-        longest = max(len(ids) + cut for ids, _labels, cut in sequences)
-        untrained = next((one for one in sequences if not supervised(one.labels)), None)
-        if encoding.overlong == "reject" and longest > encoding.max_length:
-            chunk.rejects.append(reject("too_long", f"{longest} tokens, data.max_length is {encoding.max_length}"))
-        elif untrained:
-            ids, _labels, cut = untrained
-            kept = f" among the first {len(ids)} of its {len(ids) + cut}" if cut else ""
-            chunk.rejects.append(reject("nothing_to_train", f"no trained token{kept}"))
-        else:
-            for ids, labels, cut in sequences:
+        used = False
+        for start_of_group in range(0, len(sequences), encoding.width):
+            group = sequences[start_of_group : start_of_group + encoding.width]
+            if refused := _refused(group, encoding):
+                chunk.rejects.append(reject(*refused))
+                continue
+            used = True
+            for ids, labels, cut, ends in group:
                 chunk.tokens.append(ids)
                 chunk.labels.append(labels)
                 chunk.cuts.append(cut)
                 chunk.origins.append((source, number))
                 chunk.margins.append(margin)
+                chunk.ends.update(ends)
+        if used:
+            chunk.told.update(told)
     return chunk
+
+
+def _refused(group: list[Encoded], encoding: Encoding) -> tuple[RejectKind, str] | None:
+    """Why sequences that belong together are not used: kind and reason."""
+    longest = max(len(one.ids) + one.cut for one in group)
+    if encoding.overlong == "reject" and longest > encoding.max_length:
+        return "too_long", f"{longest} tokens, data.max_length is {encoding.max_length}"
+    untrained = next((one for one in group if not supervised(one.labels)), None)
+    if untrained is None:
+        return None
+    ids, cut = untrained.ids, untrained.cut
+    kept = f" among the first {len(ids)} of its {len(ids) + cut}" if cut else ""
+    return "nothing_to_train", f"no trained token{kept}"

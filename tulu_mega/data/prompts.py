@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega.data.chat import Template, check_messages, prompt_ids
+from tulu_mega.data.chat import Template, prompt_ids
 from tulu_mega.data.loader import epoch_order
+from tulu_mega.data.messages import PROMPT_COLUMNS, conversation_of
 from tulu_mega.data.sources import Rows
+from tulu_mega.data.told import lines
 from tulu_mega.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _SHOWN = 20
+_COLUMNS = ("messages", "ground_truth", "dataset", *PROMPT_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class PromptSet:
     prompts: list[Prompt]
     rejects: list[dict[str, str]] = field(default_factory=list)
     """rows that are not used: ``where``, ``kind`` (malformed, too_long) and ``reason``"""
+    told: list[str] = field(default_factory=list)
+    """what of the others is not used, a line each"""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -67,6 +73,7 @@ def read_prompts(
         UserError: rows that cannot be used, the first 20 of them by file and line; or none that can.
     """
     prompts, rejects, problems, wrong = [], [], [], 0
+    told: Counter[str] = Counter()
     for index in range(len(rows)):
         where = rows.where(index)
         try:
@@ -85,19 +92,19 @@ def read_prompts(
             rejects.append({"where": where, "kind": "too_long", "reason": reason})
             continue
         prompts.append(prompt)
+        told.update(f"column {name}" for name, value in row.items() if value is not None and name not in _COLUMNS)
     if wrong and malformed == "error":
-        if wrong > len(problems):
-            problems.append(
-                f"... {wrong} of {len(rows)} rows cannot be used; correct or remove them, "
-                'or leave them out with data.malformed = "reject"'
-            )
+        problems.append(
+            f"{setting}: {wrong} of {len(rows)} rows cannot be used; correct or remove them, "
+            'or leave them out with data.malformed = "reject"'
+        )
         raise UserError(problems)
     if not prompts:
         raise UserError(
             f"{setting}: none of the {len(rows)} rows can be used (the first: {rejects[0]['where']}: {rejects[0]['reason']}); "
             "raise data.max_prompt or give other rows"
         )
-    return PromptSet(prompts, rejects)
+    return PromptSet(prompts, rejects, lines(told, Counter(), None, template, "leave"))
 
 
 def _prompt(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerFast, template: Template) -> Prompt:
@@ -105,10 +112,13 @@ def _prompt(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerFast,
     Raises:
         ValueError: a row of another form.
     """
-    messages = check_messages(row.get("messages"), training=False)
+    if row.get("messages") is None:
+        there = ", ".join(str(key) for key, value in row.items() if value is not None) or "nothing"
+        raise ValueError(f"has {there}; expected messages, the prompt as a list of turns")
+    messages, given = conversation_of(row, row["messages"], training=False)
     if messages[-1]["role"] == "assistant":
         raise ValueError("its last message is the assistant's, so there is nothing to answer; leave that message out")
-    return Prompt(prompt_ids(messages, tokenizer, template), messages, row.get("ground_truth"), row.get("dataset"), where)
+    return Prompt(prompt_ids(messages, tokenizer, template, given), messages, row.get("ground_truth"), row.get("dataset"), where)
 
 
 class PromptStream:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tulu_mega.config import ScoreSettings
 from tulu_mega.data.chat import Template, conversation_ids, template_of
+from tulu_mega.data.messages import conversation_of
 from tulu_mega.data.sources import JsonLines
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
@@ -68,7 +69,8 @@ class Encoder:
                 raise ValueError(f"text is {type(row['text']).__name__}; expected a string")
             ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
         else:
-            ids = conversation_ids(row["messages"], self.tokenizer, self.template)
+            messages, beside = conversation_of(row, row["messages"], training=False)
+            ids = conversation_ids(messages, self.tokenizer, self.template, beside)
         if not ids:
             raise ValueError("has no tokens; expected at least one")
         if self.vocab_size is not None and max(ids) >= self.vocab_size:

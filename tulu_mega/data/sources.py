@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from tulu_mega.data.file_digests import directory_sha256, sha256
+from tulu_mega.data.json_text import json_line, strict_line
 from tulu_mega.data.mixing import Amount, draw
 from tulu_mega.errors import UserError, nearest
 
@@ -39,8 +42,12 @@ class Part(Protocol):
         """
         ...
 
-    def raw(self, index: int) -> bytes:
-        """The row as a line of JSON without its end; of a JSONL file, as it lies there."""
+    def raw(self, index: int, changed: Counter[str] | None = None) -> bytes:
+        """The row as a line of JSON without its end; of a JSONL file, as it lies there.
+
+        Args:
+            changed: see :func:`tulu_mega.data.json_text.json_line`.
+        """
         ...
 
     def number(self, index: int) -> int:
@@ -79,13 +86,16 @@ class JsonLines:
     def __getstate__(self) -> dict[str, Any]:  # an open file does not cross to a worker process
         return {name: value for name, value in vars(self).items() if name != "_file"}
 
-    def raw(self, index: int) -> bytes:
+    def raw(self, index: int, changed: Counter[str] | None = None) -> bytes:
+        return strict_line(self._line(index), changed)
+
+    def _line(self, index: int) -> bytes:
         self._file.seek(self._starts[index])
         return self._file.readline().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
 
     def row(self, index: int) -> dict[str, Any]:
         try:
-            row = json.loads(self.raw(index))
+            row = json.loads(self._line(index))
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1} of the line") from None
         except json.JSONDecodeError as error:
@@ -118,8 +128,8 @@ class JsonArray:
             raise ValueError(f"expected a JSON object, got {type(row).__name__}")
         return row
 
-    def raw(self, index: int) -> bytes:
-        return json.dumps(self.items[index], ensure_ascii=False).encode()
+    def raw(self, index: int, changed: Counter[str] | None = None) -> bytes:
+        return json_line(self.items[index], changed)
 
     def number(self, index: int) -> int:
         return index + 1
@@ -140,8 +150,8 @@ class Table:
     def row(self, index: int) -> dict[str, Any]:
         return self.data[index]
 
-    def raw(self, index: int) -> bytes:
-        return json.dumps(self.data[index], ensure_ascii=False, default=str).encode()  # dates are no JSON
+    def raw(self, index: int, changed: Counter[str] | None = None) -> bytes:
+        return json_line(self.data[index], changed)
 
     def number(self, index: int) -> int:
         return index + 1
@@ -168,8 +178,8 @@ class Drawn:
     def row(self, index: int) -> dict[str, Any]:
         return self.whole.row(int(self._indices[index]))
 
-    def raw(self, index: int) -> bytes:
-        return self.whole.raw(int(self._indices[index]))
+    def raw(self, index: int, changed: Counter[str] | None = None) -> bytes:
+        return self.whole.raw(int(self._indices[index]), changed)
 
     def number(self, index: int) -> int:
         return self.whole.number(int(self._indices[index]))
@@ -198,10 +208,10 @@ class Rows:
         part, inner = self._find(index)
         return self.parts[part].row(inner)
 
-    def raw(self, index: int) -> bytes:
-        """The row as a line of JSON without its end; of a JSONL file, as it lies there."""
+    def raw(self, index: int, changed: Counter[str] | None = None) -> bytes:
+        """The row as a line of JSON without its end; of a JSONL file, as it lies there. See :meth:`Part.raw`."""
         part, inner = self._find(index)
-        return self.parts[part].raw(inner)
+        return self.parts[part].raw(inner, changed)
 
     def origin(self, index: int) -> tuple[int, int]:
         """Part and line (item, row) in its file, counted from 0 and from 1."""
@@ -241,6 +251,7 @@ def load_rows(
     seed: int = 42,
     setting: str = "data.train",
     any_columns: bool = False,
+    split_setting: str = "data.split",
 ) -> Rows:
     """Opens rows: of ``.jsonl``, ``.json`` and ``.parquet`` files, or of data sets of the hub
     (``owner/name``, or ``owner/name:configuration``).
@@ -251,7 +262,7 @@ def load_rows(
         train: one source, several, or the amount of each (see :mod:`tulu_mega.data.mixing`).
         split: split of hub data sets; or that of some of them, ``train`` for the others.
         seed: decides which rows an amount draws.
-        setting: where the sources are named, for messages.
+        setting, split_setting: where the sources and their split are named, for messages.
         any_columns: take tables of any columns, instead of asking for ``messages``, or ``input_ids`` and ``labels``.
 
     Raises:
@@ -265,10 +276,11 @@ def load_rows(
     problems: list[str] = []
     splits = {} if isinstance(split, str) else split
     for name in splits.keys() - set(names):
-        problems.append(f"data.split: {name!r} is not in {setting}{nearest(name, names)}")
+        problems.append(f"{split_setting}: {name!r} is not in {setting}{nearest(name, names)}")
     for name in names:
         try:
-            part = _open(name, split if isinstance(split, str) else splits.get(name, "train"), setting, any_columns)
+            own_split = split if isinstance(split, str) else splits.get(name, "train")
+            part = _open(name, own_split, setting, any_columns, split_setting)
             if not len(part):
                 raise UserError(f"{name}: no rows; expected at least one")
             if isinstance(train, Mapping):
@@ -283,7 +295,7 @@ def load_rows(
     return Rows(parts)
 
 
-def _open(name: str, split: str, setting: str, any_columns: bool) -> Part:
+def _open(name: str, split: str, setting: str, any_columns: bool, split_setting: str) -> Part:
     path = Path(name).expanduser()
     if path.is_file():
         match path.suffix.lower():
@@ -292,13 +304,15 @@ def _open(name: str, split: str, setting: str, any_columns: bool) -> Part:
             case ".json":
                 return _json(path)
             case ".parquet":
-                return _table(name, "parquet", data_files=str(path), fingerprint=_sha256(path), any_columns=any_columns)
+                return _table(name, "parquet", data_files=str(path), fingerprint=sha256(path), any_columns=any_columns)
         raise UserError(f"{name}: file type {path.suffix or 'without suffix'!r} is not known; expected {', '.join(SUFFIXES)}")
     if path.is_dir():
-        return _table(name, str(path), split=split, any_columns=any_columns)
+        fingerprint = directory_sha256(path, split)
+        table = _table(name, str(path), split=split, any_columns=any_columns, split_setting=split_setting)
+        return replace(table, fingerprint=fingerprint)
     if path.suffix.lower() in SUFFIXES or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such file; correct {setting}")
-    return _table(name, *name.split(":", 1), split=split, any_columns=any_columns)
+    return _table(name, *name.split(":", 1), split=split, any_columns=any_columns, split_setting=split_setting)
 
 
 def _json(path: Path) -> Part:
@@ -313,7 +327,7 @@ def _json(path: Path) -> Part:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg} at character {error.colno}") from None
-    return JsonArray(str(path), items, _sha256(path))
+    return JsonArray(str(path), items, sha256(path))
 
 
 def _table(
@@ -325,9 +339,13 @@ def _table(
     data_files: str | None = None,
     fingerprint: str | None = None,
     any_columns: bool = False,
+    split_setting: str = "data.split",
 ) -> Table:
     import datasets
 
+    empty = _empty_parquet(data_files or source)
+    if empty:  # which datasets has no words for
+        raise UserError(f"{empty}: no rows; expected at least one")
     with _quiet(datasets):
         try:
             # a file's digest is the configuration's name: the library's cache knows a file by its time alone
@@ -337,12 +355,25 @@ def _table(
             root = error.__cause__ or error
             lines = str(root).strip().splitlines() or [type(root).__name__]
             what = "not a readable Parquet file" if data_files else f"split {split!r} of this data set cannot be loaded"
-            hint = "" if data_files else "; give a JSONL or Parquet file, a data set of the hub, and its split in data.split"
+            known = f"; give a JSONL or Parquet file, a data set of the hub, and its split in {split_setting}"
+            hint = "" if data_files else known
             raise UserError(f"{name}: {what}: {lines[0]}{hint}") from None
     columns = set(data.column_names)
     if not any_columns and "messages" not in columns and not {"input_ids", "labels"} <= columns:
         raise UserError(f"{name}: has the columns {', '.join(sorted(columns))}; expected messages, or input_ids and labels")
     return Table(name, data, fingerprint or f"{name}:{split}:{data._fingerprint}")
+
+
+def _empty_parquet(source: str) -> Path | None:
+    """The first Parquet file of a place that has no row."""
+    import pyarrow.parquet
+
+    path = Path(source)
+    for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path] * path.is_file():
+        with suppress(OSError, pyarrow.ArrowException):  # what cannot be read is told where it is read
+            if not pyarrow.parquet.read_metadata(file).num_rows:
+                return file
+    return None
 
 
 @contextmanager
@@ -357,8 +388,3 @@ def _quiet(datasets: Any):
         datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

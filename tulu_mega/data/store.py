@@ -15,10 +15,13 @@ import numpy as np
 from tulu_mega.errors import UserError
 from tulu_mega.records import TokenizedRow
 
-VERSION = 3
+VERSION = 4
 """Raised whenever the same rows would give other tokens or another layout of the files."""
 
 REJECTS = "rejects.jsonl"
+
+
+RejectKind = Literal["malformed", "too_long", "nothing_to_train", "nothing_to_learn"]
 
 
 class Reject(NamedTuple):
@@ -28,7 +31,7 @@ class Reject(NamedTuple):
     """file or data set"""
     line: int
     """line of a JSONL file, item or row of others, counted from 1"""
-    kind: Literal["malformed", "too_long", "nothing_to_train", "nothing_to_learn"]
+    kind: RejectKind
     reason: str
 
 
@@ -61,6 +64,12 @@ class TokenStore:
         """sequences that belong together: 1, or 2 of preference data"""
         self.rejected: dict[str, int] = meta["rejected"]
         """rows that are not used, by the reason's kind; ``rejects.jsonl`` lists them"""
+        self.template: Literal["tulu", "tokenizer"] = meta["template"]
+        """that conversations are rendered by"""
+        self.told: list[str] = meta["told"]
+        """what of the rows is not used, or changed, and where their turns end: a line each"""
+        self.ends: list[int] = meta["ends"]
+        """tokens of the tokenizer's own that end turns which are trained, the most frequent first"""
         self.sources: list[dict] = meta["sources"]
         """as :meth:`tulu_mega.data.sources.Rows.sources`"""
         self.max_token: int = meta["max_token"]

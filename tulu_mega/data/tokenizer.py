@@ -22,7 +22,7 @@ _PROBE = "<|user|>\nThe  quick, 1234 Größen!\n\n    def f(x): # 😀\n"
 def load_tokenizer(
     model: str,
     tokenizer: str | None = None,
-    template: Template = "tulu",
+    template: Literal["auto"] | Template = "auto",
     trust_remote_code: bool = False,
     setting: str | None = "data.tokenizer",
 ) -> PreTrainedTokenizerFast:

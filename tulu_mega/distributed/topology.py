@@ -90,7 +90,7 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
         create_gloo_process_groups=platform.backend == "nccl",  # where gloo carries everything the groups serve as they are
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    seed_ranks(seed)
     here = Topology(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -101,6 +101,16 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
     )
     _check_order(here)
     return here
+
+
+def seed_ranks(seed: int, step: int = 0) -> None:
+    """Sets every random state, megatron-core's among them, which differ between tensor ranks where they must.
+
+    Args:
+        seed: of the run.
+        step: steps done; what is drawn after them is drawn after no other number of them.
+    """
+    tensor_parallel.model_parallel_cuda_manual_seed((seed + 1_000_003 * step) % 2**31 if step else seed)
 
 
 def _check_order(here: Topology) -> None:

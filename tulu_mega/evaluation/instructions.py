@@ -7,6 +7,9 @@ They follow IFEval's published checker (arXiv 2311.07911 and its code of 2023), 
   abbreviations count here.
 - Keywords, forbidden words and section marks are taken literally, where it takes them for regular expressions.
 - The language detector's dice are seeded, so that a response has one language.
+- A letter to be counted may be any character. Where the prompts ask for ``#`` or ``!``, it counts a letter drawn at random.
+- Reasoning in ``<think>`` is not judged, and a response is judged with the white space around it, as the published code does;
+  the package ``if-verifiable`` takes that away first, which changes what its loose versions leave out.
 
 Words of capitals are counted in the words that NLTK 3.10's ``word_tokenize`` makes, without NLTK: see :func:`capital_words`.
 """
@@ -15,9 +18,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
+
+from tulu_mega.rewards.arguments import READERS, Index, Language, Letter, Relation
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,22 @@ class Check:
     """response and the instruction's arguments by name to whether it is followed"""
     needs: tuple[str, ...] = ()
     """arguments that must be given"""
+
+    def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments, checked by the types that the function names; those that are null or not needed are dropped.
+
+        Raises:
+            ValueError: one is missing or of another form.
+        """
+        if missing := [name for name in self.needs if given.get(name) is None]:
+            raise ValueError(f"lacks {', '.join(missing)} in kwargs")
+        kinds, arguments = get_type_hints(self.holds), {}
+        for name in self.needs:
+            try:
+                arguments[name] = READERS[kinds[name]](given[name])
+            except ValueError as error:
+                raise ValueError(f"has {name} = {given[name]!r} in kwargs; expected {error}") from None
+        return arguments
 
 
 CHECKS: dict[str, Check] = {}
@@ -41,7 +62,7 @@ def _instruction(name: str, *needs: str) -> Callable[[Callable[..., bool]], Call
     return register
 
 
-def _related(count: int, relation: str, limit: int) -> bool:
+def _related(count: int, relation: Relation, limit: int) -> bool:
     """``less than`` or ``at least``, the only two relations there are."""
     return count < limit if relation == "less than" else count >= limit
 
@@ -53,7 +74,7 @@ def _existence(text: str, *, keywords: list[str], **_: Any) -> bool:
 
 
 @_instruction("keywords:frequency", "keyword", "frequency", "relation")
-def _frequency(text: str, *, keyword: str, frequency: int, relation: str, **_: Any) -> bool:
+def _frequency(text: str, *, keyword: str, frequency: int, relation: Relation, **_: Any) -> bool:
     return _related(text.lower().count(keyword.lower().strip()), relation, frequency)
 
 
@@ -63,19 +84,19 @@ def _forbidden(text: str, *, forbidden_words: list[str], **_: Any) -> bool:
 
 
 @_instruction("keywords:letter_frequency", "letter", "let_frequency", "let_relation")
-def _letters(text: str, *, letter: str, let_frequency: int, let_relation: str, **_: Any) -> bool:
+def _letters(text: str, *, letter: Letter, let_frequency: int, let_relation: Relation, **_: Any) -> bool:
     return _related(text.lower().count(letter.lower()), let_relation, let_frequency)
 
 
 @_instruction("language:response_language", "language")
-def _language(text: str, *, language: str, **_: Any) -> bool:
-    from tulu_mega.rewards.constraints import validate_response_language
+def _language(text: str, *, language: Language, **_: Any) -> bool:
+    from tulu_mega.rewards.constraints import language_of
 
-    return not any(char.isalpha() for char in text) or validate_response_language(text, language)
+    return language_of(text) in (None, language)  # of a text without a language the published checker says that it is followed
 
 
 @_instruction("length_constraints:number_sentences", "num_sentences", "relation")
-def _sentences(text: str, *, num_sentences: int, relation: str, **_: Any) -> bool:
+def _sentences(text: str, *, num_sentences: int, relation: Relation, **_: Any) -> bool:
     return _related(len([part for part in re.split(r"(?<=[.?!])\s+", text.strip()) if part]), relation, num_sentences)
 
 
@@ -88,12 +109,12 @@ def _paragraphs(text: str, *, num_paragraphs: int, **_: Any) -> bool:
 
 
 @_instruction("length_constraints:number_words", "num_words", "relation")
-def _words(text: str, *, num_words: int, relation: str, **_: Any) -> bool:
+def _words(text: str, *, num_words: int, relation: Relation, **_: Any) -> bool:
     return _related(len(re.findall(r"\w+", text)), relation, num_words)
 
 
 @_instruction("length_constraints:nth_paragraph_first_word", "num_paragraphs", "nth_paragraph", "first_word")
-def _nth_paragraph(text: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str, **_: Any) -> bool:
+def _nth_paragraph(text: str, *, num_paragraphs: int, nth_paragraph: Index, first_word: str, **_: Any) -> bool:
     paragraphs = re.split(r"\n\n", text)
     filled = sum(bool(paragraph.strip()) for paragraph in paragraphs)
     if nth_paragraph > filled or not (words := paragraphs[nth_paragraph - 1].split()):
@@ -179,7 +200,7 @@ def _quotation(text: str, **_: Any) -> bool:
 
 
 @_instruction("change_case:capital_word_frequency", "capital_frequency", "capital_relation")
-def _capital_words(text: str, *, capital_frequency: int, capital_relation: str, **_: Any) -> bool:
+def _capital_words(text: str, *, capital_frequency: int, capital_relation: Relation, **_: Any) -> bool:
     return _related(capital_words(text), capital_relation, capital_frequency)
 
 

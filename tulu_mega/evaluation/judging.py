@@ -47,7 +47,8 @@ def check(task: Task, problems: list[Problem], custom: Mapping[str, str]) -> Non
 
     verifiers = Judge(RewardSpec(custom=dict(custom)))
     bad: list[str] = []
-    for number, problem in enumerate(problems, 1):
+    for place, problem in enumerate(problems):
+        number = 1 + (place if problem.row is None else problem.row)
         found = verifiers.check({"dataset": problem.verifier, "ground_truth": problem.answer})
         bad += [f"{task.title}, problem {number}: {text}" for text in found]
         if len(bad) >= MAX_PROBLEMS:

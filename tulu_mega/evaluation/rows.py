@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tulu_mega.data.sources import JsonArray, Part, Rows, load_rows
 from tulu_mega.errors import UserError
+from tulu_mega.evaluation.choice import even
 from tulu_mega.evaluation.settings import TaskSettings
 from tulu_mega.evaluation.task import Problem, Shot, Task
 
@@ -16,14 +18,16 @@ MAX_PROBLEMS = 5
 
 
 def problems(task: Task, settings: TaskSettings) -> list[Problem]:
-    """A task's problems, at most `settings.limit`.
+    """A task's problems; at most `settings.limit`, evenly of all groups (of all files, where rows have none).
 
     Raises:
         UserError: no such data, or rows of another format; the first ones by file and line, with the fields expected.
     """
-    rows = _open(settings.data or list(task.hub), settings.split or task.split)
-    count = len(rows) if settings.limit is None else min(settings.limit, len(rows))
-    return _each(rows, range(count), task.read, task)
+    named = f"tasks.{task.name}"
+    rows = _open(settings.data or list(task.hub), settings.split or task.split, f"{named}.data", f"{named}.split")
+    found = _each(rows, task.read, task)
+    groups = [problem.group or rows.parts[rows.origin(row)[0]].name for row, problem in enumerate(found)]
+    return [replace(found[row], row=row) for row in even(groups, settings.limit)]
 
 
 def shots(task: Task, settings: TaskSettings) -> list[Shot]:
@@ -39,8 +43,27 @@ def shots(task: Task, settings: TaskSettings) -> list[Shot]:
     path = Path(settings.shots_from).expanduser()
     if path.is_dir() and any(path.glob("*.txt")):
         return _cot_prompts(path)
-    rows = _open(settings.shots_from, settings.shots_split)
-    return _each(rows, range(len(rows)), task.shot, task)
+    named = f"tasks.{task.name}"
+    rows = _open(settings.shots_from, settings.shots_split, f"{named}.shots_from", f"{named}.shots_split")
+    return _each(rows, task.shot, task)
+
+
+def problems_and_shots(task: Task, settings: TaskSettings, shots_wanted: bool) -> tuple[list[Problem], list[Shot]]:
+    """A task's problems and the worked examples there are to choose from, none where none are wanted.
+
+    Raises:
+        UserError: as for either, with everything that is wrong with both.
+    """
+    told: list[str] = []
+    found: list[list[Any]] = [[], []]
+    for place, read in enumerate((problems, shots) if shots_wanted else (problems,)):
+        try:
+            found[place] = read(task, settings)
+        except UserError as error:
+            told += error.problems
+    if told:
+        raise UserError(told)
+    return found[0], found[1]
 
 
 def chosen(available: list[Shot], count: int, group: str) -> list[Shot]:
@@ -56,9 +79,9 @@ def chosen(available: list[Shot], count: int, group: str) -> list[Shot]:
     return own[:count]
 
 
-def _each(rows: Rows, indices: range, read: Any, task: Task) -> list[Any]:
+def _each(rows: Rows, read: Any, task: Task) -> list[Any]:
     found, bad = [], []
-    for index in indices:
+    for index in range(len(rows)):
         try:
             found.append(read(rows.row(index)))
         except ValueError as error:
@@ -70,14 +93,24 @@ def _each(rows: Rows, indices: range, read: Any, task: Task) -> list[Any]:
     return found
 
 
-def _open(names: str | list[str], split: str) -> Rows:
-    """Rows of files and hub names; BIG-Bench Hard's own files, one JSON object with `examples`, and directories of them too."""
+def _open(names: str | list[str], split: str, setting: str, split_setting: str) -> Rows:
+    """Rows of files and hub names; BIG-Bench Hard's own files, one JSON object with `examples`, and directories of them too.
+
+    Args:
+        setting, split_setting: where they and their split are named, for messages.
+    """
     parts: list[Part] = []
+    problems: list[str] = []
     for name in [names] if isinstance(names, str) else names:
         path = Path(name).expanduser()
         files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.suffix == ".json" and path.is_file() else []
         examples = [part for file in files if (part := _examples(file)) is not None]
-        parts += examples or load_rows(name, split, any_columns=True).parts
+        try:
+            parts += examples or load_rows(name, split, setting=setting, any_columns=True, split_setting=split_setting).parts
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
     return Rows(parts)
 
 
@@ -95,16 +128,21 @@ def _examples(file: Path) -> JsonArray | None:
 
 
 def _cot_prompts(directory: Path) -> list[Shot]:
-    """Worked examples of BIG-Bench Hard's public ``cot-prompts/TASK.txt``: after a line of dashes, ``Q:`` and ``A:`` in turn."""
+    """Worked examples of BIG-Bench Hard's public ``cot-prompts/TASK.txt``.
+
+    After a line of dashes stand what the task is, then ``Q:`` and ``A:`` in turn. The first example opens with the former.
+    """
     found = []
     for file in sorted(directory.glob("*.txt")):
         text = file.read_text(encoding="utf-8").replace("\r\n", "\n").partition("\n-----\n")[2]
-        for block in ("\n" + text).split("\nQ:")[1:]:
+        task, *blocks = ("\n" + text).split("\nQ:")
+        opening = f"{task.strip()}\n\n" if task.strip() else ""
+        for block in blocks:
             question, answer, worked = block.partition("\nA:")
             if not answer:
                 raise UserError(f"{file}: a 'Q:' without an 'A:' behind it; expected the format of BIG-Bench Hard's cot-prompts")
             start, step, rest = worked.strip().partition("Let's think step by step.")
-            asked = f"Q: {question.strip()}\nA: Let's think step by step."
+            asked, opening = f"{opening}Q: {question.strip()}\nA: Let's think step by step.", ""
             found.append(Shot(asked, (rest if step and not start else worked).strip(), file.stem))
     if not found:
         raise UserError(f"{directory}: no 'Q:' and 'A:' in its *.txt; expected the format of BIG-Bench Hard's cot-prompts")

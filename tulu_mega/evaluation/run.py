@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tulu_mega import __version__
 from tulu_mega.data.chat import prompt_ids, template_of
+from tulu_mega.data.stops import answer_text, stop_ids
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
 from tulu_mega.evaluation import rows
@@ -26,6 +27,7 @@ from tulu_mega.evaluation.statistics import Estimate, estimate, pass_at_k
 from tulu_mega.evaluation.task import Messages, Problem, Shot, Task
 from tulu_mega.evaluation.tasks import TASKS
 from tulu_mega.inference import offline as vllm
+from tulu_mega.inference.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,23 +77,10 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
             without vLLM is found before it starts, all tasks together.
     """
     began = time.monotonic()
-    model = vllm.model_source(settings.model.path)
-    config = vllm.model_config(model, settings.model.trust_remote_code)
-    longest = vllm.longest_sequence(settings.model.path, config, settings.max_model_len)
-    tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code, setting=None)
-    settings = settings.model_copy(update={"template": template_of(tokenizer, settings.template)})
-    asked, problems = [], []
-    for name, task_settings in settings.tasks.items():
-        try:
-            asked.append(_prepare(TASKS[name], task_settings, settings, tokenizer, model, longest, config.vocab_size))
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
+    settings, tokenizer, asked = prepared(settings)
     if any(task.open for task in asked):
-        vllm.check_vllm()
         server = vllm.Generator(
-            model,
+            vllm.model_source(settings.model.path),
             vllm.DTYPES[settings.model.dtype],
             tensor=settings.tensor,
             max_model_len=settings.max_model_len,
@@ -109,19 +98,50 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         "tasks": {task.task.name: _judged(task, settings) for task in asked},
         "seconds": round(time.monotonic() - began, 1),
     }
+    Path(settings.output).mkdir(parents=True, exist_ok=True)
     temporary = Path(settings.output) / f".{RESULTS}"
     temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(Path(settings.output) / RESULTS)
     return results
 
 
+def prepared(settings: EvalSettings) -> tuple[EvalSettings, PreTrainedTokenizerFast, list[Asked]]:
+    """Everything that can be done without vLLM; nothing is written.
+
+    Returns:
+        the settings with the template that is taken, the tokenizer, and the tasks ready to be asked.
+
+    Raises:
+        UserError: as :func:`evaluate`.
+    """
+    model = vllm.model_source(settings.model.path)
+    config = vllm.model_config(model, settings.model.trust_remote_code)
+    longest = vllm.longest_sequence(settings.model.path, config, settings.max_model_len)
+    tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code, setting=None)
+    settings = settings.model_copy(update={"template": template_of(tokenizer, settings.template)})
+    asked, problems = [], []
+    for name, task_settings in settings.tasks.items():
+        try:
+            asked.append(_prepare(TASKS[name], task_settings, settings, tokenizer, model, longest, config.vocab_size))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    if any(task.open for task in asked):
+        vllm.check_vllm()
+    return settings, tokenizer, asked
+
+
 def show(results: dict[str, Any]) -> None:
     """Prints the results as a table."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table("task", "metric", box=box.SIMPLE_HEAD, pad_edge=False)
+    from tulu_mega.data.tools.tables import print_table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # whole in 80 columns
+    for heading in ("task", "metric"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("score", "95% interval", "problems", "cut off"):
         table.add_column(heading, justify="right", no_wrap=True)
     for task in results["tasks"].values():
@@ -129,7 +149,7 @@ def show(results: dict[str, Any]) -> None:
             interval = f"{metric['low']:.1%} to {metric['high']:.1%}"
             title, *counts = (task["title"], str(task["problems"]), str(task["cut_off"])) if number == 0 else ("", "", "")
             table.add_row(title, name, f"{metric['value']:.1%}", interval, *counts)
-    Console().print(table)
+    print_table(table)
     output = results["settings"]["output"]
     print(f"{output}/{RESULTS}: all of it; {output}/{SAMPLES}/: every response", file=sys.stderr)
     lost = sum(task["not_judged"] for task in results["tasks"].values())
@@ -146,35 +166,34 @@ def _prepare(
     longest: int | None,
     vocabulary: int,
 ) -> Asked:
-    problems = rows.problems(task, own)
-    check(task, problems, settings.verifiers)
     count = task.shots if own.shots is None else own.shots
     if count and task.shot is None:
         raise UserError(f"tasks.{task.name}.shots = {count}, but {task.title} takes no worked examples")
-    available = rows.shots(task, own) if count or own.shots_from else []
+    problems, available = rows.problems_and_shots(task, own, bool(count or own.shots_from))
+    check(task, problems, settings.verifiers)
     sampling = vllm.Sampling(
         max_tokens=own.max_tokens or task.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         samples=settings.samples,
         seed=settings.seed,
-        stop_ids=(tokenizer.eos_token_id,),
+        stop_ids=stop_ids(tokenizer, settings.template, model),
         allowed_ids=_choices(task, tokenizer),
     )
     decisive = [model_identity(model), settings.model.dtype, asdict(sampling)]
     greedy = settings.temperature == 0
     messages, prompts, keys = [], [], []
-    for number, problem in enumerate(problems):
+    for problem in problems:
         try:
             conversation = _conversation(problem, rows.chosen(available, count, problem.group), settings.system)
             ids = prompt_ids(conversation, tokenizer, settings.template)
             vllm.check_ids(ids, longest, vocabulary)
         except ValueError as error:
             hint = f" (tasks.{task.name}.shots = {count}: fewer make it shorter)" if count else ""
-            raise UserError(f"{task.title}, problem {number + 1}: {error}{hint}") from None
+            raise UserError(f"{task.title}, problem {problem.row + 1}: {error}{hint}") from None
         messages.append(conversation)
         prompts.append(ids)
-        keys.append(key(*decisive, ids, None if greedy else number))  # a random stream goes with the problem's number
+        keys.append(key(*decisive, ids, None if greedy else problem.row))  # a random stream goes with the problem's row
     file = SampleFile(Path(settings.output) / SAMPLES / f"{task.name}.jsonl")
     return Asked(task, problems, messages, prompts, keys, sampling, file, count, own.shots_from or "built-in")
 
@@ -199,24 +218,25 @@ def _conversation(problem: Problem, shots: Sequence[Shot], system: str | None) -
 
 
 def _ask(asked: Asked, generator: vllm.Generator, tokenizer: PreTrainedTokenizerFast, save_every: int) -> None:
-    """Asks what is open, some problems at a time, and keeps every answer at once."""
+    """Asks what is open, some problems at a time, and keeps every answer as it comes."""
     left = asked.open
     done = len(asked.problems) - len(left)
     if done:
         print(f"{asked.task.title}: {done} of {len(asked.problems)} problems were answered before", file=sys.stderr, flush=True)
-    for start in range(0, len(left), save_every):
-        chunk = left[start : start + save_every]
-        answers = generator([asked.prompts[index] for index in chunk], asked.sampling, numbers=chunk)
-        asked.file.append(
-            {"key": asked.keys[index], "responses": [_response(completion, tokenizer) for completion in completions]}
-            for index, completions in zip(chunk, answers, strict=True)
-        )
-        done += len(chunk)
-        print(f"{asked.task.title}: {done} of {len(asked.problems)} problems answered", file=sys.stderr, flush=True)
+    with progress(asked.task.title, len(asked.problems), done) as bar:
+        for start in range(0, len(left), save_every):
+            chunk = left[start : start + save_every]
+            numbers = [asked.problems[index].row for index in chunk]
+            for place, completions in generator.each([asked.prompts[index] for index in chunk], asked.sampling, numbers):
+                responses = [_response(completion, tokenizer) for completion in completions]
+                asked.file.append([{"key": asked.keys[chunk[place]], "responses": responses}])
+                bar.update()
+    if left:
+        print(f"{asked.task.title}: all {len(asked.problems)} problems are answered", file=sys.stderr, flush=True)
 
 
 def _response(completion: vllm.Completion, tokenizer: PreTrainedTokenizerFast) -> Record:
-    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    text = answer_text(completion.token_ids, completion.finish_reason, tokenizer)
     return {"response": text, "tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
 
 
@@ -225,13 +245,15 @@ def _judged(asked: Asked, settings: EvalSettings) -> dict[str, Any]:
     responses = [asked.file[name]["responses"] for name in asked.keys]
     judgements = judge(asked.task, asked.problems, [[one["response"] for one in many] for many in responses], settings.verifiers)
     records = []
-    for index, (problem, given, judged) in enumerate(zip(asked.problems, responses, judgements, strict=True)):
+    for name, messages, problem, given, judged in zip(
+        asked.keys, asked.messages, asked.problems, responses, judgements, strict=True
+    ):
         several = [
-            {**{name: one[name] for name in ("response", "tokens", "finish_reason")}, **judgement.as_dict()}
+            {**{field: one[field] for field in ("response", "tokens", "finish_reason")}, **judgement.as_dict()}
             for one, judgement in zip(given, judged, strict=True)
         ]
         group = {"group": problem.group} if problem.group else {}
-        known = {"key": asked.keys[index], "problem": index, **group, "messages": asked.messages[index]}
+        known = {"key": name, "problem": problem.row, **group, "messages": messages}
         records.append({**known, "answer": problem.answer, "responses": several})
     asked.file.replace(records)
     return {

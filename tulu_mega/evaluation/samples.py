@@ -5,13 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from tulu_mega.data.json_text import json_line
+from tulu_mega.data.places import check_writable
 from tulu_mega.errors import UserError
 
 Record = dict[str, Any]
+_SYNC_SECONDS = 1.0
+"""An answer is the system's as soon as it is appended, and outlives this process; so long at most until it is on the disk."""
 _WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
@@ -31,7 +38,7 @@ def key(*parts: Any) -> str:
 
 
 class SampleFile:
-    """``samples/TASK.jsonl``: objects with ``key``, the problem and its ``responses``.
+    """``samples/TASK.jsonl``: objects with ``key``, the problem and its ``responses``; nothing is written until there are some.
 
     Raises:
         UserError: the directory cannot be written to.
@@ -39,11 +46,10 @@ class SampleFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        self._synced = 0.0
+        with self._writing():
+            check_writable(path.parent)
             self._answered = {record["key"]: record for record in self._read()}
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output") from None
 
     def __getitem__(self, name: str) -> Record:
         return self._answered[name]
@@ -52,23 +58,44 @@ class SampleFile:
         return name in self._answered
 
     def append(self, records: Iterable[Record]) -> None:
-        """Adds answered problems; they are on disk when this returns."""
-        self._trim()
-        with self.path.open("a", encoding="utf-8") as file:
+        """Adds answered problems, which are kept from then on whatever becomes of this process.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        with self._writing():
             for record in records:
                 self._answered[record["key"]] = record
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+                self._file.write(json_line(record) + b"\n")
+            self._file.flush()
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
 
     def replace(self, records: Iterable[Record]) -> None:
         """Writes the file anew: the given records and nothing else, whole or not at all."""
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(b"".join(json_line(record) + b"\n" for record in records))
+                temporary.replace(self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            yield
+        except OSError as error:
+            told = f"{self.path}: cannot be written ({error.strerror}); choose another output, or make room there"
+            raise UserError(told) from None
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._trim()
+        return self.path.open("ab")
 
     def _read(self) -> list[Record]:
         """The whole lines; what an interruption tore, or is no record, is asked again."""

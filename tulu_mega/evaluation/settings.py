@@ -28,7 +28,8 @@ class TaskSettings(Section):
     max_tokens: PositiveInt | None = None
     """Longest response."""
     limit: PositiveInt | None = None
-    """Ask only the first so many problems."""
+    """Ask so many problems at most: as many of each subject, sub-task or other group as of the others, drawn by a fixed seed, so
+    that every model is asked the same ones."""
 
 
 class EvalSettings(Section):
@@ -58,7 +59,7 @@ class EvalSettings(Section):
     verifiers: dict[str, str] = {}
     """Verifiers of your own for rlvr rows: name in their `dataset` column = `module:function`."""
     save_every: PositiveInt = 512
-    """Problems asked together; an interrupted evaluation loses at most so many."""
+    """Problems given to vLLM together. Each answer is kept as it comes, whatever this is."""
 
     @field_validator("tasks")
     @classmethod

@@ -23,6 +23,8 @@ class Problem:
     """subject or sub-task, for averages by group and for demonstrations of the same kind"""
     verifier: str | list[str] | None = None
     """names the verifier that judges the response, where the task's own judge does not"""
+    row: int | None = None
+    """its place among the rows of the data, counted from 0, whichever of them are asked; None where it is of no data"""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def write_record(folder: Path, number: int, record: ServerRecord) -> None:
     """Puts a record where ranks read it, whole or not at all."""
     file = folder / f"server_{number}.json"
     part = file.with_suffix(".part")
+    folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it meanwhile
     part.write_text(json.dumps(asdict(record)), encoding="utf-8")
     part.replace(file)
 

@@ -107,8 +107,9 @@ def command(options: ServerOptions, port: int, on_cpu: bool) -> list[str]:
         words += ["--load-format", "dummy"]
     # The last middleware is the outermost: the key is asked for before anything else looks at a request.
     batches = ("--middleware", "tulu_mega.vllm_plugin.batch_route.Batches")
+    bounds = ("--middleware", "tulu_mega.vllm_plugin.bounds.Bounds")
     door = ("--middleware", "tulu_mega.vllm_plugin.auth.Door")
-    return [*words, *batches, *options.extra, *door]
+    return [*words, *batches, *options.extra, *bounds, *door]
 
 
 def environment(

@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from tulu_mega.config import GenerateSettings
-from tulu_mega.data.chat import check_messages, prompt_ids, template_of
+from tulu_mega.data.chat import prompt_ids, template_of
+from tulu_mega.data.json_text import json_line
+from tulu_mega.data.messages import Messages, conversation_of
+from tulu_mega.data.places import check_writable
 from tulu_mega.data.sources import JsonLines
+from tulu_mega.data.stops import answer_text, stop_ids
 from tulu_mega.errors import UserError
 from tulu_mega.inference import offline as vllm
+from tulu_mega.inference.converse import converse
+from tulu_mega.inference.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -23,12 +32,76 @@ MAX_PROBLEMS = 10
 """Bad rows that are told at once."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What is to be asked."""
+
+    model: str
+    tokenizer: PreTrainedTokenizerFast
+    settings: GenerateSettings
+    """with the template that is taken"""
+    longest: int | None
+    vocabulary: int
+    rows: list[dict[str, Any]]
+    """none where a conversation is held"""
+    prompts: list[list[int]]
+    """the rows', as token ids"""
+
+
 def generate(settings: GenerateSettings) -> None:
     """Answers every row of `settings.input`, or converses on the terminal when there is none.
 
     Raises:
         UserError: bad rows (several at once, with file and line), no model there, vLLM missing or failing. All that can be
             found without vLLM is found before it starts.
+    """
+    ready = prepared(settings)
+    settings, tokenizer, rows = ready.settings, ready.tokenizer, ready.rows
+    if rows:
+        print(f"{settings.input}: {how_taken(rows, settings)}", file=sys.stderr)
+    sampling = vllm.Sampling(
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        samples=settings.samples,
+        seed=settings.seed,
+        stop_ids=stop_ids(tokenizer, settings.template, ready.model),
+    )
+    server = vllm.Generator(
+        ready.model,
+        dtype=vllm.DTYPES[settings.model.dtype],
+        tensor=settings.tensor,
+        max_model_len=settings.max_model_len,
+        seed=settings.seed,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    print(f"Starting vLLM on {settings.model.path} ...", file=sys.stderr, flush=True)
+    with server as generator:
+        if settings.input is None:
+            converse(generator, tokenizer, sampling, settings.system, partial(_conversation_ids, ready))
+            return
+        answers: dict[int, list[vllm.Completion]] = {}
+        with progress(settings.input, len(rows), unit="row") as bar:
+            for place, completions in generator.each(ready.prompts, sampling):
+                answers[place] = completions
+                bar.update()
+    every = [answers[place] for place in range(len(rows))]
+    if settings.output is None:
+        _write(sys.stdout.buffer, rows, every, tokenizer)
+        return
+    try:
+        with _appearing_when_complete(Path(settings.output)) as file:
+            _write(file, rows, every, tokenizer)
+    except OSError as error:
+        raise UserError(f"output = {settings.output!r}: cannot be written: {error.strerror or error}") from None
+    print(f"{sum(map(len, every))} responses to {len(rows)} prompts: {settings.output}", file=sys.stderr)
+
+
+def prepared(settings: GenerateSettings) -> Prepared:
+    """Everything that can be done without vLLM; nothing is written.
+
+    Raises:
+        UserError: as :func:`generate`.
     """
     from tulu_mega.data.tokenizer import load_tokenizer
 
@@ -41,49 +114,38 @@ def generate(settings: GenerateSettings) -> None:
     settings = settings.model_copy(update={"template": template_of(tokenizer, settings.template)})
     longest = vllm.longest_sequence(settings.model.path, config, settings.max_model_len)
     rows, prompts = _read(settings, tokenizer, longest, config.vocab_size) if settings.input is not None else ([], [])
-    output = _check_output(settings.output) if settings.output is not None else None
-    sampling = vllm.Sampling(
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        samples=settings.samples,
-        seed=settings.seed,
-        stop_ids=(tokenizer.eos_token_id,),
-    )
-    server = vllm.Generator(
-        model,
-        dtype=vllm.DTYPES[settings.model.dtype],
-        tensor=settings.tensor,
-        max_model_len=settings.max_model_len,
-        seed=settings.seed,
-        trust_remote_code=settings.model.trust_remote_code,
-        progress=settings.input is not None,
-    )
-    print(f"Starting vLLM on {settings.model.path} ...", file=sys.stderr, flush=True)
-    with server as generator:
-        if settings.input is None:
-            _converse(generator, tokenizer, settings, sampling, longest)
-            return
-        answers = generator(prompts, sampling)
-    if output is None:
-        _write(sys.stdout, rows, answers, tokenizer)
-    else:
-        with _appearing_when_complete(output) as file:
-            _write(file, rows, answers, tokenizer)
-        print(f"{sum(map(len, answers))} responses to {len(rows)} prompts: {output}", file=sys.stderr)
+    if settings.output is not None:
+        _check_output(settings.output)
+    return Prepared(model, tokenizer, settings, longest, config.vocab_size, rows, prompts)
 
 
-def _check_output(output: str) -> Path:
+def how_taken(rows: Sequence[dict[str, Any]], settings: GenerateSettings) -> str:
+    """In words, how many rows are asked as what."""
+    counts = Counter(_kind(row, settings) for row in rows)
+    template = {"tulu": "Tulu's template", "tokenizer": "the model's own template"}[settings.template]
+    unused = ", and without the system message" if settings.system is not None else ""
+    said = {
+        "conversation": f"as conversations under {template}",
+        "text": f"of prompt as they are, without a template{unused} (--prompts chat asks them as conversations)",
+        "tokens": "of input_ids as they are",
+    }
+    return "; ".join(f"{counts[kind]:,} rows {how}" for kind, how in said.items() if counts[kind])
+
+
+def _conversation_ids(ready: Prepared, messages: Messages) -> list[int]:
+    ids = prompt_ids(messages, ready.tokenizer, ready.settings.template)
+    vllm.check_ids(ids, ready.longest, ready.vocabulary)
+    return ids
+
+
+def _check_output(output: str) -> None:
     path = Path(output)
     if path.is_dir():
         raise UserError(f"output = {output!r} is a directory; give the path of a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path.parent)
     except OSError as error:
-        raise UserError(f"output = {output!r}: its directory cannot be made: {error.strerror}") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"output = {output!r}: its directory cannot be written to; choose another")
-    return path
+        raise UserError(f"output = {output!r}: its directory cannot be written to: {error.strerror}; choose another") from None
 
 
 def _read(
@@ -121,20 +183,36 @@ def _lines(file: str) -> JsonLines:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
-def _prompt(row: dict[str, Any], settings: GenerateSettings, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """A row's prompt as token ids: a conversation under the template, a raw text or the ids themselves."""
+def _kind(row: dict[str, Any], settings: GenerateSettings) -> Literal["conversation", "text", "tokens"]:
+    """What a row is asked as.
+
+    Raises:
+        ValueError: it has not exactly one of the fields.
+    """
     given = [name for name in ("messages", "prompt", "input_ids") if row.get(name) is not None]
     if len(given) != 1:
         raise ValueError(f"has {' and '.join(given) or 'no messages, prompt or input_ids'}; expected exactly one of the three")
     match given[0]:
-        case "messages":
-            messages = _with_system(check_messages(row["messages"], training=False), settings.system)
+        case "prompt" if isinstance(row["prompt"], list) or settings.prompts == "chat":
+            return "conversation"
+        case name:
+            return {"messages": "conversation", "prompt": "text", "input_ids": "tokens"}[name]
+
+
+def _prompt(row: dict[str, Any], settings: GenerateSettings, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """A row's prompt as token ids: a conversation under the template, a raw text or the ids themselves."""
+    match _kind(row, settings):
+        case "conversation":
+            given = row.get("messages") if row.get("messages") is not None else row["prompt"]
+            asked = [{"role": "user", "content": given}] if isinstance(given, str) else given
+            messages, beside = conversation_of(row, asked, training=False)
+            messages = _with_system(messages, settings.system)
             if messages[-1]["role"] == "assistant":
                 raise ValueError("its last message is the assistant's, so there is nothing to answer; leave that message out")
-            return prompt_ids(messages, tokenizer, settings.template)
-        case "prompt":
+            return prompt_ids(messages, tokenizer, settings.template, beside)
+        case "text":
             if not isinstance(row["prompt"], str):
-                raise ValueError(f"prompt is {type(row['prompt']).__name__}; expected text (a conversation goes into messages)")
+                raise ValueError(f"prompt is {type(row['prompt']).__name__}; expected text, or a list of messages")
             return tokenizer(row["prompt"], add_special_tokens=False, verbose=False)["input_ids"]
         case _:
             ids = row["input_ids"]
@@ -157,65 +235,30 @@ def _with_system(messages: list[dict[str, str]], system: str | None) -> list[dic
 
 
 def _write(
-    file: TextIO, rows: list[dict[str, Any]], answers: list[list[vllm.Completion]], tokenizer: PreTrainedTokenizerFast
+    file: BinaryIO, rows: list[dict[str, Any]], answers: list[list[vllm.Completion]], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """One line a response: the row, `response`, `output_ids`, `finish_reason`, and `sample` where there are several."""
     for row, completions in zip(rows, answers, strict=True):
         for sample, completion in enumerate(completions):
             answer = {
-                "response": tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                "response": answer_text(completion.token_ids, completion.finish_reason, tokenizer),
                 "output_ids": completion.token_ids,
                 "finish_reason": completion.finish_reason,
             }
             number = {"sample": sample} if len(completions) > 1 else {}
-            file.write(json.dumps({**row, **number, **answer}, ensure_ascii=False) + "\n")
+            file.write(json_line({**row, **number, **answer}) + b"\n")
     file.flush()
 
 
 @contextmanager
-def _appearing_when_complete(path: Path) -> Iterator[TextIO]:
+def _appearing_when_complete(path: Path) -> Iterator[BinaryIO]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("wb") as file:
             yield file
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _converse(
-    generator: vllm.Generator,
-    tokenizer: PreTrainedTokenizerFast,
-    settings: GenerateSettings,
-    sampling: vllm.Sampling,
-    longest: int | None,
-) -> None:
-    """A conversation on the terminal, kept from turn to turn."""
-    print("Type a message. /reset begins anew, /quit or Ctrl-D ends.", file=sys.stderr)
-    start = [{"role": "system", "content": settings.system}] if settings.system is not None else []
-    messages = list(start)
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        if text == "/quit":
-            return
-        if text == "/reset":
-            messages = list(start)
-            continue
-        if not text:
-            continue
-        asked = [*messages, {"role": "user", "content": text}]
-        try:
-            ids = prompt_ids(asked, tokenizer, settings.template)
-            vllm.check_ids(ids, longest, len(tokenizer))
-        except ValueError as problem:
-            print(f"{problem} (/reset begins anew)", file=sys.stderr)
-            continue
-        for completion in generator([ids], sampling)[0]:
-            response = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            print(response + (" [cut off]" if completion.finish_reason == "length" else ""), flush=True)
-        messages = [*asked, {"role": "assistant", "content": response}]

@@ -11,11 +11,11 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.errors import UserError
@@ -36,7 +36,8 @@ class Completion:
     """One response: its tokens, the one that ended it included, and whether one did (``stop``) or room ran out (``length``)."""
 
     token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length"] | None
+    """None: there is more to come"""
 
 
 class Generator:
@@ -54,7 +55,6 @@ class Generator:
         seed: of the engine.
         trust_remote_code: let vLLM run Python code that comes with the model.
         log: file for vLLM's log lines; a temporary one, kept only when vLLM fails, when None.
-        progress: show vLLM's progress bar on standard error.
 
     Raises:
         UserError: vLLM is not installed, does not start, or fails while it generates; names the log file.
@@ -70,7 +70,6 @@ class Generator:
         seed: int = 0,
         trust_remote_code: bool = False,
         log: Path | None = None,
-        progress: bool = False,
     ):
         self._model = model
         self._arguments = {
@@ -84,7 +83,6 @@ class Generator:
         }
         self._temporary = log is None
         self._log = log
-        self._progress = progress
 
     def __enter__(self) -> Generator:
         check_vllm()
@@ -95,7 +93,7 @@ class Generator:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, str(self._log), self._arguments, self._progress)
+        arguments = (theirs, str(self._log), self._arguments)
         self._process = context.Process(target=_serve, args=arguments, name="vllm")
         self._process.start()
         theirs.close()  # so that the child's end is the only one, and its death is seen here
@@ -109,19 +107,42 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers: Sequence[int] | None = None
     ) -> list[list[Completion]]:
-        """
+        """For each prompt, in order, ``sampling.samples`` completions; see :meth:`each`."""
+        answers = dict(self.each(prompts, sampling, numbers))
+        return [answers[place] for place in range(len(prompts))]
+
+    def each(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """A prompt's place and its ``sampling.samples`` completions, as soon as all of them are there.
+
         Args:
             prompts: token ids of each prompt.
             sampling: the same for all of them.
             numbers: each prompt's number, which with the seed gives it its random stream, so that a part of the prompts is
                 answered as in the whole; their places when None.
-
-        Returns:
-            For each prompt, in order, ``sampling.samples`` completions.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
-        self._connection.send(([list(prompt) for prompt in prompts], sampling, list(numbers)))
-        return self._receive("generate")
+        self._connection.send(([list(prompt) for prompt in prompts], sampling, list(numbers), False))
+        while (answer := self._receive("generate")) is not None:
+            yield answer
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Completion]:
+        """One response as it comes: its next tokens each time, ``finish_reason`` None but for the last of them.
+
+        :meth:`stop` ends it early; it is to be read to its end all the same.
+
+        Args:
+            prompt: token ids.
+            sampling: of one sample.
+        """
+        self._connection.send(([list(prompt)], sampling, [0], True))
+        while (piece := self._receive("generate")) is not None:
+            yield piece
+
+    def stop(self) -> None:
+        """Ends the response that :meth:`stream` is giving."""
+        self._connection.send(None)
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         self._stop(at_once=kind is not None)
@@ -222,10 +243,9 @@ def check_ids(ids: list[int], longest: int | None, vocabulary: int) -> None:
         raise ValueError(f"the prompt has {len(ids)} tokens, and prompt and response together may have {longest}; shorten it")
 
 
-def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress: bool) -> NoReturn:
-    """The child: vLLM, answering until the other end is closed. Sends ``(problem or None, result)``."""
+def _serve(connection: Connection, log: str, arguments: dict[str, Any]) -> NoReturn:
+    """The child: vLLM, answering until the other end is closed. Sends ``(problem or None, result)``, None behind the last one."""
     os.setsid()  # Ctrl-C on the terminal is for the parent, which then closes the connection
-    terminal = os.fdopen(os.dup(2), "w")
     with open(log, "ab", buffering=0) as file:  # vLLM, its own children and native libraries write to the descriptors
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -248,8 +268,11 @@ def _serve(connection: Connection, log: str, arguments: dict[str, Any], progress
         llm = LLM(**arguments, disable_log_stats=True)
         connection.send((None, None))
         while True:
-            prompts, sampling, numbers = connection.recv()
-            connection.send((None, _complete(llm, prompts, sampling, numbers, terminal if progress else None)))
+            if (asked := connection.recv()) is None:  # a response was to be stopped that had ended by then
+                continue
+            for answer in _answers(llm, connection, *asked):
+                connection.send((None, answer))
+            connection.send((None, None))
     except EOFError:  # the parent is done, or dead
         llm.llm_engine.engine_core.shutdown()  # or else tensor parallel workers are waited for in vain
     except BaseException as error:
@@ -269,19 +292,28 @@ def _one_share_of_the_cores_each(tensor: int) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares))
 
 
-def _complete(
-    llm: Any, prompts: list[list[int]], sampling: Sampling, numbers: list[int], terminal: TextIO | None
-) -> list[list[Completion]]:
-    from functools import partial
-
-    from tqdm import tqdm
+def _answers(
+    llm: Any, connection: Connection, prompts: list[list[int]], sampling: Sampling, numbers: list[int], stream: bool
+) -> Iterator[tuple[int, list[Completion]] | Completion]:
+    """What :meth:`Generator.each` or :meth:`Generator.stream` give."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
 
-    parameters = [SamplingParams(**sampling.parameters(number)) for number in numbers]
-    bar = partial(tqdm, file=terminal) if terminal is not None else False
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], parameters, use_tqdm=bar)
-    return [
-        [Completion(list(sample.token_ids), sample.finish_reason) for sample in sorted(output.outputs, key=lambda one: one.index)]
-        for output in outputs
-    ]
+    engine, kind = llm.llm_engine, RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
+    for place, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
+        parameters = SamplingParams(**sampling.parameters(number), output_kind=kind)
+        engine.add_request(str(place), TokensPrompt(prompt_token_ids=prompt), parameters)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            completions = [
+                Completion(list(sample.token_ids), sample.finish_reason)
+                for sample in sorted(output.outputs, key=lambda one: one.index)
+            ]
+            if stream:
+                yield completions[0]
+            elif output.finished:
+                yield int(output.request_id), completions
+        if stream and connection.poll():
+            connection.recv()
+            engine.abort_request(["0"])

@@ -20,6 +20,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.inference import keeper
 from tulu_mega.inference.addresses import FOLDER, ServerRecord, restart_asked, write_record
 from tulu_mega.inference.command_line import ServerOptions, command, environment
+from tulu_mega.launch.run_dir import make_private
 from tulu_mega.vllm_plugin.auth import ABOUT, ASKED, KEY
 from tulu_mega.weight_transfer.server import ServerAddress
 
@@ -28,6 +29,8 @@ PERIOD_SECONDS = 0.1
 HEALTH_PERIOD_SECONDS = 5.0
 HEALTH_SECONDS = 10.0
 """A server may take to say that it is well."""
+LOG_BYTES = 64 << 20
+"""Of a server's log; it and the part before it are kept."""
 SICK = 3
 """Times in a row that it may fail to before it counts as stuck."""
 TAIL_LINES = 20
@@ -96,7 +99,8 @@ class ServerPool:
     def __enter__(self) -> ServerPool:
         try:
             shutil.rmtree(self._folder, ignore_errors=True)  # of a run before
-            self._folder.mkdir(parents=True)
+            make_private(self._folder.parent)
+            self._folder.mkdir()
             self._logs.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"{self._folder} cannot be made: {error.strerror}; choose a directory you may write") from None
@@ -153,6 +157,10 @@ class ServerPool:
             while not self._done.wait(PERIOD_SECONDS):
                 for server in self._servers:
                     self._look_after(server)
+                    server.limit_log()
+        except OSError as error:  # nobody would look after the servers any more, and nobody would know
+            for server in self._servers:
+                server.state, server.why = "failed", f"vLLM servers in {self._folder.parent} cannot be looked after: {error}"
         finally:
             for server in self._servers:
                 server.end(at_once=False, wait=False)
@@ -233,6 +241,7 @@ class _Server:
         words = [sys.executable, "-I", "-S", keeper.__file__, str(scratch)]
         words += command(self._options, self._port, on_cpu=self._cores is not None)
         environ = environment(self._options, self._key, self.incarnation, scratch, self._cores, self._devices)
+        self.log.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it meanwhile
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 words, env=environ, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -287,6 +296,15 @@ class _Server:
             self._client.close()
         self.process = self._client = None
         self.url = ""
+
+    def limit_log(self) -> None:
+        """Keeps the latest part of a log that has become too long in a second file, and begins the first anew."""
+        try:
+            if self.log.stat().st_size > LOG_BYTES:
+                shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+                os.truncate(self.log, 0)  # whoever writes to it appends
+        except FileNotFoundError:
+            return
 
     def tail(self) -> list[str]:
         """The last lines of its log."""

@@ -19,6 +19,7 @@ from tulu_mega.config import ServeSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import key_from_environment
 from tulu_mega.inference.for_run import pool, server_options
+from tulu_mega.launch.run_dir import locked
 from tulu_mega.vllm_plugin.auth import KEY
 from tulu_mega.vllm_plugin.gate import server_arguments
 
@@ -82,7 +83,8 @@ def _asked_to_end() -> Iterator[_Asked]:
 @contextlib.contextmanager
 def _directory(given: str | None) -> Iterator[Path]:
     if given is not None:
-        yield Path(given)
+        with locked(Path(given)):  # two would write one key file and one folder of records
+            yield Path(given)
         return
     made = Path(tempfile.mkdtemp(prefix="tulu_mega_serve_"))
     yield made  # kept when a server fails: the logs are there

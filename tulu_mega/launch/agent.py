@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run.run(parsed)
     except SignalException as asked:
+        for number in _HANDLED.split(","):  # torchrun's handlers would raise again, out of here
+            signal.signal(signal.Signals[number], signal.SIG_IGN)
         if asked.sigval == FINAL:
             return _MENDABLE
         if asked.sigval not in ASKS:

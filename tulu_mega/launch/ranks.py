@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tulu_mega.errors import Stopped, UserError
 from tulu_mega.launch.reporting import ASKS, ERROR_FILE, KILLED, LAUNCHER_PID, read_record, report, tell_killed
+from tulu_mega.launch.run_dir import make_private
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import PContext
@@ -39,12 +41,13 @@ def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapp
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tulu_mega_")))
         logs = Path(run_dir, "logs") if run_dir else scratch
         try:
-            logs.mkdir(parents=True, exist_ok=True)
+            make_private(logs.parent)
+            logs.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir: {logs} cannot be made: {error.strerror}; choose a directory you may write") from None
         store = _loopback_store()
-        stack.enter_context(_signals_restored())
-        return _wait(_ranks(size, program, store.port, logs, scratch, environ), size, scratch, grace)
+        asked = stack.enter_context(_signals_noted())
+        return _wait(_ranks(size, program, store.port, logs, scratch, environ), size, scratch, grace, asked)
 
 
 def _loopback_store():
@@ -98,9 +101,21 @@ def _ranks(size: int, program: list[str], port: int, logs: Path, scratch: Path, 
         for rank in range(size)
     }
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say what failed
-    ranks = start_processes("tulu_mega", program[0], {rank: tuple(program[1:]) for rank in range(size)}, envs, RankLogs())
-    signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))  # elastic has taken that over
-    return ranks
+    with _elastic_takes_no_signals():
+        return start_processes("tulu_mega", program[0], {rank: tuple(program[1:]) for rank in range(size)}, envs, RankLogs())
+
+
+@contextlib.contextmanager
+def _elastic_takes_no_signals() -> Iterator[None]:
+    """Elastic's handlers raise wherever the launcher is, also while it ends the ranks that an earlier signal asked to end."""
+    name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        os.environ.update({} if before is None else {name: before})
 
 
 def _fresh(log: Path) -> Path:
@@ -115,24 +130,11 @@ def _error_file(scratch: Path, rank: int) -> Path:
     return scratch / f"rank_{rank}.error.json"
 
 
-def _wait(context: PContext, size: int, scratch: Path, grace: float) -> tuple[int, bool]:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    try:
-        result = context.wait(period=0.1)
-    except SignalException as asked:
-        if asked.sigval not in ASKS:
-            context.close(death_sig=signal.SIGKILL, timeout=5)
-            return 128 + asked.sigval, True
-        ends = time.monotonic() + grace
-        try:
-            context.close(death_sig=asked.sigval, timeout=grace)
-        except SignalException:  # asked again
-            context.close(death_sig=signal.SIGKILL, timeout=5)
-        if time.monotonic() > ends:
-            tell_killed(grace, "checkpoint.grace")
-            return KILLED, True
-        return Stopped.status, True
+def _wait(context: PContext, size: int, scratch: Path, grace: float, asked: list[signal.Signals]) -> tuple[int, bool]:
+    while not (result := context.wait(timeout=0)) and not asked:
+        time.sleep(0.1)
+    if asked and (result is None or result.is_failed()):
+        return _ended(context, asked, grace), True
     if not result.is_failed():
         return 0, True
     codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
@@ -149,6 +151,26 @@ def _wait(context: PContext, size: int, scratch: Path, grace: float) -> tuple[in
         flush=True,
     )
     return codes[rank] if codes[rank] > 0 else 128 - codes[rank], False
+
+
+def _ended(context: PContext, asked: list[signal.Signals], grace: float) -> int:
+    """Ends the ranks as the first signal asks, at once where another has come or comes; returns the exit status."""
+    first = asked[0]
+    if first not in ASKS:
+        context.close(death_sig=signal.SIGKILL, timeout=5)
+        return 128 + first
+    ends = time.monotonic() + grace
+    closing = threading.Thread(target=context.close, kwargs={"death_sig": first, "timeout": grace}, daemon=True)
+    closing.start()
+    while closing.is_alive() and len(asked) == 1:
+        closing.join(0.1)
+    if closing.is_alive():
+        context.close(death_sig=signal.SIGKILL, timeout=5)
+        closing.join(5)
+    if time.monotonic() > ends:
+        tell_killed(grace, "checkpoint.grace")
+        return KILLED
+    return Stopped.status
 
 
 def _first_failure(codes: Mapping[int, int], records: Mapping[int, dict[str, Any]]) -> int:
@@ -184,12 +206,16 @@ def _tail(file: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _signals_restored() -> Iterator[None]:
-    """Elastic takes these signals over when it starts processes; afterwards they do again what they did."""
+def _signals_noted() -> Iterator[list[signal.Signals]]:
+    """Gives a list that grows by the signals which ask the launcher to end, and interrupts nothing.
+
+    Afterwards they do again what they did; where one has come they stay noted, since the launcher ends, and tidies up before.
+    """
+    asked: list[signal.Signals] = []
     taken = (*ASKS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in taken}
+    before = {number: signal.signal(number, lambda number, _: asked.append(signal.Signals(number))) for number in taken}
     try:
-        yield
+        yield asked
     finally:
-        for number, handler in before.items():
+        for number, handler in before.items() if not asked else ():
             signal.signal(number, handler)

@@ -38,7 +38,7 @@ def report(problems: Sequence[str]) -> None:
     rank, agent = os.environ.get("RANK"), _agent()
     if rank is not None:
         _record(problems[0] if problems else "", {"problems": list(problems)})
-        if started_by_launcher() and ERROR_FILE in os.environ:
+        if started_by_launcher() and os.path.exists(os.environ.get(ERROR_FILE, "")):  # it is not where its disk is full
             return
         if agent:  # a problem that all have is told by the first, and the agent ends the others
             time.sleep(_TURN_SECONDS * int(os.environ["LOCAL_RANK"]))

@@ -13,11 +13,23 @@ from tulu_mega.errors import UserError
 
 CONFIG = "config.json"
 """The settings as resolved."""
+CHECKPOINTS = "checkpoints"
+"""What a run goes on from."""
 DATA = "data"
 """The tokenised training data."""
 HELDOUT = "heldout"
 """The tokenised rows that are evaluated on."""
 _LOCK = ".lock"
+
+
+def make_private(directory: Path) -> None:
+    """Makes a directory that only its owner may enter, since prompts, responses and logs of a run lie in it; one that is there
+    keeps its mode, so whoever wants others to read a run makes the directory first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # the mode is that of the last one
 
 
 @contextlib.contextmanager
@@ -28,7 +40,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         UserError: another process has it, or it cannot be written.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_private(run_dir)
         handle = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise UserError(f"run_dir = {run_dir}: cannot be written: {error.strerror}; choose a directory you may write") from None

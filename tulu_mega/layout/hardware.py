@@ -74,6 +74,11 @@ def gpu_named(name: str) -> Gpu:
     """
     if found := GPUS.get(name.lower()):
         return found
+    if name.lower().startswith("cpu"):
+        raise UserError(
+            f"gpu = {name!r}: what a run on CPUs takes is not predicted, plans are for GPUs ({', '.join(GPUS)}); of a run on "
+            "CPUs the first steps tell: memory_gib and the seconds in its metrics.jsonl"
+        )
     raise UserError(f"gpu = {name!r} is not known{nearest(name, list(GPUS))}; known: {', '.join(GPUS)}")
 
 

@@ -9,6 +9,11 @@ from typing import Protocol
 
 EPS = 1e-4
 """Added to a group's standard deviation, as in TRL: rewards that differ by less are noise. Tulu 3's GRPO has 1e-8."""
+SAME = 1e-6
+"""Rewards are equal that differ by no more than this part of the larger: some roundings of float32, in which TRL and
+open-instruct hold rewards (0.1 + 0.2 and 0.3 are one number there) and a reward model gives its scores."""
+NOTHING = 1e-12
+"""Rewards are equal that differ by no more than this: what is left of 0.1 + 0.2 - 0.3."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class GroupAdvantages:
 
     @property
     def informative(self) -> bool:
-        """Whether any trained response has an advantage. A group of equal rewards has none: nothing to learn from."""
+        """Whether any trained response has an advantage. A group of equal rewards has none: nothing to learn from. DAPO
+        (arXiv 2503.14476) and open-instruct leave such a group out by its standard deviation, too."""
         return any(self.advantages)
 
 
@@ -49,7 +55,8 @@ class AdvantageEstimator(Protocol):
 class GroupEstimator:
     """An advantage is ``factor * (reward - mean)``, the mean being that of the n responses of the group that have a reward.
 
-    Advantages do not depend on the responses' order, and are exactly 0 where all rewards are equal or there is one only.
+    Advantages do not depend on the responses' order, and are exactly 0 where all rewards are equal, but for rounding, or there is
+    one only.
     """
 
     factor: Callable[[Sequence[float]], float]
@@ -63,7 +70,7 @@ class GroupEstimator:
         """
         trained = tuple(reward is not None and not left_out for reward, left_out in zip(rewards, masked, strict=True))
         known = [reward for reward in rewards if reward is not None]
-        if len(set(known)) < 2:
+        if len(known) < 2 or math.isclose(min(known), max(known), rel_tol=SAME, abs_tol=NOTHING):
             return GroupAdvantages((0.0,) * len(rewards), trained, tuple(rewards))
         mean = math.fsum(known) / len(known)  # fsum rounds once, whatever the order
         factor = self.factor([reward - mean for reward in known])

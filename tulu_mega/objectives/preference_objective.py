@@ -22,15 +22,18 @@ class PreferenceObjective:
     loss: PreferenceLoss
     sft_weight: float = 0.0
     reads: ClassVar[Reads] = Reads.SEQUENCE_LOGP
-    reported: ClassVar[tuple[str, ...]] = (
-        "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "kl",
-    )  # fmt: skip
     largest: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def of(cls, settings: PreferenceSettings) -> PreferenceObjective:
         """What ``[preference]`` asks for."""
         return cls(settings.made_loss(), settings.sft_weight)
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Means over pairs, and ``kl``, over responses, of losses that read a reference."""
+        names = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
+        return (*names, "kl") if self.loss.reads_reference else names
 
     def __call__(self, logp_S: Tensor, batch: PackedBatch) -> LossOutput:
         """
@@ -48,8 +51,7 @@ class PreferenceObjective:
 
         pairs = len(loss_P)
         chosen_P, rejected_P = (self.loss.beta * gain.detach() for gain in gains)
-        kl = -sum(gain.detach().sum() for gain in gains) if self.loss.reads_reference else 0.0
-        metrics = {
+        sums_P = {
             "accuracy": (chosen_P > rejected_P).sum(),
             "margin": (chosen_P - rejected_P).sum(),
             "chosen_reward": chosen_P.sum(),
@@ -57,7 +59,8 @@ class PreferenceObjective:
             "chosen_logp": sums[0].detach().sum(),
             "rejected_logp": sums[1].detach().sum(),
         }
-        # log(reference / policy) of given responses, by response: KL(reference || policy) where they are the reference's own
-        return LossOutput(
-            loss_P.sum(), pairs, {name: (value, pairs) for name, value in metrics.items()} | {"kl": (kl, 2 * pairs)}
-        )
+        metrics = {name: (value, pairs) for name, value in sums_P.items()}
+        if self.loss.reads_reference:
+            # log(reference / policy) of given responses, by response: KL(reference || policy) where they are the reference's own
+            metrics["kl"] = (-sum(gain.detach().sum() for gain in gains), 2 * pairs)
+        return LossOutput(loss_P.sum(), pairs, metrics)

@@ -246,7 +246,7 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         sync=sync_seconds(job, servers, RATES) if servers else 0.0,
         servers=server_memory(question.config, servers) if servers else None,
         host=checkpoint_host_bytes(job, settings.checkpoint.format, settings.checkpoint.asynchronous),
-        resume=resume_host_bytes(job, settings.checkpoint.format),
+        resume=resume_host_bytes(job),
         once=forward * question.steps / settings.train.epochs if scores_once else 0.0,
         padding=1 - sum(step.tokens for step in made) / positions,
     )

@@ -62,5 +62,10 @@ def _print(settings: PlanSettings, results: list[Outlook]) -> None:
         return
     from rich.console import Console
 
+    from tulu_mega.data.tools.tables import print_table
+
     console = Console(soft_wrap=False)
-    console.print(as_ranking(results, settings.top) if settings.search else as_table(results[0]))
+    if settings.search:
+        print_table(as_ranking(results, settings.top), console)
+    else:
+        console.print(as_table(results[0]))

@@ -20,7 +20,7 @@ class PlanSettings(Section):
     gpus: PositiveInt | None = None
     """GPUs of the whole run, those that generate among them; what the layout takes when unset."""
     gpu: str = "h100"
-    """Kind of GPU: a100 (80 GB), h100, h200 or b200, eight to a node."""
+    """Kind of GPU: a100 (80 GB), h100, h200 or b200, eight to a node. Runs on CPUs are not planned."""
     rollout_gpu: str | None = None
     """Kind of GPU that generates, where it is another."""
     search: bool = False

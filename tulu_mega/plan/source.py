@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.bridge.files.hub import config_directory
 from tulu_mega.config import ModelSettings, RunSettings, load
 from tulu_mega.config.stages import DEFAULT, STAGES
+from tulu_mega.config.told import stages_told
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import resolve
 from tulu_mega.plan.settings import PlanSettings
@@ -62,25 +61,11 @@ def _told(file: str) -> str:
         content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = {}  # `load` says what is wrong with the file
-    stages = STAGES.values()
-    words = re.split(r"[^a-z]+", Path(file).stem.lower())
-    by_sections = [stage.name for stage in stages if any(_has(content, each) for each in stage.sections)]
-    by_marks = [stage.name for stage in stages if any(_has(content, each) for each in stage.marks)]
-    by_words = [word for word in words if word in STAGES]
-    by_hints = [stage.name for stage in stages if any(_has(content, each) for each in stage.hints)]
-    for told in (by_sections, by_marks, by_words, by_hints):
-        if len(told) == 1:
-            return told[0]
+    if told := stages_told(content, file):
+        return told[0]
     if not content:
         return DEFAULT
     raise UserError(f"{file}: it cannot be told which command this is for; add --stage {', --stage '.join(STAGES)}")
-
-
-def _has(content: Mapping[str, Any], name: str) -> bool:
-    """Whether a settings file has a section, or a dotted setting in one."""
-    section, _, setting = name.partition(".")
-    inside = content.get(section)
-    return section in content and (not setting or (isinstance(inside, dict) and setting in inside))
 
 
 def _flags(name: str, value: Any) -> list[str]:

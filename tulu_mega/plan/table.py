@@ -86,6 +86,25 @@ def as_json(result: Outlook) -> dict[str, Any]:
     )
 
 
+def _duration(hours: float, of: str = "") -> str:
+    """Two or three digits of a time, in the unit that has them.
+
+    Args:
+        of: stands before the unit.
+    """
+    for size, unit in ((1.0, "hours" if of else "h"), (1 / 60, "minutes" if of else "min")):
+        if hours >= size:
+            number = hours / size
+            return f"{number:,.0f} {of}{unit}" if number >= 100 else f"{number:.1f} {of}{unit}"
+    return f"{hours * 3600:.2g} {of}{'seconds' if of else 's'}"
+
+
+def _size(nbytes: float) -> str:
+    """Three digits of bytes, in GiB or MiB."""
+    number, unit = (nbytes / _GIB, "GiB") if nbytes >= _GIB else (nbytes / 2**20, "MiB")
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.1f} {unit}" if number >= 10 else f"{number:.2f} {unit}"
+
+
 def _finite(value: Any) -> Any:
     """The same with null for numbers that JSON has not."""
     if isinstance(value, dict):
@@ -109,8 +128,10 @@ def as_ranking(results: Sequence[Outlook], top: int) -> Table:
         f"the fastest {min(top, count)}, rates of a GPU",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=0,  # whole in 80 columns
+        pad_edge=False,
     )
-    for name in ("layout", "recompute", "packs", "GiB", "step s", "idle", "TFLOP/s", "tokens/s", "hours"):
+    for name in ("layout", "recompute", "packs", "GiB", "step s", "idle", "TFLOP/s", "tokens/s", "time"):
         table.add_column(name, justify="left" if name in ("layout", "recompute") else "right", no_wrap=name == "layout")
     for each in results[:top]:
         table.add_row(
@@ -122,7 +143,7 @@ def as_ranking(results: Sequence[Outlook], top: int) -> Table:
             f"{each.step.idle / each.step.seconds:.0%}",
             f"{each.step.flops_per_gpu / 1e12:.0f}",
             f"{each.step.tokens / each.seconds / each.gpus:,.0f}",
-            "–" if each.hours is None else f"{each.hours:,.1f}",
+            "–" if each.hours is None else _duration(each.hours),
         )
     return table
 
@@ -180,7 +201,7 @@ def _remarks(result: Outlook) -> list[Text]:
     lines = [
         f"{result.step.tokens / result.seconds / result.gpus:,.0f} tokens/s/GPU; while training "
         f"{result.step.flops_per_gpu / 1e12:.0f} TFLOP/s/GPU, {result.step.flops_per_gpu / peak:.0%} of the {kind} peak",
-        f"a save takes {result.host / gib:.0f} GiB of a node's main memory, going on from it {result.resume / gib:.0f} GiB",
+        f"a save takes {_size(result.host)} of a node's main memory, going on from it {_size(result.resume)}",
     ]
     if servers is not None:
         lines.append(
@@ -188,11 +209,9 @@ def _remarks(result: Outlook) -> list[Text]:
             f"values of {servers.tokens:,} tokens, {servers.sync / gib:.2f} GiB of buckets while weights arrive"
         )
     if result.hours is not None:
-        before = f" (the reference's scoring {result.once / 3600:.1f} h of it)" if result.once else ""
-        lines.append(
-            f"{result.question.steps:,} steps: {result.hours:,.1f} h, {result.hours * result.gpus:,.0f} GPU-hours{before}, "
-            "without start, saves and evaluations"
-        )
+        before = f" (the reference's scoring {_duration(result.once / 3600)} of it)" if result.once else ""
+        whole = f"{_duration(result.hours)}, {_duration(result.hours * result.gpus, 'GPU-')}{before}"
+        lines.append(f"{result.question.steps:,} steps: {whole}, without start, saves and evaluations")
     else:
         lines.append("how long the whole stage takes is not known: give --rows, the rows of its data")
     lines.append(

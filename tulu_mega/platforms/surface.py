@@ -58,6 +58,8 @@ _TORCH = (
          "NCCL's own flight recorder; builds without CUDA lack it, and it is asked for with a default"),
     Name("bridge/files/megatron_files.py", "torch.distributed.checkpoint.filesystem._StorageInfo", "read",
          "where in its file a chunk lies: the index of a checkpoint is made of these"),
+    Name("bridge/files/megatron_index.py", "torch.distributed.checkpoint.filesystem._StorageInfo", "read",
+         "the only class beside those of `metadata` that an index may be made of"),
     Name("bridge/files/megatron_files.py", "torch.distributed.checkpoint.utils._create_file_view", "read",
          "a chunk within its file, as torch's own reader sees it"),
     Name("bridge/files/megatron_files.py", "torch.UntypedStorage._checkpoint_offset", "read",
@@ -81,8 +83,12 @@ _TORCH = (
          "memory that other processes map must lie outside of expandable segments", "pytorch/pytorch#165685"),
     Name("weight_transfer/transports/ipc.py", "torch.UntypedStorage._share_cuda_", "read", "makes a CUDA IPC handle"),
     Name("weight_transfer/transports/ipc.py", "torch.UntypedStorage._new_shared_cuda", "read", "opens a CUDA IPC handle"),
+    Name("train/checkpoint_files.py", "torch.distributed.checkpoint.filesystem.FileSystem.create_stream", "overridden",
+         "takes the digest of a checkpoint's file from the bytes on their way to it"),
     Name("train/sharded_save.py", "torch.distributed.checkpoint.FileSystemWriter.write_data", "overridden",
          "tells the disk's error instead of the one that torch's serialiser stumbles over afterwards"),
+    Name("train/save_copies.py", "torch.distributed.checkpoint.DefaultSavePlanner.resolve_data", "overridden",
+         "weights that an asynchronous save has not copied are rounded from their main parameters when they are written"),
     Name("platforms/adam.py", "torch.optim.Optimizer.step", "overridden", "an optimizer, as torch wants one"),
 )  # fmt: skip
 

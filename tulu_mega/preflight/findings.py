@@ -11,6 +11,7 @@ from tulu_mega.errors import UserError
 
 if TYPE_CHECKING:
     from tulu_mega.config import DataSettings, ModelSettings
+    from tulu_mega.pins.compare import Pinning
 
 T = TypeVar("T")
 
@@ -36,6 +37,12 @@ class Findings:
     config: dict[str, Any] | None = None
     """the model's config.json, where it can be used"""
     rows: list[Rows] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """what is no problem, yet should be known, a line each: rows that are left out, fields that are not used"""
+    pins: Pinning | None = None
+    """what a run that trains depends on"""
+    verify: bool = False
+    """whether everything that is pinned is read, however it is stamped"""
 
     def collect(self, step: Callable[[], T]) -> T | None:
         """What a step returns; None where it raises UserError, whose problems are noted."""

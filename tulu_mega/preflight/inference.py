@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.bridge.files.hub import model_directory
@@ -14,17 +14,17 @@ from tulu_mega.config import GenerateSettings, ScoreSettings, ServeSettings
 from tulu_mega.data import score_input
 from tulu_mega.errors import UserError
 from tulu_mega.inference.for_run import device_obstacles, server_options
+from tulu_mega.inference.generate import how_taken, prepared
 from tulu_mega.launch.run_dir import CONFIG
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import any_model_problems
 
-if TYPE_CHECKING:
-    from tulu_mega.evaluation.settings import EvalSettings
 
-
-def problems(settings: GenerateSettings | EvalSettings, findings: Findings) -> None:
-    """Of a model that vLLM is to load."""
-    findings.collect(lambda: _generating(settings.model.path))
+def problems(settings: GenerateSettings, findings: Findings) -> None:
+    """Of a model that vLLM is to load, and of all rows that it is to answer."""
+    ready = findings.collect(lambda: prepared(settings))
+    if ready and ready.rows:
+        findings.notes.append(f"{settings.input}: {how_taken(ready.rows, ready.settings)}")
 
 
 def serve_problems(settings: ServeSettings, findings: Findings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from tulu_mega.bridge.families import family_for
@@ -12,7 +13,9 @@ from tulu_mega.inference.addresses import longest_wait
 from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
 from tulu_mega.inference.offline import check_vllm
 from tulu_mega.layout.fp8 import rollout_fp8_problems
-from tulu_mega.preflight import run
+from tulu_mega.pins import rows
+from tulu_mega.pins.directories import Directory
+from tulu_mega.preflight import pinned, run
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import model_config, within_vocabulary
 from tulu_mega.rl.prompts import Prompts, read
@@ -24,9 +27,16 @@ def problems(settings: GrpoSettings, findings: Findings) -> None:
     config = findings.config
     findings.collect(lambda: _servable(settings, config))
     prompts = findings.collect(lambda: read(settings))
+    if prompts:
+        findings.notes += [*left_out(prompts), *prompts.told]
     if prompts and config:
         findings.collect(lambda: answerable(prompts, config))
+    if prompts and findings.pins:
+        for setting, sources in prompts.sources.items():
+            findings.collect(partial(findings.pins.settle, setting, rows.pin(sources)))
+        findings.collect(lambda: pinned.verifiers(findings, settings.rewards.custom, prompts.verifiers))
     if settings.rewards.model:
+        run.pin(findings, "rewards.model", Directory(settings.rewards.model, code=settings.model.trust_remote_code))
         findings.collect(lambda: _scoring(settings, config))
 
 
@@ -62,9 +72,20 @@ def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
         raise UserError(problems)
 
 
+def left_out(prompts: Prompts) -> list[str]:
+    """In words, the rows that are not used, with the first of them; nothing where all are."""
+    said = []
+    for name, chosen in (("data.train", prompts.train), ("heldout.data", prompts.heldout)):
+        if chosen and chosen.rejects:
+            count, first = len(chosen.rejects), chosen.rejects[0]
+            of = f"{count:,} of {count + len(chosen):,} rows"
+            said.append(f"{name}: {of} are left out (the first: {first['where']}: {first['reason']})")
+    return said
+
+
 def answerable(prompts: Prompts, config: Mapping[str, Any]) -> None:
     """Prompts, and the token that ends a response, are of the model's vocabulary."""
-    largest = {"data.tokenizer, as the end of a response,": prompts.tokenizer.eos_token_id}
+    largest = {"data.tokenizer, as the end of a response,": max(prompts.ends)}
     for name, chosen in (("data.train", prompts.train), ("heldout.data", prompts.heldout)):
         largest[name] = max((max(one.ids) for one in chosen.prompts), default=0) if chosen else 0
     for name, token in largest.items():

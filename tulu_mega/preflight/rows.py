@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from tulu_mega.data.prepare import prepare
-from tulu_mega.data.store import TokenStore
+from tulu_mega.data.sources import Rows as Loaded
+from tulu_mega.data.store import Reject, TokenStore
 from tulu_mega.errors import UserError
+from tulu_mega.pins import rows as pinned_rows
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import within_vocabulary
 
@@ -31,13 +33,24 @@ def tokenise(findings: Findings, elsewhere: Path | None = None) -> list[str]:
             aside, quiet = Path(scratch) if findings.problems else elsewhere, bool(findings.problems)
             target = aside / rows.directory.name if aside else rows.directory
             made += [] if target.exists() else [target]
-            store = findings.collect(partial(prepare, rows.data, rows.model, target, progress=not quiet, setting=rows.setting))
+            seen = partial(_pin, findings, rows.setting)
+            how = partial(prepare, rows.data, rows.model, target, progress=not quiet, setting=rows.setting, seen=seen)
+            store = findings.collect(how)
+            if store:
+                findings.notes += left_out(rows.setting, store)
             if store and findings.config:
                 findings.collect(partial(fits_vocabulary, rows.setting, store, findings.config))
+            findings.notes += [f"{rows.setting}: {line}" for line in store.told] if store else []
         if findings.problems:
             for each in made:
                 _discard(each)
     return list(dict.fromkeys(findings.problems))
+
+
+def _pin(findings: Findings, setting: str, rows: Loaded) -> None:
+    """Holds rows against those that the run began with, before a store takes the place of theirs."""
+    if findings.pins:
+        findings.pins.settle(setting, pinned_rows.pin(rows.sources()))
 
 
 def fits_vocabulary(name: str, store: TokenStore, config: dict) -> None:
@@ -51,6 +64,32 @@ def fits_vocabulary(name: str, store: TokenStore, config: dict) -> None:
     except UserError:
         _discard(store.directory)
         raise
+
+
+def left_out(setting: str, store: TokenStore) -> list[str]:
+    """In words, the rows that are not used, with the first of each kind, and those that are cut off."""
+    unit, used = ("rows", "pairs")[store.width - 1], len(store) // store.width
+    said = []
+    if store.dropped:
+        first = {reject.kind: reject for reject in reversed(list(store.rejects()))}
+        kinds = [f"{count:,} {_KINDS[kind]} (the first: {_shown(first[kind])})" for kind, count in store.rejected.items()]
+        said.append(f"{setting}: {store.dropped:,} of {store.dropped + used:,} {unit} are left out: {'; '.join(kinds)}")
+    if cut := int((store.cuts > 0).sum()):
+        sequences = f"{cut:,} of {len(store):,} sequences"
+        said.append(f"{setting}: {sequences} are cut off at data.max_length, by {int(store.cuts.sum()):,} tokens together")
+    return said
+
+
+_KINDS = {
+    "malformed": "malformed",
+    "too_long": "too long",
+    "nothing_to_train": "with nothing to train",
+    "nothing_to_learn": "with nothing to learn",
+}
+
+
+def _shown(reject: Reject) -> str:
+    return f"{reject.source} {reject.line}: {reject.reason}"
 
 
 def _discard(directory: Path) -> None:

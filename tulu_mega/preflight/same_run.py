@@ -13,6 +13,10 @@ from tulu_mega.config.stages import STAGES
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import resolve
 from tulu_mega.launch.run_dir import CONFIG
+from tulu_mega.pins.record import Pins
+from tulu_mega.preflight.earlier_defaults import as_before
+
+_TRAIN, _SPLIT = "data.train", "data.split"
 
 
 def same_run(settings: RunSettings, short_batches: bool = False) -> None:
@@ -31,15 +35,22 @@ def same_run(settings: RunSettings, short_batches: bool = False) -> None:
         before = json.loads(file.read_text())
     except (OSError, ValueError):
         raise UserError(f"{file}: cannot be read; choose another run_dir, or remove this one") from None
-    before, now = _flat(before), _flat(json.loads(settings.model_dump_json()))
+    there, here = before, json.loads(settings.model_dump_json())
+    before, now = _flat(there), _flat(here)
     # compared as text: of data.train's amounts, 1 is a row and 1.0 all of them
     changed = [name for name in now | before if repr(before.get(name)) != repr(now.get(name))]
+    changed = [name for name in changed if not as_before(name, before, settings)]
     # what only other stages have may have been decided by them: the run may be one of theirs
     classes = [type(settings), *(resolve(stage.settings) for stage in STAGES.values())]
     effects = {name: decides(classes, name) for name in changed}
     fixed = _length_fixed_by(settings, before, short_batches)
     matters = {Effect.DECIDES, Effect.LENGTH} if fixed else {Effect.DECIDES}
-    changed = [name for name in changed if effects[name] in matters]
+    pins = Pins.read(Path(settings.run_dir)) or Pins()
+    changed = [
+        name
+        for name in changed
+        if effects[name] in matters or (effects[name] is Effect.CONTENT and not _pinned(name, pins, there, here))
+    ]
     if changed:
         raise UserError(
             f"run_dir = {settings.run_dir} holds a run with other settings: "
@@ -64,6 +75,25 @@ def _length_fixed_by(settings: RunSettings, before: Mapping[str, Any], short_bat
     if short_batches and not (settings.train.steps and before.get("train.steps")):
         return "the last batch of train.epochs may be short; only train.steps can be changed for another number of steps"
     return ""
+
+
+def _pinned(name: str, pins: Pins, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a setting names something in both, which is compared by content.
+
+    Args:
+        name: dotted, of a setting or of an entry in one that is a table.
+    """
+    setting = next((each for each in (*pins.pins, _SPLIT) if name == each or name.startswith(f"{each}.")), None)
+    if setting == _SPLIT:
+        return _TRAIN in pins.pins
+    return setting is not None and bool(_at(before, setting) and _at(now, setting))
+
+
+def _at(values: Mapping[str, Any], dotted: str) -> Any:
+    """What is at a dotted place; None where nothing is."""
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

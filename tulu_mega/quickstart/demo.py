@@ -181,10 +181,14 @@ def heldout_accuracy(run: Path) -> float:
 
 
 def _show(console: Console, directory: Path, answered: dict[str, dict[str, Any]]) -> None:
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("model", "problems solved", "accuracy", "95% interval", "pairs told apart", title="Held out, greedy answers")
+    from tulu_mega.data.tools.tables import print_table
+
+    headings = ("model", "problems solved", "accuracy", "95% interval", "pairs told apart")
+    table = Table(*headings, title="Held out, greedy answers", box=box.SIMPLE_HEAD, pad_edge=False)
     pairs = {"after DPO-norm": heldout_accuracy(directory / "dpo")}
     for name, result in answered.items():
         score, total = result["metrics"]["score"], result["problems"]
@@ -193,7 +197,7 @@ def _show(console: Console, directory: Path, answered: dict[str, dict[str, Any]]
         table.add_row(name, f"{round(score['value'] * total)} of {total}", f"{score['value']:.1%}", interval, told)
         if name == "after SFT":
             table.add_row("reward model", "", "", "", f"{heldout_accuracy(directory / 'rm'):.1%}")
-    console.print(table)
+    print_table(table, console)
     outputs = dict(zip(answered, ("before", "sft/eval", "dpo/eval", "grpo/eval"), strict=True))
     samples = Table("question", "expected", *answered, title="Answers", show_lines=True)
     for records in islice(zip(*(_samples(directory / output) for output in outputs.values()), strict=True), SAMPLES):

@@ -14,6 +14,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.model.config import DTYPES
 from tulu_mega.objectives.preference_objective import PreferenceObjective
+from tulu_mega.pins.ranks import known
 from tulu_mega.train import reference_cache
 from tulu_mega.train.dataset_run import DatasetRun, opened_run
 from tulu_mega.train.engine import BatchLoss
@@ -35,7 +36,8 @@ def run(settings: DpoSettings, world: World) -> None:
     with opened_run(settings, world, reward=False) as training:
         columns, first = (lambda store: None), None
         if settings.preference.reads_reference:
-            columns = functools.partial(_reference, training, reference_cache.weights_digest(training.session.source))
+            weights = reference_cache.weights_digest(training.session.source, known(training.run_dir, "model.path"))
+            columns = functools.partial(_reference, training, weights)
             first = functools.partial(check_first_loss, settings, objective)
         loader = training.loader(columns(training.store))
         heldout = training.heldout_store()

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from tulu_mega.config import GrpoSettings
+from tulu_mega.data.chat import Template
 from tulu_mega.distributed.collectives import Crew, from_lead
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
@@ -66,6 +67,8 @@ class Policy:
     """A policy in training, on one rank: its parts, and what a step does with each."""
 
     run: Run
+    chat: tuple[Template, tuple[int, ...]]
+    """The template that the prompts were made by, and the tokens that end a response; rank 0's count."""
     done: int
     """Steps done when the run began."""
     steps: int
@@ -127,7 +130,7 @@ class Policy:
     def finish(self) -> None:
         """Wait for the last checkpoint, and export the model in Hugging Face format."""
         self.saves.finish()
-        self.run.export()
+        self.run.export(self.guards, *self.chat)
 
     def _state(self) -> dict[str, Any]:
         return {**self.guards.state, **self.learner.state, "prompts": self.collector.state()}
@@ -180,6 +183,7 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         every, heldout = (settings.heldout.every, prompts.heldout if lead else None) if settings.heldout else (0, None)
         yield Policy(
             run=run,
+            chat=(prompts.template, prompts.ends) if prompts else ("tokenizer", ()),
             done=start,
             steps=steps,
             guards=guards,
@@ -203,7 +207,7 @@ def _scheduler(
 ) -> Scheduler:
     """Make rank 0's scheduler, at the place among the prompts that the checkpoint has."""
     estimator = ESTIMATORS[settings.policy.advantages]
-    scheduler = Scheduler(prompts.train, generator, rewards, estimator, settings, (prompts.tokenizer.eos_token_id,))
+    scheduler = Scheduler(prompts.train, generator, rewards, estimator, settings, prompts.ends)
     if found:
         scheduler.state = found.state["prompts"]
     return scheduler

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,10 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _FEW = 10
 """Values, such as of evaluations, that are each marked."""
 _DASHES = ("-", "--", "-.", ":")
+_LONG_S = 10.0
+"""Seconds of a step from which on it is not told in milliseconds."""
+_FLAT = 0.01
+"""Part of a value below which a difference is not drawn as a mountain."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,12 @@ class Chart:
     log: bool = False
     usual: float | None = None
     """what the metric is while there is nothing to see: told in words then"""
+    zero: bool = False
+    """whether it is an amount, drawn from 0; others fill the chart, since a loss that falls from 2.3 to 2.2 looks flat from 0"""
+    by_kind: bool = False
+    """whether it means something else under each `Run.kind`, and so has a chart for each"""
+    kind: str | None = None
+    """the kind whose runs it shows; all of them when None"""
 
 
 @dataclass(frozen=True)
@@ -52,13 +62,19 @@ class Drawing:
 
 
 CHARTS = (
-    Chart("loss", "Loss", "as the recipe reduces it", (("loss", "loss"),)),
+    Chart("loss", "Loss", "as the recipe reduces it", (("loss", "loss"),), by_kind=True),
     Chart("nll", "Negative log-likelihood", "nats per supervised token", (("nll", "nll"),)),
-    Chart("heldout_loss", "Held-out loss", "mean of the trained tokens, or pairs", (("heldout_loss", "held-out loss"),)),
+    Chart(
+        "heldout_loss",
+        "Held-out loss",
+        "mean of the trained tokens, or pairs",
+        (("heldout_loss", "held-out loss"),),
+        by_kind=True,
+    ),
     Chart("accuracy", "Pairs told apart", "% of the pairs", (("accuracy", "accuracy"),), scale=100),
     Chart("heldout_accuracy", "Held-out pairs told apart", "% of the pairs", (("heldout_accuracy", "accuracy"),), scale=100),
-    Chart("margin", "Margin", "mean difference of rewards", (("margin", "margin"),)),
-    Chart("heldout_margin", "Held-out margin", "mean difference of rewards", (("heldout_margin", "margin"),)),
+    Chart("margin", "Margin", "mean difference of rewards", (("margin", "margin"),), by_kind=True),
+    Chart("heldout_margin", "Held-out margin", "mean difference of rewards", (("heldout_margin", "margin"),), by_kind=True),
     Chart("reward", "Reward", "mean of the responses", (("reward", "reward"),)),
     Chart("solve_rate", "Solved", "% of the responses", (("solve_rate", "solved"),), scale=100),
     Chart(
@@ -68,15 +84,34 @@ CHARTS = (
         (("heldout_solve_rate", "solved"),),
         scale=100,
     ),
-    Chart("response_length", "Response length", "tokens", (("response_length", "mean"),)),
+    Chart("response_length", "Response length", "tokens", (("response_length", "mean"),), zero=True),
     Chart("truncated", "Cut off", "% of the responses", (("truncated", "cut off"),), scale=100, usual=0),
-    Chart("entropy", "Entropy of the policy", "nats a token", (("entropy", "entropy"),)),
-    Chart("kl", "Distance from the reference", "nats: of pairs a response, of policies a token", (("kl", "KL estimate"),)),
-    Chart("sampler_difference", "Sampler against trainer", "|log-probability difference|", (("sampler_difference", "mean"),)),
-    Chart("grad_norm", "Gradient norm", "before clipping", (("grad_norm", "gradient norm"),), log=True),
-    Chart("lr", "Learning rate", "", (("lr", "learning rate"),)),
-    Chart("throughput", "Throughput", "1,000 tokens/s, all processes", (("tokens_per_second", "tokens"),), scale=1e-3),
-    Chart("generation", "Generation", "1,000 tokens/s, all servers", (("generated_tokens_per_second", "tokens"),), scale=1e-3),
+    Chart("entropy", "Entropy of the policy", "nats a token", (("entropy", "entropy"),), zero=True),
+    Chart(
+        "kl",
+        "Distance from the reference",
+        "nats: of pairs a response, of policies a token",
+        (("kl", "KL estimate"),),
+        by_kind=True,
+    ),
+    Chart(
+        "sampler_difference",
+        "Sampler against trainer",
+        "|log-probability difference|",
+        (("sampler_difference", "mean"),),
+        zero=True,
+    ),
+    Chart("grad_norm", "Gradient norm", "before clipping", (("grad_norm", "gradient norm"),), log=True, zero=True),
+    Chart("lr", "Learning rate", "", (("lr", "learning rate"),), zero=True),
+    Chart("throughput", "Throughput", "1,000 tokens/s, all processes", (("tokens_per_second", "tokens"),), scale=1e-3, zero=True),
+    Chart(
+        "generation",
+        "Generation",
+        "1,000 tokens/s, all servers",
+        (("generated_tokens_per_second", "tokens"),),
+        scale=1e-3,
+        zero=True,
+    ),
     Chart("mfu", "Share of the peak (MFU)", "%", (("mfu", "MFU"),), scale=100),
     Chart("padding", "Padding", "% of the packed positions", (("padding", "padding"),), scale=100, usual=0),
     Chart(
@@ -103,14 +138,17 @@ CHARTS = (
             ("seconds_evaluation", "evaluation"),
         ),
         scale=1000,
+        zero=True,
     ),
     Chart("memory", "Memory", "GiB, peak so far of process 0", (("memory_gib", "memory"),)),
-    Chart("skipped", "Skipped steps", "steps so far", (("skipped_steps", "skipped"),), usual=0),
+    Chart("save_memory", "Memory of a save", "GiB above what was held, largest of all", (("save_memory_gib", "peak"),)),
+    Chart("save_seconds", "Seconds of a save", "s until it counts", (("save_seconds", "save"),), zero=True),
+    Chart("skipped", "Skipped steps", "steps so far", (("skipped_steps", "skipped"),), usual=0, zero=True),
 )
 """In the order of the page. A chart no run has values for is left out."""
 _UNDRAWN = {
     "step", "tokens", "supervised_tokens", "supervised_tokens_per_second", "tflops", "sequences", "generated_tokens", "responses",
-    "slowest_rank",
+    "slowest_rank", "save_waited_seconds",
 }  # fmt: skip
 
 
@@ -122,7 +160,31 @@ def draw(runs: Sequence[Run]) -> list[Drawing]:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("matplotlib is not installed, needed to draw; install tulu_mega[report], or pip install matplotlib")
-    return [drawing for chart in [*CHARTS, *_others(runs)] if (drawing := _draw(chart, runs)) is not None]
+    charts = [_in_its_unit(each, runs) for chart in [*CHARTS, *_others(runs)] for each in _kinds(chart, runs)]
+    return [drawing for chart in charts if (drawing := _draw(chart, runs)) is not None]
+
+
+def _kinds(chart: Chart, runs: Sequence[Run]) -> list[Chart]:
+    """The chart, or one for each kind of the runs that it shows."""
+    kinds = list(dict.fromkeys(run.kind for run in runs if run.column(chart.columns[0][0])[0]))
+    if not chart.by_kind or len(kinds) < 2:
+        return [chart]
+    titles = {kind: f"{chart.title}: {kind or 'others'}" for kind in kinds}
+    return [replace(chart, name=f"{chart.name}_{_file(kind)}", title=title, kind=kind) for kind, title in titles.items()]
+
+
+def _in_its_unit(chart: Chart, runs: Sequence[Run]) -> Chart:
+    """The chart in seconds where it would go up to tens of thousands of milliseconds."""
+    if not chart.unit.startswith("ms "):
+        return chart
+    longest = max((value for run in _shown(chart, runs).values() for value in _total(chart, run)[1]), default=0.0)
+    return replace(chart, unit=chart.unit.replace("ms", "s", 1), scale=1.0) if longest >= _LONG_S else chart
+
+
+def _shown(chart: Chart, runs: Sequence[Run]) -> dict[int, Run]:
+    """The runs that a chart shows, by their number among all, which decides their colour."""
+    first = chart.columns[0][0]
+    return {number: run for number, run in enumerate(runs) if run.column(first)[0] and chart.kind in (None, run.kind)}
 
 
 def constants(runs: Sequence[Run]) -> list[str]:
@@ -135,7 +197,11 @@ def constants(runs: Sequence[Run]) -> list[str]:
 def _others(runs: Sequence[Run]) -> list[Chart]:
     """A chart for each further metric that a recipe reports and that changes, in the order of their names."""
     names = [name for name, values in _further(runs).items() if not _never_changes(values)]
-    return [Chart(re.sub(r"[^\w.-]+", "_", name), _title(name), "", ((name, name),)) for name in names]
+    return [Chart(_file(name), _title(name), "", ((name, name),)) for name in names]
+
+
+def _file(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name) or "others"
 
 
 def _further(runs: Sequence[Run]) -> dict[str, list[float]]:
@@ -159,8 +225,7 @@ def _title(metric: str) -> str:
 
 
 def _draw(chart: Chart, runs: Sequence[Run]) -> Drawing | None:
-    first = chart.columns[0][0]
-    seen = [(number, run) for number, run in enumerate(runs) if run.column(first)[0]]
+    seen = _shown(chart, runs)
     if not seen or _as_usual(chart, runs):
         return None
     from matplotlib.figure import Figure
@@ -170,12 +235,12 @@ def _draw(chart: Chart, runs: Sequence[Run]) -> Drawing | None:
     if len(chart.columns) > 1 and len(runs) == 1:
         _stack(axes, chart, runs[0])
     else:
-        for number, run in seen:
+        for number, run in seen.items():
             _curve(axes, chart, run, _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)])
     _dress(axes, chart, legend=len(runs) > 1 or len(chart.columns) > 1)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return Drawing(chart, buffer.getvalue(), _words(chart, [run for _, run in seen]))
+    return Drawing(chart, buffer.getvalue(), _words(chart, list(seen.values())))
 
 
 def _curve(axes: Axes, chart: Chart, run: Run, colour: str, dash: str) -> None:
@@ -234,8 +299,11 @@ def _dress(axes: Axes, chart: Chart, legend: bool) -> None:
             which(LogFormatter(minor_thresholds=(2, 0.5)))  # 6, 20: not 6 x 10^0
     elif chart.unit.startswith("%"):
         axes.set_ylim(0, max(high, 1.0))  # a thousandth of a percent is not worth a mountain range
-    elif low > 0 and chart.name != "memory":
+    elif chart.zero:
         axes.set_ylim(bottom=0)
+    elif high - low < _FLAT * max(abs(low), abs(high)):  # nor is the last digit of a float
+        middle, half = (low + high) / 2, _FLAT * max(abs(low), abs(high)) / 2
+        axes.set_ylim(middle - half, middle + half)
     if legend and axes.collections:  # a stack leaves no free corner
         axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     elif legend:

@@ -45,6 +45,24 @@ class Run:
     notes: list[str] = field(default_factory=list)
     """what could not be read"""
 
+    @property
+    def kind(self) -> str:
+        """What its loss is of, for people: losses of different kinds are not compared. Empty where nothing tells."""
+        policy, preference, train = (self.settings.get(name) or {} for name in ("policy", "preference", "train"))
+        if policy or "reward" in self._names:
+            return " ".join(filter(None, ["grpo", _unlike("grpo", policy.get("loss"))]))
+        if preference or "chosen_logp" in self._names:
+            return " ".join(filter(None, ["dpo", _unlike("dpo", preference.get("loss"))]))
+        if "margin" in self._names:
+            return "rm"
+        if "nll" in self._names or "reduction" in train:
+            return " ".join(filter(None, ["sft", _unlike("sum", train.get("reduction"))]))
+        return ""
+
+    @property
+    def _names(self) -> set[str]:
+        return set(self.steps[-1])
+
     def column(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was reported as a finite number."""
         known = ((row["step"], row.get(name)) for row in ({"step": 0, **self.start}, *self.steps))
@@ -90,7 +108,7 @@ def read_run(directory: Path, name: str, samples: int) -> Run:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     steps, torn = _steps(content)
-    if not steps:
+    if not any(row["step"] for row in steps):
         raise UserError(f"{file}: no step in it{' but torn lines' if torn else ''}; let the run finish its first step")
     notes = [f"{METRICS}: {torn} torn or foreign line{'s' if torn > 1 else ''} left out"] if torn else []
     settings = _json(directory / CONFIG, notes)
@@ -101,6 +119,11 @@ def read_run(directory: Path, name: str, samples: int) -> Run:
             evaluations.append(_evaluation(results.parent, content["tasks"], samples))
     rollouts = _rollouts(directory, steps[-1]["step"], samples)
     return Run(name, directory, steps, _start(directory), settings, evaluations, rollouts, notes)
+
+
+def _unlike(usual: str, given: object) -> str:
+    """What a setting says beyond the name that it stands behind."""
+    return f"({given})" if given and given != usual else ""
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -143,16 +166,26 @@ def _json(file: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _start(directory: Path) -> dict[str, float]:
-    """The share of held-out prompts solved before the first step, which has no line in the metrics."""
+    """The figures of the held-out prompts before the first step, which has no line in the metrics of `grpo`."""
     file = directory / "rollouts/heldout_000000.jsonl"
     if not file.is_file():
         return {}
-    scores = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, AttributeError):
-            if found := json.loads(line).get("scores"):
-                scores.append(all(score >= 1 for score in found.values()))
-    return {"heldout_solve_rate": sum(scores) / len(scores)} if scores else {}
+    found: dict[str, list[float]] = {}
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
+            line = json.loads(text)
+            failed = line.get("error") is not None
+            figures = {
+                "heldout_solve_rate": all(score >= 1 for score in line["scores"].values()) if line.get("scores") else None,
+                "heldout_score": line.get("score"),  # older files do not say
+                "heldout_length": line.get("tokens"),
+                "heldout_truncated": line["finish_reason"] == "length" if "finish_reason" in line else None,
+            }
+            for name, value in figures.items():
+                judged = name in ("heldout_solve_rate", "heldout_score")
+                if value is not None and not (failed and judged):
+                    found.setdefault(name, []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _rollouts(directory: Path, last: int, count: int) -> list[dict[str, Any]]:

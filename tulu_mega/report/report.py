@@ -80,6 +80,10 @@ def summary(run: Run) -> dict[str, str]:
         values = run.column(name)[1]
         return format(median(values[len(values) // 2 :]) * scale, form) if values else "–"
 
+    def most(name: str, form: str) -> str:
+        values = run.column(name)[1]
+        return format(max(values), form) if values else "–"
+
     parts = {name for row in run.steps for name in row if name.startswith("seconds_")}
     minutes, rest = divmod(round(sum(sum(run.column(name)[1]) for name in parts)), 60)
     hours, minutes = divmod(minutes, 60)
@@ -93,6 +97,7 @@ def summary(run: Run) -> dict[str, str]:
         "MFU": typical("mfu", ".1f", 100) + (" %" if run.column("mfu")[1] else ""),
         "padding": typical("padding", ".1f", 100) + " %",
         "memory": last("memory_gib", ".2f") + " GiB",
+        "a save": typical("save_seconds", ",.1f") + " s, " + most("save_memory_gib", ".2f") + " GiB",
         "skipped steps": last("skipped_steps", ".0f"),
     }
 
@@ -164,10 +169,12 @@ def _rollout(run: Run, record: dict[str, Any], several: bool) -> dict[str, str]:
     where = f"{run.name}, " if several else ""
     reward, advantage = record.get("reward"), record.get("advantage", 0.0)
     trained = f"advantage {advantage:+.2f}" if record.get("trained") else "not trained on"
+    judged = record.get("verdict_reward", reward)
+    given = "" if judged == reward else f" in the place of {'none' if judged is None else format(judged, 'g')}"
     answer = record.get("ground_truth")
     return {
         "title": f"{where}step {record['step']}, prompt {record.get('place', 0) + 1}, response {record.get('sample', 0) + 1}",
-        "verdict": "not judged" if reward is None else f"reward {reward:g}, {trained}",
+        "verdict": "not judged" if reward is None else f"reward {reward:g}{given}, {trained}",
         "question": record["messages"][-1]["content"],
         "response": record["response"] + (" […]" if record.get("finish_reason") == "length" else ""),
         "answer": answer if isinstance(answer, str) else json.dumps(answer),

@@ -139,6 +139,14 @@ class Guards:
             return GuardReport(figures)
         return GuardReport(figures | slowest.figures, slowest.remark, slowest.warnings)
 
+    def check_learned(self) -> None:
+        """See whether the run, which is over, has learned anything; on every rank the same.
+
+        Raises:
+            UserError: none of its updates was finite.
+        """
+        self._skipped.check_learned()
+
     def stop_requested(self) -> bool:
         """Whether any rank received a signal to stop. A collective, at the end of a step; the same on every rank."""
         return self._stop_signal.received()

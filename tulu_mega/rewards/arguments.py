@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NewType
+from typing import TYPE_CHECKING, Any, Literal, NewType
 
-from langdetect import PROFILES_DIRECTORY, DetectorFactory
+if TYPE_CHECKING:
+    from langdetect import DetectorFactory
 
 Quantifier = Literal["at least", "around", "at most"]
+Relation = Literal["less than", "at least"]
+"""IFEval's own, which knows no other"""
 Letter = NewType("Letter", str)
 Index = NewType("Index", int)
 Language = NewType("Language", str)
@@ -20,6 +24,8 @@ Options = NewType("Options", list)
 @functools.cache
 def languages() -> DetectorFactory:
     """The language detector, loaded once, with a fixed seed."""
+    from langdetect import PROFILES_DIRECTORY, DetectorFactory  # a second, for those who need it
+
     factory = DetectorFactory()
     factory.set_seed(0)
     factory.load_profile(PROFILES_DIRECTORY)
@@ -27,7 +33,7 @@ def languages() -> DetectorFactory:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value == int(value) >= 0):
         raise ValueError("a count")
     return int(value)  # tables with gaps turn integers into floats
 
@@ -71,6 +77,12 @@ def _quantifier(value: Any) -> str:
     return value
 
 
+def _relation(value: Any) -> str:
+    if value not in ("less than", "at least"):
+        raise ValueError("'less than' or 'at least'")
+    return value
+
+
 def _language(value: Any) -> str:
     if value not in languages().get_lang_list():
         raise ValueError(f"one of the languages {', '.join(sorted(languages().get_lang_list()))}")
@@ -82,6 +94,7 @@ READERS: dict[Any, Callable[[Any], Any]] = {
     str: _text,
     list[str]: _words,
     Quantifier: _quantifier,
+    Relation: _relation,
     Letter: _letter,
     Index: _index,
     Language: _language,

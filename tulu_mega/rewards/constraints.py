@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from langdetect import LangDetectException
-
 from tulu_mega.errors import nearest
 from tulu_mega.rewards.arguments import READERS, Index, Language, Letter, Options, Quantifier, languages
 
@@ -70,12 +68,19 @@ def validate_response_language(text: str, language: Language) -> bool:
 
     The detector's dice are seeded, so that a reply has one language; a reply without letters has none and fails.
     """
+    return language_of(text) == language
+
+
+def language_of(text: str) -> str | None:
+    """langdetect's most probable language of a text; None where it finds nothing to go by."""
+    from langdetect import LangDetectException
+
     detector = languages().create()
     detector.append(text)
     try:
-        return detector.detect() == language
+        return detector.detect()
     except LangDetectException:
-        return False
+        return None
 
 
 # Length

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import math
 from typing import Any
 
 from tulu_mega.errors import UserError
-from tulu_mega.rewards.verdict import Messages, Verdict, Verifier
+from tulu_mega.rewards.numbers import EXPECTED, number
+from tulu_mega.rewards.verdict import Messages, Verdict, Verifier, shortened
 
 
 class Custom:
-    """A function ``(response, ground_truth, *, messages) -> Verdict | float | bool``.
+    """A function ``(response, ground_truth, *, messages)`` that returns a Verdict or a number, see `numbers.number`.
 
     A function that has an attribute ``check`` (a function of the ground truth that raises ValueError) has the ground truths
     of all rows checked before the run.
@@ -28,9 +28,10 @@ class Custom:
         answer = self.function(response, ground_truth, messages=messages)
         if isinstance(answer, Verdict):
             return answer
-        if isinstance(answer, (bool, int, float)) and math.isfinite(answer):
-            return Verdict(float(answer))
-        raise TypeError(f"the verifier returned {answer!r}; expected a Verdict or a finite number")
+        score = number(answer)
+        if score is None:
+            raise TypeError(f"the verifier returned {shortened(answer)}; expected a Verdict or {EXPECTED}")
+        return Verdict(score)
 
 
 def load_custom(name: str, path: str) -> Verifier:

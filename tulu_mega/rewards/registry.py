@@ -13,6 +13,7 @@ from typing import Any
 from tulu_mega.errors import UserError, nearest
 from tulu_mega.rewards import verifiers
 from tulu_mega.rewards.custom import load_custom
+from tulu_mega.rewards.numbers import EXPECTED, number
 from tulu_mega.rewards.sandbox import CodeLimits
 from tulu_mega.rewards.verdict import Verdict, Verifier, VerifierInput
 
@@ -145,7 +146,9 @@ class Judge:
             total += self._weights.get(key, 1.0) * verdict.score
             parts[_untaken(key, parts)] = verdict.score
             kind = kind or verdict.kind
-            details.append(verdict.detail if len(pairs) == 1 else f"{name}: {verdict.detail}")
+            details.append(str(verdict.detail or "") if len(pairs) == 1 else f"{name}: {verdict.detail}")
+        if number(total) is None:
+            return Verdict.failed(f"the weighted scores add up to {total}; expected {EXPECTED}")
         return Verdict(total, "; ".join(details), parts=parts, kind=kind)
 
     def _one(self, name: str, sample: VerifierInput, ground_truth: Any) -> Verdict:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from tulu_mega.rewards.numbers import EXPECTED, number
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -15,10 +17,13 @@ class Verdict:
 
     A failure of the verifier itself (it crashed, hung, ran out of memory) says nothing about the response: then ``score``
     is None and ``error`` says what happened. Training must leave such a sample out, never count it as 0.
+
+    Raises:
+        ValueError: it has neither score nor error or both, or its score is no finite number.
     """
 
     score: float | None
-    """None exactly when there is an ``error``."""
+    """None exactly when there is an ``error``; any number may be given (see `numbers.number`), and is a float then."""
     detail: str = ""
     """What was found and what was expected, for people."""
     error: str | None = None
@@ -31,6 +36,11 @@ class Verdict:
     def __post_init__(self) -> None:
         if (self.score is None) == (self.error is None):
             raise ValueError(f"a verdict has either a score or an error, got score={self.score!r}, error={self.error!r}")
+        if self.score is not None:
+            score = number(self.score)
+            if score is None:
+                raise ValueError(f"a verdict's score is {shortened(self.score)}; expected {EXPECTED}")
+            object.__setattr__(self, "score", score)  # frozen, and a scalar of numpy or torch could not be sent as JSON
 
     @classmethod
     def failed(cls, error: str) -> Verdict:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.data.prompts import Prompt
+from tulu_mega.launch.run_files import named, write_whole
 from tulu_mega.rl.judging import JudgedResponse
 from tulu_mega.rl.scheduler import Evaluation, StepRollouts
+from tulu_mega.train.metrics import json_number
 
 FOLDER = "rollouts"
 Differences = Mapping[tuple[int, int], tuple[float, float]]
@@ -27,7 +29,11 @@ def evaluation_file(run_dir: Path, step: int) -> Path:
 
 
 def write_rollouts(run_dir: Path, step: int, rollouts: StepRollouts, differences: Differences) -> None:
-    """Write all responses of a step, including those that are not trained on, in the order of their prompts' places."""
+    """Write all responses of a step, including those that are not trained on, in the order of their prompts' places.
+
+    ``reward`` is what the advantages were estimated from, with penalties for length and as `rewards.shuffle` dealt them out;
+    ``verdict_reward`` is what verifiers and reward model gave. A response without a number has null.
+    """
     trained = {group.place for group in rollouts.groups}
     groups = sorted([*rollouts.groups, *rollouts.left_out], key=lambda group: group.place)
     _write(
@@ -36,13 +42,15 @@ def write_rollouts(run_dir: Path, step: int, rollouts: StepRollouts, differences
             {
                 "place": group.place,
                 "sample": number,
-                **_line(group.prompt, one),
+                **_line(group.prompt, one, {"reward": reward, "verdict_reward": one.reward}),
                 "advantage": advantage,
                 "trained": group.place in trained and group.advantages.trained[number],
                 **_difference(differences.get((group.place, number))),
             }
             for group in groups
-            for number, (one, advantage) in enumerate(zip(group.judged, group.advantages.advantages, strict=True))
+            for number, (one, advantage, reward) in enumerate(
+                zip(group.judged, group.advantages.advantages, group.advantages.rewards, strict=True)
+            )
         ),
     )
 
@@ -50,10 +58,11 @@ def write_rollouts(run_dir: Path, step: int, rollouts: StepRollouts, differences
 def write_evaluation(run_dir: Path, step: int, evaluation: Evaluation) -> None:
     """Write the responses to the held-out prompts, in the prompts' order."""
     pairs = zip(evaluation.prompts.prompts, evaluation.judged, strict=True)
-    _write(evaluation_file(run_dir, step), (_line(prompt, one) for prompt, one in pairs))
+    lines = (_line(prompt, one, {"reward": one.reward, "score": one.verdict.score}) for prompt, one in pairs)
+    _write(evaluation_file(run_dir, step), lines)
 
 
-def _line(prompt: Prompt, one: JudgedResponse) -> dict[str, Any]:
+def _line(prompt: Prompt, one: JudgedResponse, rewards: Mapping[str, float | None]) -> dict[str, Any]:
     response, verdict = one.response, one.verdict
     versions = sorted(set(response.versions))
     return {
@@ -63,7 +72,7 @@ def _line(prompt: Prompt, one: JudgedResponse) -> dict[str, Any]:
         "response": one.text,
         "tokens": response.num_trained,
         "finish_reason": response.finish_reason,
-        "reward": one.reward,
+        **rewards,
         "scores": verdict.parts,
         **({"detail": verdict.detail} if verdict.detail else {}),
         **({"kind": verdict.kind} if verdict.kind else {}),
@@ -73,14 +82,14 @@ def _line(prompt: Prompt, one: JudgedResponse) -> dict[str, Any]:
     }
 
 
-def _difference(difference: tuple[float, float] | None) -> dict[str, float]:
-    return {} if difference is None else {"logp_difference_mean": difference[0], "logp_difference_max": difference[1]}
+def _difference(difference: tuple[float, float] | None) -> dict[str, float | str]:
+    if difference is None:
+        return {}
+    mean, largest = map(json_number, difference)
+    return {"logp_difference_mean": mean, "logp_difference_max": largest}
 
 
 def _write(file: Path, lines: Iterable[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as out:
-        for line in lines:
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
-    partial.replace(file)
+    with named(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tulu_mega.config import RewardSettings
 from tulu_mega.data.prompts import Prompt
+from tulu_mega.data.stops import answer_text
 from tulu_mega.records import Response
+from tulu_mega.rewards.numbers import EXPECTED, number
 from tulu_mega.rewards.pool import VerifierPool
 from tulu_mega.rewards.registry import RewardSpec
 from tulu_mega.rewards.sandbox import self_test
@@ -32,7 +34,9 @@ class JudgedResponse:
     """what the verifiers read: the last answer, without special tokens"""
     verdict: Verdict
     reward: float | None
-    """``scale`` times the verifiers' sum, plus the weighted score of the reward model; None where a verifier failed"""
+    """``scale`` times the verifiers' sum, plus the weighted score of the reward model; None where a verifier failed, or the
+    reward model gave no finite number. What is trained on may be another: `GroupAdvantages.rewards` has penalties for length, and
+    what `rewards.shuffle` deals out"""
     model_score: float | None = None
 
     @property
@@ -111,10 +115,22 @@ class Rewards:
         ]
 
     def _judged(self, response: Response, verdict: Verdict, model_score: float | None) -> JudgedResponse:
-        reward = None if verdict.score is None else self._settings.scale * verdict.score
-        if reward is not None and model_score is not None:
-            reward += self._settings.model_weight * model_score
-        return JudgedResponse(response, self._text(response), verdict, reward, model_score)
+        settings, text = self._settings, self._text(response)
+        if verdict.score is None:
+            return JudgedResponse(response, text, verdict, None, None if model_score is None else number(model_score))
+        reward = settings.scale * verdict.score
+        if model_score is not None:
+            if number(model_score) is None:
+                return JudgedResponse(response, text, _failed(verdict, f"the reward model's score is {model_score}"), None)
+            reward += settings.model_weight * model_score
+        if number(reward) is None:
+            return JudgedResponse(response, text, _failed(verdict, f"the reward is {reward}"), None, model_score)
+        return JudgedResponse(response, text, verdict, reward, model_score)
 
     def _text(self, response: Response) -> str:
-        return self._tokenizer.decode(response.last_answer, skip_special_tokens=True)
+        return answer_text(response.last_answer, response.finish_reason, self._tokenizer)
+
+
+def _failed(verdict: Verdict, what: str) -> Verdict:
+    """The verdict of a response whose reward would poison its batch: an error, with what the verifiers said."""
+    return replace(verdict, score=None, error=f"{what}; expected {EXPECTED}")

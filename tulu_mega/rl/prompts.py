@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega.config import GrpoSettings
+from tulu_mega.data.chat import Template, template_of
+from tulu_mega.data.messages import NOTHING
 from tulu_mega.data.prompts import PromptSet, read_prompts
 from tulu_mega.data.sources import load_rows
+from tulu_mega.data.stops import stop_ids
+from tulu_mega.data.template_form import form_of
 from tulu_mega.data.tokenizer import load_tokenizer
+from tulu_mega.data.told import form_lines
 from tulu_mega.errors import UserError
+from tulu_mega.launch.run_files import named, write_whole
 from tulu_mega.rewards.registry import Judge
 from tulu_mega.rl.judging import reward_spec
 
@@ -28,8 +34,16 @@ class Prompts:
     train: PromptSet
     heldout: PromptSet | None
     tokenizer: PreTrainedTokenizerFast
+    template: Template
+    """that the prompts were made by"""
+    ends: tuple[int, ...]
+    """tokens that end a response"""
+    told: list[str]
+    """what of the rows is not used, a line each"""
     verifiers: list[str]
     """names of the verifiers that the rows need"""
+    sources: dict[str, list[dict[str, Any]]]
+    """by setting, what was drawn from where: of :meth:`tulu_mega.data.sources.Rows.sources`"""
     rejects: Path
     """file that lists the rows which are not used"""
 
@@ -42,6 +56,7 @@ def read(settings: GrpoSettings) -> Prompts:
     """
     data, problems = settings.data, []
     tokenizer = load_tokenizer(settings.model.path, data.tokenizer, data.template, settings.model.trust_remote_code)
+    template = template_of(tokenizer, data.template)
     judge, needed = Judge(reward_spec(settings.rewards)), set()
 
     def judgeable(row: dict[str, Any]) -> list[str]:
@@ -55,21 +70,30 @@ def read(settings: GrpoSettings) -> Prompts:
     if settings.heldout:
         wanted.append(("heldout.data", settings.heldout.data, settings.heldout.split))
     sets: dict[str, PromptSet] = {}
+    drawn: dict[str, list[dict[str, Any]]] = {}
     for setting, sources, split in wanted:
         try:
-            rows = load_rows(sources, split, data.seed, setting, any_columns=True)
-            sets[setting] = read_prompts(rows, tokenizer, data.template, data.max_prompt, data.malformed, judgeable, setting)
+            split_setting = f"{setting.rpartition('.')[0]}.split"
+            rows = load_rows(sources, split, data.seed, setting, any_columns=True, split_setting=split_setting)
+            drawn[setting] = rows.sources()
+            sets[setting] = read_prompts(rows, tokenizer, template, data.max_prompt, data.malformed, judgeable, setting)
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems)
     rejects = Path(settings.run_dir) / "data" / REJECTS
-    return Prompts(sets["data.train"], sets.get("heldout.data"), tokenizer, sorted(needed), rejects)
+    # a tokenizer of another model has other numbers than those that the model's files name
+    ends = stop_ids(tokenizer, template, None if data.tokenizer else settings.model.path)
+    told = [f"{setting}: {line}" for setting, prompts in sets.items() for line in prompts.told]
+    told += form_lines(form_of(tokenizer, NOTHING)) if template == "tokenizer" else []
+    heldout = sets.get("heldout.data")
+    return Prompts(sets["data.train"], heldout, tokenizer, template, ends, told, sorted(needed), drawn, rejects)
 
 
 def write_rejects(prompts: Prompts) -> None:
     """Write the rows that are not used, with the reason for each, to :attr:`Prompts.rejects`."""
-    prompts.rejects.parent.mkdir(parents=True, exist_ok=True)
+    with named(prompts.rejects):
+        prompts.rejects.parent.mkdir(parents=True, exist_ok=True)
     lines = [*prompts.train.rejects, *(prompts.heldout.rejects if prompts.heldout else ())]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    prompts.rejects.write_text(text, encoding="utf-8")
+    write_whole(prompts.rejects, text)

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tulu_mega.config import GrpoSettings
@@ -226,7 +226,6 @@ class Scheduler:
             rewards = penalised(rewards, truncated, policy.overlong_reward)
         if self._settings.rewards.shuffle:
             random.Random(f"{self._settings.seed} {place}").shuffle(rewards)
-            judged = [replace(one, reward=reward) for one, reward in zip(judged, rewards, strict=True)]
         masked = [cut and policy.overlong == "mask" for cut in truncated]
         return Group(place, prompt, judged, self._estimator(rewards, masked))
 

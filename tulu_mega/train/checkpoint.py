@@ -3,7 +3,7 @@
 A checkpoint is a directory `step_N`, written by `saver` beside its place and renamed when every byte is on disk, so a crash at
 any moment leaves the last good one. The first engine's files lie in the directory itself, those of each further engine in a
 directory of its name inside. `training.json` names every file with its size; a directory that does not match is not taken for a
-checkpoint.
+checkpoint. It has each file's digest, too, which is held against the file before it is loaded (`checkpoint_files`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from typing import Any
 
 import torch
 
+from tulu_mega.bridge.files.megatron_index import screen
+from tulu_mega.bridge.files.untrusted import read_json
 from tulu_mega.distributed.collectives import together
 from tulu_mega.errors import UserError
+from tulu_mega.resilience.skipped_updates import in_streak
+from tulu_mega.train.checkpoint_files import MANIFEST, digests
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.engine_state import Format, cut_of, identity, layout_of, load_parameters, load_state
+from tulu_mega.train.random_state import Kept
 
 _NAME = re.compile(r"step_(\d+)")
-_MANIFEST = "training.json"
 
 Engines = Mapping[str, Engine]
 """What is saved and restored together, by name. The first engine's name is written nowhere, those of the others name their
@@ -57,11 +61,20 @@ class Checkpoint:
     """optimizer steps done"""
     state: dict[str, Any]
     """what the recipe stored beside the engines, e.g. counters"""
+    finite: bool
+    """whether every weight is a finite number"""
+    random: Kept
+    """whose random states it has"""
     format: Format
     """of the optimizers' state"""
     first: Saved
     others: dict[str, Saved]
     """further engines by name"""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it is worth going back to: its weights are finite, and so was the update before it."""
+        return self.finite and not in_streak(self.state)
 
 
 def find(directory: Path) -> list[Checkpoint]:
@@ -71,11 +84,12 @@ def find(directory: Path) -> list[Checkpoint]:
         if not _NAME.fullmatch(path.name):
             continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            manifest = json.loads((path / _MANIFEST).read_text())
+            manifest = read_json(path / MANIFEST)
             if all((path / name).stat().st_size == size for name, size in manifest["files"].items()):
                 others = {name: _saved(path / name, each) for name, each in manifest.get("engines", {}).items()}
-                known = (manifest[name] for name in ("step", "state", "format"))
-                found.append(Checkpoint(path, *known, _saved(path, manifest), others))
+                step, state, format = (manifest[name] for name in ("step", "state", "format"))
+                finite, random = manifest.get("finite", True), manifest.get("random", "first copy's")  # older ones do not say
+                found.append(Checkpoint(path, step, state, finite, random, format, _saved(path, manifest), others))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -83,10 +97,11 @@ def _saved(path: Path, told: Mapping[str, Any]) -> Saved:
     return Saved(path, told["model"], told["layout"], told.get("cut", {}))
 
 
-def manifest(step: int, state: dict[str, Any], format: Format, engines: Engines) -> dict[str, Any]:
+def manifest(step: int, state: dict[str, Any], finite: bool, format: Format, engines: Engines) -> dict[str, Any]:
     """Content of `training.json` but for the files."""
     first, *others = engines.values()
     made = {"step": step, "state": state, **_model_and_layout(first), "format": format, "cut": cut_of(first)}
+    made |= {"finite": finite, "random": "every rank's"}
     if others:
         names = list(engines)[1:]
         parts = ({**_model_and_layout(engine), "cut": cut_of(engine)} for engine in others)
@@ -103,17 +118,19 @@ def place(directory: Path, engines: Engines, name: str) -> Path:
     return directory if name == next(iter(engines)) else directory / name
 
 
-def put_in_place(partial: Path, directory: Path, content: dict[str, Any]) -> None:
+def put_in_place(partial: Path, directory: Path, content: dict[str, Any], taken: Mapping[str, str]) -> None:
     """Gives a complete directory, all of it on disk, its name.
 
     Args:
         partial: what was written.
         directory: RUN_DIR/checkpoints.
         content: of `manifest`.
+        taken: digests of files as they were written, by name within the directory.
     """
     final = directory / step_name(content["step"])
     files = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
-    (partial / _MANIFEST).write_text(json.dumps(content | {"files": files}, indent=1))
+    content |= {"files": files, "digests": digests(partial, files, taken)}
+    (partial / MANIFEST).write_text(json.dumps(content, indent=1))
     for path in (*partial.rglob("*"), partial):
         _to_disk(path)
     if final.exists():  # a step saved twice, by a run that was put back
@@ -134,7 +151,7 @@ def step_name(step: int) -> str:
 
 
 def restore(engines: Engines, checkpoint: Checkpoint) -> None:
-    """Loads every engine's parameters and optimizer, and the random states. Called by every rank, after
+    """Loads every engine's parameters and optimizer, and, under the same layout, the random states. Called by every rank, after
     `Engine.prepare_training`.
 
     Raises:
@@ -151,9 +168,17 @@ def restore(engines: Engines, checkpoint: Checkpoint) -> None:
     for engine, saved in parts:
         _check(engine, saved, checkpoint.format)
     for engine, saved in parts:
-        random = saved is checkpoint.first and saved.layout == layout_of(engine)
-        with together(f"{saved.path} could not be read; remove it to go on from the checkpoint before"), torch.no_grad():
+        random = checkpoint.random if saved is checkpoint.first and same_layout(engine, checkpoint) else None
+        why = f"{saved.path} could not be read; remove it to go on from the checkpoint before"
+        with together(why):
+            _screen(saved.path)
+        with together(why), torch.no_grad():
             load_state(engine, saved.path, checkpoint.format, random)
+
+
+def same_layout(engine: Engine, checkpoint: Checkpoint) -> bool:
+    """Whether the first engine of a checkpoint was saved under this one's layout; random states belong to that."""
+    return checkpoint.first.layout == layout_of(engine)
 
 
 def load_weights(engine: Engine, directory: Path, leave: Collection[str] = ()) -> None:
@@ -167,8 +192,16 @@ def load_weights(engine: Engine, directory: Path, leave: Collection[str] = ()) -
     Raises:
         UserError: on every rank, when a tensor is missing or cannot be read.
     """
+    with together(f"{directory} could not be read"):
+        _screen(directory)
     with together(f"{directory} could not be read"), torch.no_grad():
         load_parameters(engine, directory, leave)
+
+
+def _screen(directory: Path) -> None:
+    """Makes sure, on the first rank of each node, that what the ranks load next runs no code of its own."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        screen(directory)
 
 
 def _check(engine: Engine, saved: Saved, format: Format) -> None:

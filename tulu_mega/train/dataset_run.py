@@ -91,7 +91,7 @@ class DatasetRun(Run):
                 first=first,
             )
             fit.run(start)
-            self.export()
+            self.export(guards, self.store.template, self.store.ends)
 
     def _loader(
         self, store: TokenStore, train: TrainSettings, data: DataSettings, columns: Mapping[str, np.ndarray] | None

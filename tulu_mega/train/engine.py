@@ -204,6 +204,18 @@ class Engine:
             shares = self._run(step, micro_batches, models, forward_only=True, collect_non_loss_data=True)
         return self._wholes(shares, micro_batches)
 
+    @torch.no_grad()
+    def finite_weights(self) -> bool:
+        """Whether every weight is a finite number. A collective; the same on every rank. Takes no memory."""
+        self.settle()
+        held = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        held += self.optimizer_parameters() if self.optimizer else []  # the float32 ones, where the weights are of bf16
+        extremes = [extreme.float() for tensor in held if tensor.numel() for extreme in tensor.aminmax()]
+        finite = torch.stack(extremes).isfinite().all() if extremes else torch.tensor(True, device=self.platform.device)
+        everywhere = finite.int()
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        return bool(everywhere.item())
+
     def settle(self) -> None:
         """Ends what overlap left under way, so that every rank's parameters are the updated ones; before they are read."""
         for ddp in self.ddp:

@@ -11,29 +11,25 @@ from typing import Any, Literal
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories, is_main_replica
 from transformers import PretrainedConfig
 
 from tulu_mega.bridge.shards import exportable, global_name
-from tulu_mega.layout.optimizer_state import STATE_BYTES
 from tulu_mega.layout.stages import stage_layers
 from tulu_mega.model.hf_config import head_dim
 from tulu_mega.train.engine import Engine
+from tulu_mega.train.optimizer_boxes import FORM, boxes_of
+from tulu_mega.train.random_state import Kept, held_state, put_back
 
 Format = Literal["reshardable", "same_layout"]
 """`checkpoint.format` of the settings."""
 _METADATA = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
 _OPTIMIZER = {  # the default names no sharding and megatron-core then fails
-    # gathered on one rank of each data-parallel group in main memory, never on a GPU or on all ranks
-    "reshardable": {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-    },
+    "reshardable": {"distrib_optim_sharding_type": FORM},
     "same_layout": {"distrib_optim_sharding_type": "dp_reshardable"},
 }
-_GATHERED = "optimizer.state."
-"""Prefix of the names of tensors that megatron-core gathers for a save."""
+_BOXES = "optimizer_boxes"
+"""Name in a state of what `optimizer_boxes` gives; a checkpoint has its tensors under their own names."""
 
 
 def identity(hf: PretrainedConfig) -> dict[str, Any]:
@@ -62,43 +58,33 @@ def cut_of(engine: Engine) -> dict[str, Any]:
     return cut
 
 
-def changes(engine: Engine, format: Format, held: ShardedTensor) -> bool:
-    """Whether training changes a tensor of `sharded_state`: all but those that megatron-core gathered for this save alone."""
-    return not (held.key.startswith(_GATHERED) and _gathers(engine, format))
-
-
 def sharded_state(engine: Engine, format: Format, loading: bool) -> dict[str, Any]:
-    """Parameters, optimizer and random states as megatron-core saves and loads them. A collective."""
+    """Parameters, optimizer and random states as megatron-core saves and loads them. No data are copied."""
     engine.settle()
     model = _model(engine)
-    optimizer = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA | _OPTIMIZER[format])
-    topology = engine.topology
-    rng = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-    if engine.platform.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state()
-    place = (topology.pipeline_rank, topology.tensor_rank)
-    shards = (topology.pipeline, topology.tensor)
-    return {**model, "optimizer": optimizer, "rng": ShardedObject("rng", rng, shards, place, replica_id=topology.copy)}
+    optimizer = _optimizer(engine, format, model, loading)
+    return {**model, **optimizer, "rng": held_state(engine.topology, engine.platform.device, "every rank's")}
 
 
-def load_state(engine: Engine, directory: Path, format: Format, random: bool) -> None:
+def load_state(engine: Engine, directory: Path, format: Format, random: Kept | None) -> None:
     """Loads what `sharded_state` saved. A collective; raises whatever is wrong with the files.
 
     Args:
-        random: whether the random states are loaded too: they belong to ranks of the layout they were drawn under.
+        random: whose random states are there; None leaves this rank's as they are.
     """
     wanted = sharded_state(engine, format, loading=True)
-    if not random:
-        del wanted["rng"]
+    boxes = _BOXES in wanted
+    del wanted["rng"]
+    if random:
+        wanted["rng"] = held_state(engine.topology, engine.platform.device, random)
     loaded = dist_checkpointing.load(wanted, str(directory))
     for name, chunk in _chunks(engine).items():
         chunk.load_state_dict(loaded[name])
+    if boxes:  # main parameters and moments were read into their places
+        loaded["optimizer"].pop("param_state", None)
     engine.optimizer.load_state_dict(loaded["optimizer"])
-    if "rng" in loaded:
-        torch.set_rng_state(loaded["rng"]["cpu"])
-        get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
-        if "cuda" in loaded["rng"] and engine.platform.device.type == "cuda":
-            torch.cuda.set_rng_state(loaded["rng"]["cuda"])
+    if random:
+        put_back(loaded["rng"], engine.platform.device)
 
 
 def load_parameters(engine: Engine, directory: Path, leave: Collection[str]) -> None:
@@ -131,36 +117,39 @@ class Share:
 
     weights: list[ShardedTensor]
     optimizer_bytes: int
-    gathered_bytes: int
-    """main memory that gathering the optimizer's state takes on this rank, in which it stays until it is written"""
+    parameters: frozenset[torch.Tensor]
+    """those of this rank that it, or another of its data-parallel ranks, writes; the others are written elsewhere"""
 
 
 def share(engine: Engine, format: Format) -> Share:
     """This rank's share of a checkpoint. No collective: the model may lie on the meta device.
 
-    Weights are written by the first of the ranks that hold the same. So is, of a sharded optimizer, the state in the form
-    "reshardable", which is not asked of megatron-core here, because it would gather it: a main parameter and two moments for each
-    parameter, in float32, of those whose weights the rank writes.
+    Weights are written by the first of the ranks that hold the same, the state of a sharded optimizer by those that hold it.
 
     Args:
         format: of the optimizer's state; an engine without optimizer writes weights alone.
     """
     model = _model(engine)
-    gathers = engine.optimizer is not None and _gathers(engine, format)
-    state = {}
-    if engine.optimizer is not None and not gathers:
-        state = engine.optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA | _OPTIMIZER[format])
-    optimizer_bytes, gathered_bytes = sum(held.data.nbytes for held in _written(state)), 0
-    weights = _written(model)
-    if gathers and engine.topology.first_copy:
-        optimizer_bytes = STATE_BYTES * sum(held.data.numel() for held in weights)
-        gathered_bytes = STATE_BYTES * sum(buffer.numel_unpadded for ddp in engine.ddp for buffer in ddp.buffers)
-    return Share(weights, optimizer_bytes, gathered_bytes)
+    described = (held for held in nested_values(model) if isinstance(held, (ShardedTensor, ShardedTensorFactory)))
+    parameters = frozenset(held.data for held in described if not any(held.replica_id[:-1]))
+    state = {} if engine.optimizer is None else _optimizer(engine, format, model, loading=False)
+    return Share(_written(model), sum(held.data.nbytes for held in _written(state)), parameters)
 
 
-def _gathers(engine: Engine, format: Format) -> bool:
-    """Whether a save gathers the optimizer's state in main memory, on the first rank of each data-parallel group."""
-    return format == "reshardable" and engine.ddp[0].ddp_config.use_distributed_optimizer
+def _optimizer(engine: Engine, format: Format, model: dict[str, Any], loading: bool) -> dict[str, Any]:
+    """The optimizer's part of a state.
+
+    Args:
+        model: the parameters' part.
+    """
+    if format == "reshardable" and engine.ddp[0].ddp_config.use_distributed_optimizer:
+        (sharded,) = engine.optimizer.chained_optimizers  # dense models have one
+        return {
+            "optimizer": sharded.state_dict() | {"param_state_sharding_type": FORM},
+            _BOXES: boxes_of(sharded, model),
+        }
+    metadata = _METADATA | _OPTIMIZER[format]
+    return {"optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)}
 
 
 def _chunks(engine: Engine) -> dict[str, torch.nn.Module]:

@@ -66,6 +66,10 @@ class Fit:
             Stopped: on every rank, at the end of a step, when any rank received a signal to stop.
         """
         with self.guards:
+            if start == 0 and self.heldout:
+                found, seconds = self._figures(self.heldout)
+                if self.log:
+                    self.log.before_first_step(found, seconds)
             for step in range(start, self.loader.steps):
                 self._step(step)
         self.saves.finish()
@@ -109,11 +113,15 @@ class Fit:
     def _evaluated(self, done: int) -> dict[str, float]:
         if self.heldout is None or (done % self.heldout.every and done != self.loader.steps):
             return {}
-        began = time.perf_counter()
-        found = self.heldout.evaluate(self.engine)
+        found, seconds = self._figures(self.heldout)
         if self.log:
             self.log.evaluated(done, found)
-        return {**found, "seconds_evaluation": time.perf_counter() - began}
+        return {**found, "seconds_evaluation": seconds}
+
+    def _figures(self, heldout: HeldOut) -> tuple[dict[str, float], float]:
+        """The figures, and the seconds that they took."""
+        began = time.perf_counter()
+        return heldout.evaluate(self.engine), time.perf_counter() - began
 
     def _record(
         self, done: int, data: StepData, loss: BatchLoss, update: Update, seconds: StepSeconds, heldout: dict[str, float]

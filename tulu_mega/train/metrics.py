@@ -4,19 +4,21 @@ metrics.jsonl has one object a step. Keys: ``step`` (finished steps, from 1) · 
 ``lr`` · ``tokens`` ``supervised_tokens`` (of the global batch, padding not counted) · ``tokens_per_second``
 ``supervised_tokens_per_second`` (all ranks together) · ``padding`` (share of the packed positions) · ``tflops`` (1e12 FLOP/s
 of one process) · ``mfu`` (share of the device's dense peak; null where that is unknown) · ``seconds_data``
-``seconds_forward_backward`` ``seconds_optimizer`` ``seconds_checkpoint`` · ``memory_gib`` (peak so far) · in some steps
-``slowest_rank`` ``slowest_host`` ``slowest_times_median`` (see `stragglers`) · of stages with ``[heldout]``, in steps that end
-with an evaluation, ``heldout_loss`` and other means and ``seconds_evaluation`` · and whatever the recipe adds. Rates leave the
-seconds of checkpoints and evaluations out. JSON has no NaN: what is not finite is written as the string ``"NaN"``,
-``"Infinity"`` or ``"-Infinity"``, which ``float()`` reads back.
+``seconds_forward_backward`` ``seconds_optimizer`` ``seconds_checkpoint`` (that saving took since the step before) ·
+``memory_gib`` (peak so far) · in some steps ``slowest_rank`` ``slowest_host`` ``slowest_times_median`` (see `stragglers`) · of
+stages with ``[heldout]``, in steps that end with an evaluation, ``heldout_loss`` and other means and ``seconds_evaluation`` · in
+steps that were saved, as soon as the checkpoint is there, ``save_seconds`` (from its beginning), ``save_waited_seconds`` (of
+these, that training stood still) and ``save_memory_gib`` (main memory at the peak, above what was held at the beginning; each of
+the rank that has most; see `save_figures`) · and whatever the recipe adds. Rates leave the seconds of checkpoints and
+evaluations out. Where rows are held out, `sft`, `rm` and `dpo` begin with a line of step 0, which has nothing but the figures of
+an evaluation: what the weights gave that the run began with. JSON has no NaN: what is not finite is written as the string
+``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, which ``float()`` reads back.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import os
 import secrets
 import statistics
 import sys
@@ -29,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tulu_mega.config import RunSettings, WandbSettings
 from tulu_mega.errors import Stopped
+from tulu_mega.launch.run_files import Lines, write_whole
 from tulu_mega.layout.hardware import named_peak
 
 if TYPE_CHECKING:
@@ -106,9 +109,8 @@ class MetricsLog:
         console: TextIO | None = None,
     ):
         directory = Path(run_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        cut_after(directory / FILE, resumed_step)
-        self._file = open(directory / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        cut_after(directory / FILE, resumed_step or -1)  # a run that begins anew evaluates anew before its first step
+        self._file = Lines(directory / FILE)
         self._world_size, self._device, self._peak = world_size, device, peak
         self._console = _Console(console or sys.stdout, total_steps, resumed_step, settings.train.log_every)
         self._wandb = _Wandb(settings.wandb, directory, settings.model_dump())
@@ -124,10 +126,12 @@ class MetricsLog:
 
         Args:
             guards: what the guards add to the step's figures, to its console line and to standard error.
+
+        Raises:
+            UserError: the line cannot be written.
         """
         values = self._values(record) | dict(guards.figures if guards else {})
-        self._file.write(json.dumps({name: _json_number(value) for name, value in values.items()}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._write(values)
         self._console.step(values, record.told, guards.remark if guards else "")
         for warning in guards.warnings if guards else ():
             print(f"warning: step {record.step}: {warning}", file=sys.stderr, flush=True)
@@ -136,6 +140,23 @@ class MetricsLog:
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         """Prints the figures of held-out rows on the console; the step's record must carry them too."""
         self._console.say(f"step {step}  " + "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()))
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        self._file.append(json.dumps({name: json_number(value) for name, value in values.items()}, allow_nan=False))
+
+    def before_first_step(self, values: Mapping[str, float], seconds: float) -> None:
+        """Reports the figures of held-out rows by the weights that the run begins with: the line of step 0.
+
+        Args:
+            seconds: that the evaluation took.
+
+        Raises:
+            UserError: the line cannot be written.
+        """
+        self.evaluated(0, values)
+        line = {"step": 0, **values, "seconds_evaluation": seconds}
+        self._write(line)
+        self._wandb.log(line)
 
     def close(self, failed: bool = False) -> None:
         """Ends the report; `failed` marks the wandb run."""
@@ -175,9 +196,7 @@ def cut_after(file: Path, step: int) -> None:
     lines = file.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
     if kept != lines:
-        temporary = file.with_name(f"{file.name}.tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, file)
+        write_whole(file, b"".join(kept).decode())
 
 
 def _step_of(line: bytes) -> int | None:
@@ -188,7 +207,8 @@ def _step_of(line: bytes) -> int | None:
     return step if line.endswith(b"\n") and isinstance(step, int) else None
 
 
-def _json_number(value: Any) -> Any:
+def json_number(value: Any) -> Any:
+    """The value as JSON can have it: text in the place of a number that is not finite, which ``float()`` reads back."""
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -301,35 +321,18 @@ class _Wandb:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak FLOP/s of a device in bf16 or fp32.
-
-    GPUs by name (H100, H200, A100); a CPU is measured, once, by a matmul of that precision on this process's threads.
+    """Dense peak FLOP/s of a GPU in bf16 or fp32, by its name (H100, H200, A100).
 
     Returns:
-        FLOP/s, or None for a GPU that is not in the table.
+        FLOP/s, or None for a GPU that is not in the table, and for CPUs: theirs is written nowhere, and one that is measured is
+        what the machine had left at that moment, of which a run may then reach 150%.
     """
     import torch
 
     if device.type == "cpu":
-        return _measured_cpu_peak(dtype)
+        return None
     name = torch.cuda.get_device_name(device)
     return named_peak(name, dtype == torch.float32)
-
-
-@functools.cache
-def _measured_cpu_peak(dtype: torch.dtype) -> float:
-    import torch
-
-    size = 768
-    left = torch.full((size, size), 0.5, dtype=dtype)
-    right = torch.full((size, size), 0.5, dtype=dtype)
-    left @ right  # threads and code paths warm up
-    best, end = math.inf, time.perf_counter() + 0.1
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best if best < math.inf else 0.0
 
 
 def peak_memory(device: torch.device | None) -> int:

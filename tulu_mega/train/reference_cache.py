@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from tulu_mega.bridge.files.hf_writer import write_durably
 from tulu_mega.data.store import TokenStore
 from tulu_mega.distributed.collectives import from_lead, gathered, together
 from tulu_mega.errors import UserError
+from tulu_mega.pins.digest import digest
 from tulu_mega.records import PackedBatch
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.scoring import score_rows
@@ -83,7 +84,8 @@ class ReferenceCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         file = self._file(part)
         partial = file.with_name(f".{file.name}.{os.getpid()}")  # several runs may fill the same cache
-        write_durably(partial, save({"logp": values}, {"key": self.key, "quantity": QUANTITY}))
+        told = {"key": self.key, "quantity": QUANTITY, "digest": _digest(values)}
+        write_durably(partial, save({"logp": values}, told))
         partial.replace(file)
 
     def _file(self, part: range) -> Path:
@@ -93,10 +95,15 @@ class ReferenceCache:
         try:
             with safe_open(self._file(part), framework="numpy") as file:
                 values = file.get_tensor("logp")
-                same = (file.metadata() or {}).get("key") == self.key
+                told = file.metadata() or {}
+                same = told.get("key") == self.key and told.get("digest", _digest(values)) == _digest(values)
         except (OSError, SafetensorError):
             return None
         return values if same and values.shape == (len(part),) and np.isfinite(values).all() else None
+
+
+def _digest(values: np.ndarray) -> str:
+    return blake3(np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def content_key(weights: str, dtype: str, megatron: dict, store: TokenStore) -> str:
@@ -112,11 +119,15 @@ def content_key(weights: str, dtype: str, megatron: dict, store: TokenStore) -> 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def weights_digest(model: Path) -> str:
-    """Digest of a model directory's weights and config.json; every rank calls it, each hashes some of the files."""
+def weights_digest(model: Path, known: Mapping[str, str]) -> str:
+    """Digest of a model directory's weights and config.json; every rank calls it, each hashes some of the files.
+
+    Args:
+        known: digests by file, of what has been read already.
+    """
     files = sorted(file for pattern in ("*.safetensors", "*.distcp", "config.json") for file in model.glob(pattern))
     rank, size = dist.get_rank(), dist.get_world_size()
-    mine = [(file.name, blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()) for file in files[rank::size]]
+    mine = [(file.name, known.get(file.name) or digest(file)) for file in files[rank::size]]
     return hashlib.sha256(json.dumps(sorted(pair for part in gathered(mine) for pair in part)).encode()).hexdigest()
 
 

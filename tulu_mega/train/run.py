@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tulu_mega.bridge.files.companions import OtherTokenizer
 from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.config import RunSettings
-from tulu_mega.data.chat import TULU_CHAT_TEMPLATE
+from tulu_mega.data.chat import TULU_CHAT_TEMPLATE, Template
 from tulu_mega.data.other_tokenizer import other_tokenizer
+from tulu_mega.distributed import topology
 from tulu_mega.distributed.collectives import together
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
-from tulu_mega.launch.run_dir import locked
+from tulu_mega.launch.run_dir import CHECKPOINTS, locked
 from tulu_mega.model.config import DTYPES
+from tulu_mega.pins import ranks as pinned
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.resilience.spikes import SIGNALS
-from tulu_mega.train import checkpoint
+from tulu_mega.train import checkpoint, kept
 from tulu_mega.train.checkpoint import Checkpoint, Engines
-from tulu_mega.train.metrics import MetricsLog, peak_flops
+from tulu_mega.train.checkpoint_files import healthy
+from tulu_mega.train.metrics import FILE, MetricsLog, peak_flops
+from tulu_mega.train.save_figures import tell
 from tulu_mega.train.save_schedule import SaveSchedule
 from tulu_mega.train.saver import Saver
 from tulu_mega.train.session import Session, opened
@@ -57,7 +63,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """Directory that holds the checkpoints."""
-        return self.run_dir / "checkpoints"
+        return self.run_dir / CHECKPOINTS
 
     @property
     def engines(self) -> Engines:
@@ -75,28 +81,34 @@ class Run:
             self._loaded = True
 
     def weights(self, steps: int, updates: int = 1) -> Checkpoint | None:
-        """Load weights and optimizer from the newest checkpoint, which is returned, or begin with the model's own weights.
+        """Load weights and optimizer from the newest checkpoint whose weights are finite, which is returned, or begin with the
+        model's own weights.
 
         Args:
             steps: steps of the whole run.
             updates: optimizer steps in each.
 
         Raises:
-            UserError: on every rank, when more steps are done than the run is to have.
+            UserError: on every rank, when more steps are done than the run is to have, or no checkpoint's weights are finite.
         """
-        found = checkpoint.find(self.checkpoints)
-        if not found:
+        found = kept.newest(self.checkpoints)
+        if found is None:
             self.initial_weights()
-        elif found[-1].step > steps:
+        elif found.step > steps:
             raise UserError(
-                f"run_dir = {self.settings.run_dir} has {found[-1].step:,} steps done, the settings ask for {steps:,}; raise "
+                f"run_dir = {self.settings.run_dir} has {found.step:,} steps done, the settings ask for {steps:,}; raise "
                 "train.steps (or train.epochs), or choose another run_dir"
             )
+        while found and not healthy(found.path, kept.before(self.checkpoints, found), self.session.engine.at):
+            found = kept.newest(self.checkpoints)  # the damaged one has another name by now
         self.session.engine.prepare_training(self.settings.optim, steps * updates)
-        if not found:
-            return None
-        checkpoint.restore(self.engines, found[-1])
-        return found[-1]
+        if found:
+            if self.session.lead and (told := kept.advice(self.checkpoints, found)):
+                print(f"warning: {told}", file=sys.stderr, flush=True)
+            checkpoint.restore(self.engines, found)
+            if not checkpoint.same_layout(self.session.engine, found):
+                topology.seed_ranks(self.settings.seed, found.step)
+        return found
 
     def guards(self, found: Checkpoint | None, spike_signals: Sequence[str] = SIGNALS) -> Guards:
         """Make the run's guards. Every rank calls it.
@@ -127,7 +139,8 @@ class Run:
             guards: ask for a checkpoint when the run is to stop.
         """
         wanted = self.settings.checkpoint
-        saver = Saver(self.engines, self.checkpoints, wanted.keep, wanted.format, wanted.asynchronous)
+        told = partial(tell, self.run_dir / FILE)
+        saver = Saver(self.engines, self.checkpoints, wanted.keep, wanted.format, wanted.asynchronous, told)
         return SaveSchedule(saver, wanted.every, steps, guards.stop_requested)
 
     def metrics(self, steps: int, start: int) -> MetricsLog:
@@ -143,25 +156,39 @@ class Run:
             peak=peak_flops(device, DTYPES[self.settings.model.dtype]),
         )
 
-    def export(self) -> None:
+    def export(self, guards: Guards, template: Template, ends: Sequence[int]) -> None:
         """Write the trained model to RUN_DIR/hf in Hugging Face format, if the settings want it.
 
         The tokenizer and the chat template that it was trained with go with it.
+
+        Args:
+            guards: say whether anything was learned.
+            template: that template. As the tokens, rank 0's counts.
+            ends: tokens that ended the turns it was trained on.
+
+        Raises:
+            UserError: on every rank, when nothing was learned, the weights are not finite, or the model cannot be written.
         """
+        guards.check_learned()
         wanted = self.settings.checkpoint
+        if not self.session.engine.finite_weights():
+            raise UserError(
+                f"the trained weights have NaN or infinity in them, and no model is exported. {self.checkpoints} keeps the "
+                "newest checkpoint from before; begin anew with a lower optim.lr, or go on from it with --train.spike skip"
+            )
         if not wanted.export:
             return
         dtype = DTYPES[self.settings.model.dtype if wanted.export_dtype == "model" else wanted.export_dtype]
-        template = {"chat_template.jinja": TULU_CHAT_TEMPLATE} if self.settings.data.template == "tulu" else {}
+        beside = {"chat_template.jinja": TULU_CHAT_TEMPLATE} if template == "tulu" else {}
         directory = self.run_dir / "hf"
-        self.session.export(directory, dtype, template, self._tokenizer)
+        self.session.export(directory, dtype, beside, self._tokenizer, ends)
         if self.session.lead:
             print(f"model in Hugging Face format: {directory}", flush=True)
 
 
 @contextlib.contextmanager
 def opened_session(settings: RunSettings, world: World, reward: bool, temperature: float = 1.0) -> Iterator[Session]:
-    """Lock the run directory on rank 0, then join the world and build the model.
+    """Lock the run directory on rank 0, join the world and build the model; then all see whether the inputs are the run's.
 
     Args:
         reward: whether the model has a scalar head.
@@ -173,4 +200,6 @@ def opened_session(settings: RunSettings, world: World, reward: bool, temperatur
     with contextlib.ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(locked(Path(settings.run_dir)))
-        yield stack.enter_context(opened(settings, world, settings.seed, reward, temperature))
+        session = stack.enter_context(opened(settings, world, settings.seed, reward, temperature))
+        pinned.settle(Path(settings.run_dir), settings.accept_changes, world.local_rank, session.watch.at)
+        yield session

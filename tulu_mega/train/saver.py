@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from tulu_mega.distributed.collectives import from_lead, together
 from tulu_mega.errors import UserError
-from tulu_mega.train.checkpoint import Engines, clean, find, manifest, place, put_in_place, step_name
+from tulu_mega.train.checkpoint import Engines, clean, manifest, place, put_in_place, step_name
 from tulu_mega.train.engine import Engine
-from tulu_mega.train.engine_state import Format, changes, sharded_state
+from tulu_mega.train.engine_state import Format, sharded_state
+from tulu_mega.train.kept import prune
+from tulu_mega.train.save_figures import SaveFigures, SaveWatch
 from tulu_mega.train.sharded_save import ShardedSave
 
 
@@ -32,12 +33,22 @@ class Saver:
     Args:
         engines: whose states are saved together.
         directory: RUN_DIR/checkpoints, on a file system all ranks share.
-        keep: checkpoints that are kept, the newest.
+        keep: checkpoints that are kept, the newest; see `kept.prune`.
         format: of the optimizers' state.
         asynchronous: whether training goes on while files are written.
+        told: is called on rank 0 with what each save took.
     """
 
-    def __init__(self, engines: Engines, directory: Path, keep: int, format: Format, asynchronous: bool):
+    def __init__(
+        self,
+        engines: Engines,
+        directory: Path,
+        keep: int,
+        format: Format,
+        asynchronous: bool,
+        told: Callable[[SaveFigures], None] = lambda _figures: None,
+    ):
+        self._told = told
         self._engines, self._directory, self._keep, self._format = engines, directory, keep, format
         self._lead = next(iter(engines.values()))
         device = self._lead.platform.device  # a new thread's is GPU 0, on which every rank of the machine would take memory
@@ -57,39 +68,51 @@ class Saver:
         """
         self.finish()
         self._lead.at("checkpoint")
+        watch = SaveWatch()
+        with watch.waiting():
+            self._pending = self._begun(step, state, watch)
+        if self._thread:
+            self._pending.writing = [self._thread.submit(sharded.write) for sharded in self._pending.saves]
+        else:
+            self.finish()
+
+    def _begun(self, step: int, state: dict[str, Any], watch: SaveWatch) -> _Pending:
+        """Prepares a save; one that is not asynchronous is written. Arguments and errors of `save`."""
         directory = self._directory
         partial_directory = directory / from_lead(f"{step_name(step)}.partial-{uuid.uuid4().hex[:8]}")
         what = f"checkpoint of step {step} could not be written to {directory}"
-        with together(what):
-            if dist.get_rank() == 0:
-                clean(directory)
-                for name in self._engines:
-                    place(partial_directory, self._engines, name).mkdir(parents=True, exist_ok=True)
-        pending = _Pending(partial_directory, what, manifest(step, state, self._format, self._engines))
+        finite = all(engine.finite_weights() for engine in self._engines.values())  # the same on every rank
+        pending = _Pending(partial_directory, what, manifest(step, state, finite, self._format, self._engines), watch)
         try:
+            with together(what):
+                if dist.get_rank() == 0:
+                    clean(directory)
+                    for name in self._engines:
+                        place(partial_directory, self._engines, name).mkdir(parents=True, exist_ok=True)
             for name, engine in self._engines.items():
                 sharded = self._sharded(engine, place(partial_directory, self._engines, name), what)
                 pending.saves.append(sharded)
-                if self._thread is None:  # each before the next: what was gathered for it is freed
+                if self._thread is None:
                     _write(sharded)
         except UserError:
-            _discard(partial_directory)
+            pending.discard()
             raise
-        self._pending = pending
-        if self._thread:
-            pending.writing = [self._thread.submit(sharded.write) for sharded in pending.saves]
-        else:
-            self.finish()
+        return pending
 
     def _sharded(self, engine: Engine, directory: Path, what: str) -> ShardedSave:
         content = sharded_state(engine, self._format, loading=False)
         if engine is not self._lead:
             del content["rng"]  # the process has one
-        return ShardedSave(content, directory, what, partial(self._changes, engine) if self._thread else None)
+        return ShardedSave(content, directory, what, copied=self._thread is not None)
 
-    def _changes(self, engine: Engine, held: ShardedTensor) -> bool:
-        """Whether a tensor must be copied before training goes on."""
-        return changes(engine, self._format, held)
+    def _digests(self, pending: _Pending) -> dict[str, str]:
+        """Of the files that ranks wrote, by name within the checkpoint."""
+        places = (place(pending.partial, self._engines, name).relative_to(pending.partial) for name in self._engines)
+        return {
+            str(at / name): each
+            for at, sharded in zip(places, pending.saves, strict=True)
+            for name, each in sharded.digests.items()
+        }
 
     def poll(self) -> None:
         """Ends the save under way if every rank has written; never waits for a disk. Raises as `save`."""
@@ -106,19 +129,28 @@ class Saver:
         if pending is None:
             return
         self._lead.at("checkpoint")
+        with pending.watch.waiting():
+            self._ended(pending)
+        largest = torch.tensor(pending.watch.end(), dtype=torch.float64, device=self._lead.platform.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)  # nobody goes on before the lead has removed the oldest
+        seconds, waited, memory = largest.tolist()
+        if dist.get_rank() == 0:
+            self._told(SaveFigures(pending.manifest["step"], seconds, waited, int(memory) if memory >= 0 else None))
+
+    def _ended(self, pending: _Pending) -> None:
+        """Waits for every rank's files and gives the checkpoint its name. Raises as `save`."""
         failures = [writing.exception() for writing in pending.writing]  # all have ended before any is taken away
         try:
             for sharded, failure in zip(pending.saves, failures, strict=False):
                 sharded.finish(failure)
             with together(pending.what):
                 if dist.get_rank() == 0:
-                    put_in_place(pending.partial, self._directory, pending.manifest)
+                    put_in_place(pending.partial, self._directory, pending.manifest, self._digests(pending))
         except UserError:
-            _discard(pending.partial)
+            pending.discard()
             raise
         if dist.get_rank() == 0:
-            for old in find(self._directory)[: -self._keep]:
-                shutil.rmtree(old.path, ignore_errors=True)
+            prune(self._directory, self._keep, pending.manifest["step"])
         dist.barrier()
 
 
@@ -129,10 +161,18 @@ class _Pending:
     partial: Path
     what: str
     manifest: dict[str, Any]
+    watch: SaveWatch
     saves: list[ShardedSave] = field(default_factory=list)
     """one an engine"""
     writing: list[Future[None]] = field(default_factory=list)
     """the end of each save's writing; empty where all are written and finished"""
+
+    def discard(self) -> None:
+        """Ends a save that failed and removes what it has written; every rank waits until it is gone."""
+        self.watch.end()
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        dist.barrier()
 
 
 def _write(sharded: ShardedSave) -> None:
@@ -143,10 +183,3 @@ def _write(sharded: ShardedSave) -> None:
     except Exception as error:
         failure = error
     sharded.finish(failure)
-
-
-def _discard(directory: Path) -> None:
-    """Removes what a failed save has written; every rank waits until it is gone."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-    dist.barrier()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +27,7 @@ from tulu_mega.distributed import topology
 from tulu_mega.distributed.topology import Topology
 from tulu_mega.errors import Stopped, UserError
 from tulu_mega.launch.launcher import World
+from tulu_mega.launch.run_files import write_whole
 from tulu_mega.layout.alignment import Alignment
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.layout.schedule import Pipeline
@@ -136,9 +137,14 @@ class Session:
         return Sender(weights, sends, place.pipeline_rank, engine.platform.device, engine.at, engine.settle)
 
     def export(
-        self, directory: Path, dtype: torch.dtype, extra_files: dict[str, str], tokenizer: OtherTokenizer | None = None
+        self,
+        directory: Path,
+        dtype: torch.dtype,
+        extra_files: dict[str, str],
+        tokenizer: OtherTokenizer | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
-        """Writes the model in Hugging Face format; every rank calls it.
+        """Writes the model in Hugging Face format; every rank calls it. What goes beside the weights is rank 0's.
 
         Raises:
             UserError: the directory cannot be used.
@@ -148,9 +154,7 @@ class Session:
         config = read_config(self.source)
         if self.engine.reward:
             config |= reward_fields(family_for(config), config)
-        export_hf(
-            self.shard(config), directory, dtype, source_directory=self.source, extra_files=extra_files, tokenizer=tokenizer
-        )
+        export_hf(self.shard(config), directory, dtype, self.source, extra_files, tokenizer, ends)
 
 
 @contextlib.contextmanager
@@ -205,6 +209,4 @@ def _session(
 
 def write_settings(settings: EngineSettings, file: Path) -> None:
     """The resolved settings as JSON, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(json.loads(settings.model_dump_json()), indent=2) + "\n")
-    partial.replace(file)
+    write_whole(file, json.dumps(json.loads(settings.model_dump_json()), indent=2) + "\n")

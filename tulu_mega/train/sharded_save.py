@@ -7,18 +7,18 @@ reports failures to all.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -26,7 +26,10 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from tulu_mega.distributed.collectives import root, together
+from tulu_mega.distributed.collectives import gathered, root, together
+from tulu_mega.layout.optimizer_state import PIECE
+from tulu_mega.train.checkpoint_files import HashingFiles
+from tulu_mega.train.save_copies import CopiesPlanner, copy
 
 
 class ShardedSave:
@@ -38,26 +41,29 @@ class ShardedSave:
         state: megatron-core's, with ShardedTensors and ShardedObjects in it.
         directory: empty.
         what: begins the message of a failure.
-        changing: which tensors may change before they are written; of these copies in main memory are taken.
+        copied: whether tensors may change before they are written; then copies in main memory are taken.
 
     Raises:
         UserError: on every rank, when any fails.
     """
 
-    def __init__(
-        self, state: dict[str, Any], directory: Path, what: str, changing: Callable[[ShardedTensor], bool] | None = None
-    ):
+    def __init__(self, state: dict[str, Any], directory: Path, what: str, copied: bool = False):
         self._directory, self._what = directory, what
+        self.digests: dict[str, str] = {}
+        """by file of any rank, after :meth:`finish`"""
         self._results: list[WriteResult] = []
         sharded, common = save_preprocess(state)
         with together(what):
             TorchCommonSaveStrategy("torch", 1).save_common(common, str(directory))  # rank 0 writes
         lead = dist.get_rank() == 0
-        self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._writer = _Writer(directory, sync_files=True)
+        self._writer = _Writer(directory)
         plans: list[SavePlan] = [SavePlan([])] * dist.get_world_size()
         with together(what):
-            self._planner.set_up_planner(_torch_state(sharded, changing), self._writer.storage_meta(), lead)
+            named, _flat, _renamed = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+            tensors = [each for parts in named.values() for each in parts if isinstance(each, ShardedTensor)]
+            self._planner = CopiesPlanner(copy(tensors) if copied else {})
+            pieces = {key: [piece for part in parts for piece in _pieces(part)] for key, parts in named.items()}
+            self._planner.set_up_planner(_torch_state(pieces), self._writer.storage_meta(), lead)
             self._writer.set_up_storage_writer(lead)
             plans[dist.get_rank()] = self._writer.prepare_local_plan(self._planner.create_local_plan())
         dist.all_gather_object(plans, plans[dist.get_rank()])
@@ -88,27 +94,44 @@ class ShardedSave:
         with together(self._what):
             if failure is not None:
                 raise failure
-        gathered: list[list[WriteResult]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(gathered, self._results)
+        written = gathered((self._results, self._writer.fs.digests))
+        for _, taken in written:
+            self.digests |= taken
         with together(self._what):
             if dist.get_rank() == 0:
-                self._writer.finish(self._metadata, gathered)
+                self._writer.finish(self._metadata, [results for results, _ in written])
                 save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
 
 
-def _torch_state(sharded: dict[str, Any], changing: Callable[[ShardedTensor], bool] | None) -> dict[str, Any]:
+def _pieces(part: ShardedBase) -> list[ShardedBase]:
+    """A large box of the optimizer's state in even parts, as which it passes through main memory on its way from a GPU, and when
+    it is read again."""
+    if not isinstance(part, ShardedTensor) or part.has_regular_grid or part.data.numel() <= PIECE:
+        return [part]
+    axis = next(at for at, size in enumerate(part.local_shape) if size > 1)
+    size = part.local_shape[axis]
+    step = math.ceil(size / math.ceil(part.data.numel() / PIECE))
+    pieces = []
+    for start in range(0, size, step):
+        data = part.data.narrow(axis, start, min(step, size - start))
+        offset = tuple(corner + start * (at == axis) for at, corner in enumerate(part.global_offset))
+        pieces.append(replace(part, data=data, local_shape=tuple(data.shape), global_offset=offset))
+    return pieces
+
+
+def _torch_state(named: dict[str, list[ShardedBase]]) -> dict[str, Any]:
     """What this rank is to write, in torch's terms."""
-    named, _flat, _renamed = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    if changing:
-        for held in (each for parts in named.values() for each in parts if isinstance(each, ShardedTensor) and changing(each)):
-            held.data = held.data.detach().to("cpu", copy=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # megatron-core's tensors are torch's older kind
         return mcore_to_pyt_state_dict(named, False)
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """Tells what went wrong: torch's serialiser stumbles over its own tidying up after the disk's error."""
+    """Takes digests, and tells what went wrong: torch's serialiser stumbles over its own tidying up after the disk's error."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory, sync_files=True, per_thread_copy_ahead=0)
+        self.fs = HashingFiles()
 
     def write_data(self, plan, planner):
         try:

@@ -12,12 +12,24 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-async def body(receive: Receive) -> bytes:
-    """A request's, whole."""
-    parts, more = [], True
+async def body(receive: Receive, limit: int = 1 << 20) -> bytes:
+    """The body of a request, whole.
+
+    Args:
+        limit: bytes that it may have.
+
+    Raises:
+        ValueError: it has more, or the client left before its end.
+    """
+    parts, size, more = [], 0, True
     while more:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ValueError("the client left before the end of its request")
         parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise ValueError(f"a request may have {limit} bytes, this one has more")
         more = message.get("more_body", False)
     return b"".join(parts)
 

@@ -79,7 +79,7 @@ async def _end(receive: Receive, send: Send) -> None:
     try:
         asked = json.loads(await body(receive))
         incarnation, why = int(asked["incarnation"]), str(asked["why"])
-    except (ValueError, KeyError, TypeError, OverflowError):  # JSON has Infinity here, which is no integer
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # JSON has Infinity here, which is no integer
         await refuse(send, 400, 'expected {"incarnation": NUMBER, "why": TEXT}', "BadRequest")
         return
     if incarnation != _incarnation():

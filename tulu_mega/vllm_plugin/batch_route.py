@@ -22,6 +22,10 @@ ROUTE = "/inference/tulu_mega/batch"
 "choices": [{"index", "token_ids", "logprobs", "finish_reason", "weight_versions"}, ...]}``; ``{"error"}`` ends it early."""
 
 
+MAX_BODY = 1 << 28
+"""Bytes of a batch: ten thousand prompts of four thousand tokens have some 200 MiB."""
+
+
 class Batches:
     """Middleware: answers `ROUTE`, hands everything else on."""
 
@@ -34,7 +38,7 @@ class Batches:
         if scope["type"] != "http" or scope["path"] != ROUTE:
             await self._app(scope, receive, send)
             return
-        asked = json.loads(await body(receive))["prompts"]
+        asked = json.loads(await body(receive, MAX_BODY))["prompts"]  # `bounds` has looked at it
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/x-ndjson")]})
         answering = asyncio.create_task(self._answer(scope["app"].state.engine_client, asked, send))
         leaving = asyncio.create_task(_left(receive))

@@ -78,6 +78,7 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
     def init_transfer_engine(self, init_info: Senders) -> None:
         """Attaches to the senders, in place of those before."""
         self.shutdown()
+        rank = None
         try:
             for rank, endpoint in init_info.endpoints.items():
                 transport = named(endpoint["kind"])

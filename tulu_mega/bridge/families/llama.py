@@ -14,4 +14,4 @@ RULES = (
     *decoder.MLP,
     *decoder.FINAL,
 )
-FAMILY = Family("LlamaForCausalLM", RULES, decoder.sizes, leftovers=("*.rotary_emb.inv_freq",))
+FAMILY = Family("LlamaForCausalLM", RULES, decoder.sizes)

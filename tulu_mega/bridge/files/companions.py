@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def write_companions(
     dtype_name: str,
     extra_files: Mapping[str, str] | None = None,
     tokenizer: OtherTokenizer | None = None,
+    ends: Sequence[int] = (),
 ) -> None:
     """Writes config.json and copies what there is of tokenizer, chat template and, for a model that generates, generation config.
 
@@ -55,6 +56,7 @@ def write_companions(
         dtype_name: of the weights, as config.json spells it: ``bfloat16``.
         extra_files: name -> text of files that are written beside or instead of the copied ones.
         tokenizer: goes with the model in the place of the source's, of which nothing is copied then: two do not mix.
+        ends: tokens at which generation stops, beside those that the model names: turns ended with them in training.
     """
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     written = {**config, **dict.fromkeys(keys, dtype_name), **(tokenizer.config if tokenizer else {})}
@@ -63,10 +65,26 @@ def write_companions(
         files |= found(source, (GENERATION,))
         if tokenizer:
             files[GENERATION] = as_json(json.loads(files.get(GENERATION, "{}")) | dict(tokenizer.generation))
+        files |= _stopping(files.get(GENERATION), written, ends)
     files[CONFIG] = as_json(written)
     files |= {each: text.encode() for each, text in (extra_files or {}).items()}
     for each, content in files.items():
         write_durably(directory / each, content)
+
+
+def _stopping(generation: bytes | None, config: Config, ends: Sequence[int]) -> dict[str, bytes]:
+    """generation_config.json with further tokens that end an answer; nothing where it names them all.
+
+    A model without that file generates by its config.json, whose special tokens go over.
+    """
+    special = {each: config[each] for each in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(each) is not None}
+    content = json.loads(generation) if generation else special
+    named = content.get("eos_token_id", special.get("eos_token_id"))
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if missing := [each for each in ends if each not in named]:
+        stops = [*named, *missing]
+        return {GENERATION: as_json({**content, "eos_token_id": stops if len(stops) > 1 else stops[0]})}
+    return {}
 
 
 def put_in_place(partial: Path, final: Path) -> None:

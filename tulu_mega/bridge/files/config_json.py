@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from tulu_mega.bridge.files.untrusted import read_json
 from tulu_mega.errors import UserError
 
 
@@ -20,7 +20,7 @@ def read_config(directory: Path, hint: str = "give the directory of a Hugging Fa
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; {hint}") from None
     except (OSError, ValueError) as error:

@@ -5,7 +5,6 @@ Inspection reads headers only and needs no torch.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega.bridge.box import Box
+from tulu_mega.bridge.files.untrusted import open_plain, parse_json, read_json
 from tulu_mega.bridge.rules import Shape
 from tulu_mega.errors import UserError
 
@@ -27,6 +27,8 @@ _BYTES = {8: "F64 I64 U64 C64", 4: "F32 I32 U32", 2: "F16 BF16 I16 U16", 1: "I8 
 _ITEM_BYTES = {dtype: size for size, dtypes in _BYTES.items() for dtype in dtypes.split()}
 _LOADED = ("F32", "BF16", "F16")
 _MAX_HEADER = 100_000_000  # the format's own limit
+_LARGEST = 1 << 63
+_MAX_DIMENSIONS = 64
 _SHOWN = 20
 _AGAIN = "download or export it again"
 
@@ -65,6 +67,7 @@ class HfCheckpoint:
             raise UserError(f"{directory}: no such directory; expected a Hugging Face model (config.json and *.safetensors)")
         problems: list[str] = []
         config = _read_json(directory / "config.json", problems)
+        problems += _two_models(directory)
         if (directory / INDEX).exists():
             tensors = _read_shards(directory, problems)
         elif (directory / SINGLE).exists():
@@ -124,7 +127,7 @@ def _first(messages: Iterable[str]) -> list[str]:
 
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         problems.append(f"{path}: no such file; expected a Hugging Face model directory")
     except (OSError, ValueError) as error:
@@ -144,6 +147,29 @@ def _no_weights(directory: Path) -> str:
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
         )
     return f"{directory}: holds neither {INDEX} nor {SINGLE}; the download or export is not complete"
+
+
+def _two_models(directory: Path) -> list[str]:
+    """What makes it unclear which weights a directory means: transformers reads the single file, others the index."""
+    single = (directory / SINGLE).exists()
+    if parts := sorted(each.name for each in directory.glob("*.distcp")):
+        return [
+            f"{directory}: holds a model in Hugging Face's format and parts of a Megatron checkpoint ({parts[0]}); "
+            "move away what is not meant"
+        ]
+    if not single or not (directory / INDEX).exists():
+        return []
+    try:
+        named = set(read_json(directory / INDEX)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # told of where the index is read
+    if SINGLE in named:
+        return []
+    shards = f"{len(named)} other file{'s' if len(named) > 1 else ''}"
+    return [
+        f"{directory}: holds {SINGLE} and {INDEX}, which names {shards} and not it; transformers reads the former, others "
+        f"the latter. Remove what is not meant: {SINGLE}, or {INDEX} and the files it names"
+    ]
 
 
 def _read_shards(directory: Path, problems: list[str]) -> dict[str, TensorInfo]:
@@ -171,22 +197,35 @@ def _read_shards(directory: Path, problems: list[str]) -> dict[str, TensorInfo]:
     return tensors
 
 
+def _naturals(values: Any, count: int | None = None) -> Shape:
+    """Numbers of a header, none of them negative, a truth or larger than a file.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if type(values) is not list or not all(type(value) is int and 0 <= value < _LARGEST for value in values):
+        raise ValueError(f"{str(values)[:60]} where whole numbers from 0 to 2^63 are expected")
+    if len(values) > _MAX_DIMENSIONS if count is None else len(values) != count:
+        raise ValueError(f"{len(values)} numbers where {count or f'at most {_MAX_DIMENSIONS}'} are expected")
+    return tuple(values)
+
+
 def _read_header(path: Path, problems: list[str]) -> dict[str, TensorInfo]:
     """The tensors of one file, if its header is sound and the file as long as the header says."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             actual = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if actual < 8 or length > min(_MAX_HEADER, actual - 8):
                 problems.append(f"{path}: {actual} bytes, too short for its header; the file is truncated or not safetensors")
                 return {}
-            entries = json.loads(file.read(length))
+            entries = parse_json(file.read(length))
         entries.pop("__metadata__", None)
-        tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"]), path.name) for name, entry in entries.items()}
-        spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
+        tensors = {name: TensorInfo(entry["dtype"], _naturals(entry["shape"]), path.name) for name, entry in entries.items()}
+        spans = sorted((*_naturals(entry["data_offsets"], 2), name) for name, entry in entries.items())
         end = 0
         for start, stop, name in spans:
-            if tensors[name].dtype not in _ITEM_BYTES:
+            if type(tensors[name].dtype) is not str or tensors[name].dtype not in _ITEM_BYTES:
                 problems.append(f"{path}: tensor {name} is of type {tensors[name].dtype}, expected one of {', '.join(_LOADED)}")
                 return {}
             if start != end or stop - start != tensors[name].nbytes:

@@ -1,7 +1,7 @@
 """Megatron's distributed checkpoints as directories: what is in them, boxes out of them, new ones.
 
-The format is torch.distributed.checkpoint's: `__*.distcp` files of tensors, and `.metadata`, which says where each lies and which
-torch pickles: read only checkpoints that you trust. `metadata.json` and `common.pt` are what megatron-core's loader asks for.
+The format is torch.distributed.checkpoint's: `__*.distcp` files of tensors, and `.metadata`, which says where each lies (see
+`megatron_index`). `metadata.json` and `common.pt` are what megatron-core's loader asks for.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.files.disk import begin_writing_out, read_into
 from tulu_mega.bridge.files.hub import MARK
+from tulu_mega.bridge.files.megatron_index import INDEX, read_index
+from tulu_mega.bridge.files.untrusted import read_json
 from tulu_mega.bridge.megatron_keys import Slab, StoredParameter
 from tulu_mega.bridge.rules import Shape
 from tulu_mega.errors import UserError
@@ -38,7 +40,6 @@ from tulu_mega.errors import UserError
 _MARK_CONTENT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
                  "common_backend_version": 1}  # fmt: skip
 _COMMON = "common.pt"
-_INDEX = ".metadata"
 _AGAIN = "convert or save it again"
 
 
@@ -59,20 +60,14 @@ class MegatronCheckpoint:
         """
         directory = Path(path)
         try:
-            mark = json.loads((directory / MARK).read_text())
-            backend = mark["sharded_backend"]
+            backend = read_json(directory / MARK, limit=1 << 20)["sharded_backend"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{directory / MARK}: missing or not readable; expected a Megatron distributed checkpoint") from None
         if backend != "torch_dist":
             raise UserError(f"{directory / MARK}: format {backend!r} is not supported, expected 'torch_dist'; save it so")
+        metadata = read_index(directory)
         reader = FileSystemReader(directory)
-        try:
-            metadata = reader.read_metadata()
-            reader.set_up_storage_reader(metadata, is_coordinator=True)
-        except FileNotFoundError:
-            raise UserError(f"{directory / _INDEX}: no such file; the checkpoint is not complete; {_AGAIN}") from None
-        except Exception as error:  # whatever unpickling a damaged file comes to
-            raise UserError(f"{directory / _INDEX}: cannot be read ({error!r}); {_AGAIN}") from None
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
         checkpoint = cls(directory, metadata, reader)
         problems = checkpoint._truncated()
         if problems:
@@ -88,7 +83,7 @@ class MegatronCheckpoint:
                 path = self.path / file
                 files[file] = path.stat().st_size if path.is_file() else None
                 if files[file] is None:
-                    problems.append(f"{path}: no such file, though {_INDEX} names it (tensor {index.fqn}); {_AGAIN}")
+                    problems.append(f"{path}: no such file, though {INDEX} names it (tensor {index.fqn}); {_AGAIN}")
             size = files[file]
             if size is not None and place.offset + place.length > size:
                 problems.append(

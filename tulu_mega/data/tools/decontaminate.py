@@ -22,12 +22,10 @@ from tqdm import tqdm
 
 from tulu_mega.config import DecontaminateSettings
 from tulu_mega.data.sources import Rows, load_rows
+from tulu_mega.data.tools.decontamination_report import MATCHES, REPORT, print_report
 from tulu_mega.data.tools.ngrams import NgramIndex, words
 from tulu_mega.data.workers import cores, in_order
 from tulu_mega.errors import UserError
-
-REPORT = "report.json"
-MATCHES = "matches.jsonl"
 
 _CHUNK = 512
 _SHOWN = 5
@@ -51,7 +49,8 @@ class Match:
 @dataclass
 class _Chunk:
     matches: list[Match] = field(default_factory=list)
-    wrong: int = 0
+    unread: list[int] = field(default_factory=list)
+    """rows of another form"""
     problems: list[str] = field(default_factory=list)
 
 
@@ -110,7 +109,7 @@ class _Search:
                 texts.append(row_words(self.rows.row(index), self.fields, self.roles))
             except ValueError as error:
                 texts.append([])
-                chunk.wrong += 1
+                chunk.unread.append(index)
                 if len(chunk.problems) < _SHOWN:
                     chunk.problems.append(f"{self.rows.where(index)}: {error}")
         chunk.matches = self.matcher(texts, start)
@@ -118,7 +117,12 @@ class _Search:
 
 
 def row_words(row: dict[str, Any], fields: Sequence[str], roles: Sequence[str]) -> list[list[str]]:
-    """The words of each text in some fields of a row: text, lists of text, or the messages of some roles.
+    """The words of each text in some fields of a row; see :func:`row_texts`."""
+    return [words(text) for text in row_texts(row, fields, roles)]
+
+
+def row_texts(row: dict[str, Any], fields: Sequence[str], roles: Sequence[str]) -> list[str]:
+    """Each text in some fields of a row: text, lists of text, or the messages of some roles.
 
     Raises:
         ValueError: a field is missing or something else.
@@ -135,7 +139,7 @@ def row_words(row: dict[str, Any], fields: Sequence[str], roles: Sequence[str]) 
                 if name not in row:
                     raise ValueError(f"has no field {name!r}, but {', '.join(map(str, list(row)[:8])) or 'nothing'}")
                 raise ValueError(f"{name} holds {item!r:.60} ({type(item).__name__}); expected text, lists of text, or messages")
-            texts.append(words(item))
+            texts.append(item)
     return texts
 
 
@@ -146,7 +150,7 @@ def decontaminate(settings: DecontaminateSettings) -> None:
         UserError: with everything that is wrong with the files.
     """
     names, output = list(settings.evaluations), Path(settings.output).expanduser()
-    evaluations, train = _open(settings)
+    evaluations, train = opened(settings)
     targets = _targets(train, output)
     matcher = Matcher(
         [
@@ -157,11 +161,12 @@ def decontaminate(settings: DecontaminateSettings) -> None:
         settings.threshold,
     )
     counts = [_Counts(len(names)) for _ in train.parts]
+    unread: set[int] | None = set() if settings.malformed == "reject" else None
     try:
         output.mkdir(parents=True, exist_ok=True)
         partial = output / f".{MATCHES}.partial"
         with open(partial, "w", encoding="utf-8") as file:
-            for match in _search(_Search(train, matcher, settings.fields, settings.roles), settings.workers or cores()):
+            for match in _search(_Search(train, matcher, settings.fields, settings.roles), settings.workers or cores(), unread):
                 part, line = train.origin(match.row)
                 counts[part].add(match)
                 best = int(np.argmax(match.shares))
@@ -175,6 +180,8 @@ def decontaminate(settings: DecontaminateSettings) -> None:
                 }
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         partial.replace(output / MATCHES)
+        for row in unread or ():
+            counts[train.origin(row)[0]].unread.add(row)
         sets = [
             _set(settings, part.name, len(part), counted, names, evaluations)
             for part, counted in zip(train.parts, counts, strict=True)
@@ -182,7 +189,7 @@ def decontaminate(settings: DecontaminateSettings) -> None:
         ends = np.cumsum([0, *map(len, train.parts)])
         for number, entry in enumerate(sets):
             if entry["action"] == "clean" and entry["left"]:
-                kept = (row for row in range(ends[number], ends[number + 1]) if row not in counts[number].contaminated)
+                kept = (row for row in range(ends[number], ends[number + 1]) if row not in counts[number].left_out)
                 _write(targets[number], (train.raw(row) for row in kept))
                 entry["use"] = str(targets[number])
         report = {
@@ -196,7 +203,7 @@ def decontaminate(settings: DecontaminateSettings) -> None:
         (output / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"output = {settings.output}: cannot be written: {error.strerror or error}") from None
-    _print(report, output)
+    print_report(report, output)
 
 
 class _Counts:
@@ -205,9 +212,16 @@ class _Counts:
     def __init__(self, evaluations: int):
         self.contaminated: set[int] = set()
         """training rows"""
+        self.unread: set[int] = set()
+        """training rows that could not be read, so that nothing is known of them"""
         self.by_evaluation: list[set[int]] = [set() for _ in range(evaluations)]
         self.held: list[set[int]] = [set() for _ in range(evaluations)]
         """rows of each evaluation"""
+
+    @property
+    def left_out(self) -> set[int]:
+        """Rows that a cleaned set has not."""
+        return self.contaminated | self.unread
 
     def add(self, match: Match) -> None:
         self.contaminated.add(match.row)
@@ -215,22 +229,51 @@ class _Counts:
         self.held[match.evaluation].update(match.rows.tolist())
 
 
-def _open(settings: DecontaminateSettings) -> tuple[list[Rows], Rows]:
+def opened(settings: DecontaminateSettings) -> tuple[list[Rows], Rows]:
+    """The evaluations' rows, and the training rows.
+
+    Raises:
+        UserError: with everything that cannot be opened.
+    """
     problems: list[str] = []
     evaluations: list[Rows] = []
     train = None
     for name in settings.evaluations:
         try:
-            evaluations.append(load_rows(name, settings.evaluation_split, setting="evaluations", any_columns=True))
+            where = {"setting": "evaluations", "split_setting": "evaluation_split"}
+            evaluations.append(load_rows(name, settings.evaluation_split, any_columns=True, **where))
         except UserError as error:
             problems += error.problems
     try:
-        train = load_rows(settings.train, settings.split, setting="train", any_columns=True)
+        train = load_rows(settings.train, settings.split, setting="train", any_columns=True, split_setting="split")
     except UserError as error:
         problems += error.problems
     if problems or train is None:
         raise UserError(problems)
     return evaluations, train
+
+
+def check(settings: DecontaminateSettings, evaluations: list[Rows], train: Rows) -> None:
+    """Sees whether every row has text in the fields that are named, and whether the output is to be written.
+
+    Raises:
+        UserError: with the first rows of each set that have none.
+    """
+    problems: list[str] = []
+    for rows, fields in [*zip(evaluations, settings.evaluations.values(), strict=True), (train, settings.fields)]:
+        named, wrong = [fields] if isinstance(fields, str) else fields, []
+        for index in range(len(rows)):
+            try:
+                row_texts(rows.row(index), named, settings.roles)
+            except ValueError as error:
+                wrong.append(f"{rows.where(index)}: {error}")
+        problems += wrong[:_SHOWN] + [f"... {len(wrong)} of {len(rows)} rows"] * (len(wrong) > _SHOWN)
+    try:
+        _targets(train, Path(settings.output).expanduser())
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
 
 
 def _targets(train: Rows, output: Path) -> list[Path]:
@@ -260,21 +303,30 @@ def _evaluation_words(rows: Rows, fields: str | list[str], roles: Sequence[str])
     return texts
 
 
-def _search(search: _Search, workers: int) -> Iterator[Match]:
+def _search(search: _Search, workers: int, unread: set[int] | None) -> Iterator[Match]:
+    """
+    Args:
+        unread: gets the rows that cannot be read; they are refused when there is no such set.
+
+    Raises:
+        UserError: rows that cannot be read.
+    """
     problems, wrong = [], 0
     quiet = not sys.stderr.isatty()
     with tqdm(
         total=len(search.rows), desc="searching", unit="row", file=sys.stderr, mininterval=30 if quiet else 0.5, leave=False
     ) as bar:
         for done, chunk in in_order(search, len(search.rows), _CHUNK, workers):
-            wrong += chunk.wrong
+            wrong += len(chunk.unread)
+            if unread is not None:
+                unread.update(chunk.unread)
             problems += chunk.problems[: _SHOWN - len(problems)]
             yield from chunk.matches
             bar.update(done)
-    if wrong:
+    if wrong and unread is None:
         raise UserError(
             problems
-            + [f"... {wrong} of {len(search.rows)} rows cannot be read; correct or remove them"] * (wrong > len(problems))
+            + [f"{wrong} of {len(search.rows)} rows cannot be read; correct or remove them, or give --malformed reject"]
         )
 
 
@@ -292,11 +344,12 @@ def _set(
         for evaluation, mine, held, all_ in zip(names, counts.by_evaluation, counts.held, evaluations, strict=True)
     }
     action = settings.action if any(entry["over"] for entry in found.values()) else "keep"
-    left = {"clean": rows - len(counts.contaminated), "drop": 0}.get(action, rows)
+    left = {"clean": rows - len(counts.left_out), "drop": 0}.get(action, rows)
     return {
         "source": name,
         "rows": rows,
         "contaminated": len(counts.contaminated),
+        "unread": len(counts.unread),
         "action": action,
         "left": left,
         "use": name if left else None,
@@ -311,33 +364,3 @@ def _write(target: Path, lines: Iterator[bytes]) -> None:
         with open(partial, "wb") as file:
             file.writelines(line + b"\n" for line in lines)
         partial.replace(target)
-
-
-def _print(report: dict[str, Any], output: Path) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"{report['ngram']}-grams, over {report['threshold']:.0%} of an evaluation row in one training row")
-    for column in ("set", "rows", "evaluation", "rows held", "share", "contaminated", "action", "left"):
-        table.add_column(column, justify="left" if column in ("set", "evaluation", "action") else "right", overflow="fold")
-    sizes = {entry["source"]: entry["rows"] for entry in report["evaluations"]}
-    for entry in report["sets"]:
-        shown = (escape(entry["source"]), f"{entry['rows']:,}")
-        for name, found in entry["evaluations"].items():
-            held = f"{found['held']:,} of {sizes[name]:,}"
-            share = f"[bold red]{found['share']:.2%}[/]" if found["over"] else f"{found['share']:.2%}"
-            table.add_row(*shown, escape(name), held, share, f"{found['contaminated']:,}", "", "")
-            shown = ("", "")
-        table.add_row(
-            "", "", "any", "", "", f"{entry['contaminated']:,}", entry["action"], f"{entry['left']:,}", end_section=True
-        )
-    console = Console()
-    console.print(table)
-    short = [f"{entry['short']:,} rows of {entry['source']}" for entry in report["evaluations"] if entry["short"]]
-    if short:
-        console.print(f"shorter than {report['ngram']} words, so never found: {', '.join(short)}", markup=False)
-    use = [entry["use"] for entry in report["sets"] if entry["use"]]
-    console.print(
-        f"{output / REPORT}, {output / MATCHES}\ndata.train = {json.dumps(use, ensure_ascii=False)}", markup=False, soft_wrap=True
-    )

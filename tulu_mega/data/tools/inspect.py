@@ -57,7 +57,8 @@ def look(settings: DataInspectSettings, store: TokenStore, config: Mapping[str, 
     rows = dict.fromkeys(np.linspace(0, len(store) // store.width - 1, settings.rows).astype(int).tolist())
     return Inspection(
         model=model.path,
-        template=data.template,
+        template=store.template,
+        told=store.told,
         max_length=data.max_length,
         sources=[
             {**source, "used": int(rows), "tokens": int(size)}

@@ -6,13 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from tulu_mega.data.tools.inspection import Inspection
-from tulu_mega.errors import UserError
+from tulu_mega.data.tools.tables import print_table
+from tulu_mega.errors import UserError, printable
 
 _BAR = 50
 _SHOWN = 1500
@@ -26,28 +28,32 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
     for sample in found.samples:
         cut = f", {sample.cut:,} more cut off" if sample.cut else ""
         console.rule()  # without a title: a long path would be cut off before its line
-        title = f"{escape(sample.where)} · {sample.tokens:,} tokens, {sample.trained:,} trained{cut}"
+        title = f"{escape(printable(sample.where))} · {sample.tokens:,} tokens, {sample.trained:,} trained{cut}"
         console.print(title, style="bold", soft_wrap=True)
         text = Text()
         for piece, trained in sample.pieces:
             shown = piece if len(piece) <= _SHOWN else f"{piece[:_SHOWN]} ... {len(piece) - _SHOWN:,} more characters"
+            shown = printable(shown)
             text.append(f"{begin}{shown}{end}" if trained else shown, "black on green" if trained else "dim")
         console.print(text)
     console.rule("sources", align="left")
-    console.print(_sources(found))
+    print_table(_sources(found), console)
     if found.rejected:
         kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in found.rejected.items())
-        console.print(f"not used: {kinds}", style="bold red")
+        console.print(f"not used: {kinds}", style="bold red", soft_wrap=True)
         for reject in found.rejects:
-            console.print(f"  {reject.source} {reject.line}: {reject.reason}", markup=False)
+            told = printable(f"{reject.source} {reject.line}: {reject.reason}")
+            console.print(f"  {told}", markup=False, soft_wrap=True)
         if sum(found.rejected.values()) > len(found.rejects):
             console.print("  ...")
+    for line in found.told:
+        console.print(line, markup=False, soft_wrap=True)
     console.rule("lengths in tokens", align="left")
     most = max(rows for _, _, rows in found.lengths.histogram)
     for first, last, rows in found.lengths.histogram:
-        console.print(f"{first:>7,} - {last:<7,} {'█' * round(_BAR * rows / most):<{_BAR}} {rows:,}")
+        console.print(f"{first:>7,} - {last:<7,} {'█' * round(_BAR * rows / most):<{_BAR}} {rows:,}", soft_wrap=True)
     for name, value in facts(found):
-        console.print(f"{name:<24} {value}", markup=False)
+        console.print(f"{name:<14} {value}", markup=False, soft_wrap=True)
 
 
 def write_page(found: Inspection, file: Path) -> None:
@@ -87,10 +93,10 @@ def facts(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _sources(found: Inspection) -> Table:
-    table = Table()
-    for column in ("source", "rows", "amount", "drawn", "used", "tokens"):
-        table.add_column(column, justify="left" if column == "source" else "right", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("rows", "amount", "drawn", "used", "tokens", "source"):
+        table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
     for it in found.sources:
         amount = "all" if it["amount"] is None else str(it["amount"])
-        table.add_row(escape(it["source"]), f"{it['rows']:,}", amount, f"{it['drawn']:,}", f"{it['used']:,}", f"{it['tokens']:,}")
+        table.add_row(f"{it['rows']:,}", amount, f"{it['drawn']:,}", f"{it['used']:,}", f"{it['tokens']:,}", escape(it["source"]))
     return table

@@ -60,6 +60,8 @@ class Inspection:
 
     model: str
     template: str
+    told: list[str]
+    """what of the rows is not used or changed, and where their turns end: a line each"""
     max_length: int
     sources: list[dict[str, Any]]
     """as :meth:`tulu_mega.data.sources.Rows.sources`, with the rows used and their tokens"""

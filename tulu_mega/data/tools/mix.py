@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from pathlib import Path
 
 from tulu_mega.config import DataMixSettings
-from tulu_mega.data.sources import load_rows
+from tulu_mega.data.json_text import told
+from tulu_mega.data.sources import Rows, load_rows
 from tulu_mega.data.tools.row_kind import of_its_kind
 from tulu_mega.errors import UserError
+
+_SHOWN = 5
 
 
 def mix(settings: DataMixSettings) -> None:
@@ -19,8 +24,9 @@ def mix(settings: DataMixSettings) -> None:
     """
     settings = of_its_kind(settings)
     data, output = settings.data, Path(settings.output).expanduser()
-    rows = load_rows(data.train, data.split, data.seed, any_columns=settings.pairs)
+    rows = drawn(settings)
     partial = output.with_name(f".{output.name}.partial")
+    changed: Counter[str] = Counter()
     try:
         try:
             with open(partial, "wb") as file:
@@ -29,10 +35,10 @@ def mix(settings: DataMixSettings) -> None:
                         rows.row(index)
                     except ValueError as error:
                         raise UserError(f"{rows.where(index)}: {error}") from None
-                    file.write(rows.raw(index) + b"\n")
+                    file.write(rows.raw(index, changed) + b"\n")
             # what was drawn is written first: an output without it would not say where it is from
-            drawn = {"seed": data.seed, "sources": rows.sources()}
-            output.with_name(f"{output.name}.sources.json").write_text(json.dumps(drawn, indent=1, ensure_ascii=False) + "\n")
+            origin = {"seed": data.seed, "sources": rows.sources()}
+            output.with_name(f"{output.name}.sources.json").write_text(json.dumps(origin, indent=1, ensure_ascii=False) + "\n")
             partial.replace(output)
         finally:
             partial.unlink(missing_ok=True)
@@ -41,4 +47,35 @@ def mix(settings: DataMixSettings) -> None:
     for source in rows.sources():
         amount = "all" if source["amount"] is None else source["amount"]
         print(f"{source['source']}: {source['drawn']:,} rows ({amount} of {source['rows']:,})")
+    for what in told(changed):
+        print(f"warning: {what}", file=sys.stderr)
     print(f"{output}: {len(rows):,} rows")
+
+
+def drawn(settings: DataMixSettings) -> Rows:
+    """The rows of settings that say whether they are pairs.
+
+    Raises:
+        UserError: sources or amounts are not to be used.
+    """
+    data = settings.data
+    return load_rows(data.train, data.split, data.seed, any_columns=settings.pairs)
+
+
+def check(rows: Rows) -> None:
+    """Sees whether each row is a JSON object.
+
+    Raises:
+        UserError: with the first rows that are none.
+    """
+    problems: list[str] = []
+    for index in range(len(rows)):
+        try:
+            rows.row(index)
+        except ValueError as error:
+            problems.append(f"{rows.where(index)}: {error}")
+        if len(problems) == _SHOWN:
+            problems.append("reading stopped here; later rows may be bad too")
+            break
+    if problems:
+        raise UserError(problems)

@@ -10,17 +10,28 @@ from itertools import repeat
 import numpy as np
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
-_ASCII_WORD = re.compile(r"\w+", re.ASCII)
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_ASCII_WORD = re.compile(r"[^\W_]+(?:_+[^\W_]+)*", re.ASCII)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:_+[^\W_{_UNSPACED}]+)*")
+_CONTROL = "\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f"
+"""Control characters that are no blanks."""
+_IGNORABLE = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff"
+    "\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+"""Unicode's Default_Ignorable_Code_Point, and annotation marks: soft hyphens, zero-width blanks and joiners, marks of direction,
+variation selectors, fillers."""
+_UNSEEN = re.compile(f"[{_CONTROL}{_IGNORABLE}]")
 _BITS = 24
 
 
 def words(text: str) -> list[str]:
-    """Words, lower-cased: runs of letters, digits and underscores; punctuation and blanks are left out.
+    """Words, lower-cased: runs of letters, digits and underscores inside them; punctuation and blanks are left out.
 
-    Thai, Lao, Burmese, Khmer, Chinese and Japanese, which put no blanks between words, are taken character by character. Forms
-    that look alike (ligatures, full-width letters) count as the same (NFKC).
+    Underscores around a word are Markdown's. Characters that nobody sees part no words and are none: texts that look the same
+    to a reader have the same words. Thai, Lao, Burmese, Khmer, Chinese and Japanese, which put no blanks between words, are
+    taken character by character. Forms that look alike (ligatures, full-width letters) count as the same (NFKC).
     """
+    text = _UNSEEN.sub("", text)
     if text.isascii():
         return _ASCII_WORD.findall(text.lower())
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())

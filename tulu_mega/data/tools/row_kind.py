@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tulu_mega.config import DataInspectSettings, DataMixSettings, DataSettings, PreferenceDataSettings
@@ -29,15 +30,47 @@ def of_its_kind(settings: OfARun) -> OfARun:
     return settings.model_copy(update={"pairs": True, "data": data})
 
 
+def stages_of(table: Any) -> list[str]:
+    """The stages that train on rows such as the first that [data] of a settings file names; none where it cannot be read.
+
+    What lies on the hub is not fetched for that.
+    """
+    with suppress(ValueError):  # pydantic's included
+        named = table if isinstance(table, dict) else {"train": table}
+        settings = DataSettings.model_validate({name: named[name] for name in ("train", "split") if name in named})
+        row = _first(settings) if _here(settings) else None
+        if row is None:
+            return []
+        if _is_pair(row):
+            return ["rm", "dpo"]
+        messages = row.get("messages")
+        answered = isinstance(messages, list) and messages and isinstance(messages[-1], dict)
+        if row.get("ground_truth") is not None and not (answered and messages[-1].get("role") == "assistant"):
+            return ["grpo"]
+        return ["sft"]
+    return []
+
+
 def _begins_with_a_pair(data: DataSettings) -> bool:
+    row = _first(data)
+    return row is not None and _is_pair(row)
+
+
+def _here(data: DataSettings) -> bool:
+    first = data.train if isinstance(data.train, str) else next(iter(data.train), "")
+    return Path(first).expanduser().exists()
+
+
+def _first(data: DataSettings) -> dict[str, Any] | None:
+    """The first row that can be read."""
     first = data.train if isinstance(data.train, str) else next(iter(data.train), "")
     split = data.split if isinstance(data.split, str) else data.split.get(first, "train")
     with suppress(UserError):
         rows = load_rows(first, split, any_columns=True)
         for index in range(min(len(rows), _LOOKED_AT)):
             with suppress(ValueError):
-                return _is_pair(rows.row(index))
-    return False
+                return rows.row(index)
+    return None
 
 
 def _is_pair(row: dict[str, Any]) -> bool:

@@ -6,9 +6,20 @@ import re
 from typing import Any
 
 from tulu_mega.evaluation.task import Problem, Row, Shot, Task, Values, asked, text_field
+from tulu_mega.rewards.reasoning import answer_of
 
-_ANSWER = re.compile(r".*answer is:?[ \t]*(.+)", re.IGNORECASE)
-_OPTION = re.compile(r"\(?([A-Za-z])\)(?:\s|$)|^([A-Z])$")
+_ANSWER = re.compile(r"answer is:?", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox|text|textbf|mathrm)\s*\{([^{}]*)\}")
+_DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
+_NAMED = re.compile(r"(?:the\s+)?(?:correct\s+)?(?:option|choice|letter|answer)\s*:?\s+", re.IGNORECASE)
+_OPTION = re.compile(r"[(\[]?([A-Za-z])[)\]]|([A-Z])(?=[.,;:]|$)|(?<!.)([A-Z])(?=\s+(?:because|since|as)\b)")
+_WORDS = ("yes", "no", "true", "false", "valid", "invalid")
+_WORD = re.compile(rf"({'|'.join(_WORDS)})(?=[.,;:!]|\s+(?:because|since|as)\b)", re.IGNORECASE)
+# Where an explanation begins: what is named there is no answer.
+_REASON = re.compile(r"\b(?:because|since|as|not|rather|instead|which|while|whereas)\b|[.;](?=\s|$)", re.IGNORECASE)
+_ANOTHER = re.compile(
+    r"(?<!\w)[(\[][A-Za-z][)\]]|(?:\b(?:or|and)\b|[/&,+])\s*(?:(?:option|possibly|maybe|perhaps)\s+)?[A-HJ-Z](?![\w'])"
+)
 
 
 def _question(text: str) -> str:
@@ -35,27 +46,48 @@ def shot(row: Row) -> Shot:
 
 
 def extract(response: str) -> str | None:
-    """The text after the last "the answer is", on its line, without the full stop and emphasis; None when there is none."""
-    found = _ANSWER.findall(response)
-    return _plain(found[-1]) if found else None
+    """The line behind the last "answer is", without full stop, emphasis, dollars and box; None when there is none.
+
+    Reasoning in ``<think>`` is not read.
+    """
+    answer = answer_of(response)
+    found = None
+    for found in _ANSWER.finditer(answer):  # noqa: B007  the last one
+        pass
+    lines = answer[found.end() :].strip().splitlines() if found else []
+    return _plain(lines[0]) if lines else None
 
 
 def judge(response: str, answer: Any) -> Values:
-    """Whether what follows the last "the answer is" is the expected text; case is not looked at.
+    """Whether what follows the last "answer is" is the expected text; case is not looked at.
 
-    An option may be given with or without brackets, and with its text behind: ``(B)``, ``B`` and ``(B) the second`` are one.
+    An option may be given with or without brackets, by the word "option" and with its text or a reason behind: ``(B)``,
+    ``B``, ``option (B)``, ``(B), the second`` and ``(B), not (A)`` are one. Two options are no answer. A reason may follow
+    a yes, no, true, false, valid or invalid as well.
     """
     got, expected = extract(response), _plain(answer)
-    right = got is not None and got.casefold() == expected.casefold()
-    option = re.fullmatch(r"\(([A-Z])\)", expected)
-    if not right and got is not None and option:
-        said = _OPTION.match(got)
-        right = said is not None and (said[1] or said[2]).upper() == option[1]
-    return {"exact_match": (float(right), 1)}
+    return {"exact_match": (float(got is not None and _says(got, expected)), 1)}
+
+
+def _says(got: str, expected: str) -> bool:
+    if got.casefold() == expected.casefold():
+        return True
+    if option := re.fullmatch(r"\(([A-Z])\)", expected):
+        said = _NAMED.sub("", got, count=1) if _NAMED.match(got) else got
+        found = _OPTION.match(said)
+        if found is None or (found[1] or found[2] or found[3]).upper() != option[1]:
+            return False
+        return _ANOTHER.search(_REASON.split(said[found.end() :], maxsplit=1)[0]) is None
+    if expected.casefold() in _WORDS and (word := _WORD.match(got)):
+        rest = _REASON.split(got[word.end() :], maxsplit=1)[0].casefold()
+        return word[1].casefold() == expected.casefold() and not set(re.findall(r"\w+", rest)) & set(_WORDS)
+    return False
 
 
 def _plain(text: str) -> str:
-    text = text.strip().strip("*").strip().removesuffix(".").strip().strip("*").strip()
+    text = _BOX.sub(r"\1", _BOX.sub(r"\1", text.translate(_DASHES))).strip()
+    text = text.strip("*").strip().removesuffix(".").strip().strip("*").strip()
+    text = text.strip("$").strip().removesuffix(".").strip()
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'`" else text
 
 

@@ -7,17 +7,19 @@ Tulu 3 reports the prompts, loosely.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tulu_mega.errors import nearest
 from tulu_mega.evaluation.instructions import CHECKS, Check
 from tulu_mega.evaluation.task import Problem, Row, Task, Values, asked, text_field
+from tulu_mega.rewards.reasoning import answer_of
 
 
 def read(row: Row) -> Problem:
     """
     Raises:
-        ValueError: a row of another form, or an instruction that is not IFEval's.
+        ValueError: a row of another form, or an instruction that is not IFEval's or has arguments of another form.
     """
     names, given = row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(names, list) or not isinstance(given, list) or len(names) != len(given) or not names:
@@ -26,16 +28,19 @@ def read(row: Row) -> Problem:
     for name, arguments in zip(names, given, strict=True):
         if name not in CHECKS:
             raise ValueError(f"instruction {name!r} is not one of IFEval's{nearest(str(name), CHECKS)}")
-        arguments = {key: value for key, value in (arguments or {}).items() if value is not None}
-        missing = [key for key in CHECKS[name].needs if key not in arguments]
-        if missing:
-            raise ValueError(f"instruction {name} lacks {', '.join(missing)} in kwargs")
-        instructions.append([name, arguments])
+        if not isinstance(arguments, Mapping | None):
+            raise ValueError(f"instruction {name} has kwargs {arguments!r}; expected an object or null")
+        try:
+            instructions.append([name, CHECKS[name].read(arguments or {})])
+        except ValueError as error:
+            raise ValueError(f"instruction {name} {error}") from None
     return Problem(asked(text_field(row, "prompt")), instructions)
 
 
 def judge(response: str, answer: Any) -> Values:
-    """Prompts and instructions followed, strictly and loosely."""
+    """Prompts and instructions followed, strictly and loosely; reasoning in ``<think>`` is not judged."""
+    if (text := answer_of(response)) != response:
+        response = text.strip()
     strict = [_follows([response], CHECKS[name], arguments) for name, arguments in answer]
     loose = [_follows(loose_versions(response), CHECKS[name], arguments) for name, arguments in answer]
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 from tulu_mega.evaluation.task import Problem, Row, Shot, Task, asked, text_field
 
 
@@ -12,8 +14,9 @@ def _question(text: str) -> str:
 def _answer(row: Row) -> str:
     from tulu_mega.rewards.verifiers.math import last_boxed  # brings sympy along
 
-    if isinstance(row.get("answer"), str):
-        return row["answer"]
+    answer = row.get("answer")
+    if isinstance(answer, str) or (isinstance(answer, int | float) and not isinstance(answer, bool) and isfinite(answer)):
+        return str(answer)
     answer = last_boxed(text_field(row, "solution"))
     if answer is None:
         raise ValueError("no answer, and no \\boxed{...} in its solution")

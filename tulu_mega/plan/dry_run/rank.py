@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
@@ -60,10 +60,10 @@ def report(
     training, format = None, "reshardable"
     if workload:
         engine.prepare_training(settings.optim, 1)
-        training, format = _training(engine), settings.checkpoint.format
+        format = settings.checkpoint.format
     saved = share(engine, format)
-    if training:
-        training = replace(training, gathered=saved.gathered_bytes)
+    if workload:
+        training = _training(engine, saved.parameters if format == "reshardable" else None)
     stored = tuple(
         Stored(
             held.key,
@@ -93,8 +93,13 @@ def report(
     )
 
 
-def _training(engine: Engine) -> Training:
-    """From megatron-core's buffers and optimizer."""
+def _training(engine: Engine, written: Collection[Tensor] | None) -> Training:
+    """From megatron-core's buffers and optimizer.
+
+    Args:
+        written: parameters whose state is saved from this rank and its copies, where a save takes it parameter by parameter;
+            None where it takes buckets.
+    """
     ranks = engine.topology.copies
     buffers = [buffer for ddp in engine.ddp for buffer in ddp.buffers]
     main = sum(parameter.numel() for parameter in engine.optimizer_parameters())
@@ -108,12 +113,16 @@ def _training(engine: Engine) -> Training:
             share = bucket.grad_data.numel() // ranks
             for rank in range(ranks):
                 start, stop = bucket.offset + rank * share, bucket.offset + (rank + 1) * share
-                held[rank] += sum(
-                    max(0, min(stop, last) - max(start, first))
-                    for first, last, at in buffer.param_index_map.values()
+                inside = {
+                    parameter: max(0, min(stop, last) - max(start, first))
+                    for parameter, (first, last, at) in buffer.param_index_map.items()
                     if at == bucket.bucket_id
-                )
-                saved[rank] += max(0, min(stop, bucket.offset + bucket.numel_unpadded) - start)
+                }
+                held[rank] += sum(inside.values())
+                if written is None:
+                    saved[rank] += max(0, min(stop, bucket.offset + bucket.numel_unpadded) - start)
+                else:
+                    saved[rank] += sum(elements for parameter, elements in inside.items() if parameter in written)
     return Training(
         sharded=sharded,
         parameter_buffer=sum(buffer.param_data.nbytes for buffer in buffers if buffer.param_data is not None),
@@ -123,7 +132,6 @@ def _training(engine: Engine) -> Training:
         saved_D=tuple(saved) if sharded else (main,) + (0,) * (ranks - 1),
         main=main,
         optimizer_bytes=copies + sum(value.nbytes for value in moments),
-        gathered=0,
     )
 
 

@@ -62,9 +62,6 @@ class Training:
     """elements of the parameters in this rank's own optimizer"""
     optimizer_bytes: int
     """this rank's own float32 main parameters (where they are no parameters of the model's) and moments"""
-    gathered: int
-    """bytes of main memory that megatron-core takes on the first of the D ranks to gather what it saves; 0 where it gathers
-    nothing"""
 
 
 @dataclass(frozen=True)

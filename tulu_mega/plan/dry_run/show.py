@@ -35,7 +35,7 @@ def table(found: DryRun) -> Group:
     trains = any(report.training for report in found.ranks)
     sends = any(report.sending for report in found.ranks)
     columns = ["stage", "layers", "elements (M)", "weights"]
-    columns += ["gradients", "optimizer", "writes at a save", "gathers for it"] if trains else []
+    columns += ["gradients", "optimizer", "writes at a save"] if trains else []
     columns += ["to each engine", "its buffers"] if sends else []
     title = "What a rank holds, writes and sends, GiB"
     drawn = Table(box=box.SIMPLE_HEAD, title=title, pad_edge=False, collapse_padding=True)
@@ -73,7 +73,6 @@ def _row(group: Sequence[RankReport], trains: bool, sends: bool) -> list[str]:
             _gib(max(report.training.gradient_buffer for report in group)),
             _gib(max(report.training.optimizer_bytes for report in group)),
             _gib(max(report.weights_saved + report.optimizer_saved for report in group)),
-            _gib(max(report.training.gathered for report in group)),
         ]
     if sends:
         cells += [_gib(first.sending.nbytes), _gib(first.sending.buffers)]

@@ -17,9 +17,10 @@ at a time. How many micro-batches are kept at once is read off the schedule's or
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
-from tulu_mega.layout.optimizer_state import STATE_BYTES
+from tulu_mega.layout.optimizer_state import PIECE, STATE_BYTES
 from tulu_mega.layout.schedule import peak_held
 from tulu_mega.plan.model.job import Job
 from tulu_mega.weight_transfer.slots import SLOTS
@@ -29,6 +30,8 @@ RESERVED = 3 * 2**30
 cuBLAS' and Transformer Engine's workspaces, and what the allocator cannot use. An estimate, not measured here."""
 LOGITS = 512 * 2**20
 """Bytes of float32 logits that the log-prob step makes at a time, as `logprobs` does."""
+_WRITING = 6 * 2**20
+"""Bytes that a rank writes or reads a checkpoint with, beside what passes through, by `tools/bench_save.py`."""
 
 
 @dataclass(frozen=True)
@@ -114,39 +117,40 @@ def memory_by_rank(job: Job, beside: int = 0, bucket: int = 0) -> list[RankMemor
 
 
 def checkpoint_host_bytes(job: Job, format: str, asynchronous: bool) -> float:
-    """Main memory that a save takes on the fullest node.
+    """Main memory that a save takes on the fullest node, beside what its ranks hold.
 
-    `reshardable` gathers main parameters and moments of a data-parallel group (12 bytes a parameter) on its first rank, and all
-    tensor ranks of a node may be first ones. `same_layout` gathers nothing. Asynchronously everything is copied first.
+    Each rank writes what it holds, piece after piece. Asynchronously its state is copied before: its share of main parameters
+    and moments, and on the first of the data-parallel ranks the weights. Of the form `reshardable`, weights of which a rank has
+    the whole main parameter are rounded from that when they are written.
 
     Args:
         format, asynchronous: `checkpoint`'s settings.
     """
-    held = max(each.total for each in job.held)
-    state = STATE_BYTES if job.dtype == "bf16" else 8
     per_node = min(job.gpu.per_node, job.world)
-    leads = min(per_node, job.parallel.tensor)  # ranks of a node that are first of their group: data-parallel ones come next
-    gathered = held * STATE_BYTES * leads if format == "reshardable" else 0.0
+    passing = per_node * max(_passing(job, rank) for rank in range(job.parallel.pipeline))
     if not asynchronous:
-        return gathered
-    shards = job.shards if job.parallel.distributed_optimizer else 1
-    copies = held * job.itemsize * leads + (0.0 if format == "reshardable" else held * state / shards * per_node)
-    return gathered + copies
+        return passing
+    held = max(each.total for each in job.held)
+    firsts = min(per_node, job.parallel.tensor * max(1, per_node // (job.parallel.tensor * job.shards)))  # copies come after them
+    if not job.parallel.distributed_optimizer:  # these write all of it; of float32 parameters there is no other main one
+        return passing + firsts * held * ((STATE_BYTES if job.dtype == "bf16" else 8) + job.itemsize)
+    copied = 1.0 if format == "same_layout" else 1 - 1 / job.shards
+    return passing + held * (per_node * STATE_BYTES / job.shards + firsts * job.itemsize * copied)
 
 
-def resume_host_bytes(job: Job, format: str) -> float:
-    """Main memory that reading a checkpoint takes on the fullest node.
+def resume_host_bytes(job: Job) -> float:
+    """Main memory that reading a checkpoint takes on the fullest node, beside what its ranks hold: two pieces at a time, as they
+    were written; what belongs to the rank is copied to its place."""
+    return 2 * min(job.gpu.per_node, job.world) * max(_passing(job, rank) for rank in range(job.parallel.pipeline))
 
-    Of the form `reshardable` every rank reads the whole state of its data-parallel group (12 bytes a parameter) and then keeps
-    its share: megatron-core 0.16.1's `DistributedOptimizer.sharded_param_state_fully_reshardable` has room for it on all ranks
-    while loading. `same_layout` is read to where it belongs.
 
-    Args:
-        format: `checkpoint.format`.
-    """
-    if format != "reshardable" or not job.parallel.distributed_optimizer:
-        return 0.0
-    return max(each.total for each in job.held) * STATE_BYTES * min(job.gpu.per_node, job.world)
+def _passing(job: Job, rank: int) -> float:
+    """Bytes of main memory through which a rank's part of a checkpoint goes: a piece of the optimizer's largest tensor at a time,
+    or a weight."""
+    held, size = job.held[rank], job.size
+    layers = size.hidden * max(size.ffn, size.queries + 2 * size.keys) // job.parallel.tensor
+    largest = max(held.embedding, held.head, layers)
+    return _WRITING + max(4 * largest / math.ceil(largest / PIECE), job.itemsize * largest)
 
 
 @dataclass(frozen=True)

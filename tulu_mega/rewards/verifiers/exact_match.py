@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from typing import Any
 
+from tulu_mega.rewards.reasoning import answer_of
 from tulu_mega.rewards.verdict import Messages, Verdict, shortened
 
 
@@ -13,7 +14,7 @@ def _squeezed(text: str) -> str:
 
 
 class ExactMatch:
-    """The whole reply equals the ground truth, or one of a list of them.
+    """The whole reply, without its reasoning, equals the ground truth, or one of a list of them.
 
     Runs of white space count as one space, composed and decomposed accents as the same; case and punctuation count.
     Follows nothing published (Tulu's ``flan`` verifier drops case, punctuation and articles).
@@ -26,7 +27,7 @@ class ExactMatch:
 
     def __call__(self, response: str, ground_truth: Any, *, messages: Messages | None = None) -> Verdict:
         options = ground_truth if isinstance(ground_truth, list) else [ground_truth]
-        found = _squeezed(response)
+        found = _squeezed(answer_of(response))
         return Verdict.of(found in map(_squeezed, options), f"got {shortened(found)}, expected {shortened(ground_truth)}")
 
 

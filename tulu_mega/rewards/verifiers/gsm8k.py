@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tulu_mega.rewards.reasoning import answer_of
 from tulu_mega.rewards.verdict import Messages, Verdict
 
 THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
@@ -34,19 +35,21 @@ def number_of(ground_truth: Any) -> str:
 class Gsm8k:
     """The last number of the reply, commas between digits stripped, equal to the ground truth character by character.
 
-    Follows Tulu 3's code of November 2024 (the later code is the same): an integer is read without its sign, so that
-    "-7" answers 7 and a ground truth of -7 is never met; "7.0" is not "7"; "1.5.2" ends in ".2"; of "1,2,3" the
-    last number is 3, of "1,2" it is 12; a reply without a number is wrong.
+    Follows Tulu 3's code of November 2024: an integer is read without its sign, so that "-7" answers 7 and a ground truth of
+    -7 is never met; "7.0" is not "7"; "1.5.2" ends in ".2"; of "1,2,3" the last number is 3, of "1,2" it is 12; a reply
+    without a number is wrong. The later code (open-instruct in August 2026) reads the sign of an integer too, so that "-7"
+    answers -7 there and "12-5" ends in -5.
 
-    Departs in two things. Commas of the ground truth are stripped as well, for no reply could meet them. The whole reply
-    is read, where the published code cut it at a tag ``<|assistant|>`` of the prompt.
+    Departs in four things. Reasoning is not read (:func:`tulu_mega.rewards.reasoning.answer_of`). Commas and white space around
+    the ground truth are stripped as well, for no reply could meet them; a ground truth that is no number is refused before
+    the run. The whole answer is read, where the published code cut a transcript at its tag ``<|assistant|>``.
     """
 
     def check(self, ground_truth: Any) -> None:
         number_of(ground_truth)
 
     def __call__(self, response: str, ground_truth: Any, *, messages: Messages | None = None) -> Verdict:
-        text = _PUBLISHED_THOUSANDS.sub(r"\1\2", response)
+        text = _PUBLISHED_THOUSANDS.sub(r"\1\2", answer_of(response))
         expected, numbers = number_of(ground_truth), _PUBLISHED.findall(text)
         if not numbers:
             return Verdict.of(False, f"no number, expected {expected}")

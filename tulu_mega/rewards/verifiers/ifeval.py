@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tulu_mega.rewards.constraints import CONSTRAINTS, Function, read_constraint
+from tulu_mega.rewards.reasoning import answer_of
 from tulu_mega.rewards.verdict import Messages, Verdict
 
 _ANSWER_TAGS = re.compile(r"</?answer>")
@@ -17,8 +18,8 @@ class IfEval:
 
     Follows open-instruct's mended verifier (2026): what stands before the last ``</think>`` is not judged, tags ``<answer>`` and
     ``</answer>`` and the white space around are dropped, and the four functions with errors are right. Departs where
-    that one crashes (an index beyond the paragraphs, a reply in no language: not met) and for empty replies, which meet
-    nothing, as in IFEval itself (arXiv 2311.07911): silence must not earn "all lowercase".
+    that one crashes (an index beyond the paragraphs, a reply in no language: not met), for reasoning that is never closed and
+    for empty replies, which meet nothing, as in IFEval itself (arXiv 2311.07911): silence must not earn "all lowercase".
     """
 
     functions: Mapping[str, Function] = CONSTRAINTS
@@ -37,7 +38,7 @@ class IfEval:
 
     def judged(self, response: str) -> str | None:
         """The part of the reply that counts; None when there is none."""
-        return _ANSWER_TAGS.sub("", response.rpartition("</think>")[2]).strip() or None
+        return _ANSWER_TAGS.sub("", answer_of(response)).strip() or None
 
 
 VERIFIER = IfEval

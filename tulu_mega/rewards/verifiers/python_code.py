@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
+from tulu_mega.rewards.fences import fenced_blocks
+from tulu_mega.rewards.reasoning import answer_of
 from tulu_mega.rewards.sandbox import DEFAULT_LIMITS, CodeLimits, require_protections, run_program
 from tulu_mega.rewards.verdict import Messages, Verdict
-
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
 _ORDINARY = ("", "wrong", "error")
 
@@ -21,9 +20,11 @@ class PythonCode:
     values come back. What a program does beside the point (running on, leaving, meddling with the answers) is a failed test
     and told in the verdict's ``kind``.
 
-    The program is the last fenced block that is marked ``python`` (or ``py``), else the last one without a mark; without any,
-    the reply scores 0. The ground truth lists the tests (or is JSON of such a list): statements that run after the program,
-    such as ``"assert add(1, 2) == 3"``, or objects ``{"input": ..., "output": ...}`` for standard input and output.
+    The program is the last fenced block of the answer (not of its reasoning) that is marked ``python`` (or ``py``), else the
+    last one without a mark (:func:`tulu_mega.rewards.fences.fenced_blocks`); without any, the reply scores 0.
+
+    The ground truth lists the tests (or is JSON of such a list): statements that run after the program, such as
+    ``"assert add(1, 2) == 3"``, or objects ``{"input": ..., "output": ...}`` for standard input and output.
 
     The share of passed tests is what open-instruct's code verifier (June 2025) gives; Tulu 3 itself trained on no code.
     Departs: tests run in a local sandbox and not in a web service, and there is no malus for running long.
@@ -57,8 +58,8 @@ def _prompt(messages: Messages | None) -> str:
 
 
 def program_of(response: str) -> str | None:
-    """The reply's last block of Python."""
-    blocks = [(mark.lower(), code) for mark, code in _FENCE.findall(response)]
+    """The last block of Python in the reply's answer."""
+    blocks = [(mark.lower(), code) for mark, code in fenced_blocks(answer_of(response))]
     for marks in (("python", "python3", "py"), ("",)):
         chosen = [code for mark, code in blocks if mark in marks]
         if chosen:

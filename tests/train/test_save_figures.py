@@ -1,0 +1,86 @@
+"""What a save took is told in the line of its step."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+
+from tulu_mega.train import save_figures
+from tulu_mega.train.save_figures import SaveFigures, SaveWatch, tell
+
+TOLD = {"save_seconds": 2.0, "save_waited_seconds": 0.5, "save_memory_gib": 3.0}
+
+
+def figures(step: int, memory: int | None = 3 * 2**30) -> SaveFigures:
+    return SaveFigures(step, 2.0, 0.5, memory)
+
+
+def lines(*steps: int) -> str:
+    return "".join(json.dumps({"step": step, "loss": 1.5, "lr": "NaN"}) + "\n" for step in steps)
+
+
+@pytest.mark.parametrize("saved", [1, 2, 3])
+def test_a_save_is_told_in_the_line_of_its_step_while_others_follow(tmp_path, saved):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(lines(1, 2, 3))
+    with open(file, "a") as log:
+        tell(file, figures(saved))
+        log.write(lines(4))
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    for row in found:
+        told = TOLD if row["step"] == saved else {}
+        assert row == {"step": row["step"], "loss": 1.5, "lr": "NaN", **told}
+
+
+def test_where_the_system_tells_no_memory_seconds_are_told_alone(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(lines(1))
+    tell(file, figures(1, None))
+    assert json.loads(file.read_text()).keys() == {"step", "loss", "lr", "save_seconds", "save_waited_seconds"}
+
+
+@pytest.mark.parametrize("content", ["", lines(1), '{"step": 2, "lo', "[]\n"])
+def test_without_a_line_of_the_step_nothing_is_told(tmp_path, content):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(content)
+    tell(file, figures(2))
+    assert file.read_text() == content
+
+
+class Full(io.FileIO):
+    """A file on a disk that takes ten bytes of what is written first."""
+
+    full = False
+
+    def write(self, data) -> int:
+        if not self.full:
+            self.full = True
+            super().write(data[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def test_a_disk_that_is_full_leaves_the_lines_as_they_were(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(lines(1, 2))
+    monkeypatch.setattr(save_figures, "open", lambda path, *_, **__: Full(path, "r+"), raising=False)
+    tell(file, figures(1))
+    assert file.read_text() == lines(1, 2)
+    assert "warning: step 1: what its save took cannot be added" in capsys.readouterr().err
+
+
+def test_the_watch_sees_what_is_there_for_a_moment():
+    if save_figures.resident_memory() is None:
+        pytest.skip("the system does not tell")
+    watch = SaveWatch()
+    with watch.waiting():
+        np.ones(8 * 2**20)  # 64 MiB
+    seconds, waited, memory = watch.end()
+    assert 0 < waited <= seconds
+    assert 32 * 2**20 < memory < 128 * 2**20

@@ -1,0 +1,20 @@
+"""Where results are to be written, looked at before anything is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def check_writable(directory: Path) -> None:
+    """Sees whether a directory can be written to, or made; nothing is.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path = directory.expanduser().absolute()
+    found = next(each for each in (path, *path.parents) if each.exists())
+    if not found.is_dir():
+        raise NotADirectoryError(0, f"{found} is no directory")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise PermissionError(0, f"no permission to write to {found}")

@@ -1,0 +1,159 @@
+"""What a tokenizer's chat template does, found by rendering probes: where an answer begins, how it ends, what it reads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from jinja2 import Environment, nodes
+from jinja2.ext import Extension
+
+from tulu_mega.data.messages import TRAINING_FIELDS, Given, Message, Messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ONE, OTHER = "xylem", "quartz"
+"""Texts of a probe. They differ in their first letters and in their last, so that what two renderings share ends at them."""
+_ASK = {"role": "user", "content": "probe"}
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is known of a template."""
+
+    marked: bool
+    """``{% generation %}`` says what is the assistant's"""
+    header: str
+    """what begins the assistant's turn and is not written when a generation prompt is asked for; mostly empty"""
+    header_behind: bool
+    """the beginning of another turn of the assistant is written behind its last one, asked for or not"""
+    ending: str
+    """what ends the assistant's turn, without white space behind it; empty where nothing does"""
+    behind: str
+    """what comes behind that at the end of a conversation"""
+    ending_trained: bool
+    """marks, where there are any, hold the end of the turn too"""
+    names: frozenset[str]
+    """variables, fields and texts in the template's code"""
+
+
+def rendered(
+    messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Given, prompt: bool = False, marks: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as the tokenizer's template writes it, and the character ranges that it marks if they are asked for.
+
+    Raises:
+        ValueError: the template refuses or cannot do it, whatever it is that it raises.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    shown = [{name: value for name, value in message.items() if name not in TRAINING_FIELDS} for message in messages]
+    try:
+        texts, spans = render_jinja_template(
+            [shown],
+            tools=given.tools,
+            chat_template=tokenizer.get_chat_template(tools=given.tools),
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=prompt,
+            **{**tokenizer.special_tokens_map, **given.options},
+        )
+    except Exception as error:  # a template is a program: what it does not expect in a row raises anything
+        what = str(error) if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: {error}"
+        raise ValueError(f"the tokenizer's chat template refuses this conversation: {' '.join(what.split())}") from None
+    return texts[0], [(start, end) for start, end in spans[0]] if marks else []
+
+
+_known: WeakKeyDictionary[PreTrainedTokenizerFast, dict[str, Form]] = WeakKeyDictionary()
+
+
+def form_of(tokenizer: PreTrainedTokenizerFast, given: Given) -> Form:
+    """What is known of the template that the tokenizer has for such a conversation; found out once."""
+    template = tokenizer.get_chat_template(tools=given.tools)
+    forms = _known.setdefault(tokenizer, {})
+    if template not in forms:
+        forms[template] = _found(template, tokenizer, given)
+    return forms[template]
+
+
+def head_and_tail(before: Messages, message: Message, tokenizer: PreTrainedTokenizerFast, given: Given) -> tuple[str, str, str]:
+    """What a template writes before a message's content and behind it, and the whole with the content :data:`ONE`.
+
+    Raises:
+        ValueError: the template refuses such a conversation.
+    """
+    one, other = (rendered([*before, {"role": message["role"], "content": text}], tokenizer, given)[0] for text in (ONE, OTHER))
+    return _shared(one, other), _shared(one[::-1], other[::-1])[::-1], one
+
+
+def _shared(one: str, other: str) -> str:
+    """What both begin with."""
+    return "".join(char for char, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _found(template: str, tokenizer: PreTrainedTokenizerFast, given: Given) -> Form:
+    marked = bool(_GENERATION_MARK.search(template))
+    names = _names(template)
+    answer = {"role": "assistant", "content": ""}
+    plain = Given(given.tools)
+    try:
+        unasked, asked = (rendered([_ASK], tokenizer, plain, prompt=prompt)[0] for prompt in (False, True))
+        head, tail, whole = head_and_tail([_ASK], answer, tokenizer, plain)
+    except ValueError:  # it takes other conversations only: rows will tell
+        return Form(marked, "", False, tokenizer.eos_token, "", True, names)
+    # white space alone is no header: after `[/INST]` the model writes its blank itself
+    missing = head.removeprefix(unasked) if asked == unasked and head.startswith(unasked) else ""
+    ending = _ending(_without_header(tail, answer, tokenizer, plain) if asked == unasked else tail, tokenizer)
+    behind = tail[len(ending) :]
+    trained = True
+    if marked:
+        spans = rendered([_ASK, {**answer, "content": ONE}], tokenizer, plain, marks=True)[1]
+        trained = bool(spans) and spans[-1][1] >= len(whole) - len(behind)
+    header_behind = asked == unasked and bool(behind.strip())
+    return Form(marked, missing if missing.strip() else "", header_behind, ending, behind, trained, names)
+
+
+def _without_header(tail: str, answer: Message, tokenizer: PreTrainedTokenizerFast, given: Given) -> str:
+    """What stands behind an answer, without the beginning of another one that some templates write there unasked."""
+    try:
+        header, _tail, _whole = head_and_tail([], answer, tokenizer, given)
+    except ValueError:
+        return tail
+    return tail.removesuffix(header) if tail.endswith(header) else tail.removesuffix(header.rstrip())
+
+
+def _ending(tail: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The end of a turn, of what stands behind its content: up to the first token of the tokenizer's own, or else a word."""
+    tokens = {*tokenizer.get_added_vocab(), tokenizer.eos_token} - {""}
+    ends = [(tail.find(token), -len(token)) for token in tokens if token in tail]
+    if ends:
+        start, length = min(ends)
+        return tail[: start - length]
+    word = re.match(r"\s*\S+", tail)
+    return word[0] if word else ""
+
+
+class _Generation(Extension):
+    """Reads ``{% generation %}`` as transformers does, for looking at a template's code."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=16)
+def _names(template: str) -> frozenset[str]:
+    """What the template's code names; not the text that it writes."""
+    try:
+        tree = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(template)
+    except Exception:  # it cannot be rendered either, which is told then
+        return frozenset()
+    found = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
+    return frozenset(found | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})

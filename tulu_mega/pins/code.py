@@ -1,0 +1,101 @@
+"""Verifiers as pins: the source files that they are made of."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import tulu_mega
+from tulu_mega.pins.digest import digest
+from tulu_mega.pins.record import Part, Pin
+from tulu_mega.rewards import verifiers
+
+_OWN = Path(tulu_mega.__file__).parent
+_INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
+
+
+def custom(given: Mapping[str, str]) -> Pin:
+    """The pin of verifiers of one's own: the module of each, and what it imports that is no installed package.
+
+    Args:
+        given: name = ``module:function``, found importable before.
+    """
+    parts = {}
+    for name, path in given.items():
+        module, _, attribute = path.partition(":")
+        for number, file in enumerate(_sources(module, _mine)):
+            key = f"{name}:{attribute}" if not number else f"{name}:{file.name}"
+            parts[key] = Part(f"{file} (verifier {name!r}, {attribute})", digest(file))
+    return Pin(", ".join(f"{name} = {path!r}" for name, path in given.items()), parts)
+
+
+def built_in(names: Sequence[str]) -> Pin:
+    """The pin of verifiers of this program."""
+    package = _OWN / "rewards"
+    found = {file for name in names for file in _sources(f"{verifiers.__name__}.{name}", lambda file: package in file.parents)}
+    if "python_code" in names:
+        found.update(package.glob("sandbox*.py"))  # one of them is no import: it runs as a program
+    parts = {str(file.relative_to(_OWN)): Part(f"tulu_mega/{file.relative_to(_OWN)}", digest(file)) for file in sorted(found)}
+    return Pin(", ".join(names), parts)
+
+
+def _mine(file: Path) -> bool:
+    return not any(root in file.parents for root in (*_INSTALLED, _OWN))
+
+
+def _sources(module: str, counts: Callable[[Path], bool]) -> Iterator[Path]:
+    """The source file of a module, then those that it imports, however far away, where they count."""
+    waiting, seen, aside = [module], set(), set()
+    while waiting:
+        name = waiting.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        packages = _packages(name)
+        if name != module and not aside.isdisjoint(packages):
+            continue  # to find a module its package is imported: not those that do not count
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, AttributeError, ValueError):
+            continue
+        if spec is None:
+            continue
+        origin = Path(spec.origin) if spec.has_location and spec.origin else None
+        if origin is None or not (name == module or counts(origin)):
+            if origin or not spec.submodule_search_locations:  # else a package without a file of its own
+                aside.add(name)
+            continue
+        yield origin
+        if name == module:
+            waiting += packages
+        if origin.suffix == ".py":
+            package = name if spec.submodule_search_locations else name.rpartition(".")[0]
+            waiting += [each for found in _imported(origin, package) for each in (*_packages(found), found)]
+
+
+def _packages(name: str) -> list[str]:
+    """The packages around a module, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:at]) for at in range(1, len(parts))]
+
+
+def _imported(file: Path, package: str) -> list[str]:
+    """Names that may be modules which a file imports."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return []
+    found = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                found += [each.name for each in names]
+            case ast.ImportFrom(module=base, names=names, level=level):
+                parents = package.split(".")
+                above = parents[: len(parents) - level + 1] if level else []
+                whole = ".".join([*above, *([base] if base else [])])
+                found += [whole, *(f"{whole}.{each.name}" for each in names)]
+    return found
