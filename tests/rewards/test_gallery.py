@@ -30,11 +30,16 @@ LIMITS = CodeLimits(wall_s=10, total_s=10)
 class Texts:
     """Stands for a tokenizer: a response's only token is the number of its text."""
 
+    eos_token_id = -1
+
     def __init__(self, texts):
         self.texts = texts
 
     def decode(self, tokens, skip_special_tokens):
         return self.texts[tokens[0]]
+
+    def get_added_vocab(self):
+        return {}
 
 
 def judged_by_grpo(entries):
@@ -150,14 +155,15 @@ CHECKS = """
 import json, sys
 from tests.rewards import gallery
 from tulu_mega.rewards.sandbox import CodeLimits, protections, require_protections, run_program, self_test
-entries = [gallery.all_escapes(sys.argv[1]), *gallery.read("cheats.txt")[:2], *gallery.read("right.txt")[:2]]
-limits = CodeLimits(allow_unprotected=len(sys.argv) > 2)
+unsafe = sys.argv[1] == "unsafe"  # what tries to get out would
+entries = [*gallery.read("cheats.txt")[:2], *gallery.read("right.txt")[:2]] + [gallery.all_escapes(sys.argv[1])] * (not unsafe)
+limits = CodeLimits(allow_unprotected=unsafe)
 told = ""
 try:
     require_protections(CodeLimits())
 except Exception as error:
     told = str(error)
-passed = [run_program(entry.program, [entry.job], limits)[0].passed for entry in entries] if not told or len(sys.argv) > 2 else []
+passed = [run_program(entry.program, [entry.job], limits)[0].passed for entry in entries] if not told or unsafe else []
 print(json.dumps({"held": sorted(protections()), "told": told, "passed": passed, "line": self_test()}))
 """
 
@@ -175,13 +181,12 @@ def test_as_an_ordinary_user(watched):
     for place in (*Path(os.environ["TMPDIR"]).parents[:3], Path(os.environ["TMPDIR"])):
         place.chmod(place.stat().st_mode | 0o055)
     Path(os.environ["TMPDIR"]).chmod(0o777)
-    reachable = subprocess.run(
-        [sys.executable, "-c", "import tulu_mega.rewards, sys"], cwd=ROOT, user=65534, group=65534, check=False
-    )
-    if reachable.returncode:
+    try:
+        subprocess.run([sys.executable, "-c", "import tulu_mega.rewards"], cwd=ROOT, user=65534, group=65534, check=True)
+    except (PermissionError, subprocess.CalledProcessError):
         pytest.skip("an ordinary user cannot read this environment")
     found = checked(str(watched), user=65534, group=65534, extra_groups=[])
-    assert found["passed"] == [False, False, False, True, True]
+    assert found["passed"] == [False, False, True, True, False]
     assert "root" not in found["line"]
 
 
@@ -207,8 +212,8 @@ def test_without_landlock_and_namespaces(watched, error):
     assert refused["passed"] == []
     assert "missing: files" in refused["line"]
     if error == 1:
-        unsafe = checked(str(watched), "unsafe", before=FILTER.replace("ERROR", str(error)))
-        assert unsafe["passed"][1:] == [False, False, True, True]
+        unsafe = checked("unsafe", before=FILTER.replace("ERROR", str(error)))
+        assert unsafe["passed"] == [False, False, True, True]
 
 
 def test_what_the_machine_has_is_told_in_a_line():
