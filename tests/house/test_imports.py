@@ -17,7 +17,7 @@ for path in sorted(Path(ROOT, "tulu_mega").rglob("*.py")):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     top = ast.parse(path.read_text()).body
     theirs = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-    theirs |= {node.module for node in top if isinstance(node, ast.ImportFrom) and node.module}
+    theirs |= {node.module for node in top if isinstance(node, ast.ImportFrom) and node.module and not node.level}
     theirs = {each for each in theirs if each.partition(".")[0] not in ("tulu_mega", "__future__")}
     if path.name == "__main__.py" or any(each.partition(".")[0] == "vllm" for each in theirs):
         continue  # a program, or a module of vLLM's processes alone

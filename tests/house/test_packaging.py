@@ -108,7 +108,8 @@ def test_the_patch_finder_finds():
 
 
 def test_only_platforms_patch_other_packages():
-    outside = [path for path in SOURCES if "platforms" not in path.parts]
+    # The sandbox's own interpreter, in which nothing else of this package runs, makes a judged program's streams.
+    outside = [path for path in SOURCES if "platforms" not in path.parts and path.parts[-2:] != ("sandboxed", "starter.py")]
     found = {str(path.relative_to(ROOT)): patches(ast.parse(path.read_text(encoding="utf-8"))) for path in outside}
     assert {file: what for file, what in found.items() if what} == {}
 

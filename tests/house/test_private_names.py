@@ -15,8 +15,8 @@ from tulu_mega.platforms.surface import SURFACE
 PACKAGE = Path(__file__).parents[2] / "tulu_mega"
 FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 OURS = ("tulu_mega", "tulu_kernels")
-DOCUMENTED = {"_exit", "_current_frames", "_asdict"}
-"""os._exit, sys._current_frames and a named tuple's _asdict are public for all their underscore."""
+DOCUMENTED = {"_exit", "_current_frames", "_asdict", "_fields"}
+"""os._exit, sys._current_frames, a named tuple's _asdict and its _fields are public for all their underscore."""
 TO_BE_SUBCLASSED = {
     "torch.nn.modules.module.Module", "torch.autograd.function.Function", "torch.optim.optimizer.Optimizer",
     "torch.autograd.function._SingleLevelFunction", "torch.distributed.checkpoint.planner.LoadPlanner",
