@@ -11,16 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import values
-from .stubs import Instance, Stream, Stub
+from .stubs import Instance, Over, Stream, Stub
 
 MOST_PRINTED = 16 << 20
 """Bytes that a program may print in a test."""
 _SIZES = {"value": 2, "object": 2, "raise": 4, "class": 3, "function": 2, "none": 1, "item": 2, "end": 1, "ask": 4}
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
-
-
-class Over(BaseException):
-    """The test is over and has not passed. A test's bare ``except`` does not save it: see ``Client.trouble``."""
 
 
 class Client:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import builtins
 from typing import Any
 
-from .client import Client, Over
-from .stubs import Stub
+from .client import Client
+from .stubs import Over, Stub
 
 
 class Names(dict):

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from .client import Client, Over
+
+class Over(BaseException):
+    """The test is over and has not passed. A test's bare ``except`` does not save it: see ``Client.trouble``."""
+
+
+class Client(Protocol):
+    """What asks the program's process on a stub's behalf."""
+
+    def over(self, kind: str, detail: str) -> Over: ...
+
+    def tampered(self, what: object) -> Over: ...
+
+    def ask(self, question: list, kept: list | None = None) -> list: ...
+
+    def call(self, target: list, arguments: tuple, named: dict[str, Any]) -> tuple[list, list]: ...
+
+    def value(self, told: Any, known: list | None = None) -> Any: ...
+
+    def instance(self, number: int) -> Instance: ...
 
 
 class _Refusing:
