@@ -67,6 +67,7 @@ def watched(tmp_path, monkeypatch):
     wait_until(lambda: not inhabitants(scratch), "processes are left")
     assert not list(scratch.iterdir())
     assert [name for name in os.listdir("/dev/shm") if name not in before and "program" in name] == []
+    assert not Path("/tmp/left_by_a_program").exists()
     assert victim.read_text() == "precious"
 
 
