@@ -48,7 +48,7 @@ def place(tiny, tmp_path, monkeypatch) -> Path:
 
 
 def found(command: str, *flags: str) -> list[str]:
-    return check(load(resolve(cli.COMMANDS[command].settings), None, flags))
+    return check(load(resolve(cli.COMMANDS[command].settings), None, flags), tell=lambda line: print(f"# {line}"))
 
 
 EVAL = ("eval", "--model", "model", "--output", "out")

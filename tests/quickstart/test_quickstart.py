@@ -108,11 +108,11 @@ def story(tmp_path, monkeypatch, tokenizer):
         def __exit__(self, *_):
             pass
 
-        def __call__(self, prompts, sampling, numbers):
+        def each(self, prompts, sampling, numbers):
             heldout = Path(settings.run_dir) / "data/heldout.jsonl"
             answers = [json.loads(line)["ground_truth"] for line in heldout.read_text().splitlines()]
             said = [answers[number] if self.right else "\x1b[31mno" for number in numbers]
-            return [[Completion(tokenizer.encode(text), "stop")] for text in said]
+            yield from enumerate([Completion(tokenizer.encode(text), "stop")] for text in said)
 
     settings = QuickstartSettings(run_dir=str(tmp_path / "quick"))
     monkeypatch.setattr("tulu_mega.inference.offline.check_vllm", lambda: None)

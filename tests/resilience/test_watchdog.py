@@ -31,6 +31,7 @@ def hang(settings: SftSettings, how: str, directory: Path) -> None:
 
     def batches(loader: PackedLoader, at: int):
         if at == 2 and rank == "1":
+            time.sleep(1)  # steps may be shorter than the time between two beats
             os.kill(os.getpid(), signal.SIGSTOP) if how == "stopped" else time.sleep(600)
         return packs(loader, at)
 

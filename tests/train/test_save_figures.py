@@ -38,6 +38,15 @@ def test_a_save_is_told_in_the_line_of_its_step_while_others_follow(tmp_path, sa
         assert row == {"step": row["step"], "loss": 1.5, "lr": "NaN", **told}
 
 
+def test_a_step_that_is_saved_twice_has_the_figures_of_the_last(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(lines(1, 2))
+    tell(file, SaveFigures(1, 2.123456789, 0.512345678, 3 * 2**30 + 12345))
+    tell(file, figures(1))
+    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    assert first == {"step": 1, "loss": 1.5, "lr": "NaN", **TOLD} and second["step"] == 2
+
+
 def test_where_the_system_tells_no_memory_seconds_are_told_alone(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(lines(1))

@@ -204,5 +204,5 @@ def test_other_engines_are_refused_and_one_alone_is_as_it_always_was(models, tmp
     assert "is a checkpoint of one model, this run trains one model and value" in problem
     path = tmp_path / "step_00000001"
     told = json.loads((path / "training.json").read_text())
-    assert list(told) == ["step", "state", "model", "layout", "format", "cut", "finite", "random", "files"]
+    assert list(told) == ["step", "state", "model", "layout", "format", "cut", "finite", "random", "files", "digests"]
     assert not [each for each in path.iterdir() if each.is_dir()]

@@ -171,7 +171,7 @@ def restore(engines: Engines, checkpoint: Checkpoint) -> None:
         random = checkpoint.random if saved is checkpoint.first and same_layout(engine, checkpoint) else None
         why = f"{saved.path} could not be read; remove it to go on from the checkpoint before"
         with together(why):
-            _screen(saved.path)
+            _screen(saved.path, why)
         with together(why), torch.no_grad():
             load_state(engine, saved.path, checkpoint.format, random)
 
@@ -192,16 +192,24 @@ def load_weights(engine: Engine, directory: Path, leave: Collection[str] = ()) -
     Raises:
         UserError: on every rank, when a tensor is missing or cannot be read.
     """
-    with together(f"{directory} could not be read"):
-        _screen(directory)
-    with together(f"{directory} could not be read"), torch.no_grad():
+    why = f"{directory} could not be read"
+    with together(why):
+        _screen(directory, why)
+    with together(why), torch.no_grad():
         load_parameters(engine, directory, leave)
 
 
-def _screen(directory: Path) -> None:
-    """Makes sure, on the first rank of each node, that what the ranks load next runs no code of its own."""
+def _screen(directory: Path, why: str) -> None:
+    """Makes sure, on the first rank of each node, that what the ranks load next runs no code of its own.
+
+    Raises:
+        UserError: it does, or is damaged; begins with `why`.
+    """
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        screen(directory)
+        try:
+            screen(directory)
+        except UserError as error:
+            raise UserError([f"{why}: {problem}" for problem in error.problems]) from None
 
 
 def _check(engine: Engine, saved: Saved, format: Format) -> None:

@@ -87,7 +87,9 @@ def tell(file: Path, figures: SaveFigures) -> None:
         at = next((at for at in reversed(range(len(lines))) if _step_of(lines[at]) == figures.step), None)
         if at is None:  # of a step that an earlier start of the run did
             return
-        line = json.dumps(json.loads(lines[at]) | told, allow_nan=False) + "\n"
+        line = json.dumps(json.loads(lines[at]) | told, allow_nan=False)
+        # of a step that was saved twice, as one is before which a run stops, the figures may be shorter the second time
+        line = line.ljust(len(lines[at].decode()) - 1) + "\n"
         _replace_end(file, b"".join(lines[at:]), b"".join([line.encode(), *lines[at + 1 :]]))
     except OSError as error:
         what = f"step {figures.step}: what its save took cannot be added to {file}"

@@ -108,7 +108,7 @@ def screen(directory: Path) -> None:
             with torch.serialization.safe_globals([io.BytesIO]):
                 torch.load(io.BytesIO(held), map_location="meta", weights_only=True)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            reason = next(iter(str(error).splitlines()), "").partition(". ")[0][:200] or repr(error)  # torch goes on to advise
             raise UserError(f"{path}: object {key.fqn} is not loaded ({reason}); {_AGAIN}") from None
 
 
