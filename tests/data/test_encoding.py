@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from tests.lib.chat_templates import KINDS, tokenizer_of
 from tulu_mega.config import DataSettings, ModelSettings, PreferenceDataSettings
 from tulu_mega.data.encoding import ConversationEncoding, PairEncoding
 from tulu_mega.data.prepare import prepare
-from tulu_mega.data.sources import load_rows
 from tulu_mega.errors import UserError
 from tulu_mega.preflight import check as preflight
 from tulu_mega.preflight.findings import Findings, Rows
@@ -154,19 +151,14 @@ def test_a_row_that_a_template_refuses_is_a_malformed_row(told):
         told([good, good], "{{ tools | length }}" + KINDS["ChatML"].template)
 
 
-def test_a_parquet_file_without_rows(tmp_path):
-    file = tmp_path / "empty.parquet"
-    kind = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
-    parquet.write_table(pyarrow.table({"messages": pyarrow.array([], kind)}), file)
-    with pytest.raises(UserError, match=r"empty.parquet: no rows; expected at least one"):
-        load_rows(str(file))
-
-
 def test_check_and_a_start_tell_it(tmp_path, monkeypatch, capsys):
     tokenizer_of(KINDS["ChatML"].template).save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": WHOLE["chosen"], "source": "here"}) + "\n")
     data, model = DataSettings(train=str(tmp_path / "rows.jsonl")), ModelSettings(path=str(tmp_path / "model"))
-    found = lambda *_: Findings(rows=[Rows("data.train", data, model, tmp_path / "run/data")])  # noqa: E731
+
+    def found(*_: object) -> Findings:
+        return Findings(rows=[Rows("data.train", data, model, tmp_path / "run/data")])
+
     monkeypatch.setattr(preflight, "findings_of", found)
     assert preflight.check(None, tell=lambda line: print(f"# {line}")) == [] and not (tmp_path / "run").exists()
     said = capsys.readouterr().out

@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 from tulu_mega.data.messages import Messages
 from tulu_mega.data.stops import answer_text
-from tulu_mega.errors import nearest
+from tulu_mega.errors import nearest, printable
 from tulu_mega.inference.offline import Completion, Generator
 from tulu_mega.inference.sampling import Sampling
 
@@ -31,7 +31,6 @@ _RESETS = ("/reset", "/clear", "/new")
 _HELPS = ("/help", "/?")
 _COMMAND = re.compile(r"/(\?|[A-Za-z]+)(?=\s|$)")
 """A path at the beginning of a message is none."""
-_COMMANDING, _NOTHING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"), re.compile(r"(?!)")
 
 
 def converse(
@@ -102,25 +101,30 @@ def _answer(generator: Generator, tokenizer: PreTrainedTokenizerFast, ids: list[
     """Shows the answer, or the answers, and returns the last."""
     if sampling.samples == 1:
         return _streamed(generator, tokenizer, ids, sampling)
-    response = ""
+    response, shown = "", _as_shown()
     for number, completion in enumerate(generator([ids], sampling)[0], 1):
         response = answer_text(completion.token_ids, completion.finish_reason, tokenizer)
-        print(f"[{number}] {response}{_cut(completion)}", flush=True)
+        print(f"[{number}] {shown(response)}{_cut(completion)}", flush=True)
     return response
 
 
 def _streamed(generator: Generator, tokenizer: PreTrainedTokenizerFast, ids: list[int], sampling: Sampling) -> str:
-    """As it comes; a model may say what would command a terminal, which is not shown there."""
+    """Shows the answer as it comes, and returns it."""
     words, tokens, last = DecodeStream(skip_special_tokens=True), [], Completion([], "length")
-    unseen = _COMMANDING if sys.stdout.isatty() else _NOTHING
+    shown = _as_shown()
     with _instead_of_interrupting(generator.stop) as stopped:
         for last in generator.stream(ids, sampling):
             for token in last.token_ids:
                 tokens.append(token)
-                sys.stdout.write(unseen.sub("·", words.step(tokenizer.backend_tokenizer, token) or ""))
+                sys.stdout.write(shown(words.step(tokenizer.backend_tokenizer, token) or ""))
             sys.stdout.flush()
     print(" [stopped]" if stopped else _cut(last), flush=True)
     return answer_text(tokens, last.finish_reason, tokenizer)
+
+
+def _as_shown() -> Callable[[str], str]:
+    """What is done to an answer before it is written: a terminal would obey what a model says."""
+    return printable if sys.stdout.isatty() else str
 
 
 def _cut(completion: Completion) -> str:

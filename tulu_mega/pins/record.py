@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.errors import UserError
+from tulu_mega.launch.run_files import write_whole
 from tulu_mega.pins.digest import Stamp
 
 PINS = "pins.json"
@@ -75,12 +76,14 @@ class Pins:
             ) from None
 
     def write(self, run_dir: Path) -> None:
-        """Writes them, whole or not at all."""
+        """Writes them, whole or not at all.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         run_dir.mkdir(parents=True, exist_ok=True)
-        partial = run_dir / f".{PINS}.partial"
         told = {"version": VERSION, "pins": {name: asdict(pin) for name, pin in self.pins.items()}, "accepted": self.accepted}
-        partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        partial.replace(run_dir / PINS)
+        write_whole(run_dir / PINS, json.dumps(told, indent=1) + "\n")
 
 
 def _pin(told: Mapping[str, Any]) -> Pin:

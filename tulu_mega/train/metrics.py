@@ -194,12 +194,13 @@ def cut_after(file: Path, step: int) -> None:
     if not file.exists():
         return
     lines = file.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
+    kept = [line for line in lines if (found := step_of(line)) is not None and found <= step]
     if kept != lines:
         write_whole(file, b"".join(kept).decode())
 
 
-def _step_of(line: bytes) -> int | None:
+def step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None for a line that is torn or is no step's."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tulu_mega.train.metrics import step_of
+
 _EVERY = 0.005
 """Seconds between two looks at this process's memory."""
 
@@ -84,7 +86,7 @@ def tell(file: Path, figures: SaveFigures) -> None:
         told["save_memory_gib"] = figures.memory / 2**30
     try:
         lines = file.read_bytes().splitlines(keepends=True)
-        at = next((at for at in reversed(range(len(lines))) if _step_of(lines[at]) == figures.step), None)
+        at = next((at for at in reversed(range(len(lines))) if step_of(lines[at]) == figures.step), None)
         if at is None:  # of a step that an earlier start of the run did
             return
         line = json.dumps(json.loads(lines[at]) | told, allow_nan=False)
@@ -110,10 +112,3 @@ def _replace_end(file: Path, old: bytes, new: bytes) -> None:
             opened.write(old)
             opened.truncate()
             raise
-
-
-def _step_of(line: bytes) -> int | None:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return None
