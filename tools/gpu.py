@@ -69,7 +69,7 @@ PARTS = {
     "fused": Part(120, (*_TRAINING, "--pack", "8192", *_FUSED), (*_TRAINING, *_SMALL, *_FUSED)),
     "training": Part(100, (*_TRAINING, "--pack", "8192"), (*_TRAINING, *_SMALL)),
     "tests": Part(100, (*_TESTS, *_TESTED), (*_TESTS, *_TESTED)),
-    "ipc": Part(30, ("tools/bench_ipc.py",), ("tools/bench_ipc.py", "--device", "cpu")),
+    "ipc": Part(30, ("tools/bench_ipc.py", "--device", "cuda"), ("tools/bench_ipc.py", "--device", "cpu")),
     "kernels": Part(
         90,
         ("tools/bench_kernels.py", "--only", "correct", "logprob", "fp8_products", "--rows", "8192"),
@@ -161,7 +161,9 @@ def run(name: str, on_gpu: bool, ends: float, logs: Path) -> dict[str, Any]:
                     last = line
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
-            process.wait(TO_END_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TO_END_S)
+            process.kill()
             raise
         status = process.wait()
         timed_out = status in (124, 137)

@@ -85,5 +85,6 @@ def test_ranks_share_what_is_to_be_read(tmp_path):
     assert first[4] == second[4] and "model-2.safetensors is not what it is on" in first[4][0]
     assert first[5] == second[5] and first[5][0].startswith("model.path = model: is not what run_dir = ")
     assert "model-1.safetensors (101 bytes)" in first[5][0] and "add --accept_changes model.path" in first[5][0]
+    assert sorted(first[6] + second[6]) == ["model-1.safetensors"]
     assert (first[7], second[7]) == ([], [])
     assert (first[8], second[8]) == ([], [])

@@ -14,7 +14,7 @@ from tulu_mega.config import OptimSettings
 from tulu_mega.errors import UserError
 from tulu_mega.pins.digest import digest
 from tulu_mega.train import checkpoint
-from tulu_mega.train.checkpoint_files import damaged, healthy
+from tulu_mega.train.checkpoint_files import damaged, verified_or_set_aside
 
 pytestmark = pytest.mark.ranks
 
@@ -25,7 +25,7 @@ def through_damages(source: str, directory: Path) -> dict:
         made.engine.prepare_training(OptimSettings(lr=1e-2, schedule="constant", warmup=0.0), 10)
         for step in (1, 2, 3):
             checkpoints.save(made.engine, directory, step, {}, keep=3)
-        told["whole"] = [healthy(each.path, None, made.engine.at) for each in checkpoint.find(directory)]
+        told["whole"] = [verified_or_set_aside(each.path, None, made.engine.at) for each in checkpoint.find(directory)]
         manifest = json.loads((directory / "step_00000003/training.json").read_text())
         told["digests"] = {name: digest(directory / "step_00000003" / name) == each for name, each in manifest["digests"].items()}
         told["files"] = manifest["files"].keys() == manifest["digests"].keys()
@@ -36,11 +36,11 @@ def through_damages(source: str, directory: Path) -> dict:
         dist.barrier()
         told["read"] = damaged(directory)
         found = checkpoint.find(directory)
-        told["third"] = healthy(found[2].path, found[1].path.name, made.engine.at)
+        told["third"] = verified_or_set_aside(found[2].path, found[1].path.name, made.engine.at)
         told["left"] = sorted(each.name for each in directory.iterdir())
-        told["second"] = healthy(found[1].path, found[0].path.name, made.engine.at)
+        told["second"] = verified_or_set_aside(found[1].path, found[0].path.name, made.engine.at)
         with pytest.raises(UserError) as caught:
-            healthy(found[0].path, None, made.engine.at)
+            verified_or_set_aside(found[0].path, None, made.engine.at)
         told["first"] = caught.value.problems
     return told
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.vllm_plugin.batch_route import ROUTE
-from tulu_mega.vllm_plugin.bounds import GENERATE, ROUTES, SAMPLING, Bounds
+from tulu_mega.vllm_plugin.batch_route import MAX_BODY, ROUTE
+from tulu_mega.vllm_plugin.bounds import GENERATE, MAX_OTHER, ROUTES, SAMPLING, Bounds
 
 LONGEST, VOCABULARY = 32, 100
 MODEL = SimpleNamespace(max_model_len=LONGEST, get_vocab_size=lambda: VOCABULARY)
@@ -95,6 +95,7 @@ BROKEN = {
     "n a truth": sampling(n=True),
     "temperature NaN": sampling(temperature=float("nan")),
     "temperature infinite": sampling(temperature=float("inf")),
+    "temperature huge": sampling(temperature=10**400),
     "temperature below": sampling(temperature=-1),
     "top_p 0": sampling(top_p=0),
     "longer responses than the model": sampling(max_tokens=LONGEST + 1),
@@ -119,7 +120,7 @@ def test_a_batch_out_of_bounds_is_refused(asked):
         {"method": "no_such_method"},
         {"method": "weights_status", "args": [1]},
         {"method": "shutdown"},
-        {"method": b"x".decode(), "timeout": "x"},
+        *({"method": "weights_status", "timeout": timeout} for timeout in ("x", "", [], False, 10**400)),
         {"method": "weights_status", "timeout": -1},
         ["weights_status"],
         {"method": ["weights_status"]},
@@ -141,21 +142,23 @@ def test_no_other_route_is_served(method, path):
     assert status == 404 and len(told) < 500
 
 
-def test_a_body_without_end_is_refused():
+@pytest.mark.parametrize(("path", "limit"), [(ROUTE, MAX_BODY), (GENERATE, MAX_OTHER)])
+def test_a_body_without_end_is_refused(path, limit):
+    piece = bytes(1 << 24)
     reads = 0
 
     async def receive() -> dict[str, Any]:
         nonlocal reads
         reads += 1
-        return {"type": "http.request", "body": bytes(1 << 24), "more_body": True}
+        return {"type": "http.request", "body": piece, "more_body": True}
 
     said = []
 
     async def send(message: dict[str, Any]) -> None:
         said.append(message)
 
-    asyncio.run(Bounds(None)({"type": "http", "method": "POST", "path": ROUTE, "app": APP}, receive, send))
-    assert said[0]["status"] == 413 and reads < 20
+    asyncio.run(Bounds(None)({"type": "http", "method": "POST", "path": path, "app": APP}, receive, send))
+    assert said[0]["status"] == 413 and reads == limit // len(piece) + 1
 
 
 JSON = st.recursive(

@@ -26,7 +26,8 @@ def problems(task: Task, settings: TaskSettings) -> list[Problem]:
     named = f"tasks.{task.name}"
     rows = _open(settings.data or list(task.hub), settings.split or task.split, f"{named}.data", f"{named}.split")
     found = _each(rows, task.read, task)
-    groups = [problem.group or rows.parts[rows.origin(row)[0]].name for row, problem in enumerate(found)]
+    # a file's place, not its name: the same rows elsewhere are the same problems
+    groups = [problem.group or f"file {rows.origin(row)[0]}" for row, problem in enumerate(found)]
     return [replace(found[row], row=row) for row in even(groups, settings.limit)]
 
 

@@ -237,7 +237,7 @@ class RolloutClient:
         failed: list[_Task] = []
         failure = None
         url = server.address.url
-        body = json.dumps({"prompts": [task.request for task in tasks]}).encode()
+        body = json.dumps({"prompts": [task.request for task in tasks]}, separators=(",", ":")).encode()
         try:
             async for line in self._lines(server.address, body):
                 try:

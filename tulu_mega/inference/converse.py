@@ -40,7 +40,8 @@ def converse(
     system: str | None,
     prompt_of: Callable[[Messages], list[int]],
 ) -> None:
-    """Asks what is typed, keeping the conversation from turn to turn. Ctrl-C ends an answer; where there is none, the program.
+    """Asks what is typed, keeping the conversation from turn to turn. Ctrl-C ends an answer that is shown as it
+    comes (of one sample), else the program.
 
     Args:
         system: message that every conversation begins with.
@@ -72,7 +73,7 @@ def converse(
                 told = f"under the system message {system!r}" if system else "without a system message"
                 print(f"A new conversation, {told}.", file=sys.stderr, flush=True)
             else:
-                _help(command)
+                _help(command, streams=sampling.samples == 1)
             continue
         asked = [*messages, {"role": "user", "content": text}]
         try:
@@ -88,13 +89,14 @@ def _beginning(system: str | None) -> Messages:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def _help(command: str) -> None:
+def _help(command: str, streams: bool) -> None:
     if command not in _HELPS:
         names = [name.split()[0] for name in COMMANDS]
         print(f"{command} is no command{nearest(command, names)}; nothing was sent to the model. Commands:", file=sys.stderr)
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
-    print("\n".join([*lines, "  Ctrl-C ends an answer, and the program while you type."]), file=sys.stderr, flush=True)
+    ends = "an answer, and the program while you type" if streams else "the program"
+    print("\n".join([*lines, f"  Ctrl-C ends {ends}."]), file=sys.stderr, flush=True)
 
 
 def _answer(generator: Generator, tokenizer: PreTrainedTokenizerFast, ids: list[int], sampling: Sampling) -> str:

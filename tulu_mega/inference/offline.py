@@ -6,6 +6,7 @@ training.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -123,7 +124,7 @@ class Generator:
                 answered as in the whole; their places when None.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
-        self._connection.send(([list(prompt) for prompt in prompts], sampling, list(numbers), False))
+        self._send(([list(prompt) for prompt in prompts], sampling, list(numbers), False))
         while (answer := self._receive("generate")) is not None:
             yield answer
 
@@ -136,18 +137,22 @@ class Generator:
             prompt: token ids.
             sampling: of one sample.
         """
-        self._connection.send(([list(prompt)], sampling, [0], True))
+        self._send(([list(prompt)], sampling, [0], True))
         while (piece := self._receive("generate")) is not None:
             yield piece
 
     def stop(self) -> None:
         """Ends the response that :meth:`stream` is giving."""
-        self._connection.send(None)
+        self._send(None)
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         self._stop(at_once=kind is not None)
         if self._temporary and not (kind and issubclass(kind, UserError)):
             self._log.unlink(missing_ok=True)
+
+    def _send(self, asked: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # the child is dead: `_receive` says so, with its status and log
+            self._connection.send(asked)
 
     def _receive(self, doing: str) -> Any:
         try:
@@ -273,7 +278,7 @@ def _serve(connection: Connection, log: str, arguments: dict[str, Any]) -> NoRet
             for answer in _answers(llm, connection, *asked):
                 connection.send((None, answer))
             connection.send((None, None))
-    except EOFError:  # the parent is done, or dead
+    except (EOFError, ConnectionError):  # the parent is done, or dead
         llm.llm_engine.engine_core.shutdown()  # or else tensor parallel workers are waited for in vain
     except BaseException as error:
         import traceback

@@ -21,6 +21,7 @@ from tulu_mega.inference import keeper
 from tulu_mega.inference.addresses import FOLDER, ServerRecord, restart_asked, write_record
 from tulu_mega.inference.command_line import ServerOptions, command, environment
 from tulu_mega.launch.run_dir import make_private
+from tulu_mega.launch.run_files import FULL
 from tulu_mega.vllm_plugin.auth import ABOUT, ASKED, KEY
 from tulu_mega.weight_transfer.server import ServerAddress
 
@@ -105,7 +106,8 @@ class ServerPool:
         except OSError as error:
             raise UserError(f"{self._folder} cannot be made: {error.strerror}; choose a directory you may write") from None
         for server in self._servers:
-            server.log.unlink(missing_ok=True)
+            for log in (server.log, server.older_log):
+                log.unlink(missing_ok=True)
             self._say(server, "starting")
         self._watcher.start()
         return self
@@ -161,6 +163,8 @@ class ServerPool:
         except OSError as error:  # nobody would look after the servers any more, and nobody would know
             for server in self._servers:
                 server.state, server.why = "failed", f"vLLM servers in {self._folder.parent} cannot be looked after: {error}"
+                with contextlib.suppress(OSError):
+                    self._say(server, "failed")
         finally:
             for server in self._servers:
                 server.end(at_once=False, wait=False)
@@ -223,7 +227,7 @@ class _Server:
         cores: list[list[int]] | None,
         devices: list[int] | None,
     ):
-        self.number, self.log = number, log
+        self.number, self.log, self.older_log = number, log, log.with_suffix(".log.1")
         self.state, self.why, self.url = "starting", "", ""
         self.incarnation = self.restarts = 0
         self.started = 0.0
@@ -301,10 +305,13 @@ class _Server:
         """Keeps the latest part of a log that has become too long in a second file, and begins the first anew."""
         try:
             if self.log.stat().st_size > LOG_BYTES:
-                shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+                shutil.copyfile(self.log, self.older_log)
                 os.truncate(self.log, 0)  # whoever writes to it appends
         except FileNotFoundError:
             return
+        except OSError as error:
+            if error.errno not in FULL:  # no room to keep the older part: the servers matter more
+                raise
 
     def tail(self) -> list[str]:
         """The last lines of its log."""

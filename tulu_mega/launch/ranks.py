@@ -159,16 +159,17 @@ def _ended(context: PContext, asked: list[signal.Signals], grace: float) -> int:
     if first not in ASKS:
         context.close(death_sig=signal.SIGKILL, timeout=5)
         return 128 + first
-    ends = time.monotonic() + grace
+    began = time.monotonic()
     closing = threading.Thread(target=context.close, kwargs={"death_sig": first, "timeout": grace}, daemon=True)
     closing.start()
     while closing.is_alive() and len(asked) == 1:
         closing.join(0.1)
-    if closing.is_alive():
+    if killed := closing.is_alive():
         context.close(death_sig=signal.SIGKILL, timeout=5)
         closing.join(5)
-    if time.monotonic() > ends:
-        tell_killed(grace, "checkpoint.grace")
+    took = time.monotonic() - began
+    if killed or took > grace:
+        tell_killed(round(min(took, grace), 1), "checkpoint.grace")
         return KILLED
     return Stopped.status
 

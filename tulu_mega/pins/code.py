@@ -26,8 +26,8 @@ def custom(given: Mapping[str, str]) -> Pin:
     parts = {}
     for name, path in given.items():
         module, _, attribute = path.partition(":")
-        for number, file in enumerate(_sources(module, _mine)):
-            key = f"{name}:{attribute}" if not number else f"{name}:{file.name}"
+        for found, file in _sources(module, _mine):
+            key = f"{name}:{attribute}" if found == module else f"{name}:{found}"
             parts[key] = Part(f"{file} (verifier {name!r}, {attribute})", digest(file))
     return Pin(", ".join(f"{name} = {path!r}" for name, path in given.items()), parts)
 
@@ -35,9 +35,10 @@ def custom(given: Mapping[str, str]) -> Pin:
 def built_in(names: Sequence[str]) -> Pin:
     """The pin of verifiers of this program."""
     package = _OWN / "rewards"
-    found = {file for name in names for file in _sources(f"{verifiers.__name__}.{name}", lambda file: package in file.parents)}
+    roots = [f"{verifiers.__name__}.{name}" for name in names]
+    found = {file for root in roots for _, file in _sources(root, lambda file: package in file.parents)}
     if "python_code" in names:
-        found.update(package.glob("sandbox*.py"))  # one of them is no import: it runs as a program
+        found.update((package / "sandboxed").glob("*.py"))  # no imports of it: they run as a program
     parts = {str(file.relative_to(_OWN)): Part(f"tulu_mega/{file.relative_to(_OWN)}", digest(file)) for file in sorted(found)}
     return Pin(", ".join(names), parts)
 
@@ -46,8 +47,8 @@ def _mine(file: Path) -> bool:
     return not any(root in file.parents for root in (*_INSTALLED, _OWN))
 
 
-def _sources(module: str, counts: Callable[[Path], bool]) -> Iterator[Path]:
-    """The source file of a module, then those that it imports, however far away, where they count."""
+def _sources(module: str, counts: Callable[[Path], bool]) -> Iterator[tuple[str, Path]]:
+    """Name and source file of a module, then of those that it imports, however far away, where they count."""
     waiting, seen, aside = [module], set(), set()
     while waiting:
         name = waiting.pop(0)
@@ -59,7 +60,8 @@ def _sources(module: str, counts: Callable[[Path], bool]) -> Iterator[Path]:
             continue  # to find a module its package is imported: not those that do not count
         try:
             spec = importlib.util.find_spec(name)
-        except (ImportError, AttributeError, ValueError):
+        except Exception:  # whatever a package of one's own comes to when it is imported
+            aside.add(name)
             continue
         if spec is None:
             continue
@@ -68,7 +70,9 @@ def _sources(module: str, counts: Callable[[Path], bool]) -> Iterator[Path]:
             if origin or not spec.submodule_search_locations:  # else a package without a file of its own
                 aside.add(name)
             continue
-        yield origin
+        yield name, origin
+        if not spec.submodule_search_locations:
+            aside.add(name)  # no package: what is imported from it is no module, and to look would run it
         if name == module:
             waiting += packages
         if origin.suffix == ".py":

@@ -58,13 +58,18 @@ class Pinning:
             return
         if differences(before, now, some):
             now = complete() if complete else now
-            self._changed(setting, before, now, differences(before, now, some))
+            found = differences(before, now, some)
+            if some:
+                now.parts = {**before.parts, **now.parts}
+            self._changed(setting, before, now, found)
             return
         for name, part in now.parts.items():
             held = before.parts.setdefault(name, part)
             held.digest = held.digest or part.digest
             held.saw(part.seen)
-        before.given, before.revision = now.given, now.revision
+        before.given = now.given
+        if all(part.digest for part in now.parts.values()):  # else the ranks still compare, and the advice names the old one
+            before.revision = now.revision
 
     def _changed(self, setting: str, before: Pin, now: Pin, found: list[tuple[str, str]]) -> None:
         tag = hashlib.sha256("\n".join(sorted(key for key, _ in found)).encode()).hexdigest()[:_TAG]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import glob
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 from tulu_mega.bridge.files.companions import CONFIG, GENERATION, TOKENIZER
 from tulu_mega.bridge.files.hf_files import INDEX, SINGLE
 from tulu_mega.bridge.files.hub import is_megatron, model_directory
+from tulu_mega.bridge.files.untrusted import read_json
 from tulu_mega.errors import UserError
 from tulu_mega.pins.digest import read, stamp
 from tulu_mega.pins.record import Part, Pin
@@ -37,8 +38,8 @@ def files(directory: Path, weights: bool = True, code: bool = False) -> dict[str
 def _weights(directory: Path) -> Iterable[str]:
     """The index and the files that it names, or the one file; whether they are sound is seen elsewhere."""
     try:
-        named = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return [INDEX, *sorted({name for name in named if Path(name).name == name})]
+        named = read_json(directory / INDEX)["weight_map"].values()
+        return [INDEX, *sorted({glob.escape(name) for name in named if name and Path(name).name == name})]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [INDEX, SINGLE]
 
@@ -80,9 +81,9 @@ def pin(directory: Directory, before: Pin | None, limit: int | None = SMALL, eve
                 part.seen = [seen] if seen else []
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
-    return Pin(directory.given, parts, True, _revision(path_of))
+    return Pin(directory.given, parts, True, revision(path_of))
 
 
-def _revision(directory: Path) -> str | None:
+def revision(directory: Path) -> str | None:
     """The hub's revision that a directory of its cache is of."""
     return directory.name if directory.parent.name == "snapshots" else None

@@ -117,7 +117,9 @@ def _known(named: Mapping[str, Pin], key: Key, now: Stamp) -> bool:
 
 def _content(named: Mapping[str, Pin], stamps: Stamps, found: Read) -> dict[str, Pin]:
     """What a group of nodes sees, by setting."""
-    content = {setting: Pin(pin.given, {}, True, pin.revision) for setting, pin in named.items()}
+    content = {
+        setting: Pin(pin.given, {}, True, directories.revision(model_directory(pin.given))) for setting, pin in named.items()
+    }
     for (setting, name), now in stamps.items():
         digest, seen = found.get((setting, name), (named[setting].parts[name].digest, now))
         content[setting].parts[name] = Part(f"{name} ({now.size:,} bytes)", digest, [seen] if seen else [])

@@ -50,7 +50,8 @@ def ready(settings: EngineSettings) -> None:
     What is not wrong, but is to be known, goes to standard error.
 
     Raises:
-        UserError: with every problem; nothing is written then.
+        UserError: with every problem, and nothing is written then; or, once rows are tokenised (they stay), that a name in
+            `accept_changes` is nobody's.
     """
     findings = findings_of(settings)
     if problems := tokenise(findings):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NewType
@@ -33,7 +32,8 @@ def languages() -> DetectorFactory:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value == int(value) >= 0):
+    whole = type(value) is int or (isinstance(value, float) and value.is_integer())  # NaN and infinities are not
+    if not whole or value < 0:
         raise ValueError("a count")
     return int(value)  # tables with gaps turn integers into floats
 

@@ -67,13 +67,18 @@ def damaged(checkpoints: Path) -> list[str]:
     """What is wrong with the bytes of a run's checkpoints, all of which are read by this process."""
     found = []
     for path in sorted(checkpoints.glob("step_*")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if not path.name.endswith(DAMAGED):
-                found += _odd(path, _recorded(path))
+        if not path.name.removeprefix("step_").isdigit():  # set aside, or still being written
+            continue
+        try:
+            recorded = _recorded(path)
+        except (OSError, ValueError, AttributeError) as error:
+            found.append(f"{path / MANIFEST}: cannot be read: {error}")
+            continue
+        found += _odd(path, recorded)
     return found
 
 
-def healthy(path: Path, before: str | None, at: Callable[[str], None]) -> bool:
+def verified_or_set_aside(path: Path, before: str | None, at: Callable[[str], None]) -> bool:
     """Whether a checkpoint's files are as they were written. Every rank calls it, and reads some of them: those that the rank of
     this number wrote, which it is about to load.
 
@@ -115,11 +120,15 @@ def _recorded(path: Path) -> dict[str, str]:
 
 
 def _odd(path: Path, recorded: Mapping[str, str]) -> list[str]:
-    return [
-        f"{path / name}: holds other bytes than were written (a disk's or memory's error, or somebody wrote there)"
-        for name, wanted in recorded.items()
-        if digest(path / name) != wanted
-    ]
+    found = []
+    for name, wanted in recorded.items():
+        try:
+            if digest(path / name) != wanted:
+                what = "holds other bytes than were written (a disk's or memory's error, or somebody wrote there)"
+                found.append(f"{path / name}: {what}")
+        except OSError as error:
+            found.append(f"{path / name}: cannot be read: {error}")
+    return found
 
 
 def _writer(name: str) -> int:

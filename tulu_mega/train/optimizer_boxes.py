@@ -40,7 +40,7 @@ def boxes_of(optimizer: DistributedOptimizer, model: dict[str, Any]) -> dict[str
         group, place = optimizer.model_param_group_index_map[parameter]
         main = optimizer.optimizer.param_groups[group]["params"][place]
         for name, value in {"param": main, **optimizer.optimizer.state[main]}.items():
-            if isinstance(value, Tensor) and value.numel() == stop - start:
+            if name != "step" and isinstance(value, Tensor) and value.numel() == stop - start:
                 whole = _whole(described[parameter], parameter, f"{_STATE}{name}.", value.dtype)
                 boxes += _boxes(whole, value.detach().flatten(), start)
     return {str(at): box for at, box in enumerate(boxes)}

@@ -25,7 +25,7 @@ from tulu_mega.resilience.guards import Guards
 from tulu_mega.resilience.spikes import SIGNALS
 from tulu_mega.train import checkpoint, kept
 from tulu_mega.train.checkpoint import Checkpoint, Engines
-from tulu_mega.train.checkpoint_files import healthy
+from tulu_mega.train.checkpoint_files import verified_or_set_aside
 from tulu_mega.train.metrics import FILE, MetricsLog, peak_flops
 from tulu_mega.train.save_figures import tell
 from tulu_mega.train.save_schedule import SaveSchedule
@@ -99,7 +99,7 @@ class Run:
                 f"run_dir = {self.settings.run_dir} has {found.step:,} steps done, the settings ask for {steps:,}; raise "
                 "train.steps (or train.epochs), or choose another run_dir"
             )
-        while found and not healthy(found.path, kept.before(self.checkpoints, found), self.session.engine.at):
+        while found and not verified_or_set_aside(found.path, kept.before(self.checkpoints, found), self.session.engine.at):
             found = kept.newest(self.checkpoints)  # the damaged one has another name by now
         self.session.engine.prepare_training(self.settings.optim, steps * updates)
         if found:

@@ -8,15 +8,16 @@ version, should be told so in the answer, and the next one's request be answered
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, body, refuse
-from tulu_mega.vllm_plugin.batch_route import MAX_BODY, ROUTE
+from tulu_mega.vllm_plugin.batch_route import ASKED, MAX_BODY, ROUTE
 
 METHODS = frozenset(("weights_status", "arrived_checksums"))
 """Methods of workers that may be called through ``/collective_rpc``: those that tell."""
+MAX_OTHER = 1 << 26
+"""Bytes of any other request. The longest says which tensors an update has: some megabytes."""
 MAX_SAMPLES, MAX_SEED, MAX_IDS = 4096, 1 << 62, 1 << 20
 GENERATE = "/inference/v1/generate"
 
@@ -42,28 +43,28 @@ class Bounds:
             await refuse(send, 404, f"{asked[0]} {asked[1][:200]} is not served here", "NotFound")
             return
         try:
-            content = await body(receive, MAX_BODY)
+            content = await body(receive, MAX_BODY if asked == ("POST", ROUTE) else MAX_OTHER)
         except ValueError as error:
             await refuse(send, 413, str(error), "TooLarge")
             return
-        problem = _problem(content, ROUTES[asked], scope)
+        said, problem = _read(content, ROUTES[asked], scope)
         if problem is not None:
             await refuse(send, 400, f"{asked[1]}: {problem}", "BadRequest")
             return
-        await self._app(scope, _again(content, receive), send)
+        await self._app({**scope, ASKED: said}, _again(content, receive), send)
 
 
-def _problem(content: bytes, check: Check | None, scope: Scope) -> Problem:
-    """What is wrong with a request's body; nothing is where no check is asked for and the body is empty or JSON."""
+def _read(content: bytes, check: Check | None, scope: Scope) -> tuple[Any, Problem]:
+    """What a request's body says, and what is wrong with it; nothing is where no check is asked for and the body is empty."""
     if not content:
-        return None if check is None else "the body is empty, expected JSON"
+        return None, None if check is None else "the body is empty, expected JSON"
     try:
         asked = json.loads(content.decode("utf-8"))
     except RecursionError:
-        return "brackets are nested too deeply"
+        return None, "brackets are nested too deeply"
     except ValueError as error:
-        return f"expected JSON ({str(error)[:200]})"
-    return check(asked, scope) if check is not None else None
+        return None, f"expected JSON ({str(error)[:200]})"
+    return asked, check(asked, scope) if check is not None else None
 
 
 def _again(content: bytes, receive: Receive) -> Receive:
@@ -128,9 +129,8 @@ def _whole(least: int, most: int) -> Callable[[Any, int, int], bool]:
 
 
 def _number(least: float, most: float) -> Callable[[Any, int, int], bool]:
-    return lambda value, _vocabulary, _longest: (
-        type(value) in (int, float) and math.isfinite(value) and least <= value <= most
-    )  # a truth is no number
+    # a truth is no number; what is not finite is in no range
+    return lambda value, _vocabulary, _longest: type(value) in (int, float) and least <= value <= most
 
 
 def _truth(value: Any, _vocabulary: int, _longest: int) -> bool:
@@ -165,7 +165,8 @@ SAMPLING: dict[str, Callable[[Any, int, int], bool]] = {
 def _method(asked: Any, _scope: Scope) -> Problem:
     if type(asked) is not dict or type(asked.get("method")) is not str or asked["method"] not in METHODS:
         return f"expected a method that is one of {', '.join(sorted(METHODS))}"
-    if not set(asked) <= {"method", "timeout"} or not _number(0, 86_400)(asked.get("timeout") or 0, 0, 0):
+    timeout = asked.get("timeout")
+    if not set(asked) <= {"method", "timeout"} or not (timeout is None or _number(0, 86_400)(timeout, 0, 0)):
         return "expected no arguments beside a time-out in seconds"
     return None
 

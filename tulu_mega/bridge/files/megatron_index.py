@@ -89,7 +89,10 @@ def read_index(directory: Path) -> Metadata:
 
 
 def screen(directory: Path) -> None:
-    """Makes sure that loading a checkpoint runs no code of its own: reads its index and every object in its files.
+    """Makes sure that torch's loading of a checkpoint runs no code of its own: reads its index and every object in its files.
+
+    Transformer Engine unpickles the bytes in its layers' ``_extra_state`` itself: go on with FP8 only from checkpoints that you
+    trust.
 
     Raises:
         UserError: it does, or is damaged.

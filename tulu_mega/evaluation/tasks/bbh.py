@@ -12,7 +12,7 @@ _ANSWER = re.compile(r"answer is:?", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|text|textbf|mathrm)\s*\{([^{}]*)\}")
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
 _NAMED = re.compile(r"(?:the\s+)?(?:correct\s+)?(?:option|choice|letter|answer)\s*:?\s+", re.IGNORECASE)
-_OPTION = re.compile(r"[(\[]?([A-Za-z])[)\]]|([A-Z])(?=[.,;:]|$)|(?<!.)([A-Z])(?=\s+(?:because|since|as)\b)")
+_OPTION = re.compile(r"[(\[]?([A-Za-z])[)\]]|([A-Z])(?=[.,;:]|$)|([A-Z])(?=\s+(?:because|since|as)\b)")
 _WORDS = ("yes", "no", "true", "false", "valid", "invalid")
 _WORD = re.compile(rf"({'|'.join(_WORDS)})(?=[.,;:!]|\s+(?:because|since|as)\b)", re.IGNORECASE)
 # Where an explanation begins: what is named there is no answer.
@@ -86,7 +86,7 @@ def _says(got: str, expected: str) -> bool:
 
 def _plain(text: str) -> str:
     text = _BOX.sub(r"\1", _BOX.sub(r"\1", text.translate(_DASHES))).strip()
-    text = text.strip("*").strip().removesuffix(".").strip().strip("*").strip()
+    text = text.replace("**", "").strip("*").strip().removesuffix(".").strip().strip("*").strip()
     text = text.strip("$").strip().removesuffix(".").strip()
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'`" else text
 

@@ -26,7 +26,7 @@ def read(row: Row) -> Problem:
         raise ValueError("instruction_id_list and kwargs are not lists of the same length")
     instructions = []
     for name, arguments in zip(names, given, strict=True):
-        if name not in CHECKS:
+        if not isinstance(name, str) or name not in CHECKS:
             raise ValueError(f"instruction {name!r} is not one of IFEval's{nearest(str(name), CHECKS)}")
         if not isinstance(arguments, Mapping | None):
             raise ValueError(f"instruction {name} has kwargs {arguments!r}; expected an object or null")

@@ -15,7 +15,7 @@ def _answer(row: Row) -> str:
     from tulu_mega.rewards.verifiers.math import last_boxed  # brings sympy along
 
     answer = row.get("answer")
-    if isinstance(answer, str) or (isinstance(answer, int | float) and not isinstance(answer, bool) and isfinite(answer)):
+    if isinstance(answer, str) or type(answer) is int or (isinstance(answer, float) and isfinite(answer)):
         return str(answer)
     answer = last_boxed(text_field(row, "solution"))
     if answer is None:
