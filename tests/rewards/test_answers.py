@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tulu_mega.quickstart.task import demonstrations, is_correct, problems, prompt_row
 from tulu_mega.rewards.mathematics.equality import equivalent
-from tulu_mega.rewards.mathematics.finding import answers, last_boxed
+from tulu_mega.rewards.mathematics.finding import candidates, last_boxed
 from tulu_mega.rewards.mathematics.latex import simpler
 from tulu_mega.rewards.verifiers.exact_match import ExactMatch
 from tulu_mega.rewards.verifiers.format import Format
@@ -273,7 +273,7 @@ def test_nested_braces_are_balanced(inside):
 @given(st.text(alphabet="\\{}$boxed12 .=", max_size=40))
 @example("$ $")
 def test_looking_for_an_answer_never_fails_and_gives_at_most_two(reply):
-    found = answers(reply)
+    found = [each.text for each in candidates(reply)]
     assert len(found) <= 2
     assert all(found)
 
@@ -297,7 +297,7 @@ def test_numbers_are_equal_in_equal_bases_only(number, base, other):
 @settings(deadline=None)
 @given(st.text(alphabet="$5 .ab", max_size=20), st.from_regex(r"[a-z0-9+]{1,9}", fullmatch=True))
 def test_the_last_formula_is_the_candidate_whatever_dollars_come_before(before, formula):
-    assert answers(f"{before} so ${formula}$.") == [formula]
+    assert [each.text for each in candidates(f"{before} so ${formula}$.")] == [formula]
 
 
 @pytest.mark.parametrize(

@@ -107,13 +107,18 @@ def test_right_programs_earn():
     assert [line for line, entry in zip(lost, entries, strict=True) if not line.endswith(": : ")] == []
 
 
+def told(kinds: frozenset[str]) -> set[str]:
+    """Kinds as a verdict has them, which tells neither a wrong answer nor an error apart from any other zero."""
+    return {"" if kind in ("wrong", "error") else kind for kind in kinds}
+
+
 def test_programs_that_cheat_or_dodge_get_nothing_from_grpo_and_are_counted(watched, capfd):
     entries = [*gallery.read("cheats.txt"), gallery.all_escapes(str(watched))]
     judged = judged_by_grpo(entries)
     wrong = [
         f"{entry.name}: {one.reward} {one.verdict}"
         for entry, one in zip(entries, judged, strict=True)
-        if one.reward != 0.0 or one.solved or (entry.kinds and (one.verdict.kind or "wrong") not in entry.kinds | {"wrong"})
+        if one.reward != 0.0 or one.solved or (entry.kinds and one.verdict.kind not in told(entry.kinds))
     ]
     assert wrong == []
     counted = count_kinds("zeros", judged)

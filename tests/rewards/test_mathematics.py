@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tulu_mega.rewards.mathematics.equality import equivalent
-from tulu_mega.rewards.mathematics.finding import answers, candidates
+from tulu_mega.rewards.mathematics.finding import candidates
 from tulu_mega.rewards.verifiers.math import MathAnswer
 
 # ground truth, answer
@@ -96,6 +96,7 @@ UNEQUAL = [
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}"), (r"east", r"seat"),
     (r"\text{(B)}", r"(C)"), (r"\text{even}", r"\text{odd}"), (r"5", r"9^{9^{9}}"), (r"5", r"10^{100000000}"),
     (r"5", r"100000000!"), (r"5", r"\binom{10^9}{10^8}"), (r"5", r"(x+1)^{100000}"), (r"5", r"e^{e^{e^{e^{9}}}}"),
+    (r"x<1", r"\{\tan(\frac{\pi}{2}),1\}"), (r"\emptyset", r"1<2"),
     (r"5", r"\frac{1}{0}"), (r"0", r"\frac{0}{0}"), (r"\infty", r"-\infty"),
     (r"3:2", r"2:3"), (r"1.001", r"1"), (r"1234567.8", r"1234568.9"), (r"100000000.1", r"100000000.2"),
     (r"12345678901234567890", r"12345678901234567891"), (r"9007199254740993", r"9007199254740992"),
@@ -129,7 +130,7 @@ def test_other_values_are_not():
 @pytest.mark.parametrize("end", ["", ". I hope it is correct.", "."])
 def test_the_first_formula_behind_the_phrase_is_the_answer(said, truth, end):
     reply = f"By $x=9$ we are done.\nFinal Answer: The final answer is {said}{end}"
-    assert MathAnswer()(reply, truth).score == 1.0, answers(reply)
+    assert MathAnswer()(reply, truth).score == 1.0, [each.text for each in candidates(reply)]
     assert MathAnswer()(reply, "9").score == 0.0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tulu_mega.errors import UserError
 from tulu_mega.rewards.registry import DEFAULT_SPEC, Judge, RewardSpec
-from tulu_mega.rewards.sandbox import SLACK_S
+from tulu_mega.rewards.sandbox import DEFAULT_LIMITS, SLACK_S
 from tulu_mega.rewards.verdict import Verdict, VerifierInput
 
 _START_S = 120.0
@@ -64,6 +64,12 @@ class VerifierPool:
         count = workers or len(os.sched_getaffinity(0))
         if count < 1 or timeout_s <= 0:
             raise UserError(f"expected at least one worker and a positive time-out, got {workers} and {timeout_s}")
+        least = max(spec.code.memory_mb, DEFAULT_LIMITS.memory_mb)  # the sandbox is tried out with the latter
+        if "python_code" in names and memory_mb < least:
+            raise UserError(
+                f"verifier memory of {memory_mb} MiB: python_code's programs may take {least} MiB, and no more than it; "
+                "raise the memory (rewards.memory_mib) or lower code.memory_mb"
+            )
         setup = {"spec": spec.as_dict(), "names": names, "timeout_s": timeout_s, "memory_mb": memory_mb}
         self._workers = [_Worker(setup) for _ in range(count)]
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()

@@ -18,7 +18,7 @@ from tulu_mega.rewards.statements import prepared
 
 SLACK_S = 5.0
 """Seconds that starting and ending a sandbox may take beyond the program's own limits."""
-_START = "import sys; sys.path.insert(0, sys.argv[2]); from sandboxed.entry import main; main()"
+_START = "import sys; sys.path.append(sys.argv[2]); from sandboxed.entry import main; main()"
 _PROTECTIONS = {
     "files": "Landlock (Linux 5.13 or later, enabled in the kernel and not blocked by the container)",
     "calls": "seccomp filters (Linux on x86_64 or aarch64)",
@@ -43,7 +43,7 @@ class CodeLimits:
     output_mb: int = 16
     """What it writes to standard output; more is a failure that is told as such."""
     disk_mb: int = 64
-    """All files it writes together."""
+    """All files it writes together in one test."""
     files: int = 4000
     """Their number."""
     threads: int = 128
@@ -112,8 +112,7 @@ def run_program(program: str, tests: Sequence[dict[str, str]], limits: CodeLimit
     Args:
         program: Python source.
         tests: ``{"statement": code that calls the program's functions}`` or ``{"input": text, "output": text}`` for standard
-        input
-            and output (compared line by line, trailing spaces and outer empty lines dropped).
+            input and output (compared line by line, trailing spaces and outer empty lines dropped).
         prompt: what the model was asked. Functions that it defines in full and a statement calls are the prompt's, not the
         program's.
 

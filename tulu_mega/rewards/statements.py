@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import re
 import symtable
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from tulu_mega.rewards.fences import fenced_blocks
 
 _KNOWN = {
     **dict.fromkeys(("Counter", "OrderedDict", "defaultdict", "deque"), "collections"),
@@ -23,7 +26,6 @@ _KNOWN = {
 }
 """Names of the standard library that tests use without importing them."""
 _OTHERS = {"np": "numpy as np", "numpy": "numpy"}
-_BLOCK = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(.*?)^ {0,3}\1", re.DOTALL | re.MULTILINE)
 _MOST_STARTS = 50
 
 
@@ -40,7 +42,7 @@ def prepared(statement: str, prompt: str = "") -> dict[str, Any]:
     table, tree = symtable.symtable(statement, "<test>", "exec"), ast.parse(statement)
     free = {name for name in _free(table) if not name.startswith("__")}
     passed = _passed(tree, table)
-    trees = list(_code(prompt)) if prompt else []
+    trees = _trees(prompt)
     whole, unfinished = _functions(trees)
     python = {name for name in free if hasattr(builtins, name)}
     modules = {name for name in free - python - _called_or_alone(tree) if name in sys.stdlib_module_names or name in _OTHERS}
@@ -87,9 +89,15 @@ def _called_or_alone(tree: ast.Module) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in bases}
 
 
+@functools.lru_cache(maxsize=8)
+def _trees(prompt: str) -> tuple[ast.Module, ...]:
+    """The code of a prompt, parsed once for all of its tests. Nobody changes the trees."""
+    return tuple(_code(prompt)) if prompt else ()
+
+
 def _code(prompt: str) -> Iterator[ast.Module]:
     """The code of a prompt: its fenced blocks, else what follows the first line from which on all is code."""
-    blocks = [code for _, code in _BLOCK.findall(prompt)]
+    blocks = [code for _, code in fenced_blocks(prompt)]
     if not blocks:
         lines = prompt.split("\n")
         starts = [number for number, line in enumerate(lines) if re.match(r"(def|async def|import|from|class|@)\b", line)]
@@ -111,7 +119,7 @@ def _parsed(code: str) -> ast.Module | None:
         return None
 
 
-def _functions(trees: list[ast.Module]) -> tuple[dict[str, ast.stmt], dict[str, ast.stmt]]:
+def _functions(trees: Sequence[ast.Module]) -> tuple[dict[str, ast.stmt], dict[str, ast.stmt]]:
     """The functions that a prompt defines: in full, and by their head alone."""
     found = {node.name: node for tree in trees for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
     unfinished = {name: node for name, node in found.items() if all(map(_is_nothing, node.body))}
@@ -126,7 +134,7 @@ def _is_nothing(node: ast.stmt) -> bool:
     return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
-def _setup(imports: list[str], helpers: set[str], whole: dict[str, ast.stmt], trees: list[ast.Module]) -> str:
+def _setup(imports: list[str], helpers: set[str], whole: dict[str, ast.stmt], trees: Sequence[ast.Module]) -> str:
     """Source of what the test takes from elsewhere; a helper comes with the functions, imports and constants it uses."""
     wanted, open_names = set(helpers), list(helpers)
     while open_names:

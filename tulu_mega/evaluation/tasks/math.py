@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import isfinite
 
 from tulu_mega.evaluation.task import Problem, Row, Shot, Task, asked, text_field
+from tulu_mega.rewards.mathematics.finding import last_boxed
 
 
 def _question(text: str) -> str:
@@ -12,8 +13,6 @@ def _question(text: str) -> str:
 
 
 def _answer(row: Row) -> str:
-    from tulu_mega.rewards.verifiers.math import last_boxed  # brings sympy along
-
     answer = row.get("answer")
     if isinstance(answer, str) or type(answer) is int or (isinstance(answer, float) and isfinite(answer)):
         return str(answer)

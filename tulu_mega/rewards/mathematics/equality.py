@@ -8,6 +8,8 @@ import re
 import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import Boolean
 
 from tulu_mega.rewards.cpu_limit import TooLong, cpu_limit
 from tulu_mega.rewards.mathematics.latex import Latex, read
@@ -140,6 +142,10 @@ def _equal(expected: str, answer: str) -> bool:
             return False
         if all(map(is_number, found)):
             return True
+    if any(isinstance(one, sympy.FiniteSet) and isinstance(other, Relational) for one, other in (found, found[::-1])):
+        return False
+    if any(isinstance(one, Relational) and not isinstance(one, sympy.Eq) and not one.free_symbols for one in found):
+        return False  # 1<2 is true, which is nobody's answer
     return verify(*sides, timeout_seconds=None, allow_set_relation_comp=True)
 
 
@@ -151,7 +157,7 @@ def _as_set(text: str) -> sympy.Set | None:
         for part in re.split(r"(?<![\\A-Za-z])and(?![A-Za-z])|\\land|\\wedge", clause):
             parsed = parse(f"${part.strip().strip(',')}$", _CONFIG, parsing_timeout=None)
             found = next((value for value in parsed if not isinstance(value, str)), None)
-            if found is None or not computable(found):
+            if found is None or not computable(found) or (isinstance(found, sympy.Expr) and not isinstance(found, Boolean)):
                 return None
             try:
                 found = found if isinstance(found, sympy.Set) else found.as_set()

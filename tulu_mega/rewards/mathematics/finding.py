@@ -36,15 +36,6 @@ def candidates(response: str) -> list[Candidate]:
     return [Candidate(whole, False)] if whole and not re.search(r"\n|\\boxed|\\fbox", whole) else []
 
 
-def answers(response: str) -> list[str]:
-    """The candidates' texts.
-
-    >>> answers(r"So $x=1$, hence \\boxed{\\frac{1}{2}}.")
-    ['\\\\frac{1}{2}']
-    """
-    return [candidate.text for candidate in candidates(response)]
-
-
 def last_boxed(text: str) -> str | None:
     """What the last ``\\boxed{...}`` or ``\\fbox{...}`` holds, braces balanced; of ``\\boxed 5`` what follows, up to ``$``.
 

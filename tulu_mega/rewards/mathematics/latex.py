@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from fractions import Fraction
 
 from tulu_mega.rewards.mathematics.units import factor_of, is_unit, unit_of
@@ -171,5 +172,7 @@ def _multiplied(value: str, factor: int) -> str:
     plain = value.replace(",", "")
     if re.fullmatch(r"-?\d+(?:\.\d+)?", plain):
         product = Fraction(plain) * factor
-        return str(product) if product.denominator == 1 else str(float(product))
+        if product.denominator == 1:
+            return str(product)
+        return f"{Context(prec=1000).multiply(Decimal(plain), Decimal(factor)):f}".rstrip("0")
     return rf"({value})\cdot {factor}"

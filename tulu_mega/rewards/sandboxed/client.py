@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import values
-from .stubs import Instance, Over, Stream, Stub
+from .stubs import Instance, Over, Returned, Stream, Stub
 
-MOST_PRINTED = 16 << 20
-"""Bytes that a program may print in a test."""
 _SIZES = {"value": 2, "object": 2, "raise": 4, "class": 3, "function": 2, "none": 1, "item": 2, "end": 1, "ask": 4}
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 
@@ -25,10 +23,11 @@ class Client:
     Args:
         channel: to its answering code.
         output: what it prints; does not block.
+        output_mb: how much of that, in MiB, a test allows.
     """
 
-    def __init__(self, channel: int, output: int):
-        self._channel, self._output = channel, output
+    def __init__(self, channel: int, output: int, output_mb: int):
+        self._channel, self._output, self._output_mb = channel, output, output_mb
         self._printed = 0
         self._given: list[Any] = []
         self._exceptions: dict[str, type[BaseException]] = {}
@@ -173,7 +172,7 @@ class Client:
         return self._instances.setdefault(number, Instance(self, ["h", number]))
 
     def _tell(self, value: Any) -> list:
-        if type(value) in (Stub, Instance):
+        if type(value) in (Stub, Instance, Returned):
             return object.__getattribute__(value, "_target")
         if type(value) in _VIEWS:
             return values.Encoder(self._tell)(list(value))
@@ -188,7 +187,7 @@ class Client:
     def _make(self, told: list) -> Any:
         match told:
             case ["h", int(number)] if number in self._instances:
-                return self._instances[number]
+                return Returned(self, ["h", number])
             case ["h", int(number)]:
                 return Stub(self, ["h", number], "function")
             case ["g", int(number)]:
@@ -255,6 +254,6 @@ class Client:
             if not part:
                 return False
             self._printed += len(part)
-            if self._printed > MOST_PRINTED:
-                raise self.over("output", f"printed more than {MOST_PRINTED >> 20} MiB")
+            if self._printed > self._output_mb << 20:
+                raise self.over("output", f"printed more than {self._output_mb} MiB")
             sys.stdout.write(part.decode("utf-8", "replace"))

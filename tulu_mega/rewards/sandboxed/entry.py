@@ -53,11 +53,13 @@ def _judge(job: dict, config: dict, starter: Starter) -> list[dict]:
         if deadline <= time.monotonic():
             answers.append(_failed("time", f"not run: the tests before took {job['total_s']} s"))
             continue
-        directory = tempfile.mkdtemp(dir=os.getcwd())  # removed by whoever called: programs leave all sorts of trees
+        directory = tempfile.mkdtemp(dir=os.getcwd())
         with open(os.path.join(directory, "program.py"), "wb") as file:
             file.write(job["program"].encode("utf-8", "surrogatepass"))
         attempt = _Attempt({name: value for name, value in job.items() if name not in ("tests", "program")}, directory, starter)
         answers.append(attempt.statement(test, config, deadline) if "statement" in test else attempt.script(test, deadline))
+        with suppress(RecursionError):  # programs leave all sorts of trees: whoever called removes what is left of this one
+            shutil.rmtree(directory, ignore_errors=True)
     return answers
 
 
@@ -164,7 +166,7 @@ class _Attempt:
         if len(held) < 2 and not self._limits["allow_unprotected"]:
             answer = {"passed": False, "unprotected": True, "kind": "", "detail": "protections are missing"}
         else:
-            answer = evaluate(test, Client(200, 201))
+            answer = evaluate(test, Client(200, 201, self._limits["output_mb"]))
         with open(202, "wb", closefd=False) as file:
             file.write(json.dumps(answer).encode())
 

@@ -50,6 +50,12 @@ class _Refusing:
     def __hash__(self) -> int:
         raise self._refuse("the hash")
 
+    def __add__(self, other: object = None) -> Any:
+        raise self._refuse("arithmetic")
+
+    __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __floordiv__ = __mod__ = __matmul__ = __pow__ = __add__
+    __and__ = __or__ = __xor__ = __neg__ = __abs__ = __int__ = __float__ = __add__
+
 
 class Stub(_Refusing):
     """A function or class of the program. It can be called; what comes back is data, a function or an iterator.
@@ -125,6 +131,19 @@ class Instance(_Refusing):
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return attribute(self._client, self._target, "__call__")(*arguments, **named)
+
+
+class Returned(Instance):
+    """An object that a call gave: where the test expects a value, it answers nothing. Its methods can be called."""
+
+    def _exact(self, method: str, kind: type, *arguments: Any) -> Any:
+        raise self._refuse(method)
+
+    def __getitem__(self, key: Any) -> Any:
+        raise self._refuse("an item")
+
+    def __iter__(self) -> Stream:
+        raise self._refuse("the items")
 
 
 _ANSWERED_BY_DATA = {

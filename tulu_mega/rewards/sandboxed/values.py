@@ -133,6 +133,8 @@ def _parts(tag: str, value: Any) -> Iterator[Any]:
         case "A":
             yield from (value.days, value.seconds, value.microseconds)
         case "N":
+            if any(map(callable, value)):  # f(x).isdigit() would be the program's answer
+                raise Untold("a named tuple with functions")
             yield type(value).__name__
             yield list(value._fields)
             yield from tuple(value)
@@ -266,8 +268,8 @@ def _timedelta(days: int, seconds: int, microseconds: int) -> Any:
 def _named_tuple(name: str, fields: list, *parts: Any) -> Any:
     import collections
 
-    if len(fields) > 100:
-        raise ValueError("too many fields")
+    if len(fields) > 100 or any(map(callable, parts)):
+        raise ValueError("too many fields, or functions")
     return collections.namedtuple(_text(name), [_text(field) for field in fields])(*parts)
 
 

@@ -7,12 +7,10 @@ from decimal import Decimal
 from typing import Any
 
 from tulu_mega.rewards.mathematics.equality import equivalent
-from tulu_mega.rewards.mathematics.finding import candidates, last_boxed
+from tulu_mega.rewards.mathematics.finding import candidates
 from tulu_mega.rewards.mathematics.latex import simpler
 from tulu_mega.rewards.reasoning import answer_of
 from tulu_mega.rewards.verdict import Messages, Verdict
-
-__all__ = ["VERIFIER", "MathAnswer", "last_boxed"]
 
 
 class MathAnswer:
