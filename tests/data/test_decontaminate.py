@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tulu_mega import cli
 from tulu_mega.config import DecontaminateSettings, load
-from tulu_mega.data.tools.decontaminate import Matcher, decontaminate, row_words
+from tulu_mega.data.tools.decontaminate import Matcher, check, decontaminate, opened, row_words
 from tulu_mega.data.tools.ngrams import NgramIndex, words
 from tulu_mega.errors import UserError
 
@@ -221,7 +221,9 @@ def test_everything_wrong_is_told(world, tmp_path, capsys):
     assert [problem.split(": ")[0] for problem in rows] == [f"{tmp_path}/dirty.jsonl line {n}" for n in (42, 43)]
     assert summary.startswith("2 of ") and summary.endswith("correct or remove them, or give --malformed reject")
     capsys.readouterr()
-    decontaminate(DecontaminateSettings(**{**world, "malformed": "reject"}))
+    settings = DecontaminateSettings(**{**world, "malformed": "reject"})
+    check(settings, *opened(settings))
+    decontaminate(settings)
     dirty = json.loads((tmp_path / "out" / "report.json").read_text())["sets"][0]
     assert dirty["unread"] == 2 and dirty["left"] == dirty["rows"] - dirty["contaminated"] - 2
     left = (tmp_path / "out" / "dirty.clean.jsonl").read_text().splitlines()

@@ -50,7 +50,16 @@ def test_prompts_that_cannot_come_before(tokenizer):
         pair(tokenizer, {"prompt": [{"role": "system", "content": "brief"}, *ASKED], "system": "long", **SIDES})
 
 
-def tokens(row, prefix=""):
+def test_a_side_with_another_prompt_than_the_rows_is_refused(tokenizer):
+    """It would be asked twice."""
+    asked = [{"role": "user", "content": "2+1?"}]
+    sides = [[*asked, {"role": "assistant", "content": answer}] for answer in ("3", "4")]
+    row = {"prompt": [{"role": "system", "content": "brief"}, *asked], "chosen": sides[0], "rejected": sides[1]}
+    with pytest.raises(ValueError, match="begins with a prompt of its own"):
+        pair(tokenizer, row)
+
+
+def tokens(row):
     made = ConversationEncoding(None, "tulu", 100)(row)
     return made.sequences[0].ids.tolist(), made.sequences[0].labels.tolist(), made.told
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections import Counter
 from datetime import date
 
@@ -71,3 +72,19 @@ def test_a_table_is_as_wide_as_its_names():
     table.add_row("1", name)
     print_table(table, Console(file=out, width=80))
     assert name in out.getvalue()
+
+
+def test_what_is_no_json_is_no_text_either():
+    with pytest.raises(ValueError, match="a object cannot be written as JSON"):
+        json_line({"image": object()})
+
+
+def test_a_directory_whose_rows_changed_under_the_old_times_is_read_anew(tmp_path):
+    file = tmp_path / "set/train.parquet"
+    file.parent.mkdir()
+    seen = []
+    for text in ("old", "new"):
+        pq.write_table(pa.table({"messages": [[{"role": "user", "content": text}]]}), file)
+        os.utime(file, (1e9, 1e9))
+        seen.append(load_rows(str(file.parent)).row(0)["messages"][0]["content"])
+    assert seen == ["old", "new"]

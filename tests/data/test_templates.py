@@ -172,7 +172,7 @@ def test_options_of_a_row_reach_the_template():
 
 
 def test_a_message_that_a_template_leaves_out_is_refused():
-    row = [*talk("hi"), {"role": "tool", "content": "five"}, {"role": "assistant", "content": "So 5."}]
+    row = [*talk("hi"), {"role": "tool", "content": "5"}, {"role": "assistant", "content": "So 5."}]
     with pytest.raises(ValueError, match=r"leaves out message 2 \(the tool's\)"):
         encoded("OLMo 2", row)
     with pytest.raises(ValueError, match="leaves out message 2"):
@@ -196,3 +196,49 @@ def test_what_is_known_of_templates():
     assert not form_of(tokenizer_of(marks), NOTHING).ending_trained
     assert form_of(TOKENIZERS["ChatML, marked"], NOTHING).ending_trained
     assert template_of(None, "auto") == "tulu", "rows that have tokens already"
+
+
+THOUGHTS_AND_WORDS = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% else %}"
+    "{{ '<|im_start|>assistant\n' }}{% if m.reasoning_content and loop.last %}{% generation %}"
+    "{{ '<think>' + m.reasoning_content + '</think>' }}{% endgeneration %}{% endif %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_turn_of_several_marks_is_trained_whole():
+    """Earlier turns have fewer marks than when they were the last: their thoughts are dropped."""
+    tokenizer = tokenizer_of(THOUGHTS_AND_WORDS)
+    messages = talk("hi", "one", "and", "two")
+    messages[1]["reasoning_content"], messages[3]["reasoning_content"] = "r1", "r2"
+    made = encodings(messages, tokenizer, "tokenizer")
+    labels = [token for token in made.whole.labels if token != IGNORE]
+    assert tokenizer.decode(labels).endswith("<think>r2</think>two<|im_end|>")
+
+
+def test_a_variable_of_a_template_is_no_field_of_a_message():
+    template = "{% if thinking is defined and thinking %}{{ 'x' }}{% endif %}" + KINDS["ChatML"].template
+    messages = [*talk("hi"), {"role": "assistant", "content": "5", "thinking": "2+3"}]
+    with pytest.raises(ValueError, match="leaves out thinking of message 2"):
+        encodings(messages, tokenizer_of(template), "tokenizer")
+
+
+def test_arguments_of_the_renderer_are_no_variables_of_a_template():
+    with pytest.raises(ValueError, match="continue_final_message, which is no variable"):
+        encoded("ChatML", {"messages": talk("hi", "you"), "chat_template_kwargs": {"continue_final_message": True}})
+
+
+def test_nulls_of_a_table_are_no_arguments_of_a_call():
+    call = {"name": "add", "arguments": {"x": 1, "y": None, "z": [{"k": None, "l": 2}]}}
+    row = {"messages": [*talk("hi"), {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    messages, _ = conversation_of(row, row["messages"], training=True)
+    assert messages[1]["tool_calls"][0]["arguments"] == {"x": 1, "z": [{"l": 2}]}
+
+
+def test_what_is_nested_too_deeply_is_about_the_row():
+    deep: Any = 1
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        conversation_of({}, [*talk("hi"), {"role": "assistant", "content": "x", "beside": deep}], training=True)

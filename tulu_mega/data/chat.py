@@ -129,34 +129,36 @@ def encodings(
     if not tokenizer.is_fast:
         raise UserError("tokens cannot be located in the text without a fast tokenizer; give one with tokenizer.json")
 
-    def render(part: Messages) -> Rendered:
-        if template == "tulu":
-            return render_tulu(part, tokenizer.eos_token, given)
-        return render_own(part, tokenizer, given)
-
-    whole, last = render(messages), max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    if template == "tulu":
+        whole = render_tulu(messages, tokenizer.eos_token, given)
+    else:
+        whole = render_own(messages, tokenizer, given)
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     kept = range(len(messages)) if turns == "all" else (last,)
-    rewritten = []
-    for index in whole.rewritten:
-        if index in kept:
-            alone = render(messages[: index + 1])
-            rewritten.append(_sequence(alone.text, [span for span in alone.spans if span.message == index], tokenizer))
+    rewritten = [_sequence(text, spans, tokenizer) for text, spans in whole.rewritten if spans[0].message in kept]
     spans = [span for span in whole.spans if span.message in kept]
     return Encodings(_sequence(whole.text, spans, tokenizer), tuple(rewritten), whole.altered, whole.unread)
 
 
 def prompt_ids(messages: Any, tokenizer: PreTrainedTokenizerFast, template: Template, given: Given = NOTHING) -> list[int]:
-    """Tokens of a conversation up to where the assistant's next turn begins.
+    """Tokens of a conversation up to where the assistant's next turn begins. Raises as `prompt_of`."""
+    return prompt_of(messages, tokenizer, template, given)[0]
+
+
+def prompt_of(
+    messages: Any, tokenizer: PreTrainedTokenizerFast, template: Template, given: Given = NOTHING
+) -> tuple[list[int], frozenset[str]]:
+    """Tokens of a conversation up to where the assistant's next turn begins, and the fields that the template does not read.
 
     Raises:
         ValueError: the conversation is malformed, or the template refuses it or leaves something of it out.
     """
     messages = check_messages(messages, training=False)
     if template == "tulu":
-        text = tulu_prompt(messages, tokenizer.eos_token, given)
+        unread, text = render_tulu(messages, tokenizer.eos_token, given).unread, tulu_prompt(messages, tokenizer.eos_token, given)
     else:
-        text = own_prompt(messages, tokenizer, given)
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        text, unread = own_prompt(messages, tokenizer, given)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], unread
 
 
 def conversation_ids(messages: Any, tokenizer: PreTrainedTokenizerFast, template: Template, given: Given = NOTHING) -> list[int]:

@@ -116,7 +116,8 @@ class Encoding(ABC):
             told["rewritten rows"] += 1
         if self.rewritten == "leave" or not made.rewritten:
             return [self._cut_turns(made.whole)]
-        return [self._cut_turns(one) for one in (*made.rewritten, made.whole) if one.ends]
+        # a conversation of which nothing is trained is told as such, not dropped
+        return [self._cut_turns(one) for one in (*made.rewritten, made.whole) if one.ends] or [self._cut_turns(made.whole)]
 
     def _cut_turns(self, made: Sequence) -> Encoded:
         ids, labels, cut, _ = self._cut(np.array(made.ids, np.int32), np.array(made.labels, np.int32))
@@ -246,6 +247,8 @@ def _behind_prompt(prompt: Any, side: Any) -> tuple[Any, bool]:
         return side, True
     if prompt[-1].get("role") == "assistant":
         raise ValueError("the last message of prompt is the assistant's; expected the one that is answered")
+    if side and side[0].get("role") in ("system", "user"):
+        raise ValueError("begins with a prompt of its own, which is not that of the prompt column; leave one of them out")
     return [*prompt, *side], True
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import datetime
+import decimal
 import json
 import math
+import uuid
 from collections import Counter
 from typing import Any
 
 NO_NUMBER = "NaN or infinity, written as null"
+_AS_TEXT = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID)  # a datetime is a date
 NO_TEXT = "bytes that are no text, written in base64"
 
 
@@ -21,13 +25,20 @@ def json_line(value: Any, changed: Counter[str] | None = None) -> bytes:
     Args:
         changed: is told how often what could not be written as it was: "COLUMN: NaN or infinity, written as null".
 
+    Raises:
+        ValueError: it holds something else, such as an image.
+
     >>> json_line({"score": float("nan"), "note": "é"}).decode()
     '{"score": null, "note": "é"}'
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_written)
     except (TypeError, ValueError):  # looked for only then, since it takes several times as long
-        text = json.dumps(_plain(value, "", Counter() if changed is None else changed), ensure_ascii=False, default=_written)
+        plain = _plain(value, "", Counter() if changed is None else changed)
+        try:
+            text = json.dumps(plain, ensure_ascii=False, default=_written)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
     try:
         return text.encode()
     except UnicodeEncodeError:  # a lone surrogate, which only an escape can write
@@ -51,6 +62,8 @@ def told(changed: Counter[str]) -> list[str]:
 def _written(value: Any) -> str:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value).decode()  # UnicodeDecodeError is a ValueError
+    if not isinstance(value, _AS_TEXT):
+        raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
     return str(value)
 
 

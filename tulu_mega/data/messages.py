@@ -89,7 +89,7 @@ def _checked(number: int, message: Any) -> Message:
         raise ValueError(f'message {number} is {short(message)}; expected {{"role": ..., "content": ...}}')
     role, content = message.get("role"), message.get("content")
     if role not in ROLES and role not in FURTHER_ROLES:
-        raise ValueError(f"message {number} has role {short(role)}; expected one of {', '.join(ROLES)}")
+        raise ValueError(f"message {number} has role {short(role)}; expected one of {', '.join((*ROLES, *FURTHER_ROLES))}")
     kept = {name: value for name, value in message.items() if value is not None or name == "content"}
     if "tool_calls" in kept:
         kept["tool_calls"] = _tool_calls(number, role, kept["tool_calls"])
@@ -127,12 +127,19 @@ def _with_arguments(number: int, call: dict[str, Any]) -> dict[str, Any]:
         return {**call, "function": _with_arguments(number, call["function"])}
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
-        return call
+        return {**call, "arguments": _there(arguments)} if arguments is not None else call
     try:
         parsed = json.loads(arguments)
     except (ValueError, RecursionError):
         raise ValueError(f"message {number} has tool_calls with the arguments {short(arguments)}; expected JSON") from None
     return {**call, "arguments": parsed}
+
+
+def _there(value: Any) -> Any:
+    """Without the nulls that tables of fixed columns put where a row has nothing."""
+    if isinstance(value, dict):
+        return {name: _there(inner) for name, inner in value.items() if inner is not None}
+    return [_there(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -155,6 +162,9 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
 def _check_unicode(name: str, value: Any) -> None:
     if isinstance(value, dict) and len(value) == 2 and isinstance(value.get("content"), str):
         value = value["content"]  # role is one of ours
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
         raise ValueError(f"{name} has a lone surrogate in it, which is not valid Unicode; remove it")

@@ -32,24 +32,24 @@ class Rendered:
 
     text: str
     spans: list[Span]
-    rewritten: tuple[int, ...] = ()
-    """turns of the assistant that are to be trained, but stand in the text otherwise than where they are the last"""
+    rewritten: tuple[tuple[str, list[Span]], ...] = ()
+    """turns to be trained that stand in the text otherwise than where they are the last: the text that ends with each"""
     altered: int = 0
     """turns trained whose content does not stand in the text as the row has it"""
     unread: frozenset[str] = frozenset()
     """fields that the template does not read"""
 
 
-def own_prompt(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Given) -> str:
-    """A conversation up to where the assistant's next turn begins; with its header, also where the template writes none.
+def own_prompt(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Given) -> tuple[str, frozenset[str]]:
+    """A conversation up to where the assistant's next turn begins; with its header, also where the template writes none. And
+    the fields that the template does not read.
 
     Raises:
         ValueError: the template refuses it, or leaves something out.
     """
     text, _ = rendered(messages, tokenizer, given, prompt=True)
     form = form_of(tokenizer, given)
-    _unread(messages, text, tokenizer, given, form)
-    return text + form.header
+    return text + form.header, _unread(messages, text, tokenizer, given, form)
 
 
 def own_text(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Given) -> str:
@@ -84,6 +84,7 @@ def render_own(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Gi
         if index < len(messages) - 1:
             text, marked = rendered(messages[: index + 1], tokenizer, given, marks=form.marked)
         if form.marked:
+            seen = _marks_before(messages[:index], tokenizer, given, seen)
             turn = marked[seen:] or marked[-1:]
             seen = len(marked)
         else:
@@ -92,13 +93,21 @@ def render_own(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Gi
             continue
         end = turn[-1][1]
         if text[:end] != whole[:end] or not (set(turn) <= set(marks) if form.marked else True):
-            rewritten.append(index)
+            rewritten.append((text, [Span(start, end, index) for start, end in turn]))
             continue
         spans += [Span(start, end, index) for start, end in turn]
         altered += (message.get("content") or "").strip() not in whole[turn[0][0] : end]
     if form.marked and not marks:
         raise ValueError("the tokenizer's chat template marks no text as the assistant's; use the template 'tulu'")
     return Rendered(whole, spans, tuple(rewritten), altered, unread)
+
+
+def _marks_before(before: Messages, tokenizer: PreTrainedTokenizerFast, given: Given, otherwise: int) -> int:
+    """How many marks stand ahead of an answer: earlier turns as they are written when it is asked for."""
+    if before:
+        with suppress(ValueError):  # a system message alone, say, which some refuse
+            return len(rendered(before, tokenizer, given, prompt=True, marks=True)[1])
+    return otherwise
 
 
 def _turn(
@@ -136,18 +145,19 @@ def _unread(messages: Messages, text: str, tokenizer: PreTrainedTokenizerFast, g
     Raises:
         ValueError: without one of them it is another conversation; or a whole message is not there. All that is so is told.
     """
-    problems = ["tools"] if given.tools and "tools" not in form.names else []
-    found = {f"chat_template_kwargs.{name}" for name in given.options if name not in form.names}
+    problems = ["tools"] if given.tools and "tools" not in form.variables else []
+    found = {f"chat_template_kwargs.{name}" for name in given.options if name not in form.variables}
+    said = "\n".join(message.get("content") or "" for message in messages)
     for index, message in enumerate(messages):
         for name in message:
-            if name in _KNOWN or name in form.names:
+            if name in _KNOWN or name in form.fields:
                 continue
             if name not in MUST_BE_READ:
                 found.add(name)
             elif message[name] and not _matters(messages, index, _without(message, name), text, tokenizer, given):
                 problems.append(f"{name} of message {index + 1}")
         content = (message.get("content") or "").strip()
-        if message["role"] == "assistant" or content in text:
+        if message["role"] == "assistant" or not content or text.count(content) >= said.count(content):
             continue
         if not _matters(messages, index, {**message, "content": ONE}, text, tokenizer, given):
             problems.append(f"message {index + 1} (the {message['role']}'s)")

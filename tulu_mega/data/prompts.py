@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega.data.chat import Template, prompt_ids
+from tulu_mega.data.chat import Template, prompt_of
 from tulu_mega.data.loader import epoch_order
 from tulu_mega.data.messages import PROMPT_COLUMNS, conversation_of
 from tulu_mega.data.sources import Rows
@@ -78,7 +78,7 @@ def read_prompts(
         where = rows.where(index)
         try:
             row = rows.row(index)
-            prompt = _prompt(row, where, tokenizer, template)
+            prompt, unread = _prompt(row, where, tokenizer, template)
             if found := judgeable(row):
                 raise ValueError("; ".join(found))
         except ValueError as error:
@@ -92,6 +92,7 @@ def read_prompts(
             rejects.append({"where": where, "kind": "too_long", "reason": reason})
             continue
         prompts.append(prompt)
+        told.update(f"field {name}" for name in unread)
         told.update(f"column {name}" for name, value in row.items() if value is not None and name not in _COLUMNS)
     if wrong and malformed == "error":
         problems.append(
@@ -107,8 +108,11 @@ def read_prompts(
     return PromptSet(prompts, rejects, lines(told, Counter(), None, template, "leave"))
 
 
-def _prompt(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerFast, template: Template) -> Prompt:
-    """
+def _prompt(
+    row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerFast, template: Template
+) -> tuple[Prompt, frozenset[str]]:
+    """The prompt of a row, and the fields of its messages that the template does not read.
+
     Raises:
         ValueError: a row of another form.
     """
@@ -118,7 +122,8 @@ def _prompt(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerFast,
     messages, given = conversation_of(row, row["messages"], training=False)
     if messages[-1]["role"] == "assistant":
         raise ValueError("its last message is the assistant's, so there is nothing to answer; leave that message out")
-    return Prompt(prompt_ids(messages, tokenizer, template, given), messages, row.get("ground_truth"), row.get("dataset"), where)
+    ids, unread = prompt_of(messages, tokenizer, template, given)
+    return Prompt(ids, messages, row.get("ground_truth"), row.get("dataset"), where), unread
 
 
 class PromptStream:

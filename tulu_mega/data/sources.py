@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -308,8 +308,9 @@ def _open(name: str, split: str, setting: str, any_columns: bool, split_setting:
         raise UserError(f"{name}: file type {path.suffix or 'without suffix'!r} is not known; expected {', '.join(SUFFIXES)}")
     if path.is_dir():
         fingerprint = directory_sha256(path, split)
-        table = _table(name, str(path), split=split, any_columns=any_columns, split_setting=split_setting)
-        return replace(table, fingerprint=fingerprint)
+        return _table(
+            name, str(path), split=split, fingerprint=fingerprint, any_columns=any_columns, split_setting=split_setting
+        )
     if path.suffix.lower() in SUFFIXES or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such file; correct {setting}")
     return _table(name, *name.split(":", 1), split=split, any_columns=any_columns, split_setting=split_setting)
@@ -348,9 +349,9 @@ def _table(
         raise UserError(f"{empty}: no rows; expected at least one")
     with _quiet(datasets):
         try:
-            # a file's digest is the configuration's name: the library's cache knows a file by its time alone
-            configuration = fingerprint[:16] if fingerprint else configuration
-            data = datasets.load_dataset(source, configuration, data_files=data_files, split=split)
+            # a cache for each digest: the library's own knows files by their times alone
+            cache = str(Path(datasets.config.HF_DATASETS_CACHE, fingerprint[:16])) if fingerprint else None
+            data = datasets.load_dataset(source, configuration, data_files=data_files, split=split, cache_dir=cache)
         except Exception as error:  # builders raise their own, pyarrow's, the hub's and OSErrors
             root = error.__cause__ or error
             lines = str(root).strip().splitlines() or [type(root).__name__]

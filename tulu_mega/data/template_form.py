@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 ONE, OTHER = "xylem", "quartz"
 """Texts of a probe. They differ in their first letters and in their last, so that what two renderings share ends at them."""
 _ASK = {"role": "user", "content": "probe"}
+_OF_THE_RENDERER = {
+    "conversations", "tools", "documents", "chat_template", "return_assistant_tokens_mask", "continue_final_message",
+    "add_generation_prompt",
+}  # fmt: skip
+"""Arguments of transformers' own function, which a row's variables must not become."""
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -39,8 +44,10 @@ class Form:
     """what comes behind that at the end of a conversation"""
     ending_trained: bool
     """marks, where there are any, hold the end of the turn too"""
-    names: frozenset[str]
-    """variables, fields and texts in the template's code"""
+    variables: frozenset[str]
+    """variables in the template's code"""
+    fields: frozenset[str]
+    """attributes and texts in it, such as `m.role` and `m['role']`"""
 
 
 def rendered(
@@ -53,6 +60,8 @@ def rendered(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    if taken := sorted(given.options.keys() & _OF_THE_RENDERER):
+        raise ValueError(f"chat_template_kwargs has {', '.join(taken)}, which is no variable of a template; leave it out")
     shown = [{name: value for name, value in message.items() if name not in TRAINING_FIELDS} for message in messages]
     try:
         texts, spans = render_jinja_template(
@@ -98,14 +107,14 @@ def _shared(one: str, other: str) -> str:
 
 def _found(template: str, tokenizer: PreTrainedTokenizerFast, given: Given) -> Form:
     marked = bool(_GENERATION_MARK.search(template))
-    names = _names(template)
+    variables, fields = _names(template)
     answer = {"role": "assistant", "content": ""}
     plain = Given(given.tools)
     try:
         unasked, asked = (rendered([_ASK], tokenizer, plain, prompt=prompt)[0] for prompt in (False, True))
         head, tail, whole = head_and_tail([_ASK], answer, tokenizer, plain)
     except ValueError:  # it takes other conversations only: rows will tell
-        return Form(marked, "", False, tokenizer.eos_token, "", True, names)
+        return Form(marked, "", False, tokenizer.eos_token, "", True, variables, fields)
     # white space alone is no header: after `[/INST]` the model writes its blank itself
     missing = head.removeprefix(unasked) if asked == unasked and head.startswith(unasked) else ""
     ending = _ending(_without_header(tail, answer, tokenizer, plain) if asked == unasked else tail, tokenizer)
@@ -115,7 +124,7 @@ def _found(template: str, tokenizer: PreTrainedTokenizerFast, given: Given) -> F
         spans = rendered([_ASK, {**answer, "content": ONE}], tokenizer, plain, marks=True)[1]
         trained = bool(spans) and spans[-1][1] >= len(whole) - len(behind)
     header_behind = asked == unasked and bool(behind.strip())
-    return Form(marked, missing if missing.strip() else "", header_behind, ending, behind, trained, names)
+    return Form(marked, missing if missing.strip() else "", header_behind, ending, behind, trained, variables, fields)
 
 
 def _without_header(tail: str, answer: Message, tokenizer: PreTrainedTokenizerFast, given: Given) -> str:
@@ -149,11 +158,12 @@ class _Generation(Extension):
 
 
 @lru_cache(maxsize=16)
-def _names(template: str) -> frozenset[str]:
-    """What the template's code names; not the text that it writes."""
+def _names(template: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Variables that the template's code names, and fields; not the text that it writes."""
     try:
         tree = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(template)
     except Exception:  # it cannot be rendered either, which is told then
-        return frozenset()
-    found = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
-    return frozenset(found | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
+        return frozenset(), frozenset()
+    fields = {node.attr for node in tree.find_all(nodes.Getattr)}
+    fields |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return frozenset(node.name for node in tree.find_all(nodes.Name)), frozenset(fields)

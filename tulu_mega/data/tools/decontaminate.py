@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tulu_mega.config import DecontaminateSettings
+from tulu_mega.data.json_text import told
 from tulu_mega.data.sources import Rows, load_rows
 from tulu_mega.data.tools.decontamination_report import MATCHES, REPORT, print_report
 from tulu_mega.data.tools.ngrams import NgramIndex, words
@@ -161,6 +162,7 @@ def decontaminate(settings: DecontaminateSettings) -> None:
         settings.threshold,
     )
     counts = [_Counts(len(names)) for _ in train.parts]
+    changed: Counter[str] = Counter()
     unread: set[int] | None = set() if settings.malformed == "reject" else None
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -190,7 +192,7 @@ def decontaminate(settings: DecontaminateSettings) -> None:
         for number, entry in enumerate(sets):
             if entry["action"] == "clean" and entry["left"]:
                 kept = (row for row in range(ends[number], ends[number + 1]) if row not in counts[number].left_out)
-                _write(targets[number], (train.raw(row) for row in kept))
+                _write(targets[number], _lines(train, kept, changed))
                 entry["use"] = str(targets[number])
         report = {
             **settings.model_dump(include={"ngram", "threshold", "overlap", "fields", "roles"}),
@@ -203,6 +205,8 @@ def decontaminate(settings: DecontaminateSettings) -> None:
         (output / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"output = {settings.output}: cannot be written: {error.strerror or error}") from None
+    for what in told(changed):
+        print(f"warning: {what}", file=sys.stderr)
     print_report(report, output)
 
 
@@ -267,7 +271,8 @@ def check(settings: DecontaminateSettings, evaluations: list[Rows], train: Rows)
                 row_texts(rows.row(index), named, settings.roles)
             except ValueError as error:
                 wrong.append(f"{rows.where(index)}: {error}")
-        problems += wrong[:_SHOWN] + [f"... {len(wrong)} of {len(rows)} rows"] * (len(wrong) > _SHOWN)
+        if rows is not train or settings.malformed == "error":
+            problems += wrong[:_SHOWN] + [f"... {len(wrong)} of {len(rows)} rows"] * (len(wrong) > _SHOWN)
     try:
         _targets(train, Path(settings.output).expanduser())
     except UserError as error:
@@ -355,6 +360,19 @@ def _set(
         "use": name if left else None,
         "evaluations": found,
     }
+
+
+def _lines(rows: Rows, kept: Iterable[int], changed: Counter[str]) -> Iterator[bytes]:
+    """The rows as lines of JSON.
+
+    Raises:
+        UserError: a row holds what cannot be written so.
+    """
+    for row in kept:
+        try:
+            yield rows.raw(row, changed)
+        except ValueError as error:
+            raise UserError(f"{rows.where(row)}: {error}") from None
 
 
 def _write(target: Path, lines: Iterator[bytes]) -> None:

@@ -33,9 +33,10 @@ def mix(settings: DataMixSettings) -> None:
                 for index in range(len(rows)):
                     try:
                         rows.row(index)
+                        line = rows.raw(index, changed)
                     except ValueError as error:
                         raise UserError(f"{rows.where(index)}: {error}") from None
-                    file.write(rows.raw(index, changed) + b"\n")
+                    file.write(line + b"\n")
             # what was drawn is written first: an output without it would not say where it is from
             origin = {"seed": data.seed, "sources": rows.sources()}
             output.with_name(f"{output.name}.sources.json").write_text(json.dumps(origin, indent=1, ensure_ascii=False) + "\n")
