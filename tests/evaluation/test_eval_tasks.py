@@ -289,6 +289,16 @@ def test_limits_parquet_and_worked_examples_by_group(tmp_path):
         rows.shots(TASKS["ifeval"], settings)
 
 
+def test_a_limit_asks_the_same_problems_wherever_the_rows_lie(tmp_path):
+    lines = "".join(json.dumps({"question": f"{number}?", "answer": f"#### {number}"}) + "\n" for number in range(50))
+    asked = []
+    for name in ("a.jsonl", "elsewhere/b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(lines)
+        asked.append([found.row for found in rows.problems(TASKS["gsm8k"], TaskSettings(data=str(tmp_path / name), limit=5))])
+    assert asked[0] == asked[1] and asked[0] != [0, 1, 2, 3, 4]
+
+
 def test_bbhs_own_files_and_prompts(tmp_path):
     for name in ("navigate", "boolean_expressions"):
         content = {"canary": "x", "examples": [{"input": f"{name} {number}", "target": "yes"} for number in range(2)]}

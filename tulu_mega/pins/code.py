@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def _sources(module: str, counts: Callable[[Path], bool]) -> Iterator[tuple[str,
             continue
         seen.add(name)
         packages = _packages(name)
-        if name != module and not aside.isdisjoint(packages):
+        if name != module and any(each in aside and each not in sys.modules for each in packages):
             continue  # to find a module its package is imported: not those that do not count
         try:
             spec = importlib.util.find_spec(name)
