@@ -81,7 +81,8 @@ def test_a_save_takes_no_more_than_it_must(tmp_path, ranks):
     jobs.make_model(str(model), True)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB, "hidden_size": HIDDEN}))
-    for rank, found in enumerate(world.run(ranks, saved, str(model), {"data": ranks}, str(tmp_path / "checkpoints"))):
+    by_rank = world.run(ranks, saved, str(model), {"data": ranks}, str(tmp_path / "checkpoints"))
+    for rank, found in enumerate(by_rank):
         print(json.dumps({name: found[name] for name in ("small", "at once", "behind", "resume")}), flush=True)
         largest, own = 12 * found["largest"], 12 * found["held"] / ranks
         assert found["held"] > VOCAB * HIDDEN
@@ -91,8 +92,9 @@ def test_a_save_takes_no_more_than_it_must(tmp_path, ranks):
         assert 0.9 * copies < found["behind"]["peak"] < ALLOWED + largest + copies
         assert all(found[name]["stays"] < ALLOWED for name in ("at once", "behind", "resume"))
         assert [each.step for each in found["told"]] == ([] if rank else [1, 2, 3])
-        if rank == 0:  # the run's own figures are those that the kernel has
-            assert found["told"][2].memory == pytest.approx(found["behind"]["peak"], rel=0.1)
+        if rank == 0:  # the run's own figures are those that the kernel has, of the rank that has most
+            most = max(each["behind"]["peak"] for each in by_rank)
+            assert found["told"][2].memory == pytest.approx(most, rel=0.1)
             assert 0 < found["told"][2].waited <= found["told"][2].seconds
 
 
