@@ -281,7 +281,7 @@ def test_what_is_written_behind_training_is_the_step_that_was_saved(model, tmp_p
     ranks = world.run(2, held_up, model, LAYOUTS["DP2"], str(tmp_path), format)
     assert all(same for same, _held, _copied in ranks)
     for (_same, held, copied), each in zip(ranks, (12 / 2 + weights, 12 / 2), strict=True):
-        assert copied == pytest.approx(each * held, rel=0.1)
+        assert copied == pytest.approx(each * held, rel=0.02)  # measured: 1.3% more, weights whose elements two ranks share
 
 
 def behind_training(model: str, directory: str, fails: bool) -> dict:
