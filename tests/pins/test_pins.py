@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import sys
 
 import pytest
@@ -101,6 +102,18 @@ def test_data_sets_in_directories(inputs):
     drop_line(root / "moved/train.jsonl")
     (problem,) = refusal(inputs, "sft", "--data.train", str(root / "moved"))
     assert problem.startswith("data.train = ") and "(16 rows) was" in problem and "(15 rows) there is" in problem
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_only_the_owner_may_enter_a_run(inputs, stage):
+    start(inputs, stage)
+    assert stat.S_IMODE((inputs.root / "run").stat().st_mode) == 0o700
+
+
+def test_who_made_the_directory_before_shares_the_run(inputs):
+    (inputs.root / "run").mkdir(mode=0o755)
+    start(inputs)
+    assert stat.S_IMODE((inputs.root / "run").stat().st_mode) == 0o755
 
 
 def test_an_unchanged_file_is_read_once(inputs, monkeypatch):

@@ -13,6 +13,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from tulu_mega.errors import UserError
+from tulu_mega.launch.run_dir import make_private
 from tulu_mega.records import TokenizedRow
 
 VERSION = 4
@@ -161,7 +162,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     refuse_strangers(target)
     missing = [parent for parent in target.absolute().parents if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_private(target.parent)  # a run's directory, mostly, which nobody has made before its data
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None

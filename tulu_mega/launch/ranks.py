@@ -210,7 +210,8 @@ def _tail(file: str) -> list[str]:
 def _signals_noted() -> Iterator[list[signal.Signals]]:
     """Gives a list that grows by the signals which ask the launcher to end, and interrupts nothing.
 
-    Afterwards they do again what they did; where one has come they stay noted, since the launcher ends, and tidies up before.
+    Afterwards they do again what they did. Where one has come the launcher ends, and tidies up before: the others are ignored, by
+    the system, since Python's own handlers are gone before the process is.
     """
     asked: list[signal.Signals] = []
     taken = (*ASKS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -218,5 +219,5 @@ def _signals_noted() -> Iterator[list[signal.Signals]]:
     try:
         yield asked
     finally:
-        for number, handler in before.items() if not asked else ():
-            signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if asked else handler)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.errors import UserError
+from tulu_mega.launch.run_dir import make_private
 from tulu_mega.launch.run_files import write_whole
 from tulu_mega.pins.digest import Stamp
 
@@ -81,7 +82,7 @@ class Pins:
         Raises:
             UserError: the file cannot be written.
         """
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_private(run_dir)
         told = {"version": VERSION, "pins": {name: asdict(pin) for name, pin in self.pins.items()}, "accepted": self.accepted}
         write_whole(run_dir / PINS, json.dumps(told, indent=1) + "\n")
 

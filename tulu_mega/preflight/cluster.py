@@ -31,6 +31,7 @@ from tulu_mega.cli import command_of
 from tulu_mega.config import ModelSettings, RunSettings, Section
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import joined_world
+from tulu_mega.launch.run_dir import make_private
 
 PATIENCE = 60.0
 """Seconds a node may take to answer."""
@@ -240,7 +241,7 @@ def _unseen(run_dir: Path, store: dist.Store, rank: int, speakers: Sequence[int]
     names = {each: run_dir / f".cluster_check_{word[each]}" for each in speakers}
     made = not run_dir.exists()
     with contextlib.suppress(OSError):
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_private(run_dir)
         names[rank].write_text("")
     _gathered(store, "written", rank, speakers, True)
     end = time.monotonic() + 10
