@@ -224,6 +224,7 @@ def test_commands_are_not_sent_to_the_model(model, monkeypatch, typing, capsys):
 def test_words_are_shown_as_they_come_and_ctrl_c_ends_an_answer(model, monkeypatch, typing, capsys):
     parrot = Parrot()
     shown = []
+    before = signal.getsignal(signal.SIGINT)
 
     def stream(prompt, sampling):
         for piece in Parrot.stream(parrot, prompt, sampling):
@@ -237,7 +238,7 @@ def test_words_are_shown_as_they_come_and_ctrl_c_ends_an_answer(model, monkeypat
     typing("one")
     generate(settings(model))
     assert "".join(shown) and parrot.stopped and capsys.readouterr().out.endswith(" [stopped]\n")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_several_samples_of_a_turn_are_all_shown(model, monkeypatch, typing, capsys):
