@@ -1,4 +1,4 @@
-"""Versions of what a process computes with, by name: of this program and of the packages that have to go together."""
+"""Versions of what a process computes with, and which releases go together."""
 
 from __future__ import annotations
 
@@ -17,6 +17,20 @@ PACKAGES = {
 }
 """Names under which a package may be installed, by the name that is told. A distribution is found however its name is written."""
 
+TOGETHER = {
+    "torch": "==2.13.0",
+    "megatron-core": "==0.16.1",
+    "transformers": ">=5.16.1,<5.20",
+    "vllm": "==0.32.0",
+    "transformer-engine": ">=2.9,<2.12",
+}
+"""Releases that go together, as setup.py's extras ask for them. Transformer Engine's are those that megatron-core 0.16.1 names
+in its own extras; the others are tried, on CPUs."""
+
+ENGINE = f"transformer-engine[core_cu13,pytorch]{TOGETHER['transformer-engine']}"
+INSTALL_ENGINE = f"pip install --no-build-isolation '{ENGINE}'"
+"""pip otherwise compiles it against a torch of its own choice, in place of the one that is installed."""
+
 
 def of_package(name: str) -> str | None:
     """The version of a package as it is installed for this Python, None where it is not; the package is not imported.
@@ -31,8 +45,8 @@ def of_package(name: str) -> str | None:
 
 
 def installed() -> dict[str, str]:
-    """Versions of this process by name: ``tulu_mega``, ``python``, each of `PACKAGES` that is installed, and what torch was built
-    with: ``cuda``, and ``nccl`` as it is loaded. What is not there has no entry; a CPU build of torch has neither of the last two.
+    """Versions of this process by name: ``tulu_mega``, ``python``, each of `PACKAGES` that is installed, and of what torch was
+    built with ``cuda``, and ``nccl`` as it is loaded. What is not there has no entry; a CPU build of torch has none of those two.
     """
     found = {"tulu_mega": __version__, "python": platform.python_version()}
     found |= {name: version for name in PACKAGES if (version := of_package(name)) is not None}

@@ -9,6 +9,7 @@ import pytest
 
 from tulu_mega.config import GenerateSettings, ModelSettings
 from tulu_mega.errors import UserError
+from tulu_mega.inference import interpreter
 from tulu_mega.inference import offline as door
 from tulu_mega.inference.generate import generate, how_taken, prepared
 from tulu_mega.inference.offline import Completion, Generator, Sampling
@@ -318,7 +319,7 @@ def test_not_a_model_directory(model, tmp_path):
 
 
 def test_vllm_missing(model, monkeypatch):
-    monkeypatch.setattr(door.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(interpreter.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"vLLM is not installed.*tulu_mega\[cpu\]"):
         generate(settings(model))
 
