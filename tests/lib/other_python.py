@@ -18,4 +18,7 @@ def other_python(directory: Path) -> Path:
     packages = [str(ROOT), str(ROOT / "kernels"), *(place for place in places if not place.endswith("lib-dynload"))]
     site = directory / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (site / "as_there.pth").write_text("".join(f"{place}\n" for place in dict.fromkeys(packages)))
+    openmp = Path(sys.prefix, "lib/libiomp5.so")  # which servers of an environment preload where it is there
+    if openmp.exists():
+        (directory / "lib/libiomp5.so").symlink_to(openmp)
     return directory / "bin/python"

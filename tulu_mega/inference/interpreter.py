@@ -49,11 +49,6 @@ class Interpreter:
     notes: tuple[str, ...] = ()
     """what is no problem, yet should be known"""
 
-    @property
-    def other(self) -> bool:
-        """Whether it is not this one."""
-        return self.path != sys.executable
-
 
 def here() -> dict[str, Any]:
     """What another process is told of this Python's packages."""
