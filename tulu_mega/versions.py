@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import platform
+from pathlib import Path
 
 from tulu_mega import __version__
 
@@ -42,6 +44,14 @@ def of_package(name: str) -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
     return None
+
+
+def code_digest() -> str:
+    """What this program's modules are, in twelve hexadecimal digits: the same release may be of different checkouts."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for file in sorted(here.rglob("*.py")):
+        digest.update(file.relative_to(here).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def installed() -> dict[str, str]:

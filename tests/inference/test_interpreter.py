@@ -17,10 +17,11 @@ from tulu_mega.inference.interpreter import Interpreter, here, interpreter
 from tulu_mega.preflight import policy
 from tulu_mega.preflight.check import check
 from tulu_mega.quickstart import tiny_model
-from tulu_mega.versions import installed
+from tulu_mega.versions import code_digest, installed
 
 SAYS = {
-    "python": [3, 12, 1], "prefix": "/opt/serve", "missing": [], "program": __version__, "cuda": "13.0", "requirements": {},
+    "python": [3, 12, 1], "prefix": "/opt/serve", "missing": [], "program": __version__, "code": code_digest(), "cuda": "13.0",
+    "requirements": {},
     "versions": {"torch": "2.13.0", "vllm": "0.32.0", "transformers": "5.19.0"},
     "installed": {"torch": "2.13.0", "cuda": "13.0", "nccl": "2.29.7", "vllm": "0.32.0"},
 }  # fmt: skip
@@ -90,6 +91,7 @@ def test_a_python_that_says_nothing_is_not_waited_for_for_ever(script, monkeypat
         ({"missing": ["vllm"]}, "vllm is not installed there; install tulu-mega with its 'cpu' or 'gpu' extra there"),
         ({"missing": ["vllm", "tulu_mega"]}, "vllm and tulu_mega are not installed there"),
         ({"program": "0.0.1"}, f"has tulu_mega 0.0.1, this is {__version__}; install the same in both"),
+        ({"code": "0123456789ab"}, f"has other code of tulu_mega {__version__} than this (0123456789ab, here {code_digest()})"),
         ({"versions": {"torch": "2.12.0", "vllm": "0.32.0"}, "requirements": {"vllm": ["torch==2.13.0"]}}, "vllm 0.32.0 asks"),
     ],
 )  # fmt: skip

@@ -18,7 +18,7 @@ from tulu_mega import __version__
 from tulu_mega.errors import UserError
 from tulu_mega.platforms import releases
 from tulu_mega.platforms.releases import Environment
-from tulu_mega.versions import installed
+from tulu_mega.versions import code_digest, installed
 
 OLDEST = (3, 11)
 LOOK_SECONDS = 180.0
@@ -58,6 +58,7 @@ def here() -> dict[str, Any]:
         "requirements": {name: list(lines) for name, lines in found.requirements.items()},
         "cuda": found.cuda,
         "installed": installed(),
+        "code": code_digest(),
     }
 
 
@@ -113,6 +114,9 @@ def _looked_at(path: str, where: str) -> Interpreter:
         )
     if told["program"] != __version__:
         raise UserError(f"{where} has tulu_mega {told['program']}, this is {__version__}; install the same in both")
+    if told["code"] != code_digest():
+        both = f"{told['code']}, here {code_digest()}"
+        raise UserError(f"{where} has other code of tulu_mega {__version__} than this ({both}); install this there")
     found = Environment(told["versions"], told["requirements"], told["cuda"])
     if problems := releases.wrong(found, "servers"):
         raise UserError([f"{where}: {problem}" for problem in problems])

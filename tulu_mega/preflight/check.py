@@ -17,6 +17,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import resolve
 from tulu_mega.launch.run_dir import CHECKPOINTS
 from tulu_mega.platforms import releases
+from tulu_mega.platforms.unseen import unseen_gpus
 from tulu_mega.preflight import pinned
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.rows import tokenise
@@ -68,7 +69,7 @@ def findings_of(settings: Section, verify: bool = False) -> Findings:
     findings, command = Findings(verify=verify), command_of(settings)
     if command.world:
         findings.collect(lambda: releases.refuse("training"))
-        findings.notes += releases.untried_here("training")
+        findings.notes += releases.untried_here("training") + unseen_gpus()
     if command.problems and not findings.problems:
         resolve(command.problems)(settings, findings)
     return findings
