@@ -38,6 +38,7 @@ setup(
         "psutil",  # megatron-core's checkpoint writer needs it and does not ask for it
         "rich",
         "jinja2",
+        "packaging",  # which releases go together
         "math-verify[antlr4_13_2]",  # the verifiers of rewards/: answers of mathematics,
         "langdetect",  # and replies' languages
     ],
@@ -53,8 +54,10 @@ setup(
             "megatron-core==0.16.1",
             "transformers>=5.16.1,<5.20",
             "vllm==0.32.0",
-            "transformer-engine[pytorch]>=2.9,<2.12",  # what megatron-core 0.16.1 was made for
         ],
+        # What megatron-core 0.16.1 was made for. Its half for torch is compiled against the torch that is installed, so it comes
+        # after the others, by pip install --no-build-isolation (docs/how-to/install_on_gpus.md).
+        "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "wandb": ["wandb"],
         "report": ["matplotlib"],
         "dev": [

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from tests.lib.grpo_runs import STEPS, after, check_same, ended, lines, processes_of, rank_of, start, weights
+from tests.lib.other_python import other_python
 
 pytestmark = pytest.mark.servers
 
@@ -58,14 +59,17 @@ def test_the_model_is_exported(undisturbed, place):
 @pytest.mark.parametrize("server_too", [False, pytest.param(True, marks=pytest.mark.acceptance)], ids=["rank", "server and rank"])
 def test_what_is_killed_changes_nothing(undisturbed, place, server_too):
     """A server of its own is killed after step 1, a rank after step 2; the rest is the same to the last bit, and nothing is left
-    running. tests/inference/test_servers.py kills a server for less."""
+    running. tests/inference/test_servers.py kills a server for less. The server that is killed is started by the Python of
+    another environment (`rollout.python`), which changes nothing either."""
     name = f"disturbed_{server_too}"
     run = place / name
-    process = start(place, name, "--restarts", "2")
+    other = ["--rollout.python", str(other_python(place / "other"))] if server_too else []
+    process = start(place, name, "--restarts", "2", *other)
     launcher = psutil.Process(process.pid)
     try:
         if server_too:
             after(process, run, 1)
+            assert any(each.cmdline()[:1] == other[1:] for each in launcher.children(recursive=True))
             os.kill(json.loads((run / "servers/server_0.json").read_text())["pid"], 9)
         after(process, run, 2)
         next(each for each in launcher.children(recursive=True) if rank_of(each) == "1").kill()

@@ -59,7 +59,7 @@ def answering(monkeypatch, tokenizer):
                     yield place, [_completion(response, tokenizer) for response in given]
 
         monkeypatch.setattr(evaluation.vllm, "Generator", Rule)
-        monkeypatch.setattr(evaluation.vllm, "check_vllm", lambda: None)
+        monkeypatch.setattr(evaluation.vllm, "check_vllm", lambda *_: None)
         return asked
 
     return use

@@ -5,10 +5,13 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.lib.other_python import other_python
 from tulu_mega.config import GenerateSettings, ModelSettings
 from tulu_mega.errors import UserError
+from tulu_mega.inference import interpreter
 from tulu_mega.inference import offline as door
 from tulu_mega.inference.generate import generate, how_taken, prepared
 from tulu_mega.inference.offline import Completion, Generator, Sampling
@@ -319,7 +322,7 @@ def test_not_a_model_directory(model, tmp_path):
 
 
 def test_vllm_missing(model, monkeypatch):
-    monkeypatch.setattr(door.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(interpreter.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"vLLM is not installed.*tulu_mega\[cpu\]"):
         generate(settings(model))
 
@@ -330,3 +333,18 @@ def test_a_vllm_that_fails_says_why_and_where(model, tmp_path):
     with pytest.raises(UserError, match=rf"vLLM could not start: .*{log}"), Generator(str(model), dtype="nonsense", log=log):
         pass
     assert "nonsense" in log.read_text()
+
+
+@pytest.mark.acceptance
+def test_vllm_of_another_environment_answers_the_same(vllm, model, tmp_path):
+    python = other_python(tmp_path / "other")
+    out = {}
+    for name, given in (("ours", None), ("theirs", str(python))):
+        rows = rows_file(tmp_path / "in.jsonl", [{"input_ids": prompt} for prompt in PROMPTS])
+        generate(settings(model, input=rows, output=tmp_path / f"{name}.jsonl", python=given))
+        out[name] = read(tmp_path / f"{name}.jsonl")
+    assert out["ours"] == out["theirs"] and [row["output_ids"] for row in out["ours"]] == [
+        completion.token_ids for (completion,) in vllm(PROMPTS, Sampling(max_tokens=6))
+    ]
+    with Generator(str(model), python=str(python), log=tmp_path / "vllm.log") as started:
+        assert psutil.Process(started._process.pid).cmdline()[0] == str(python)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.lib.other_python import other_python
 from tests.lib.server_processes import (
     START_SECONDS,
     gone,
@@ -61,6 +62,8 @@ def test_serve_is_attached_by_its_urls_and_ends_in_order(model, tmp_path, monkey
         "fp32",
         "--run_dir",
         str(tmp_path / "s"),
+        "--rollout.python",
+        str(other_python(tmp_path / "other")),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

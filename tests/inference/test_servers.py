@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.lib.hostile_requests import ENDLESS, HOSTILE
+from tests.lib.other_python import other_python
 from tests.lib.server_processes import (
     START_SECONDS,
     gone,
@@ -49,8 +50,10 @@ VERSION = 3
 
 
 @pytest.fixture(scope="module")
-def options(model) -> ServerOptions:
-    return ServerOptions(str(model), max_model_len=512)
+def options(model, tmp_path_factory) -> ServerOptions:
+    """Their Python is another environment's (`rollout.python`)."""
+    python = other_python(tmp_path_factory.mktemp("other") / "environment")
+    return ServerOptions(str(model), max_model_len=512, python=str(python))
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,12 @@ def test_the_key_opens_and_stands_nowhere(servers, pool, run_dir):
         assert not file.is_file() or pool.key not in file.read_text(errors="replace"), file
     for process in session_of(run_dir, 0):
         assert pool.key not in " ".join(process.cmdline())
+
+
+def test_their_python_is_the_other_environment_s_and_their_keeper_s_is_not(servers, options, run_dir):
+    keeper, server, *_ = session_of(run_dir, 0)
+    assert keeper.cmdline()[0] == sys.executable != options.python == server.cmdline()[0]
+    assert server.environ()["PATH"].split(os.pathsep)[0] == os.path.dirname(options.python)
 
 
 def test_they_listen_on_loopback_alone(servers, run_dir):

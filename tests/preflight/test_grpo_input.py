@@ -91,7 +91,7 @@ def test_a_language_model_is_no_reward_model(problems, model):
 
 
 def test_a_trainer_of_servers_elsewhere_needs_no_vllm(problems, monkeypatch):
-    def missing() -> None:
+    def missing(*_) -> None:
         raise UserError("vLLM is not installed")
 
     monkeypatch.setattr(policy, "check_vllm", missing)

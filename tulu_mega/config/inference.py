@@ -50,3 +50,6 @@ class GenerateSettings(Section):
     """vLLM's tensor parallel size."""
     max_model_len: PositiveInt | None = None
     """Longest prompt and response together; the model's own limit when unset."""
+    python: str | None = None
+    """Python that starts vLLM: of another environment with vLLM and this version of tulu_mega. The one that runs this command
+    when unset."""

@@ -21,6 +21,9 @@ class RolloutSettings(Section):
     """vLLM servers that the launcher starts on this machine."""
     tensor: Annotated[PositiveInt, Effect.NONE] = 1
     """vLLM's tensor parallel size, of each server."""
+    python: Annotated[str | None, Effect.NONE] = None
+    """Python that starts the servers, such as `/opt/serve/bin/python`: of an environment with vLLM and this version of tulu_mega.
+    The one that runs this command when unset. Has no part in servers of `urls`."""
     urls: Annotated[list[str], Effect.NONE] = []
     """Servers that run already (`tulu-mega serve`, on any node), instead of ones started here; their key is read from
     TULU_MEGA_ROLLOUT_KEY."""

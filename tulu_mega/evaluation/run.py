@@ -86,6 +86,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
             max_model_len=settings.max_model_len,
             seed=settings.seed,
             trust_remote_code=settings.model.trust_remote_code,
+            python=settings.python,
         )
         print(f"Starting vLLM on {settings.model.path} ...", file=sys.stderr, flush=True)
         with server as generator:
@@ -128,7 +129,7 @@ def prepared(settings: EvalSettings) -> tuple[EvalSettings, PreTrainedTokenizerF
     if problems:
         raise UserError(problems)
     if any(task.open for task in asked):
-        vllm.check_vllm()
+        vllm.check_vllm(settings.python)
     return settings, tokenizer, asked
 
 

@@ -56,6 +56,9 @@ class EvalSettings(Section):
     """vLLM's tensor parallel size."""
     max_model_len: PositiveInt | None = None
     """Longest prompt and response together; the model's own limit when unset."""
+    python: str | None = None
+    """Python that starts vLLM: of another environment with vLLM and this version of tulu_mega. The one that runs this command
+    when unset."""
     verifiers: dict[str, str] = {}
     """Verifiers of your own for rlvr rows: name in their `dataset` column = `module:function`."""
     save_every: PositiveInt = 512

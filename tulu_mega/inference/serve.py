@@ -19,6 +19,7 @@ from tulu_mega.config import ServeSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import key_from_environment
 from tulu_mega.inference.for_run import pool, server_options
+from tulu_mega.inference.interpreter import interpreter
 from tulu_mega.launch.run_dir import locked
 from tulu_mega.vllm_plugin.auth import KEY
 from tulu_mega.vllm_plugin.gate import server_arguments
@@ -43,6 +44,8 @@ def serve(settings: ServeSettings) -> int:
         )
     options = server_options(settings.model, settings.rollout, None, tuple(server_arguments()))
     options = options.at(settings.host)
+    for line in interpreter(settings.rollout.python, "rollout.python").notes:
+        print(line, file=sys.stderr, flush=True)
     ports = _ports(settings.host, settings.port, settings.rollout.servers)
     with _directory(settings.run_dir) as directory, _asked_to_end() as asked:
         servers = pool(options, settings.rollout, directory, 0, ports=ports, key=key or _new_key(directory))

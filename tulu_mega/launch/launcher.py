@@ -81,7 +81,8 @@ def run(
         The exit status: 0, or that of the rank that failed first (128 + n where signal n ended it).
 
     Raises:
-        UserError: when the layout does not fit the world or the machine; whatever `prepare` raises.
+        UserError: when the layout does not fit the world or the machine, or packages are installed that cannot work; whatever
+            `prepare` raises.
     """
     for name, value in settings.precision.environment.items():  # read when libraries are imported, which no rank has done yet
         os.environ.setdefault(name, value)
@@ -138,6 +139,11 @@ def resolve(target: str) -> Any:
         raise UserError(
             f"the package {missing!r} is not installed in {sys.executable}; install tulu-mega with its 'cpu' or 'gpu' extra"
         ) from error
+    except ImportError as error:  # a package is there, and of a release that others do not go with
+        from tulu_mega.platforms import releases
+
+        releases.refuse(*releases.PARTS)
+        raise error
 
 
 def die_with_launcher() -> None:

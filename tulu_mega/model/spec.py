@@ -21,7 +21,7 @@ from tulu_mega.model.rope import OwnRopeAttention, ropes
 from tulu_mega.model.swiglu import Swiglu
 from tulu_mega.platforms import Platform
 from tulu_mega.platforms.cpu_speed.linear import linear_layers
-from tulu_mega.platforms.fp8 import FITTING
+from tulu_mega.versions import INSTALL_ENGINE
 
 
 def use_transformer_engine(spec: Literal["auto", "local", "te"], platform: Platform) -> bool:
@@ -34,7 +34,7 @@ def use_transformer_engine(spec: Literal["auto", "local", "te"], platform: Platf
     if spec == "te" and not importable:
         raise UserError(
             "model.spec = 'te', but Transformer Engine is not importable on a CUDA device here; "
-            f"pip install '{FITTING}', or set model.spec to 'auto' or 'local'"
+            f"{INSTALL_ENGINE}, or set model.spec to 'auto' or 'local'"
         )
     return importable and spec != "local"
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-Recipe = Literal["delayed", "tensorwise", "blockwise"]
+from tulu_mega.versions import INSTALL_ENGINE, of_package
 
-FITTING = "transformer-engine[pytorch]>=2.9,<2.12"
-"""The releases that megatron-core 0.16.1 was made for, as setup.py asks for them."""
+Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
 _ENGINE = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
 """Oldest Transformer Engine whose recipe of that name megatron-core takes."""
@@ -40,10 +37,8 @@ def this_machine() -> Machine:
     """Nothing is put on a device, and Transformer Engine is not imported."""
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     capability = min((torch.cuda.get_device_capability(device) for device in devices), default=None)
-    engine = None
-    if importlib.util.find_spec("transformer_engine") is not None:
-        engine = _numbers(importlib.metadata.version("transformer_engine"))
-    return Machine(capability, torch.version.cuda and _numbers(torch.version.cuda), engine)
+    engine = of_package("transformer-engine")
+    return Machine(capability, torch.version.cuda and _numbers(torch.version.cuda), engine and _numbers(engine))
 
 
 def obstacles(recipe: Recipe, machine: Machine) -> list[str]:
@@ -52,7 +47,7 @@ def obstacles(recipe: Recipe, machine: Machine) -> list[str]:
     asked, need = f"precision.fp8 = {recipe!r}", _ENGINE[recipe]
     if machine.engine is None:
         problems.append(
-            f"{asked} needs Transformer Engine, which is not installed here; pip install '{FITTING}', or {instead}"
+            f"{asked} needs Transformer Engine, which is not installed here; {INSTALL_ENGINE}, or {instead}"
         )
     elif machine.engine < need:
         found = _dotted(machine.engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
+from tulu_mega.platforms import releases
 from tulu_mega.platforms.cpu_speed.imports import import_megatron
 
 
@@ -13,7 +14,11 @@ def prepare_imports() -> None:
 
     megatron-core warns, when it is imported, of every package it could also use, and calls functions that torch will rename:
     nothing that a user of this project can act on. Where it is not installed nothing is imported.
+
+    Raises:
+        UserError: packages are installed that are known not to work.
     """
+    releases.refuse("training")
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

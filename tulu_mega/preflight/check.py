@@ -16,6 +16,8 @@ from tulu_mega.config import EngineSettings, Section
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import resolve
 from tulu_mega.launch.run_dir import CHECKPOINTS
+from tulu_mega.platforms import releases
+from tulu_mega.platforms.unseen import unseen_gpus
 from tulu_mega.preflight import pinned
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.rows import tokenise
@@ -63,8 +65,11 @@ def ready(settings: EngineSettings) -> None:
 
 
 def findings_of(settings: Section, verify: bool = False) -> Findings:
-    """What is found before any data is tokenised."""
-    findings = Findings(verify=verify)
-    if command := command_of(settings).problems:
-        resolve(command)(settings, findings)
+    """What is found before any data is tokenised; of packages that cannot work nothing else is, since most of it needs them."""
+    findings, command = Findings(verify=verify), command_of(settings)
+    if command.world:
+        findings.collect(lambda: releases.refuse("training"))
+        findings.notes += releases.untried_here("training") + unseen_gpus()
+    if command.problems and not findings.problems:
+        resolve(command.problems)(settings, findings)
     return findings

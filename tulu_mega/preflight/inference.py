@@ -15,6 +15,7 @@ from tulu_mega.data import score_input
 from tulu_mega.errors import UserError
 from tulu_mega.inference.for_run import device_obstacles, server_options
 from tulu_mega.inference.generate import how_taken, prepared
+from tulu_mega.inference.offline import check_vllm
 from tulu_mega.launch.run_dir import CONFIG
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import any_model_problems
@@ -23,6 +24,8 @@ from tulu_mega.preflight.model import any_model_problems
 def problems(settings: GenerateSettings, findings: Findings) -> None:
     """Of a model that vLLM is to load, and of all rows that it is to answer."""
     ready = findings.collect(lambda: prepared(settings))
+    if ready:
+        findings.notes += check_vllm(settings.python).notes
     if ready and ready.rows:
         findings.notes.append(f"{settings.input}: {how_taken(ready.rows, ready.settings)}")
 
@@ -30,6 +33,8 @@ def problems(settings: GenerateSettings, findings: Findings) -> None:
 def serve_problems(settings: ServeSettings, findings: Findings) -> None:
     """Of servers on this machine."""
     findings.collect(lambda: _generating(settings.model.path))
+    if python := findings.collect(lambda: check_vllm(settings.rollout.python, "rollout.python")):
+        findings.notes += python.notes
     if not findings.problems:
         findings.collect(lambda: server_options(settings.model, settings.rollout, None, ()))
         findings.problems += device_obstacles(settings.rollout, 0)

@@ -19,13 +19,14 @@ from tulu_mega.preflight import pinned, run
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import model_config, within_vocabulary
 from tulu_mega.rl.prompts import Prompts, read
+from tulu_mega.versions import installed
 
 
 def problems(settings: GrpoSettings, findings: Findings) -> None:
     """Of the run, its servers, its prompts and its reward model."""
     run.problems(settings, findings)
     config = findings.config
-    findings.collect(lambda: _servable(settings, config))
+    findings.collect(lambda: _servable(settings, config, findings.notes))
     prompts = findings.collect(lambda: read(settings))
     if prompts:
         findings.notes += [*left_out(prompts), *prompts.told]
@@ -40,13 +41,20 @@ def problems(settings: GrpoSettings, findings: Findings) -> None:
         findings.collect(lambda: _scoring(settings, config))
 
 
-def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
-    """What vLLM would find out when it starts, and rollouts when they are asked for."""
+def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None, notes: list[str]) -> None:
+    """What vLLM would find out when it starts, and rollouts when they are asked for.
+
+    Args:
+        notes: get what is no problem of the Python that starts the servers.
+    """
     own = not settings.rollout.urls  # else they have a vLLM and GPUs of their own
+    problems: list[str] = []
     if own:
-        check_vllm()
+        python = check_vllm(settings.rollout.python, "rollout.python")
+        notes += python.notes
+        problems += _one_nccl(settings, python.installed)
     fp8 = fp8_obstacles if own else rollout_fp8_problems
-    problems = fp8(config, settings.rollout) if config else []
+    problems += fp8(config, settings.rollout) if config else []
     if own:
         parallel = settings.parallel
         problems += device_obstacles(settings.rollout, parallel.model_parallel * (parallel.data or 1))
@@ -70,6 +78,22 @@ def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
         )
     if problems:
         raise UserError(problems)
+
+
+def _one_nccl(settings: GrpoSettings, theirs: Mapping[str, str]) -> list[str]:
+    """Ranks and servers in one communicator of NCCL have one NCCL, which looks at that itself, when the first weights are sent.
+
+    Args:
+        theirs: versions in the Python that starts the servers; nothing where it is this one.
+    """
+    ours = installed() if theirs and settings.rollout.transport == "nccl" else {}
+    if ours.get("nccl") == theirs.get("nccl") or not ours:
+        return []
+    here, there = (versions.get("nccl", "not at all") for versions in (ours, theirs))
+    return [
+        f"rollout.transport = 'nccl': torch has NCCL {here} here and {there} in rollout.python = {settings.rollout.python!r}, "
+        "and NCCL joins equal releases alone; install one in both, or use another transport"
+    ]
 
 
 def left_out(prompts: Prompts) -> list[str]:
