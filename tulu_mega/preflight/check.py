@@ -53,7 +53,7 @@ def ready(settings: EngineSettings) -> None:
         UserError: with every problem, and nothing is written then; or, once rows are tokenised (they stay), that a name in
             `accept_changes` is nobody's.
     """
-    findings = findings_of(settings)
+    findings = findings_of(settings, starts=True)
     if problems := tokenise(findings):
         raise UserError(problems)
     for line in dict.fromkeys(findings.notes):
@@ -62,9 +62,9 @@ def ready(settings: EngineSettings) -> None:
         pinned.ends(findings, keep=True)
 
 
-def findings_of(settings: Section, verify: bool = False) -> Findings:
+def findings_of(settings: Section, verify: bool = False, starts: bool = False) -> Findings:
     """What is found before any data is tokenised."""
-    findings = Findings(verify=verify)
+    findings = Findings(verify=verify, starts=starts)
     if command := command_of(settings).problems:
         resolve(command)(settings, findings)
     return findings

@@ -9,7 +9,7 @@ from typing import Any
 from tulu_mega.bridge.families import family_for
 from tulu_mega.config import EngineSettings, GrpoSettings
 from tulu_mega.errors import UserError
-from tulu_mega.inference.addresses import longest_wait
+from tulu_mega.inference.addresses import longest_wait, look
 from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
 from tulu_mega.inference.offline import check_vllm
 from tulu_mega.layout.fp8 import rollout_fp8_problems
@@ -19,6 +19,7 @@ from tulu_mega.preflight import pinned, run
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import model_config, within_vocabulary
 from tulu_mega.rl.prompts import Prompts, read
+from tulu_mega.weight_transfer.counterpart import Model, differences
 
 
 def problems(settings: GrpoSettings, findings: Findings) -> None:
@@ -26,6 +27,8 @@ def problems(settings: GrpoSettings, findings: Findings) -> None:
     run.problems(settings, findings)
     config = findings.config
     findings.collect(lambda: _servable(settings, config))
+    if settings.rollout.urls:
+        findings.collect(lambda: _answering(settings, config, findings.starts))
     prompts = findings.collect(lambda: read(settings))
     if prompts:
         findings.notes += [*left_out(prompts), *prompts.told]
@@ -68,6 +71,26 @@ def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
             f"rollout.max_model_len = {given}: prompt and response may have {settings.longest} tokens (data.max_prompt + "
             "sampling.max_tokens); raise it or leave it out"
         )
+    if problems:
+        raise UserError(problems)
+
+
+def _answering(settings: GrpoSettings, config: Mapping[str, Any] | None, starts: bool) -> None:
+    """What servers elsewhere would find out when weights are sent, which is after the model was loaded.
+
+    Args:
+        starts: those that do not answer yet will be waited for.
+    """
+    about, missing = look(settings.rollout)
+    problems = []
+    if config:
+        ours = Model.asked(settings.model.path, settings.model.dtype, settings.rollout.dtype, config)
+        problems = [problem for url, told in about.items() for problem in differences(url, told, ours)]
+    if missing and not starts:
+        problems += [
+            f"rollout.urls: {url} {why}; start tulu-mega serve there, or write the address that it prints"
+            for url, why in missing.items()
+        ]
     if problems:
         raise UserError(problems)
 
