@@ -230,7 +230,7 @@ def test_whoever_was_told_to_ignore_a_closed_terminal_does(monkeypatch):
     """As by nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with ranks._signals_noted() as asked:
+        with ranks._signals_noted(os.devnull) as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.05)

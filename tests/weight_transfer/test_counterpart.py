@@ -72,6 +72,13 @@ def test_gpus_that_share_need_one_torch_and_one_nccl(monkeypatch):
     assert len(differences(URL, theirs, MODEL, transports.named("ipc"))) == 2
 
 
+def test_servers_of_several_versions_are_told():
+    same, other = about(versions={"vllm": "0.32.0", "torch": "2.13.0"}), about(versions={"vllm": "0.31.1", "torch": "2.13.0"})
+    assert counterpart.between({"http://a": same, "http://b": same, "http://old": {}}) == []
+    (problem,) = counterpart.between({"http://a": same, "http://b": other})
+    assert problem.startswith("http://b: vllm 0.31.1 there, 0.32.0 at http://a; give all servers the same")
+
+
 def attached_to(url: str) -> tuple[list[str], float]:
     import torch.distributed as dist
 

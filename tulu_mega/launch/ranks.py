@@ -57,10 +57,9 @@ def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapp
         except OSError as error:
             raise UserError(f"run_dir: {logs} cannot be made: {error.strerror}; choose a directory you may write") from None
         store = _loopback_store()
-        if run_dir:
-            environ = {**environ, HANGUP_LOG: str(logs / "hangup.log")}
-            os.environ[HANGUP_LOG] = environ[HANGUP_LOG]
-        asked = stack.enter_context(_signals_noted())
+        hangup = str(logs / "hangup.log")
+        environ = {**environ, HANGUP_LOG: hangup}
+        asked = stack.enter_context(_signals_noted(hangup))
         return _wait(_ranks(size, program, store.port, logs, folder, environ), size, folder, grace, asked, run_dir)
 
 
@@ -233,14 +232,17 @@ def _tail(file: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _signals_noted() -> Iterator[list[signal.Signals]]:
+def _signals_noted(hangup: str) -> Iterator[list[signal.Signals]]:
     """Gives a list that grows by the signals which ask the launcher to end, and interrupts nothing.
 
     Afterwards they do again what they did. Where one has come the launcher ends, and tidies up before: the others are ignored, by
     the system, since Python's own handlers are gone before the process is.
+
+    Args:
+        hangup: the file that gets what is said once the terminal is closed.
     """
     asked: list[signal.Signals] = []
-    terminal = Terminal()
+    terminal = Terminal(hangup)
 
     def note(number: int, _frame: object) -> None:
         asked.append(signal.Signals(number))

@@ -91,15 +91,20 @@ def record_crash(error: BaseException) -> None:
 
 
 class Terminal:
-    """Standard output and error where a terminal shows them. What is written to one that was closed ends whoever writes."""
+    """Standard output and error where a terminal shows them. What is written to one that was closed ends whoever writes.
 
-    def __init__(self):
+    Args:
+        log: the file that gets what is said then; what `HANGUP_LOG` names when None, else nothing does.
+    """
+
+    def __init__(self, log: str | None = None):
+        self._log = log or os.environ.get(HANGUP_LOG, os.devnull)
         self._shown = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def closed(self) -> None:
-        """Call it on SIGHUP: what is said from now on goes to `HANGUP_LOG`, or nowhere."""
+        """Call it on SIGHUP."""
         shown, self._shown = self._shown, []
-        for file in (os.environ.get(HANGUP_LOG, os.devnull), os.devnull) if shown else ():
+        for file in (self._log, os.devnull) if shown else ():
             with contextlib.suppress(OSError):
                 to = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 for descriptor in shown:

@@ -19,7 +19,7 @@ from tulu_mega.preflight import pinned, run
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import model_config, within_vocabulary
 from tulu_mega.rl.prompts import Prompts, read
-from tulu_mega.weight_transfer.counterpart import Model, differences
+from tulu_mega.weight_transfer.counterpart import Model, between, differences
 
 
 def problems(settings: GrpoSettings, findings: Findings) -> None:
@@ -85,7 +85,7 @@ def _answering(settings: GrpoSettings, config: Mapping[str, Any] | None, starts:
     problems = []
     if config:
         ours = Model.asked(settings.model.path, settings.model.dtype, settings.rollout.dtype, config)
-        problems = [problem for url, told in about.items() for problem in differences(url, told, ours)]
+        problems = [problem for url, told in about.items() for problem in differences(url, told, ours)] or between(about)
     if missing and not starts:
         problems += [
             f"rollout.urls: {url} {why}; start tulu-mega serve there, or write the address that it prints"

@@ -14,7 +14,7 @@ from tulu_mega.config import RolloutSettings
 from tulu_mega.distributed.collectives import from_lead, gathered, reason
 from tulu_mega.errors import UserError
 from tulu_mega.weight_transfer.control import ServerControl, each_server
-from tulu_mega.weight_transfer.counterpart import differences
+from tulu_mega.weight_transfer.counterpart import between, differences
 from tulu_mega.weight_transfer.protocol import SLOTS, Bucket, Expected, Manifest
 from tulu_mega.weight_transfer.sender import Sender, sender_buckets
 from tulu_mega.weight_transfer.server import ServerAddress, is_local
@@ -107,7 +107,7 @@ def attach(sender: Sender, servers: Sequence[ServerAddress], settings: RolloutSe
     problems = [_of_other_kind(url, fp8) for url, (_, fp8, _) in met.items() if fp8 != (settings.quantization == "fp8")]
     for url, (_, _, about) in met.items():
         problems += differences(url, about, sender.model, transport)
-    if problems:
+    if problems := problems or between({url: about for url, (_, _, about) in met.items()}):
         raise UserError(problems)
     workers = {url: count for url, (count, _, _) in met.items()}
     sending, endpoints, problem = None, {}, None

@@ -112,6 +112,23 @@ def differences(url: str, theirs: Mapping[str, Any], ours: Model, transport: typ
     return found
 
 
+def between(servers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What keeps servers from answering alike: packages that some have in another version than the first, a line each server.
+
+    Args:
+        servers: url -> as `told` gives it; those that tell nothing are left out.
+    """
+    told = {url: each["versions"] for url, each in servers.items() if "versions" in each}
+    first = next(iter(told), "")
+    found = []
+    for url, each in told.items():
+        names = [name for name in ("vllm", "torch", "transformers") if each.get(name) != told[first].get(name)]
+        if names:
+            few = ", ".join(f"{name} {each.get(name)} there, {told[first].get(name)} at {first}" for name in names)
+            found.append(f"{url}: {few}; give all servers the same, or they answer the same prompts otherwise")
+    return found
+
+
 def _value(value: Any) -> Any:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
