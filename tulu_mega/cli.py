@@ -10,6 +10,7 @@ written · 130 interrupted · 137 asked to end, and killed since it took too lon
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from typing import Any, NoReturn
 from tulu_mega import __version__
 from tulu_mega.config.stages import DEFAULT, STAGES, Stage
 from tulu_mega.errors import Stopped, UserError, nearest
-from tulu_mega.launch import launcher, reporting
+from tulu_mega.launch import launcher, meeting, reporting
 from tulu_mega.launch.run_files import FULL, unwritten
 from tulu_mega.process import leave
 
@@ -160,12 +161,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         reporting.report_stop(stopped)
         return stopped.status
+    except meeting.Lost as lost:
+        reporting.record_crash(lost)
+        print(f"error: {lost}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `tulu-mega ... | head`
         sys.stderr.close()
         return 141
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            reporting.report([f"{error.filename}: too long for the name of a file here (255 bytes a part, mostly); shorten it"])
+            return 2
         if error.errno not in FULL:
             reporting.record_crash(error)
             raise
@@ -173,7 +181,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except Exception as error:
         reporting.record_crash(error)
-        raise
+        if not (lost := reporting.lost_another(error)):
+            raise
+        print(f"error: {lost}", file=sys.stderr, flush=True)
+        return 1
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -198,7 +209,8 @@ def _dispatch(arguments: list[str]) -> int:
     command = COMMANDS[name]
     if command.world:
         launcher.die_with_launcher()
-        settings = _settings(command, rest)
+        with meeting.refusing_together(os.environ):
+            settings = _settings(command, rest)
         program = [sys.executable, "-m", "tulu_mega", name, *rest]
 
         def prepare(it: Any) -> None:  # imported only where it is called: ranks do not prepare
@@ -269,7 +281,8 @@ def _check(arguments: list[str]) -> int:
     else:
         name = _told(arguments)
     try:
-        settings = _settings(COMMANDS[name], arguments)
+        with meeting.refusing_together(os.environ if cluster else {}):
+            settings = _settings(COMMANDS[name], arguments)
     except UserError as error:
         if named or not any("unknown setting" in problem for problem in error.problems):
             raise

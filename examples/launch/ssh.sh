@@ -3,12 +3,14 @@
 #
 #   examples/launch/ssh.sh HOSTFILE sft examples/tulu3/8b/sft.toml
 #
-# HOSTFILE has a machine a line, as ssh wants it (user@host, or a name of ~/.ssh/config); # begins a comment. You must be able to log in
-# without a password, and this directory must be there on each of them, at the same path. SIGTERM or Ctrl-C here, and a connection
-# that breaks, ask the run to end: it saves first. PYTHON, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS, GRACE, RUN_ID, and what
-# begins with NCCL_ or GLOO_, are handed on. So are TULU_MEGA_ROLLOUT_KEY and what begins with HF_ or WANDB_, over standard input:
-# command lines can be read by anybody there. MASTER_ADDR is the first machine's name as ssh resolves it; the others must know it.
-# Exit status: that of the first machine that did not end with 0.
+# HOSTFILE has a machine a line, as ssh wants it (user@host, or a name of ~/.ssh/config), and behind it, where the others are to reach it
+# by another address than the one on its way to the first, that address (LOCAL_ADDR there); # begins a comment. You must be able to log
+# in without a password, and this directory must be there on each of them, at the same path. SIGTERM or Ctrl-C here, and a connection
+# that breaks, ask the run to end: it saves first. The variables of torchrun.sh, PYTHONPATH, and what begins with CUBLAS_, CUDA_,
+# FI_, GLOO_, KMP_, MKL_, NCCL_, NVIDIA_, NVTE_, OMP_, PYTORCH_, TORCH_, TRITON_, TULU_MEGA_, UCX_ or VLLM_, are handed on. So are
+# TULU_MEGA_ROLLOUT_KEY and what begins with HF_ or WANDB_, over standard input: command lines can be read by anybody there.
+# MASTER_ADDR is the first machine's name as ssh resolves it; the others must know it.
+# Exit status: that of the machine that was the first to end with another than 0; the others are then asked to end.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
@@ -17,9 +19,14 @@ if [ $# -lt 2 ]; then
 fi
 [ -r "$1" ] || { echo "error: $1: no host file that can be read" >&2; exit 2; }
 mapfile -t hosts < <(sed 's/#.*//' "$1" | awk 'NF {print $1}')
+mapfile -t addresses < <(sed 's/#.*//' "$1" | awk 'NF {print $2}')
 shift
 [ ${#hosts[@]} -gt 0 ] || { echo "error: the host file names no machine; give one a line" >&2; exit 2; }
 
+if [ -n "${LOCAL_ADDR:-}" ]; then
+  echo "error: LOCAL_ADDR = $LOCAL_ADDR is one machine's address: write each one's behind its name in the host file" >&2
+  exit 2
+fi
 if [ -z "${MASTER_ADDR:-}" ]; then  # ~/.ssh/config may have another name for it
   MASTER_ADDR=$(ssh -G "${hosts[0]}" 2>/dev/null </dev/null | awk '$1 == "hostname" {print $2; exit}' || true)
 fi
@@ -30,8 +37,8 @@ while IFS= read -r name; do
     TULU_MEGA_ROLLOUT_KEY | HF_* | WANDB_*) secret+=("$name=${!name}") ;;
     *) handed+=("$name=${!name}") ;;
   esac
-done < <(compgen -e |
-  grep -E '^(NCCL_|GLOO_|HF_|WANDB_)|^(NNODES|MASTER_ADDR|MASTER_PORT|PYTHON|GPUS_PER_NODE|MAX_RESTARTS|GRACE|RUN_ID|TULU_MEGA_ROLLOUT_KEY)$')
+done < <(compgen -e | grep -E -e '^(NNODES|MASTER_ADDR|MASTER_PORT|PYTHON|PYTHONPATH|GPUS_PER_NODE|MAX_RESTARTS|GRACE|RUN_ID|LOG_DIR)$' \
+  -e '^(CUBLAS|CUDA|FI|GLOO|HF|KMP|MKL|NCCL|NVIDIA|NVTE|OMP|PYTORCH|TORCH|TRITON|TULU_MEGA|UCX|VLLM|WANDB)_')
 
 # On the machine: variables come on standard input, one a line until an empty one; its end asks the run to end.
 read -r -d '' remote <<'REMOTE' || true
@@ -57,7 +64,9 @@ end() {
 }
 for node in "${!hosts[@]}"; do
   host=${hosts[$node]}
-  words=$(printf ' %q' "$remote" ssh "$PWD" "${handed[@]}" "NODE_RANK=$node" examples/launch/torchrun.sh "$@")
+  own=("NODE_RANK=$node")
+  [ -z "${addresses[$node]}" ] || own+=("LOCAL_ADDR=${addresses[$node]}")
+  words=$(printf ' %q' "$remote" ssh "$PWD" "${handed[@]}" "${own[@]}" examples/launch/torchrun.sh "$@")
   exec {input}> >(
     trap '' TERM INT USR1  # the run ends when its input does
     for other in "${inputs[@]}"; do exec {other}>&-; done
@@ -68,26 +77,19 @@ for node in "${!hosts[@]}"; do
 done
 trap end TERM INT USR1 HUP
 
-# The exit status of a process, whatever signals of ours come meanwhile.
-await() {
-  local ended again
-  while true; do
-    ended=0 again=0
-    wait "$1" || ended=$?
-    kill -0 "$1" 2>/dev/null || break
-  done
-  wait "$1" 2>/dev/null || again=$?  # 127: known already
-  [ "$again" -eq 127 ] || ended=$again
-  return "$ended"
-}
-
+# Whichever ends first: where it did not end with 0 the others cannot go on alone.
 status=0
-for run in "${runs[@]}"; do
-  ended=0
-  await "$run" || ended=$?
-  if [ "$ended" -ne 0 ] && [ "$status" -eq 0 ]; then
-    status=$ended
-    end  # the others cannot go on alone
-  fi
+while [ ${#runs[@]} -gt 0 ]; do
+  for at in "${!runs[@]}"; do
+    kill -0 "${runs[$at]}" 2>/dev/null && continue
+    ended=0
+    wait "${runs[$at]}" 2>/dev/null || ended=$?
+    unset "runs[$at]"
+    if [ "$ended" -ne 0 ] && [ "$status" -eq 0 ]; then
+      status=$ended
+      end
+    fi
+  done
+  sleep 0.3 & wait $! || true  # a signal of ours ends the wait
 done
 exit "$status"

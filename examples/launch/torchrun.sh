@@ -11,7 +11,7 @@
 #               newest checkpoint (3)
 # GRACE         seconds the ranks have to end a step and save it after SIGTERM or SIGUSR1 (300)
 # LOG_DIR       directory for what each rank prints; only the first of each machine then prints here, too
-# LOCAL_ADDR    this machine's address, where its host name does not lead to it
+# LOCAL_ADDR    this machine's address for the others, where it is not that on the way to MASTER_ADDR
 # RUN_ID        the same on all machines and another one for each run that they take part in (tulu-mega)
 # Exit status: 0 done, 2 something you can mend, 143 asked to end and saved, 137 asked to end and killed when GRACE was over; see
 # docs/launch.md.

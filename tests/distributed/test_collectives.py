@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from tests.lib import world
 from tulu_mega.distributed import collectives
+from tulu_mega.errors import UserError
 
 pytestmark = pytest.mark.ranks
 
@@ -25,6 +26,27 @@ def _shared(backend: str) -> tuple[list[str], int]:
     timeout = dist.group.WORLD._get_backend(torch.device("cuda")).options._timeout
     assert all(options == {"backend": "gloo", "timeout": timeout} for options in made)
     return heard, len(made)
+
+
+def _failed() -> list[str]:
+    """What a rank hears where the work fails on rank 0, an action on all, and the store of both."""
+    dist.init_process_group("gloo")
+
+    def refuse(said: str) -> None:
+        raise UserError(f"{said} cannot be")
+
+    crew = collectives.Crew({"refuse": refuse})
+    heard = []
+    for work in (lambda: refuse("the work"), lambda: crew.do("refuse", "an action")):
+        try:
+            crew.share(work)
+        except UserError as error:
+            heard.append(str(error))
+    return [*heard, crew.share(lambda: "and on")]
+
+
+def test_what_ends_the_first_rank_s_work_ends_all_ranks():
+    assert world.run(2, _failed) == [["the work cannot be", "an action cannot be", "and on"]] * 2
 
 
 @pytest.mark.parametrize(("backend", "groups"), [("gloo", 0), ("nccl", 1)])

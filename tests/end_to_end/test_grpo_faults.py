@@ -181,6 +181,40 @@ def test_one_fault_of_a_server_elsewhere_changes_nothing(undisturbed, place, arm
     assert not processes_of(place / name) and not processes_of(servers)
 
 
+def test_a_run_that_loses_its_servers_for_good_saves_what_it_has_and_goes_on(undisturbed, place, monkeypatch):
+    """Checkpoints are due at the end alone; the servers' owner ends them in the middle."""
+    monkeypatch.setenv(KEY, "the key")
+    flags = ("--checkpoint.every", "100", "--rollout.start_timeout", "60", "--rollout.restarts", "1")
+
+    def serving(name: str) -> tuple[subprocess.Popen, str]:
+        command = [sys.executable, "-m", "tulu_mega", "serve", "--model", str(place / "model"), "--model.dtype", "fp32"]
+        made = subprocess.Popen([*command, "--run_dir", str(place / name)], stdout=subprocess.PIPE, text=True)
+        return made, made.stdout.readline().removeprefix("rollout.urls = ").strip()
+
+    run = place / "cut_off"
+    servers, urls = serving("cut_off_servers")
+    try:
+        process = start(place, "cut_off", "--rollout.urls", urls, *flags, "--rollout.start_timeout", "5")
+        after(process, run, 2)
+        servers.terminate()
+        status = process.wait(LIMIT)
+    finally:
+        servers.terminate()
+        process.kill()
+    told = (place / "cut_off.log").read_text()
+    done = len(lines(run / "metrics.jsonl"))
+    assert status == 2 and f"step {done} is saved: the same command goes on from there" in told, told[-4000:]
+    assert "waiting for vLLM servers" in told or "does not answer" in told
+    assert [found.step for found in checkpoint.find(run / "checkpoints")] == [done] and done < STEPS
+    servers, urls = serving("cut_off_servers_again")
+    try:
+        ended(start(place, "cut_off", "--rollout.urls", urls, *flags), place, "cut_off")
+    finally:
+        servers.terminate()
+        servers.wait(60)
+    check_same(run, undisturbed)
+
+
 @pytest.mark.parametrize("moment", ["asked to end while servers generate", "asked to end in training"])
 def test_a_run_that_is_asked_to_end_saves_its_step_and_goes_on(undisturbed, place, armed, moment):
     """The launcher gets SIGTERM in the third step."""

@@ -30,6 +30,7 @@ from tests.lib.server_processes import (
     until,
     with_key,
 )
+from tulu_mega import __version__
 from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import ask_restart, attached, read_record
 from tulu_mega.inference.client import RolloutClient
@@ -116,7 +117,10 @@ def test_no_route_answers_without_the_key(servers, verb, path, key):
 def test_the_key_opens_and_stands_nowhere(servers, pool, run_dir):
     assert httpx.get(f"{servers[0].url}/health", headers=with_key(servers[0])).status_code == 200
     about = httpx.get(servers[0].url + ABOUT, headers=with_key(servers[0])).json()
-    assert about == {"incarnation": servers[0].incarnation, "longest": 512, "vocabulary": 424}
+    told = {"incarnation": servers[0].incarnation, "longest": 512, "vocabulary": 424}
+    assert {name: about[name] for name in told} == told and about["process"]
+    assert about["model"]["dtype"] == "float32" and about["model"]["config"]["vocab_size"] == 424
+    assert about["versions"]["tulu_mega"] == __version__
     for file in run_dir.rglob("*"):
         assert not file.is_file() or pool.key not in file.read_text(errors="replace"), file
     for process in session_of(run_dir, 0):

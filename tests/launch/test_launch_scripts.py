@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ SSH = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$STUB_LOG"
 while [[ $1 == -* ]]; do [ "$1" = -o ] && shift; shift; done
 host=$1; shift
-export GLOO_SOCKET_IFNAME=lo LOCAL_ADDR=127.0.0.1 STUB_HOST=$host
+export GLOO_SOCKET_IFNAME=lo STUB_HOST=$host
+: "${LOCAL_ADDR:=127.0.0.1}"; export LOCAL_ADDR
 exec bash -c "$*"
 """
 SRUN = """#!/usr/bin/env bash
@@ -149,6 +151,7 @@ def test_a_slurm_job_with_rollout_nodes_hands_over_addresses_and_a_key(tmp_path,
     fake.chmod(0o755)
     env = shell | {
         "PYTHON": str(fake), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n", "SLURM_JOB_ID": "7", "STUB_NODES": "3",
+        "SLURM_CPUS_ON_NODE": "96",
         "ROLLOUT_NODES": "1", "SERVE": "--model DIR --rollout.servers 2", "SERVERS_PER_NODE": "2",
     }  # fmt: skip
     log = tmp_path / "slurm.log"
@@ -160,7 +163,9 @@ def test_a_slurm_job_with_rollout_nodes_hands_over_addresses_and_a_key(tmp_path,
     urls = '--rollout.urls ["http://node3:8000","http://node3:8001"]'
     trained = [line for line in lines if line.startswith("node") and urls in line]
     assert sorted(line.split(":")[0] for line in trained) == [f"node{n + 1} rank {n} of 2 key the-key" for n in range(2)]
-    assert not any("the-key" in line for line in lines if line.startswith("srun"))
+    steps = [line for line in lines if line.startswith("srun")]
+    assert not any("the-key" in line for line in steps)
+    assert all("--cpus-per-task=96 --cpu-bind=none" in line for line in steps)
     assert "requeue" not in "".join(lines)
 
 
@@ -169,10 +174,16 @@ def test_ssh_hands_over_variables_and_keeps_secrets_off_command_lines(tmp_path, 
     fake.write_text(
         '#!/usr/bin/env bash\necho "$STUB_HOST rank $NODE_RANK at $MASTER_ADDR run $RUN_ID: '
         'key $TULU_MEGA_ROLLOUT_KEY, token $HF_TOKEN, $WANDB_API_KEY, $NCCL_DEBUG" >> "$STUB_LOG"\n'
+        'env -u LOCAL_ADDR >> "$STUB_LOG.$STUB_HOST"; echo "address $LOCAL_ADDR of $*" >> "$STUB_LOG.$STUB_HOST"\n'
     )
     fake.chmod(0o755)
-    (tmp_path / "hosts").write_text("me@node1\nnode2\n")
-    env = shell | {
+    (tmp_path / "hosts").write_text("me@node1\nnode2 10.0.0.2  # as the others know it\n")
+    handed = {
+        "PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "NVTE_FLASH_ATTN": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32", "VLLM_LOGGING_LEVEL": "DEBUG", "UCX_TLS": "rc", "FI_PROVIDER": "efa",
+        "LOG_DIR": str(tmp_path / "logs of ranks"), "TULU_MEGA_NUMA": "off", "OMP_NUM_THREADS": "3",
+    }  # fmt: skip
+    env = shell | handed | {
         "PYTHON": str(fake), "RUN_ID": "r7", "NCCL_DEBUG": "INFO", "TULU_MEGA_ROLLOUT_KEY": "secret-a", "HF_TOKEN": "secret b",
         "WANDB_API_KEY": "secret-c",
     }  # fmt: skip
@@ -183,30 +194,66 @@ def test_ssh_hands_over_variables_and_keeps_secrets_off_command_lines(tmp_path, 
     known = "at node1 run r7: key secret-a, token secret b, secret-c, INFO"
     assert told == [f"me@node1 rank 0 {known}", f"node2 rank 1 {known}"]
     assert not any("secret" in line for line in lines if line not in told)
+    for host, address in (("me@node1", "127.0.0.1"), ("node2", "10.0.0.2")):  # the stand-in for ssh gives the first its own
+        seen = (tmp_path / f"stub.log.{host}").read_text().splitlines()
+        assert {f"{name}={value}" for name, value in handed.items()} <= set(seen)
+        assert any(line.startswith(f"address {address} of ") and f"--log-dir {handed['LOG_DIR']}" in line for line in seen)
+
+
+def test_ssh_ends_the_others_with_whichever_fails_first(tmp_path, shell):
+    """The second machine of the file fails while the first would go on for a minute."""
+    fake = tmp_path / "bin/fakepython"
+    fake.write_text(
+        '#!/usr/bin/env bash\n[ "$STUB_HOST" = node2 ] && { sleep 0.5; exit 7; }\n'
+        "trap 'echo node1 was asked >> \"$STUB_LOG\"; exit 143' TERM\nsleep 60 >/dev/null 2>&1 & wait\n"
+    )
+    fake.chmod(0o755)
+    (tmp_path / "hosts").write_text("node1\nnode2\nnode3\n")
+    log, began = tmp_path / "ssh.log", time.monotonic()
+    run = start([str(SCRIPTS / "ssh.sh"), str(tmp_path / "hosts"), "sft", "c.toml"], shell | {"PYTHON": str(fake)}, log)
+    assert end(run, log) == 7, log.read_text()
+    assert time.monotonic() - began < 15 and (tmp_path / "stub.log").read_text().count("node1 was asked") == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "told"),
+    [
+        ("slurm.sbatch", {}, "error: this is a Slurm job: hand it to sbatch"),
+        ("ssh.sh", {"LOCAL_ADDR": "10.0.0.1"}, "error: LOCAL_ADDR = 10.0.0.1 is one machine's address"),
+    ],
+)
+def test_what_a_script_cannot_do_is_told(tmp_path, shell, script, variables, told):
+    (tmp_path / "hosts").write_text("node1\n")
+    words = [str(tmp_path / "hosts"), "sft"] if script == "ssh.sh" else ["sft", "c.toml"]
+    done = subprocess.run([str(SCRIPTS / script), *words], env=shell | variables, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(told)
+
+
+RANK = """
+import os, torch, torch.distributed as dist
+from tulu_mega.launch import launcher
+launcher._usual_environment()
+dist.init_process_group('gloo')
+total = torch.ones(1)
+dist.all_reduce(total)
+seen = [os.environ.get(name) for name in ("MASTER_ADDR", "GLOO_SOCKET_IFNAME", "PYTORCH_ALLOC_CONF")]
+open(f"{os.environ['OUT']}/{os.environ['RANK']}", 'w').write(f"{int(total)} {seen}")
+dist.destroy_process_group()  # on a busy machine gloo's threads abort a process that ends without
+"""
 
 
 @needs_ip
 def test_two_nodes_in_network_namespaces(tmp_path, shell):
-    """Each node has a network of its own: only its address is reachable, its loopback is not the other's."""
-    (tmp_path / "ranks.py").write_text(
-        "import os, torch, torch.distributed as dist\ndist.init_process_group('gloo')\ntotal = torch.ones(1)\n"
-        "dist.all_reduce(total)\nopen(f\"{os.environ['OUT']}/{os.environ['RANK']}\", 'w').write(str(int(total)))\n"
-        "dist.destroy_process_group()\n"  # on a busy machine gloo's threads abort a process that ends without
-    )
+    """Each node has a network of its own: only its address is reachable, its loopback is not the other's, and its name is the
+    loopback. Nothing but the first one's address is given."""
+    (tmp_path / "ranks.py").write_text(RANK)
+    env = {name: value for name, value in shell.items() if name != "GLOO_SOCKET_IFNAME"} | {"OUT": str(tmp_path)}
     nodes = []
     with two_hosts("tm", "10.213.7") as hosts:
         try:
             for rank, host in enumerate(hosts):
-                env = shell | {"GLOO_SOCKET_IFNAME": host.device, "OUT": str(tmp_path), "RUN_ID": "x"}
-                endpoint = [
-                    "--rdzv-backend",
-                    "c10d",
-                    "--rdzv-endpoint",
-                    f"{hosts[0].address}:29511",
-                    "--local-addr",
-                    host.address,
-                ]
-                agent = [sys.executable, "-m", "tulu_mega.agent", "--nnodes", "2", "--nproc-per-node", "1", *endpoint]
+                agent = [sys.executable, "-m", "tulu_mega.agent", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "x"]
+                agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].address}:29511"]
                 first = ["--rdzv-conf", f"is_host={'false' if rank else 'true'}", str(tmp_path / "ranks.py")]
                 log = tmp_path / f"{rank}.log"
                 nodes.append((start([*host.within, *agent, *first], env, log), log))
@@ -214,4 +261,47 @@ def test_two_nodes_in_network_namespaces(tmp_path, shell):
         finally:
             for node, _ in nodes:
                 node.kill()
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["2", "2"]
+    seen = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    master = next(host.address for host in hosts if host.address in seen[0])
+    assert sorted(seen) == sorted(f"2 {[master, host.device, None]}" for host in hosts)  # there is no CUDA here
+    assert "cannot be retrieved" not in "".join(log.read_text() for _, log in nodes)
+
+
+def told_by_two(tmp_path, env: dict[str, str], commands: list[list[str]], port: int) -> list[tuple[int, list[str]]]:
+    """Exit status and errors of torchrun.sh in two networks, with a command for each."""
+    nodes = []
+    with two_hosts("tn", "10.213.8") as hosts:
+        try:
+            for rank, (host, command) in enumerate(zip(hosts, commands, strict=True)):
+                own = env | {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(port)}
+                log = tmp_path / f"{port}.{rank}.log"
+                nodes.append((start([*host.within, str(SCRIPTS / "torchrun.sh"), *command], own, log), log))
+            status = [end(*node) for node in nodes]
+        finally:
+            for node, _ in nodes:
+                node.kill()
+    return [
+        (code, [line for line in log.read_text().splitlines() if "error: " in line])
+        for code, (_, log) in zip(status, nodes, strict=True)
+    ]
+
+
+@needs_ip
+@pytest.mark.acceptance
+def test_a_node_with_other_settings_ends_the_start_on_both(material, tmp_path, shell):
+    """In one line each, before anything is read: another value, a setting that is none, a run directory of its own."""
+    env = {name: value for name, value in shell.items() if name != "GLOO_SOCKET_IFNAME"} | {"MAX_RESTARTS": "0"}
+    same = ["sft", *arguments(material, tmp_path / "run", 2, every=100)]
+    cases = [
+        ([*same, "--optim.lr", "3e-4"], "(rank 1): setting optim.lr is 0.0003, elsewhere "),
+        ([*same, "--optim.rl", "3e-4"], "(rank 1): unknown setting"),
+        ([*same, "--run_dir", str(tmp_path / "another")], "(rank 1): setting run_dir is "),
+    ]
+    for number, (other, expected) in enumerate(cases):
+        (first, told), (second, told_too) = told_by_two(tmp_path, env, [same, other], 29520 + number)
+        assert (first, second) == (2, 2), (told, told_too)
+        # which machine rank 0 lies on is torchrun's to say; both tell the same
+        assert len(told) == len(told_too) == 1, (told, told_too)
+        assert told[0].partition("error: ")[2] == told_too[0].partition("error: ")[2]
+        assert expected.partition("): ")[2] in told[0] or "elsewhere 0.0003" in told[0] or "setting run_dir" in told[0]
+    assert not (tmp_path / "run").exists() and not (tmp_path / "another").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tulu_mega import cli
 from tulu_mega.config import ParallelSettings, ScoreSettings, SftSettings
 from tulu_mega.errors import UserError
-from tulu_mega.launch import launcher, reporting
+from tulu_mega.launch import launcher, ranks, reporting, run_dir
 
 # A rank: what `python -m tulu_mega COMMAND` does, with a target of the test's own.
 RANK = """
@@ -146,7 +148,7 @@ LAUNCHER = """
         (signal.SIGKILL, -signal.SIGKILL),
         (signal.SIGTERM, 128 + signal.SIGTERM),
         (signal.SIGINT, 128 + signal.SIGINT),
-        (signal.SIGHUP, 128 + signal.SIGHUP),
+        (signal.SIGHUP, 128 + signal.SIGTERM),  # asked to end, as by that
     ],
 )
 def test_ranks_die_with_the_launcher(tmp_path, number, status):
@@ -169,6 +171,112 @@ def test_ranks_die_with_the_launcher(tmp_path, number, status):
     finally:
         process.kill()
         process.wait()
+
+
+HUNG_UP = """
+    import os, pty, signal, sys
+    from pathlib import Path
+    from tulu_mega.launch import ranks, run_dir
+    launcher = ranks.start_world(1, sys.argv[1], [sys.executable, "-c", sys.argv[2]], {}, 1, 20.0)
+    sys.exit(launcher)
+"""
+SAVES = """
+import os, signal, sys, time
+from tulu_mega.launch.reporting import ASKS, ERROR_FILE, HANGUP_LOG
+from tulu_mega.launch import reporting
+from tulu_mega.errors import Stopped
+asked, terminal = [], reporting.Terminal()
+def note(number, _):
+    asked.append(number)
+    terminal.closed()
+for number in ASKS:
+    signal.signal(number, note)
+print("at work", flush=True)
+open(os.environ["READY"], "w").close()
+while not asked:
+    time.sleep(0.05)
+time.sleep(0.5)
+reporting.report_stop(Stopped(3))
+sys.exit(143)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a terminal's signals")
+def test_a_terminal_that_is_closed_asks_the_run_to_end(tmp_path):
+    """It sends SIGHUP, to ranks and launcher, and what is written to it from then on is an error."""
+    (tmp_path / "launch.py").write_text(textwrap.dedent(HUNG_UP))
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ["READY"] = str(tmp_path / "ready")
+        os.execv(sys.executable, [sys.executable, str(tmp_path / "launch.py"), str(tmp_path / "run"), SAVES])
+    ended, status = 0, 0
+    try:
+        wait_until((tmp_path / "ready").exists, 60)
+        os.close(terminal)
+        end = time.monotonic() + 30
+        while not ended and time.monotonic() < end:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            time.sleep(0.05)
+    finally:
+        if not ended:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 143
+    told = (tmp_path / "run/logs/hangup.log").read_text()
+    assert "the terminal was closed: the run is asked to end" in told and "stopped after step 3, which is saved" in told
+
+
+def test_whoever_was_told_to_ignore_a_closed_terminal_does(monkeypatch):
+    """As by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ranks._signals_noted(os.devnull) as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.05)
+        assert asked == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_what_an_interrupted_run_loses(tmp_path):
+    assert run_dir.lost(None) == "nothing is kept"
+    assert run_dir.lost(str(tmp_path)).startswith("nothing was saved, the same command begins anew")
+    for step in (4, 8):
+        (tmp_path / f"checkpoints/step_{step}").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 12)))
+    assert run_dir.lost(str(tmp_path)) == (
+        "the same command goes on from step 8, 3 after it are lost; SIGTERM would have saved first"
+    )
+
+
+def test_a_name_that_is_too_long_is_told(tmp_path, capsys):
+    assert cli.main(["sft", "--model", "m", "--data.train", "d.jsonl", "--run_dir", str(tmp_path / ("r" * 300))]) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "r" * 300 in each]
+    assert line.startswith("error: ") and "too long for the name of a file" in line
+
+
+def test_a_rank_whose_neighbour_is_gone_says_so_in_a_line(monkeypatch):
+    """Where it waited, and no traceback: that of the one that failed is the one to read."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+
+    def caught(message: str) -> str:
+        try:
+            try:
+                raise RuntimeError(message)
+            except RuntimeError as first:
+                raise ValueError("the checkpoint could not be written") from first
+        except ValueError as error:
+            return reporting.lost_another(error)
+
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer [10.0.0.2]:41211"
+    assert caught(gloo) == f"rank 1 lost another rank; that one's end says why ({gloo})"
+    assert "lost another rank" in caught("NCCL error: remote process exited or there was a network error, NCCL version 2.29.7")
+    assert caught("CUDA out of memory") == ""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert caught(gloo) == ""
 
 
 def wait_until(condition, seconds: float) -> None:

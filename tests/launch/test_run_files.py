@@ -6,11 +6,13 @@ import errno
 import json
 import resource
 import signal
+import tempfile
 
 import pytest
 
 from tulu_mega import cli
 from tulu_mega.errors import UserError
+from tulu_mega.launch import scratch
 from tulu_mega.launch.run_files import Lines, write_whole
 from tulu_mega.resilience.skipped_updates import SkippedUpdates
 
@@ -60,3 +62,19 @@ def test_a_full_disk_is_no_traceback_wherever_it_is_met(monkeypatch, capsys, num
     assert cli.main(["sft"]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: RUN/data/rows.npy could not be written") and told in line and "make room" in line
+
+
+def test_a_killed_launcher_s_folder_is_removed_by_the_next(tmp_path, monkeypatch):
+    """Its own stays while it lives, and so does what is nobody's or too young to tell."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch, "_FRESH", 0.0)
+    left, foreign = tmp_path / "tulu_mega_ranks_left", tmp_path / "tulu_mega_ranks_foreign"
+    for folder in (left, foreign):
+        folder.mkdir()
+    (left / ".lock").write_text("")
+    (left / "rank_0.error.json").write_text("{}")
+    with scratch.scratch() as ours:
+        (ours / "kept").write_text("")
+        with scratch.scratch() as another:
+            assert another != ours and (ours / "kept").exists() and foreign.exists() and not left.exists()
+    assert list(tmp_path.iterdir()) == [foreign]

@@ -6,6 +6,7 @@ import pytest
 
 from tulu_mega.config import SftSettings
 from tulu_mega.errors import UserError
+from tulu_mega.launch import sameness
 from tulu_mega.preflight import cluster
 from tulu_mega.preflight.cluster import Node, problems
 
@@ -48,6 +49,15 @@ def test_clocks_files_ports_and_space():
     assert space == "node n1 (rank 1): 4.0 GiB are free at run_dir, checkpoints and export take about 10.0; make room"
 
 
+def test_ranks_that_share_a_cpu():
+    """What Slurm gives a step's only task where nothing else is asked for."""
+    found = nodes()
+    found[1] = dataclasses.replace(found[1], ranks=8, cpus=1)
+    found[2] = dataclasses.replace(found[2], ranks=8, cpus=96)
+    (problem,) = problems(found)
+    assert problem.startswith("node n1 (rank 1): its 8 processes may use 1 CPU(s) together; give the job's step all of")
+
+
 def test_room_for_what_a_run_still_writes(tmp_path):
     """Checkpoints of 14 bytes a parameter, one more than are kept while it is written, and the export of 2."""
     (tmp_path / "model").mkdir()
@@ -78,4 +88,4 @@ def test_a_layout_that_does_not_fit_the_world_is_told_before_nodes_are_looked_at
 
 
 def test_the_code_that_is_compared_is_the_whole_package():
-    assert {"cli.py", "agent.py", "train", "bridge"} <= {path.name for path in cluster.CODE.iterdir()}
+    assert {"cli.py", "agent.py", "train", "bridge"} <= {path.name for path in sameness.CODE.iterdir()}

@@ -95,11 +95,13 @@ def test_a_trainer_of_servers_elsewhere_needs_no_vllm(problems, monkeypatch):
         raise UserError("vLLM is not installed")
 
     monkeypatch.setattr(policy, "check_vllm", missing)
+    monkeypatch.setattr(policy, "look", lambda _: ({}, {}))
     assert problems(rollout={"urls": ["http://10.0.0.5:8000"]}) == []
     assert problems() == ["vLLM is not installed"]
 
 
-def test_a_watchdog_that_would_bite_while_servers_start(problems):
+def test_a_watchdog_that_would_bite_while_servers_start(problems, monkeypatch):
+    monkeypatch.setattr(policy, "look", lambda _: ({}, {}))
     (problem,) = problems(rollout={"start_timeout": 3600.0})
     assert "may wait 7210 s for the servers, but watchdog.timeout = 1800 would end them" in problem
     urls = ["http://10.0.0.5:8000"]

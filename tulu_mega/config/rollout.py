@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from tulu_kernels.policy_choices import Aggregation, Divergence, Importance, Surrogate
@@ -65,10 +66,23 @@ class RolloutSettings(Section):
     @field_validator("urls")
     @classmethod
     def _http(cls, urls: list[str]) -> list[str]:
-        wrong = [url for url in urls if not url.startswith(("http://", "https://"))]
+        wrong = [url for url in urls if not url.lower().startswith(("http://", "https://"))]
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: expected URLs such as http://10.0.0.5:8000")
-        return [url.rstrip("/") for url in urls]
+        urls = [url.rstrip("/") for url in urls]
+        places: dict[tuple, list[str]] = {}
+        for url in urls:
+            parts = urlsplit(url)
+            try:
+                port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+            except ValueError as error:
+                raise ValueError(f"{url}: {error}; expected URLs such as http://10.0.0.5:8000") from None
+            if not parts.hostname or parts.query or parts.fragment or parts.username is not None:
+                raise ValueError(f"{url}: expected scheme, host and port, such as http://10.0.0.5:8000")
+            places.setdefault((parts.hostname, port, parts.path), []).append(url)
+        if twice := [" and ".join(each) for each in places.values() if len(each) > 1]:
+            raise ValueError(f"{'; '.join(twice)}: one server, named more than once; name each once")
+        return urls
 
 
 def check_servers(model: ModelSettings, rollout: RolloutSettings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -77,6 +78,26 @@ def gathered_at_lead(value: T) -> list[T]:
     return values or []
 
 
+def same_everywhere(what: str, digest: str) -> None:
+    """Compares a digest that every rank has of something. Every rank calls it.
+
+    Args:
+        what: names it, in the plural or not: ``the data in DIRECTORY``.
+
+    Raises:
+        UserError: on every rank, naming those that have another than rank 0.
+    """
+    told = gathered((digest, socket.gethostname()))
+    first, _ = told[0]
+    odd = [f"rank {rank} on {host} ({there[:12]})" for rank, (there, host) in enumerate(told) if there != first]
+    if odd:
+        more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
+        raise UserError(
+            f"{what}: {', '.join(odd[:4])}{more} found another content there than rank 0 on {told[0][1]} ({first[:12]}); all "
+            "nodes have to see the same files. If they do, start again: a network file system may show old ones for a minute"
+        )
+
+
 class Crew:
     """Rank 0 leads, the others follow: what all ranks have to do together while rank 0 alone knows what comes next.
 
@@ -87,27 +108,42 @@ class Crew:
         actions: by name, what every rank does when rank 0 says so; what it returns on rank 0 is given back there.
     """
 
-    _END = ""
+    _END, _FAILED = "", "failed"
 
     def __init__(self, actions: Mapping[str, Callable[[Any], Any]]):
         self._actions = actions
+        self._raised: UserError | None = None
+        """what an action has raised, on rank 0"""
 
     def do(self, name: str, argument: Any = None) -> Any:
         """On rank 0, while the others follow: an action on every rank."""
         awaited_from_lead((name, argument))
-        return self._actions[name](argument)
+        try:
+            return self._actions[name](argument)
+        except UserError as error:
+            self._raised = error
+            raise
 
     def share(self, work: Callable[[], T]) -> T:
         """Rank 0 does the work, of which actions may be a part, the others take part in these; every rank gets its result.
 
-        What it raises ends rank 0's process; whoever started the ranks ends the others.
+        Raises:
+            UserError: the same on every rank, what the work or an action of it raises; actions raise it on every rank. What else
+                the work raises ends rank 0's process; whoever started the ranks ends the others.
         """
         if dist.get_rank() == 0:
-            return awaited_from_lead((self._END, work()))[1]
+            try:
+                return awaited_from_lead((self._END, work()))[1]
+            except UserError as error:
+                if error is not self._raised:  # else they have raised it too
+                    awaited_from_lead((self._FAILED, error))
+                raise
         while True:
             name, argument = awaited_from_lead(None)
             if name == self._END:
                 return argument
+            if name == self._FAILED:
+                raise argument
             self._actions[name](argument)
 
 

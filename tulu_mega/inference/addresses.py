@@ -12,17 +12,22 @@ import functools
 import hashlib
 import json
 import os
+import socket
+import ssl
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 
 from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
-from tulu_mega.vllm_plugin.auth import ABOUT, KEY, RESTART
+from tulu_mega.vllm_plugin.auth import KEY, RESTART
+from tulu_mega.weight_transfer.counterpart import ABOUT
 from tulu_mega.weight_transfer.server import ServerAddress
 
 FOLDER = "servers"
@@ -31,6 +36,10 @@ REMOTE_POLL_SECONDS = 1.0
 REPLY_SECONDS = 10.0
 SLACK_SECONDS = 10.0
 """How much longer ranks wait than the launcher, which knows better what went wrong."""
+WORD_SECONDS = 10.0
+"""Who is waited for is said as often."""
+LOADING = (429, 500, 502, 503, 504)
+"""Statuses of a server, or of what stands before it, that may come up yet."""
 _ASKED: set[tuple[str, int]] = set()
 """URL and incarnation of servers that are not this run's own and that this process has asked to end."""
 
@@ -45,6 +54,15 @@ class ServerRecord:
     incarnation: int = 0
     why: str = ""
     """it failed, with the tail of its log"""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A server that can be used."""
+
+    address: ServerAddress
+    about: dict[str, Any]
+    """what it says of itself"""
 
 
 def write_record(folder: Path, number: int, record: ServerRecord) -> None:
@@ -97,10 +115,18 @@ def attached(settings: RolloutSettings, run_dir: Path) -> list[ServerAddress]:
         return (
             len(found) == settings.servers
             and all(restart_asked(folder, each.url, each.incarnation) is None for each in found)
-            and all(_ask(each.url, key) == each for each in found)
+            and all(_well(each) for each in found)
         )
 
-    _wait(ready, longest_wait(settings), POLL_SECONDS, lambda: f"{len(found)} of {settings.servers} are")
+    def missing() -> str:
+        there = {each.url for each in found}
+        left = [
+            number for number in range(settings.servers) if (said := read_record(folder, number)) is None or said.url not in there
+        ]
+        logs = ", ".join(str(Path(run_dir, "logs", f"server_{number}.log")) for number in left)
+        return f"{len(found)} of {settings.servers} are ready" + (f"; see {logs}" if logs else "")
+
+    _wait(ready, longest_wait(settings), POLL_SECONDS, missing)
     return found
 
 
@@ -143,13 +169,27 @@ def _request(folder: Path, url: str, incarnation: int) -> Path:
     return folder / f"restart_{hashlib.sha256(url.encode()).hexdigest()[:12]}_{incarnation}"
 
 
+def look(settings: RolloutSettings) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Asks the servers of `rollout.urls` once.
+
+    Returns:
+        url -> what it says of itself (`counterpart.told`); url -> why it cannot be used yet.
+
+    Raises:
+        UserError: with every one that never will: it refuses the key, is no server of ours, or two URLs lead to one.
+    """
+    answers = _asked(settings.urls, key_from_environment())
+    about = {url: each.about for url, each in answers.items() if isinstance(each, _Answer)}
+    return about, {url: each for url, each in answers.items() if isinstance(each, str)}
+
+
 def _remote(settings: RolloutSettings) -> list[ServerAddress]:
     key = key_from_environment()
     state: dict[str, ServerAddress | str] = {}
 
     def ready() -> bool:
-        for url in settings.urls:
-            state[url] = _ask(url, key)
+        for url, answer in _asked(settings.urls, key).items():
+            state[url] = answer if isinstance(answer, str) else answer.address
         for each in state.values():
             if isinstance(each, ServerAddress) and (each.url, each.incarnation) in _ASKED:
                 state[each.url] = "has not been started again yet"
@@ -162,20 +202,82 @@ def _remote(settings: RolloutSettings) -> list[ServerAddress]:
     return [state[url] for url in settings.urls]
 
 
-def _ask(url: str, key: str | None) -> ServerAddress | str:
-    """The server's address, or why it cannot be used yet."""
+def _well(address: ServerAddress) -> bool:
+    """Whether one of our own servers is there; another process may have its port by now."""
+    try:
+        answer = _ask(address.url, address.key)
+    except UserError:
+        return False
+    return isinstance(answer, _Answer) and answer.address == address
+
+
+def _asked(urls: Sequence[str], key: str | None) -> dict[str, _Answer | str]:
+    """As `_ask`, of several servers at once: one that does not answer takes its time for itself.
+
+    Raises:
+        UserError: with every one that will never do, and with URLs that lead to one server.
+    """
+    problems, answers = [], {}
+    with ThreadPoolExecutor(max(1, len(urls))) as pool:
+        for url, future in [(url, pool.submit(_ask, url, key)) for url in urls]:
+            try:
+                answers[url] = future.result()
+            except UserError as error:
+                problems += error.problems
+    same: dict[str, list[str]] = {}
+    for url, each in answers.items():
+        if isinstance(each, _Answer) and "process" in each.about:
+            same.setdefault(each.about["process"], []).append(url)
+    problems += [f"rollout.urls: {' and '.join(each)} lead to one server; name it once" for each in same.values() if each[1:]]
+    if problems:
+        raise UserError(problems)
+    return answers
+
+
+def _ask(url: str, key: str | None) -> _Answer | str:
+    """What a server answers, or why it cannot be used yet.
+
+    Raises:
+        UserError: it never will: waiting changes nothing.
+    """
     try:
         about, health = (_client().get(url + path, headers=_headers(key)) for path in (ABOUT, "/health"))
     except httpx.HTTPError as error:
+        if why := _hopeless(error):
+            raise UserError(f"{url}: {why}") from None
         return f"does not answer ({str(error) or type(error).__name__})"
     if about.status_code == 401:
         raise UserError(f"{url} refuses the key; {KEY} must hold the one that its tulu-mega serve was started with")
-    if about.status_code != 200 or health.status_code != 200:
-        return f"answers with status {about.status_code if about.status_code != 200 else health.status_code}"
+    status = about.status_code if about.status_code != 200 else health.status_code
+    if status in LOADING:
+        return f"answers with status {status}"
     try:
-        return ServerAddress(url, key, int(about.json()["incarnation"]))
+        if status != 200:
+            raise ValueError
+        said = about.json()
+        return _Answer(ServerAddress(url, key, int(said["incarnation"])), said)
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{url} is not a server of tulu-mega serve; rollout.urls takes only such") from None
+        raise UserError(
+            f"{url} answers with status {status}, as no server of tulu-mega serve does; rollout.urls takes only such"
+        ) from None
+
+
+def _hopeless(error: httpx.HTTPError) -> str:
+    """What is wrong for good where a server cannot be asked; empty where it may only be on its way."""
+    chain: list[BaseException] = [error]
+    while before := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(before)
+    for each in chain:
+        if isinstance(each, ssl.SSLError):
+            return (
+                f"no TLS connection ({each.reason or each}); tulu-mega serve speaks plain HTTP: write http://, or see to the "
+                "certificate of what stands before it"
+            )
+        if isinstance(each, socket.gaierror) and each.errno != socket.EAI_AGAIN:
+            return f"there is no such host ({each.strerror}); write the address that tulu-mega serve prints"
+    if isinstance(error, httpx.RemoteProtocolError) and "illegal" in str(error):
+        return f"what listens there does not speak HTTP ({error}); write the address that tulu-mega serve prints"
+    return ""
 
 
 def _headers(key: str | None) -> dict[str, str]:
@@ -189,9 +291,14 @@ def _client() -> httpx.Client:
 
 
 def _wait(ready: Callable[[], bool], seconds: float, period: float, so_far: Callable[[], str]) -> None:
-    until = time.monotonic() + seconds
+    """Returns when the servers are ready; who is waited for is said every now and then."""
+    began = said = time.monotonic()
     while not ready():
-        if time.monotonic() > until:
+        now = time.monotonic()
+        if now - said >= WORD_SECONDS:
+            said = now
+            print(f"waiting for vLLM servers, {now - began:.0f} of {seconds:.0f} s: {so_far()}", file=sys.stderr, flush=True)
+        if now > began + seconds:
             raise UserError(f"the vLLM servers are not ready after {seconds:.0f} s ({so_far()}); see their logs, or raise "
                             "rollout.start_timeout")  # fmt: skip
         time.sleep(period)

@@ -10,15 +10,22 @@ holds where the ranks before them listened (pytorch's issues 135712 and 167288).
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from tulu_mega.errors import Stopped
-from tulu_mega.launch.reporting import AGENT_PID, ASKS, FINAL, KILLED, tell_killed
+from tulu_mega.errors import Stopped, UserError
+from tulu_mega.launch import gathering, route
+from tulu_mega.launch.reporting import AGENT_PID, ASKS, FINAL, KILLED, ignored, tell_killed
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 _MENDABLE = 2
@@ -27,22 +34,35 @@ _MENDABLE = 2
 def main(arguments: Sequence[str]) -> int:
     """Runs torchrun with arguments of its own; later ones win over ours. Returns the exit status."""
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of names that DNS does not have, one for each connection
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     os.environ[AGENT_PID] = str(os.getpid())
-    parsed = run.parse_args(["--signals-to-handle", _HANDLED, "--shutdown-timeout", "120", *arguments])
+    handled = _HANDLED.replace("SIGHUP,", "") if ignored(signal.SIGHUP) else _HANDLED
+    parsed = run.parse_args(["--signals-to-handle", handled, "--shutdown-timeout", "120", *arguments])
     asked_at = _moments()
+    _RESTARTS.listen()
     try:
+        store = _met(parsed)  # as long as torchrun needs it
         run.run(parsed)
+        del store
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        return _MENDABLE
+    except KeyboardInterrupt:  # before torchrun has handlers
+        return 130
     except SignalException as asked:
         for number in _HANDLED.split(","):  # torchrun's handlers would raise again, out of here
             signal.signal(signal.Signals[number], signal.SIG_IGN)
         if asked.sigval == FINAL:
             return _MENDABLE
         if asked.sigval not in ASKS:
+            told = "interrupted: what was done since the last checkpoint is lost; SIGTERM saves first"
+            print(told, file=sys.stderr, flush=True)
             return 128 + asked.sigval
         if time.monotonic() < asked_at.get(asked.sigval, time.monotonic()) + parsed.shutdown_timeout:
             return Stopped.status
@@ -58,6 +78,52 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: the machines lost each other, or never met ({why}); see the first one's log", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _met(parsed: argparse.Namespace) -> Store | None:
+    """Completes torchrun's arguments by what this machine is called and its interface, and waits for the other machines.
+
+    Raises:
+        UserError: the machines cannot meet.
+    """
+    least, _, most = str(parsed.nnodes).partition(":")
+    if parsed.standalone or parsed.rdzv_backend != "c10d" or not parsed.rdzv_endpoint:
+        return None
+    master, _, port = parsed.rdzv_endpoint.rpartition(":")
+    master = master.strip("[]")
+    if not master or not port.isdigit():
+        return None  # torchrun says what is wrong
+    parsed.local_addr = route.own_address(master, int(port), parsed.local_addr)
+    if name := route.interface(parsed.local_addr):  # gloo asks what the host name resolves to: on Debian the loopback
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    asked = parsed.rdzv_conf.replace(" ", "").lower().split(",")
+    host = "is_host=true" in asked
+    if most not in ("", least) or int(least) < 2 or not (host or "is_host=false" in asked):
+        return None  # how many come, or where they meet, is left to torchrun
+    return gathering.gathered(gathering.Place(master, int(port), parsed.rdzv_id, int(least), host))
+
+
+class _Restarts(logging.Filter):
+    """Says that torchrun starts ranks again, in place of its own message, which it keeps to itself."""
+
+    def listen(self) -> None:
+        logger = logging.getLogger("torch.distributed.elastic.agent.server.api")
+        logger.setLevel(logging.INFO)
+        logger.addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        if "will restart worker group" not in text:
+            return record.levelno > logging.INFO
+        if "attempts left" in text:
+            _, _, left, most = record.args
+            print(f"the ranks are started again ({most - left + 1} of {most} times)", file=sys.stderr, flush=True)
+        else:
+            print("the ranks are started again with those of another machine", file=sys.stderr, flush=True)
+        return False
+
+
+_RESTARTS = _Restarts()
 
 
 def _moments() -> dict[int, float]:

@@ -21,12 +21,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tulu_mega.errors import UserError
+from tulu_mega.launch import meeting, route, sameness
 from tulu_mega.launch.ranks import start_world
-from tulu_mega.launch.reporting import LAUNCHER_PID, started_by_launcher
+from tulu_mega.launch.reporting import AGENT_PID, LAUNCHER_PID, started_by_launcher
 from tulu_mega.process import uncollected
 
 if TYPE_CHECKING:
     from tulu_mega.config import EngineSettings, ParallelSettings
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables of CUDA's allocator, the newer name first; servers do not get it (`inference.command_line`)."""
+EXPANDABLE = "expandable_segments:True"
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 @dataclass(frozen=True)
@@ -87,11 +94,8 @@ def run(
     for name, value in settings.precision.environment.items():  # read when libraries are imported, which no rank has done yet
         os.environ.setdefault(name, value)
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        world = joined_world(settings.parallel, os.environ)
-        if world.rank == 0 and not started_by_launcher():
-            prepare(settings)  # the other ranks wait for this one where they meet
-        resolve("tulu_mega.platforms:prepare_imports")()
-        return int(resolve(target)(settings, world) or 0)
+        _usual_environment()
+        return _rank(target, settings, prepare, run_dir)
     size = settings.parallel.model_parallel * (settings.parallel.data or 1)
     _check_devices(settings.parallel, size)
     prepare(settings)
@@ -103,6 +107,34 @@ def run(
             if servers.shared:  # or before: vLLM wants others on its GPU to hold still while it measures their memory
                 servers.wait()
         return start_world(size, run_dir, list(program), environ, 1 + restarts, grace)
+
+
+def _rank(target: str, settings: EngineSettings, prepare: Callable[[Any], None], run_dir: str | None) -> int:
+    """A rank of a world that stands: nodes are compared, the first rank prepares, all go to work."""
+    with meeting.refusing_together(os.environ):
+        world = joined_world(settings.parallel, os.environ)
+    with meeting.met(os.environ) as nodes:
+        nodes.agree(lambda: sameness.of_program() | sameness.of_settings(settings), run_dir)
+        if not started_by_launcher():  # which has done so
+            nodes.lead(lambda: prepare(settings))
+        resolve("tulu_mega.platforms:prepare_imports")()
+        return int(resolve(target)(settings, world) or 0)
+
+
+def _usual_environment() -> None:
+    """What a rank has in its environment unless somebody has set it; libraries read it when they are first used.
+
+    gloo otherwise asks what the host name resolves to, on Debian the loopback; CUDA's allocator falls apart where every step has
+    other lengths.
+    """
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        address = os.environ["MASTER_ADDR"]
+        port = os.environ.get("MASTER_PORT", "")
+        with contextlib.suppress(UserError):  # where the ranks meet it is told
+            if name := route.interface(route.own_address(address, int(port) if port.isdigit() else 9)):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+    if not any(name in os.environ for name in ALLOCATOR) and resolve("torch:cuda").is_available():
+        os.environ[ALLOCATOR[0]] = EXPANDABLE
 
 
 def joined_world(parallel: ParallelSettings, env: Mapping[str, str]) -> World:
@@ -147,15 +179,17 @@ def resolve(target: str) -> Any:
 
 
 def die_with_launcher() -> None:
-    """In a rank that `run` started: has the kernel kill it when the launcher is gone. Elsewhere nothing.
+    """In a rank that `run` or torchrun started: has the kernel kill it when that process is gone, since nobody would end it with
+    the others, or start it again. Elsewhere nothing.
 
     Linux only; on other systems ranks end with the launcher when it ends in an orderly way.
     """
-    if LAUNCHER_PID not in os.environ or not sys.platform.startswith("linux"):
+    starter = next((os.environ[name] for name in (LAUNCHER_PID, AGENT_PID) if name in os.environ), None)
+    if (starter is None and _TORCHRUN not in os.environ) or not sys.platform.startswith("linux"):
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if not started_by_launcher():  # it died before the kernel was told
+    if starter not in (None, str(os.getppid())):  # it died before the kernel was told
         os._exit(1)
 
 

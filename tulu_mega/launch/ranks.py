@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega.errors import Stopped, UserError
-from tulu_mega.launch.reporting import ASKS, ERROR_FILE, KILLED, LAUNCHER_PID, read_record, report, tell_killed
-from tulu_mega.launch.run_dir import make_private
+from tulu_mega.launch.reporting import (
+    ASKS,
+    ERROR_FILE,
+    HANGUP_LOG,
+    KILLED,
+    LAUNCHER_PID,
+    Terminal,
+    ignored,
+    read_record,
+    report,
+    tell_killed,
+)
+from tulu_mega.launch.run_dir import lost, make_private
+from tulu_mega.launch.scratch import scratch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import PContext
@@ -38,16 +49,18 @@ def start_world(size: int, run_dir: str | None, program: list[str], environ: Map
 def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], grace: float) -> tuple[int, bool]:
     """The exit status of a world, and whether another one would fare no better."""
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tulu_mega_")))
-        logs = Path(run_dir, "logs") if run_dir else scratch
+        folder = stack.enter_context(scratch())
+        logs = Path(run_dir, "logs") if run_dir else folder
         try:
             make_private(logs.parent)
             logs.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir: {logs} cannot be made: {error.strerror}; choose a directory you may write") from None
         store = _loopback_store()
-        asked = stack.enter_context(_signals_noted())
-        return _wait(_ranks(size, program, store.port, logs, scratch, environ), size, scratch, grace, asked)
+        hangup = str(logs / "hangup.log")
+        environ = {**environ, HANGUP_LOG: hangup}
+        asked = stack.enter_context(_signals_noted(hangup))
+        return _wait(_ranks(size, program, store.port, logs, folder, environ), size, folder, grace, asked, run_dir)
 
 
 def _loopback_store():
@@ -130,11 +143,17 @@ def _error_file(scratch: Path, rank: int) -> Path:
     return scratch / f"rank_{rank}.error.json"
 
 
-def _wait(context: PContext, size: int, scratch: Path, grace: float, asked: list[signal.Signals]) -> tuple[int, bool]:
+def _wait(
+    context: PContext, size: int, scratch: Path, grace: float, asked: list[signal.Signals], run_dir: str | None
+) -> tuple[int, bool]:
     while not (result := context.wait(timeout=0)) and not asked:
         time.sleep(0.1)
     if asked and (result is None or result.is_failed()):
-        return _ended(context, asked, grace), True
+        status = _ended(context, asked, grace, run_dir)
+        stopped = any("stopped" in read_record(_error_file(scratch, rank)) for rank in range(size))
+        if status == Stopped.status and not stopped:
+            print("asked to end: nothing was done yet that is not saved", file=sys.stderr, flush=True)
+        return status, True
     if not result.is_failed():
         return 0, True
     codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
@@ -153,16 +172,22 @@ def _wait(context: PContext, size: int, scratch: Path, grace: float, asked: list
     return codes[rank] if codes[rank] > 0 else 128 - codes[rank], False
 
 
-def _ended(context: PContext, asked: list[signal.Signals], grace: float) -> int:
-    """Ends the ranks as the first signal asks, at once where another has come or comes; returns the exit status."""
+def _ended(context: PContext, asked: list[signal.Signals], grace: float, run_dir: str | None) -> int:
+    """Ends the ranks as the first signal asks, at once where another has come or comes; returns the exit status.
+
+    SIGHUP comes from the terminal and from the shell in it, so that the second says nothing new.
+    """
     first = asked[0]
     if first not in ASKS:
         context.close(death_sig=signal.SIGKILL, timeout=5)
+        print(f"interrupted: {lost(run_dir)}", file=sys.stderr, flush=True)
         return 128 + first
+    if first == signal.SIGHUP:
+        print("SIGHUP, the terminal was closed: the run is asked to end", file=sys.stderr, flush=True)
     began = time.monotonic()
     closing = threading.Thread(target=context.close, kwargs={"death_sig": first, "timeout": grace}, daemon=True)
     closing.start()
-    while closing.is_alive() and len(asked) == 1:
+    while closing.is_alive() and all(number == signal.SIGHUP for number in asked[1:]):
         closing.join(0.1)
     if killed := closing.is_alive():
         context.close(death_sig=signal.SIGKILL, timeout=5)
@@ -207,15 +232,25 @@ def _tail(file: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _signals_noted() -> Iterator[list[signal.Signals]]:
+def _signals_noted(hangup: str) -> Iterator[list[signal.Signals]]:
     """Gives a list that grows by the signals which ask the launcher to end, and interrupts nothing.
 
     Afterwards they do again what they did. Where one has come the launcher ends, and tidies up before: the others are ignored, by
     the system, since Python's own handlers are gone before the process is.
+
+    Args:
+        hangup: the file that gets what is said once the terminal is closed.
     """
     asked: list[signal.Signals] = []
-    taken = (*ASKS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.signal(number, lambda number, _: asked.append(signal.Signals(number))) for number in taken}
+    terminal = Terminal(hangup)
+
+    def note(number: int, _frame: object) -> None:
+        asked.append(signal.Signals(number))
+        if number == signal.SIGHUP:
+            terminal.closed()
+
+    taken = [number for number in (*ASKS, signal.SIGINT, signal.SIGQUIT) if number != signal.SIGHUP or not ignored(number)]
+    before = {number: signal.signal(number, note) for number in taken}
     try:
         yield asked
     finally:

@@ -25,8 +25,11 @@ KILLED = 137
 """Exit status where ranks were asked to end and were killed, since they took longer than they had."""
 FINAL = signal.SIGUSR2
 """What a rank sends that agent where ranks which are started again would fare no better."""
-ASKS = (signal.SIGTERM, signal.SIGUSR1)
-"""What asks a run to end (SIGUSR1 is for Slurm's --signal): handed on to the ranks, which may save. Others end them at once."""
+ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""What asks a run to end (SIGUSR1 is for Slurm's --signal, SIGHUP a terminal that was closed): handed on to the ranks, which may
+save. Others end them at once."""
+HANGUP_LOG = "TULU_MEGA_HANGUP_LOG"
+"""Environment variable: the file that gets what is said once the terminal is closed."""
 
 
 def report(problems: Sequence[str]) -> None:
@@ -85,6 +88,59 @@ def record_crash(error: BaseException) -> None:
     """In a rank: notes an exception that nobody expected, so that the launcher can tell which rank failed first."""
     if "RANK" in os.environ:
         _record(f"{type(error).__name__}: {error}", {"callstack": "".join(traceback.format_exception(error))})
+
+
+class Terminal:
+    """Standard output and error where a terminal shows them. What is written to one that was closed ends whoever writes.
+
+    Args:
+        log: the file that gets what is said then; what `HANGUP_LOG` names when None, else nothing does.
+    """
+
+    def __init__(self, log: str | None = None):
+        self._log = log or os.environ.get(HANGUP_LOG, os.devnull)
+        self._shown = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def closed(self) -> None:
+        """Call it on SIGHUP."""
+        shown, self._shown = self._shown, []
+        for file in (self._log, os.devnull) if shown else ():
+            with contextlib.suppress(OSError):
+                to = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                for descriptor in shown:
+                    os.dup2(to, descriptor)
+                os.close(to)
+                return
+
+
+def ignored(number: signal.Signals) -> bool:
+    """Whether whoever started this process has it ignore a signal, as `nohup` does with SIGHUP."""
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
+def lost_another(error: BaseException) -> str:
+    """What to say of a rank whose neighbour is gone: a line, with the place where it waited; empty where something else failed.
+
+    The neighbour's own end says why, and a traceback of every rank that is well would bury it.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ""
+    chain, each = [], error
+    while each is not None and each not in chain:
+        chain.append(each)
+        each = each.__cause__ or each.__context__
+    told = next((each for each in chain if isinstance(each, RuntimeError) and any(sign in str(each) for sign in _GONE)), None)
+    if told is None:
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if f"{os.sep}tulu_mega{os.sep}" in frame.filename]
+    where = f" in {own[-1].name} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    why = str(told).strip().splitlines()[0]
+    return f"rank {os.environ.get('RANK')} lost another rank{where}; that one's end says why ({why})"
+
+
+_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "NCCL communicator was aborted")
+"""What gloo and NCCL say of a peer that is not there any more."""
 
 
 def _record(message: str, details: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ DATA = "data"
 """The tokenised training data."""
 HELDOUT = "heldout"
 """The tokenised rows that are evaluated on."""
+METRICS = "metrics.jsonl"
+"""A line of figures for each step."""
 _LOCK = ".lock"
 
 
@@ -30,6 +33,20 @@ def make_private(directory: Path) -> None:
         OSError: it cannot be made.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # the mode is that of the last one
+
+
+def lost(run_dir: str | None) -> str:
+    """What a run loses that ends without saving, in words."""
+    if run_dir is None:
+        return "nothing is kept"
+    steps = [int(each.name[5:]) for each in Path(run_dir, CHECKPOINTS).glob("step_*") if each.name[5:].isdigit()]
+    saved, done = max(steps, default=0), 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError), open(Path(run_dir, METRICS), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16)))
+        done = int(json.loads(file.read().splitlines()[-1])["step"])
+    after = f", {done - saved} after it {'is' if done - saved == 1 else 'are'} lost" if done > saved else ""
+    begin = f"the same command goes on from step {saved}" if saved else "nothing was saved, the same command begins anew"
+    return f"{begin}{after}; SIGTERM would have saved first"
 
 
 @contextlib.contextmanager

@@ -27,12 +27,14 @@ def install(local_rank: int = 0) -> Platform:
     Args:
         local_rank: rank among this machine's processes; picks the CUDA device.
     """
-    from tulu_mega.platforms import adam, grad_norm, weight_gradient
+    from tulu_mega.platforms import adam, grad_norm, numa, weight_gradient
 
     prepare_imports()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        found = torch.cuda.get_device_properties(device)
+        numa.bind((found.pci_domain_id, found.pci_bus_id, found.pci_device_id))
         platform = Platform(device, "nccl")
     else:
         from tulu_mega.platforms import cpu

@@ -55,7 +55,7 @@ def ready(settings: EngineSettings) -> None:
         UserError: with every problem, and nothing is written then; or, once rows are tokenised (they stay), that a name in
             `accept_changes` is nobody's.
     """
-    findings = findings_of(settings)
+    findings = findings_of(settings, starts=True)
     if problems := tokenise(findings):
         raise UserError(problems)
     for line in dict.fromkeys(findings.notes):
@@ -64,9 +64,9 @@ def ready(settings: EngineSettings) -> None:
         pinned.ends(findings, keep=True)
 
 
-def findings_of(settings: Section, verify: bool = False) -> Findings:
+def findings_of(settings: Section, verify: bool = False, starts: bool = False) -> Findings:
     """What is found before any data is tokenised; of packages that cannot work nothing else is, since most of it needs them."""
-    findings, command = Findings(verify=verify), command_of(settings)
+    findings, command = Findings(verify=verify, starts=starts), command_of(settings)
     if command.world:
         findings.collect(lambda: releases.refuse("training"))
         findings.notes += releases.untried_here("training") + unseen_gpus()

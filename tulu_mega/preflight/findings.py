@@ -43,6 +43,8 @@ class Findings:
     """what a run that trains depends on"""
     verify: bool = False
     """whether everything that is pinned is read, however it is stamped"""
+    starts: bool = False
+    """whether the command is about to start: what may come up until it is needed is no problem then"""
 
     def collect(self, step: Callable[[], T]) -> T | None:
         """What a step returns; None where it raises UserError, whose problems are noted."""

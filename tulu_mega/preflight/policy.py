@@ -9,7 +9,7 @@ from typing import Any
 from tulu_mega.bridge.families import family_for
 from tulu_mega.config import EngineSettings, GrpoSettings
 from tulu_mega.errors import UserError
-from tulu_mega.inference.addresses import longest_wait
+from tulu_mega.inference.addresses import longest_wait, look
 from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
 from tulu_mega.inference.offline import check_vllm
 from tulu_mega.layout.fp8 import rollout_fp8_problems
@@ -20,6 +20,7 @@ from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import model_config, within_vocabulary
 from tulu_mega.rl.prompts import Prompts, read
 from tulu_mega.versions import installed
+from tulu_mega.weight_transfer.counterpart import Model, between, differences
 
 
 def problems(settings: GrpoSettings, findings: Findings) -> None:
@@ -27,6 +28,8 @@ def problems(settings: GrpoSettings, findings: Findings) -> None:
     run.problems(settings, findings)
     config = findings.config
     findings.collect(lambda: _servable(settings, config, findings.notes))
+    if settings.rollout.urls:
+        findings.collect(lambda: _answering(settings, config, findings.starts))
     prompts = findings.collect(lambda: read(settings))
     if prompts:
         findings.notes += [*left_out(prompts), *prompts.told]
@@ -94,6 +97,26 @@ def _one_nccl(settings: GrpoSettings, theirs: Mapping[str, str]) -> list[str]:
         f"rollout.transport = 'nccl': torch has NCCL {here} here and {there} in rollout.python = {settings.rollout.python!r}, "
         "and NCCL joins equal releases alone; install one in both, or use another transport"
     ]
+
+
+def _answering(settings: GrpoSettings, config: Mapping[str, Any] | None, starts: bool) -> None:
+    """What servers elsewhere would find out when weights are sent, which is after the model was loaded.
+
+    Args:
+        starts: those that do not answer yet will be waited for.
+    """
+    about, missing = look(settings.rollout)
+    problems = []
+    if config:
+        ours = Model.asked(settings.model.path, settings.model.dtype, settings.rollout.dtype, config)
+        problems = [problem for url, told in about.items() for problem in differences(url, told, ours)] or between(about)
+    if missing and not starts:
+        problems += [
+            f"rollout.urls: {url} {why}; start tulu-mega serve there, or write the address that it prints"
+            for url, why in missing.items()
+        ]
+    if problems:
+        raise UserError(problems)
 
 
 def left_out(prompts: Prompts) -> list[str]:

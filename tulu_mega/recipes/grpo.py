@@ -22,7 +22,7 @@ from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl import journal
 from tulu_mega.rl.collector import Collected, Collector
 from tulu_mega.rl.evaluator import Evaluator
-from tulu_mega.rl.fleet import Fleet, FleetClient
+from tulu_mega.rl.fleet import CutOff, Fleet, FleetClient
 from tulu_mega.rl.judging import Rewards
 from tulu_mega.rl.learner import Learned, Learner
 from tulu_mega.rl.prompts import Prompts, read, write_rejects
@@ -53,10 +53,12 @@ def run(settings: GrpoSettings, world: World) -> None:
         policy.evaluate(policy.done)
         with policy.guards:
             for step in range(policy.done, policy.steps):
-                collected = policy.collect(step)
+                with policy.saving_where_cut_off(step):
+                    collected = policy.collect(step)
                 learned = policy.learn(step, collected)
-                sync = policy.sync(step + 1)
-                heldout = policy.evaluate(step + 1)
+                with policy.saving_where_cut_off(step + 1, collected, learned):
+                    sync = policy.sync(step + 1)
+                    heldout = policy.evaluate(step + 1)
                 policy.report(step + 1, collected, learned, sync, heldout)
                 policy.save(step + 1, learned)
         policy.finish()
@@ -126,6 +128,33 @@ class Policy:
                 f"at its responses in {journal.rollouts_file(self.run.run_dir, done)}, then go on with --train.spike skip or warn"
             )
         self.saves.after_step(done, self._state, failure)
+
+    @contextlib.contextmanager
+    def saving_where_cut_off(
+        self, done: int, collected: Collected | None = None, learned: Learned | None = None
+    ) -> Iterator[None]:
+        """Wrap what needs servers: where none is left, what was learned is saved before the run ends.
+
+        Args:
+            done: steps done.
+            collected, learned: of the last of them, where it is not reported yet.
+
+        Raises:
+            CutOff: on every rank, once the checkpoint is on disk.
+        """
+        try:
+            yield
+        except CutOff as cut:
+            if done == self.done:
+                raise
+            state = {**self.guards.state, **self.learner.state}
+            if learned is not None:
+                self.report(done, collected, learned, SyncReport(done, 0.0, 0.0, 0), {})
+                state["prompts"] = self.collector.state()
+            else:
+                state["prompts"] = self.collector.state_before()
+            told = f"step {done} is saved: the same command goes on from there once the servers answer"
+            self.saves.end(done, state, CutOff([*cut.problems, told]))
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and export the model in Hugging Face format."""

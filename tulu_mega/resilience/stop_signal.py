@@ -7,7 +7,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from tulu_mega.launch.reporting import ASKS
+from tulu_mega.launch.reporting import ASKS, Terminal, ignored
 
 
 class StopSignal:
@@ -21,7 +21,9 @@ class StopSignal:
         self._device, self._noted = device, False
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in ASKS}
+        self._terminal = Terminal()
+        taken = [number for number in ASKS if number != signal.SIGHUP or not ignored(number)]
+        self._before = {number: signal.signal(number, self._note) for number in taken}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -34,5 +36,7 @@ class StopSignal:
         dist.all_reduce(noted, dist.ReduceOp.MAX)
         return bool(noted.item())
 
-    def _note(self, _number: int, _frame: object) -> None:
+    def _note(self, number: int, _frame: object) -> None:
         self._noted = True
+        if number == signal.SIGHUP:
+            self._terminal.closed()

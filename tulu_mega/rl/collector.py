@@ -36,6 +36,7 @@ class Collector:
 
     def __init__(self, crew: Crew, scheduler: Scheduler | None):
         self._crew, self._scheduler = crew, scheduler
+        self._before: dict[str, Any] | None = None
 
     def collect(self, step: int) -> Collected:
         """Collect judged responses of the newest weights.
@@ -44,6 +45,8 @@ class Collector:
             step: steps done before; the version of the weights.
         """
         rollouts = None
+        if self._scheduler:
+            self._before = self._scheduler.state
 
         def work() -> list[list[TrainedResponse]]:
             nonlocal rollouts
@@ -56,6 +59,10 @@ class Collector:
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint keeps, from rank 0. A collective."""
         return from_lead(self._scheduler.state if self._scheduler else None)
+
+    def state_before(self) -> dict[str, Any]:
+        """As `state`, of before the step that was collected last: one that came to no end is collected anew from there."""
+        return from_lead(self._before)
 
 
 def numbered(rollouts: StepRollouts) -> Iterator[tuple[int, Group, int]]:

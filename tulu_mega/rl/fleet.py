@@ -19,6 +19,10 @@ from tulu_mega.weight_transfer.push import SyncReport, push
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
 
 
+class CutOff(UserError):
+    """No server is left that answers: on every rank, and the trainer itself is as it was."""
+
+
 class Fleet:
     """Servers and the connection that carries weights to them. A context manager; every rank has one.
 
@@ -49,7 +53,8 @@ class Fleet:
         """Every server gets this trainer's weights; one that cannot take them is started again first. Every rank calls it.
 
         Raises:
-            UserError: a server that is not ours to start again fails, or one that fails each time.
+            CutOff: on every rank, a server that is not ours to start again fails, or one that fails each time.
+            UserError: on every rank, this trainer could not send, or a server is none that it can send to.
         """
         for _ in range(self._settings.restarts + 1):
             self._reconnect()
@@ -59,7 +64,7 @@ class Fleet:
             self._mark("having servers started again")
             if dist.get_rank() == 0:
                 self._restart(report.failed)
-        raise UserError(
+        raise CutOff(
             f"the weights of version {version} did not reach {', '.join(report.failed)} in {self._settings.restarts + 1} "
             f"attempts: {'; '.join(report.failed.values())}; see the servers' logs"
         )
@@ -77,14 +82,26 @@ class Fleet:
 
     def _reconnect(self) -> None:
         """Follows the servers where they are now."""
-        addresses = awaited_from_lead(attached(self._settings, self._run_dir) if dist.get_rank() == 0 else [])
+        addresses, problems = awaited_from_lead(self._attached() if dist.get_rank() == 0 else None)
+        if problems:
+            raise CutOff(problems)
         if self._connection is not None and addresses == self._addresses:
             return
         self._disconnect()
         self._addresses = addresses
-        self._connection = self._connect(self._addresses)
+        try:
+            self._connection = self._connect(self._addresses)
+        except UserError as error:  # on every rank
+            raise CutOff(error.problems) from None
         if dist.get_rank() == 0:
             self._client = RolloutClient(self._addresses, self._settings)
+
+    def _attached(self) -> tuple[list[ServerAddress], list[str]]:
+        """The servers, or why there are none, which every rank is to hear."""
+        try:
+            return attached(self._settings, self._run_dir), []
+        except UserError as error:
+            return [], error.problems
 
     def _disconnect(self) -> None:
         for each in (self._connection, self._client):
@@ -115,7 +132,7 @@ class FleetClient:
         """As :meth:`RolloutClient.generate`; where no server is left to answer, they are started again and asked anew.
 
         Raises:
-            UserError: they fail each time, or are not ours to start again.
+            CutOff: they fail each time, or are not ours to start again.
         """
         fleet = self._fleet
         for attempt in range(fleet._settings.restarts + 1):
@@ -123,7 +140,7 @@ class FleetClient:
                 return fleet._client.generate(prompts, sampling, version, numbers, done)
             except ServerFailure as failure:
                 if attempt == fleet._settings.restarts:
-                    raise UserError(f"{failure}; it failed {attempt + 1} times, see the servers' logs") from None
+                    raise CutOff(f"{failure}; it failed {attempt + 1} times, see the servers' logs") from None
                 fleet._mark("having servers started again")
                 fleet._restart({failure.url: failure.reason})
                 self._repair(version)

@@ -12,6 +12,7 @@ import numpy as np
 from tulu_mega.config import DataSettings, StageSettings, TrainSettings
 from tulu_mega.data.loader import PackedLoader
 from tulu_mega.data.store import REJECTS, TokenStore
+from tulu_mega.distributed.collectives import same_everywhere, together
 from tulu_mega.launch.launcher import World
 from tulu_mega.launch.run_dir import CONFIG, DATA, HELDOUT
 from tulu_mega.layout.cost import sequence_flops
@@ -131,4 +132,7 @@ def opened_run(settings: StageSettings, world: World, reward: bool = False) -> I
         UserError: on every rank, for whatever the user can mend.
     """
     with opened_session(settings, world, reward) as session:
-        yield DatasetRun(settings, session, store=TokenStore.open(Path(settings.run_dir, DATA)))
+        with together("the tokenised data could not be opened"):
+            store = TokenStore.open(Path(settings.run_dir, DATA))
+        same_everywhere(f"the data in {store.directory}", store.key)
+        yield DatasetRun(settings, session, store)

@@ -37,6 +37,7 @@ from tulu_mega.platforms import Platform
 from tulu_mega.resilience.watchdog import Watchdog
 from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import Engine
+from tulu_mega.weight_transfer.counterpart import Model
 from tulu_mega.weight_transfer.sender import Sender, stream_dtype
 
 
@@ -134,7 +135,8 @@ class Session:
             fp8, kernels = rollout.quantization == "fp8", self.settings.model.kernels
             weights = LiveWeights(self.shard(engine.hf.to_dict()), dtype, fp8=fp8, kernels=kernels)
         sends = place.gives_whole_tensors
-        return Sender(weights, sends, place.pipeline_rank, engine.platform.device, engine.at, engine.settle)
+        model = Model.asked(self.settings.model.path, self.settings.model.dtype, rollout.dtype, engine.hf.to_dict())
+        return Sender(model, weights, sends, place.pipeline_rank, engine.platform.device, engine.at, engine.settle)
 
     def export(
         self,

@@ -10,21 +10,22 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import secrets
 import sys
 from typing import Any
 
 from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, answer, body, refuse
+from tulu_mega.weight_transfer.counterpart import ABOUT, Model, shape, told
 
 KEY = "TULU_MEGA_ROLLOUT_KEY"
 """Environment variable with the key: never an argument, which every process can read."""
 INCARNATION = "TULU_MEGA_SERVER_INCARNATION"
-ABOUT = "/tulu_mega/about"
-"""Route that the door answers itself: ``{"incarnation", "longest", "vocabulary"}``."""
 RESTART = "/tulu_mega/restart"
 """POST ``{"incarnation", "why"}``, answered by the door too, whatever the engine does: the server ends with status `ASKED`, so
 that its owner starts it again; 409 when it is another incarnation by now."""
 ASKED = 75
 """``EX_TEMPFAIL`` of sysexits.h."""
+_PROCESS = secrets.token_hex(8)
 
 
 class Door:
@@ -62,11 +63,15 @@ class Door:
 
 
 def _about(scope: Scope) -> dict[str, Any]:
+    """Answers `ABOUT`: incarnation, longest sequence, vocabulary, a word that no other process has, model and versions."""
     model = scope["app"].state.vllm_config.model_config
+    here = Model(str(model.model), str(model.dtype).removeprefix("torch."), shape(model.hf_config.to_dict()))
     return {
         "incarnation": _incarnation(),
         "longest": model.max_model_len,
         "vocabulary": model.get_vocab_size(),
+        "process": _PROCESS,
+        **told(here),
     }
 
 

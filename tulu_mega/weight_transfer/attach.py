@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,6 +14,7 @@ from tulu_mega.config import RolloutSettings
 from tulu_mega.distributed.collectives import from_lead, gathered, reason
 from tulu_mega.errors import UserError
 from tulu_mega.weight_transfer.control import ServerControl, each_server
+from tulu_mega.weight_transfer.counterpart import between, differences
 from tulu_mega.weight_transfer.protocol import SLOTS, Bucket, Expected, Manifest
 from tulu_mega.weight_transfer.sender import Sender, sender_buckets
 from tulu_mega.weight_transfer.server import ServerAddress, is_local
@@ -87,7 +89,7 @@ def attach(sender: Sender, servers: Sequence[ServerAddress], settings: RolloutSe
 
     Raises:
         UserError: the same on every rank: a transport that cannot be, servers that were started with another
-            `rollout.quantization`, or a rank that cannot set up its buffers.
+            `rollout.quantization`, have another model or version, or a rank that cannot set up its buffers.
     """
     sender.at("attaching to servers")
     timeout = settings.update_timeout
@@ -102,9 +104,12 @@ def attach(sender: Sender, servers: Sequence[ServerAddress], settings: RolloutSe
         manifest = _manifest(sender.weights, {stage: rank for stage, rank, _ in senders})
         buckets = sender_buckets(dist.get_rank(), sender.weights.held_names(), manifest, settings.bucket_mib * 2**20)
     met, lost = from_lead(each_server(led.values(), _meet))
-    if problems := [_of_other_kind(url, fp8) for url, (_, fp8) in met.items() if fp8 != (settings.quantization == "fp8")]:
+    problems = [_of_other_kind(url, fp8) for url, (_, fp8, _) in met.items() if fp8 != (settings.quantization == "fp8")]
+    for url, (_, _, about) in met.items():
+        problems += differences(url, about, sender.model, transport)
+    if problems := problems or between({url: about for url, (_, _, about) in met.items()}):
         raise UserError(problems)
-    workers = {url: count for url, (count, _) in met.items()}
+    workers = {url: count for url, (count, _, _) in met.items()}
     sending, endpoints, problem = None, {}, None
     if sender.sends:
         try:
@@ -141,9 +146,9 @@ def _manifest(weights: LiveWeights, ranks: Mapping[int, int]) -> dict[str, Expec
     }
 
 
-def _meet(control: ServerControl) -> tuple[int, bool]:
-    """A server's workers, and whether their layers are FP8 blocks."""
-    return control.world_size(), all(worker["fp8"] for worker in control.weights_status())
+def _meet(control: ServerControl) -> tuple[int, bool, dict[str, Any]]:
+    """A server's workers, whether their layers are FP8 blocks, and what it says of itself."""
+    return control.world_size(), all(worker["fp8"] for worker in control.weights_status()), control.about()
 
 
 def _of_other_kind(url: str, fp8: bool) -> str:

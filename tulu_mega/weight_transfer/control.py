@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from tulu_mega.weight_transfer.counterpart import ABOUT
 from tulu_mega.weight_transfer.server import ServerFailure
 
 CONNECT_SECONDS = 10.0
@@ -58,6 +59,10 @@ class ServerControl:
     def weight_info(self) -> dict[str, Any]:
         """``{"weight_version": ...}``"""
         return self._ask("GET", "/weight_info")
+
+    def about(self) -> dict[str, Any]:
+        """What the server says of itself; see `counterpart.told`."""
+        return self._ask("GET", ABOUT)
 
     def world_size(self) -> int:
         """Workers that hold a part of the model."""

@@ -48,7 +48,7 @@ class SyncReport:
 
     @property
     def gigabytes_per_second(self) -> float:
-        return self.bytes / self.seconds / 1e9
+        return self.bytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
 def push(connection: Connection, version: int, load: bool = True) -> SyncReport:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tulu_mega.bridge.stream import LiveWeights
+from tulu_mega.weight_transfer.counterpart import Model
 from tulu_mega.weight_transfer.protocol import Bucket, Manifest, plan_buckets
 
 _SMALL_BUCKET = 16 * 2**20
@@ -19,6 +20,8 @@ _BUCKETS = 5
 class Sender:
     """What one rank brings to a transfer; every rank of the trainer has one."""
 
+    model: Model
+    """What servers are to have."""
     weights: LiveWeights | None
     """This rank's part of the model; None on ranks that hold copies of another rank's."""
     sends: bool

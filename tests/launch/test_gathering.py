@@ -1,0 +1,140 @@
+"""Machines of a run meet by addresses, not by their names, and say who is waited for; what keeps them apart is told in a line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.test_launcher import wait_until
+from tests.lib.world import free_port
+from tulu_mega.errors import UserError
+from tulu_mega.launch import gathering, route
+from tulu_mega.launch.gathering import Place, gathered
+
+SECONDS = 15
+"""In which what is wrong is told."""
+
+
+def test_this_machine_s_address_is_that_on_the_way_to_the_first(monkeypatch):
+    """A name of one's own may be unknown to the others, or stand for the loopback."""
+    assert route.own_address("127.0.0.1", 9) == route.own_address("localhost", 9) == "127.0.0.1"
+    assert route.own_address("127.0.0.1", 9, "localhost") == "127.0.0.1"
+    assert route.interface("127.0.0.1") == "lo" and route.interface("192.0.2.77") is None
+    names = {"debian": ["127.0.1.1"], "far": ["10.0.0.9"], "here": ["127.0.1.1"]}
+    monkeypatch.setattr(route, "resolved", lambda host, port, setting: names[host])
+    ways = {"127.0.1.1": "127.0.0.1", "10.0.0.9": "10.0.0.5", "192.0.2.1": "10.0.0.5"}
+    monkeypatch.setattr(route, "_way", lambda address, port: ways.get(address))
+    assert route.own_address("far", 9) == "10.0.0.5"
+    assert route.own_address("debian", 9) == "10.0.0.5"
+    with pytest.raises(UserError, match=r"LOCAL_ADDR = here: leads to 127\.0\.1\.1, which only this machine reaches"):
+        route.own_address("far", 9, "here")
+    ways.clear()
+    with pytest.raises(UserError, match=r"MASTER_ADDR = far \(10\.0\.0\.9\): there is no way there"):
+        route.own_address("far", 9)
+
+
+def test_names_that_nobody_knows_are_told_at_once(monkeypatch):
+    monkeypatch.setattr(route, "RESOLVE_SECONDS", 0.1)
+    for master, own, told in (("none.invalid", None, "MASTER_ADDR"), ("127.0.0.1", "none.invalid", "LOCAL_ADDR")):
+        with pytest.raises(UserError, match=rf"{told} = none\.invalid: no such machine is known here"):
+            route.own_address(master, 9, own)
+
+
+def place(port: int, host: bool, **changed) -> Place:
+    return Place(**{"master": "127.0.0.1", "port": port, "run_id": "r", "nodes": 2, "host": host, **changed})
+
+
+def together(*places: Place) -> list[str]:
+    """What becomes of agents that gather; in time."""
+    told = [""] * len(places)
+    stores = []
+
+    def gather(number: int) -> None:
+        try:
+            stores.append(gathered(places[number]))
+        except UserError as error:
+            told[number] = str(error)
+
+    began = time.monotonic()
+    threads = [threading.Thread(target=gather, args=(number,)) for number in range(len(places))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - began < SECONDS
+    return told
+
+
+def test_machines_gather_and_others_of_another_run_are_told():
+    port = free_port()
+    assert together(place(port, False), place(port, True)) == ["", ""]
+    port = free_port()
+    host, other = together(place(port, True), place(port, False, run_id="another", nodes=3))
+    assert "RUN_ID is 'another' here, 'r' there; NNODES is 3 here, 2 there; give all machines of a run the same" in other
+    assert f"{socket.gethostname()}: RUN_ID is 'another' here" in host
+
+
+def test_whoever_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(gathering, "PATIENCE", 0.6)
+    monkeypatch.setattr(gathering, "WORD_SECONDS", 0.2)
+    (told,) = together(place(port := free_port(), True))
+    assert f"127.0.0.1, port {port}: 1 of 2 machines have come: {socket.gethostname()} ({os.getpid()}); start the others" in told
+    assert "1 of 2 machines have come" in capsys.readouterr().err
+    (told,) = together(place(port := free_port(), False))
+    assert f"127.0.0.1, port {port}: the first machine does not answer there (Connection refused); start NODE_RANK 0" in told
+    assert "does not answer there (Connection refused) yet" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_and_an_address_of_another_machine(monkeypatch):
+    with socket.create_server(("", 0)) as other:
+        (told,) = together(place(port := other.getsockname()[1], True))
+    assert told.startswith(f"MASTER_PORT = {port}: cannot listen there (Address already in use)")
+    monkeypatch.setattr(gathering, "resolved", lambda *_: ["127.0.0.2"])
+    monkeypatch.setattr(gathering.socket, "create_connection", _refused)
+    (told,) = together(place(free_port(), True))
+    assert "MASTER_ADDR = 127.0.0.1 (127.0.0.2) does not lead to this machine, which has NODE_RANK 0 (Connection refused)" in told
+
+
+def _refused(*_, **__):
+    raise ConnectionRefusedError(111, "Connection refused")
+
+
+RANK = """
+    import os, time
+    from tulu_mega.launch import launcher
+    launcher.die_with_launcher()
+    open(os.environ["PID"], "w").write(str(os.getpid()))
+    time.sleep(60)
+"""
+
+
+def test_ranks_end_with_an_agent_that_is_killed(tmp_path):
+    words = ["--nnodes", "1", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    (tmp_path / "rank.py").write_text(textwrap.dedent(RANK))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "PID": str(tmp_path / "pid")}
+    node = subprocess.Popen([sys.executable, "-m", "tulu_mega.agent", *words, str(tmp_path / "rank.py")], env=env)
+    try:
+        wait_until(lambda: node.poll() is not None or ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()), 60)
+        rank = int((tmp_path / "pid").read_text())
+        node.send_signal(signal.SIGKILL)
+        node.wait()
+        wait_until(lambda: not _runs(rank), 10)
+    finally:
+        node.kill()
+    assert not _runs(rank)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

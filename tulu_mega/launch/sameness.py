@@ -1,0 +1,89 @@
+"""What has to be the same on every node of a run, and what to say where it is not."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tulu_mega import __version__
+from tulu_mega.versions import of_package
+
+if TYPE_CHECKING:
+    from tulu_mega.config import Section
+
+CODE = Path(__file__).parents[1]
+"""The package's own directory, all of whose modules have to be the same on every node."""
+_PACKAGES = "torch megatron-core transformers transformer-engine vllm flash-attn safetensors numpy".split()
+_DECIDE = (
+    "CUBLAS_WORKSPACE_CONFIG CUDA_DEVICE_MAX_CONNECTIONS NCCL_ALGO NCCL_PROTO NVIDIA_TF32_OVERRIDE "
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+).split()
+"""Environment variables that decide what is computed or how ranks talk, beside those of Transformer Engine (NVTE_*)."""
+_NAMED = 4
+"""Nodes that are named where many have the same difference."""
+MISSING = "missing"
+
+
+def of_program() -> dict[str, str]:
+    """By name, what this process would compute with: Python, packages, this project's code, variables that decide."""
+    same = {"Python": ".".join(platform.python_version_tuple()[:2]), "tulu_mega": __version__}
+    same |= {f"package {name}": version for name in _PACKAGES if (version := of_package(name)) is not None}
+    same["tulu_mega's code"] = digest(sorted(CODE.rglob("*.py")))
+    if kernels := importlib.util.find_spec("tulu_kernels"):
+        same["tulu_kernels' code"] = digest(sorted(Path(kernels.origin).parent.rglob("*.py")))
+    for name in sorted(os.environ):
+        if name in _DECIDE or name.startswith("NVTE_"):
+            same[f"variable {name}"] = os.environ[name]
+    return same
+
+
+def of_settings(settings: Section) -> dict[str, str]:
+    """By full name, every setting. Those that decide nothing that is computed are among them: ranks save, evaluate and end
+    together, and would wait for one another for ever where their settings differ."""
+    return {f"setting {name}": json.dumps(value) for name, value in _flat(json.loads(settings.model_dump_json())).items()}
+
+
+def differences(nodes: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A line for each thing that some nodes have otherwise than most, or than the first where they are as many.
+
+    Args:
+        nodes: by name, what each of them has.
+    """
+    found = []
+    first = next(iter(nodes.values()))
+    for name in dict.fromkeys(name for same in nodes.values() for name in same):
+        values = Counter(same.get(name, MISSING) for same in nodes.values())
+        usual = max(values, key=lambda value: (values[value], value == first.get(name, MISSING)))
+        for value in values:
+            if value != usual:
+                odd = [node for node, same in nodes.items() if same.get(name, MISSING) == value]
+                found.append(f"{named(odd)}: {name} is {value}, elsewhere {usual}; make them the same")
+    return found
+
+
+def named(nodes: Sequence[str]) -> str:
+    """Nodes in words, not too many of them."""
+    more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
+    return ", ".join(nodes[:_NAMED]) + more
+
+
+def digest(files: Sequence[Path]) -> str:
+    """A digest of names and contents. Raises OSError."""
+    taken = hashlib.sha256()
+    for file in files:
+        taken.update(file.name.encode() + b"\0" + file.read_bytes())
+    return taken.hexdigest()[:12]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
