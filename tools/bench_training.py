@@ -313,7 +313,7 @@ class Timer:
         loss = self.engine.forward_backward(micro_batches, SftObjective("token_mean"))
         self.wait()
         passed = time.perf_counter()
-        update = self.engine.optimizer_step(self.done, loss.loss)
+        update = self.engine.optimizer_step(self.done, loss)
         self.wait()
         self.done += 1
         if not update.applied:

@@ -22,7 +22,8 @@ import numpy as np
 
 TIMES = {
     "tokens_per_second", "supervised_tokens_per_second", "generated_tokens_per_second", "sync_gigabytes_per_second",
-    "tflops", "mfu", "memory_gib", "trainer_idle", "sampler_idle", "slowest_rank", "slowest_host", "slowest_times_median",
+    "tflops", "mfu", "memory_gib", "memory_reserved_gib", "trainer_idle", "sampler_idle", "slowest_rank", "slowest_host",
+    "slowest_times_median",
     "seconds_data", "seconds_forward_backward", "seconds_optimizer", "seconds_checkpoint", "seconds_evaluation",
     "seconds_scoring", "seconds_sync", "seconds_generation", "seconds_rewards",
     "save_seconds", "save_waited_seconds", "save_memory_gib",

@@ -299,7 +299,7 @@ def _check(arguments: list[str]) -> int:
         return launcher.resolve("tulu_mega.preflight.check:check")(settings, verify, tell)
 
     if cluster:
-        nodes = launcher.resolve("tulu_mega.preflight.cluster:check")(settings, look)
+        nodes = launcher.resolve("tulu_mega.preflight.cluster:check")(settings, look, lambda line: print(f"# {line}", flush=True))
     elif problems := look():
         raise UserError(problems)
     if not first:

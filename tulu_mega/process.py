@@ -44,6 +44,39 @@ def uncollected() -> Iterator[None]:
         gc.freeze()
 
 
+class Collections:
+    """Garbage collections at the same steps on all ranks, and at no other time while entered.
+
+    A collection stops its rank, and in the next collective all ranks wait for it; at the same step they stop together.
+
+    Args:
+        every: steps between collections. Few objects of a step are in cycles, which alone need one.
+    """
+
+    def __init__(self, every: int = 50):
+        self._every, self._enabled = every, False
+
+    def __enter__(self) -> Collections:
+        self._enabled = gc.isenabled() and not plain()
+        if self._enabled:
+            gc.collect()
+            gc.disable()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._enabled:
+            gc.enable()
+
+    def after_step(self, done: int) -> None:
+        """Collect, if it is time.
+
+        Args:
+            done: finished steps; the same on every rank.
+        """
+        if self._enabled and done % self._every == 0:
+            gc.collect()
+
+
 def leave(status: int) -> NoReturn:
     """Ends the process as `sys.exit` does from the main thread, except that the interpreter is not taken apart first.
 

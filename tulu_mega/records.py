@@ -9,7 +9,7 @@ Shape suffixes, here and everywhere:
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -235,10 +235,16 @@ class PackedBatch:
         ``num_sequences``."""
         return (self.trained_S > 0).sum() if self.context_rank == 0 else 0
 
-    def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on another device."""
-        core = {name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **core, columns={name: sent(value, device) for name, value in self.columns.items()})
+    def to(self, device: torch.device, only: Collection[str] | None = None) -> PackedBatch:
+        """The same batch on another device.
+
+        Args:
+            only: fields to send, the others stay where they are; all when None.
+        """
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        core = {name: sent(value, device) for name, value in tensors.items() if only is None or name in only}
+        columns = {name: sent(value, device) if only is None else value for name, value in self.columns.items()}
+        return replace(self, **core, columns=columns)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -249,6 +255,27 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """
     pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
     return pinned.to(device, non_blocking=True)
+
+
+class ToHost:
+    """A tensor's values on their way to the host: they are sent behind what the device has been given to do so far.
+
+    Who reads them before the device is there waits for it; after any other wait for it nobody waits.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._there: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            tensor = tensor.to("cpu", non_blocking=True)  # torch makes this copy in pinned memory
+            self._there = torch.cuda.Event()
+            self._there.record()
+        self._values = tensor
+
+    def read(self) -> list:
+        """The values, as ``Tensor.tolist`` gives them."""
+        if self._there and not self._there.query():
+            self._there.synchronize()
+        return self._values.tolist()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ EVERYWHERE = """
     checkpoint.export checkpoint.export_dtype wandb.mode wandb.project wandb.name
     data.pack_length train.max_skipped train.spike.action train.spike.factor train.spike.window
     train.straggler.every train.straggler.factor train.straggler.reports train.log_every
+    train.profile.step train.profile.steps train.profile.ranks
     heldout.data heldout.split heldout.every
 """
 CONTENT = {"model.path", "data.train", "data.split", "data.tokenizer"}

@@ -15,6 +15,8 @@ from tulu_mega.model.attention_choice import Situation, choose_attention, situat
 ALL = frozenset({"flash3", "flash2", "varlen"})
 H100 = Situation("cuda", (9, 0), torch.bfloat16, 128, windowed=False, context=1, te_layers=True, installed=ALL)
 BARE = replace(H100, te_layers=False)
+SHARED = replace(H100, shares=True)
+NO_PLACE = "prefixes are shared, for which Transformer Engine's has no place"
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,11 @@ def undecided():
         (replace(H100, windowed=True), "te", ""),
         (replace(H100, windowed=True, context=4), "flash3", "windows under context parallelism"),
         (replace(H100, windowed=True, context=4, installed=frozenset()), "sdpa", "windows under context parallelism"),
+        (SHARED, "flash3", NO_PLACE),
+        (replace(SHARED, installed=frozenset({"varlen"})), "varlen", NO_PLACE),
+        (replace(SHARED, installed=frozenset()), "te", "a torch with varlen_attn of windows is not installed"),
+        (replace(SHARED, context=2), "te", ""),
+        (replace(SHARED, dtype=torch.float32), "sdpa", NO_PLACE),
         (BARE, "flash3", "layers are not Transformer Engine's"),
         (replace(BARE, installed=ALL - {"flash3"}), "flash2", "FlashAttention 3 is not installed"),
         (replace(BARE, installed=frozenset({"varlen"})), "varlen", "FlashAttention 2 is not installed"),

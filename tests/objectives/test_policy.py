@@ -14,7 +14,7 @@ from tulu_mega.layout.alignment import Alignment
 from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.records import IGNORE, PackedBatch, TokenizedRow, TokenOutput
 from tulu_mega.rl.reporter import over_updates
-from tulu_mega.train.engine import BatchLoss
+from tulu_mega.train.batch_loss import BatchLoss
 
 LENGTHS = [7, 3, 12, 1]
 MAX_TOKENS = 16

@@ -23,7 +23,7 @@ from tulu_mega.preflight import check
 from tulu_mega.quickstart import task, tiny_model
 from tulu_mega.recipes.dpo import check_first_loss, run
 from tulu_mega.train import reference_cache
-from tulu_mega.train.engine import BatchLoss
+from tulu_mega.train.batch_loss import BatchLoss
 
 pytestmark = pytest.mark.ranks
 

@@ -82,11 +82,11 @@ def test_only_work_in_the_block_is_counted_and_no_sleep():
         burn(0.05)
     with clock.working():
         burn(0.05)
-    burnt = clock.take()
+    burnt = clock.look()()
     with clock.working():
         time.sleep(0.2)
-    assert burnt.working >= 0.1 > clock.take().working
-    assert clock.take() == WorkTime(0.0, 0.0)
+    assert burnt.working >= 0.1 > clock.look()().working
+    assert clock.look()() == WorkTime(0.0, 0.0)
 
 
 def test_waiting_for_a_cpu_is_the_second_number_of_schedstat(tmp_path, monkeypatch):
@@ -96,11 +96,11 @@ def test_waiting_for_a_cpu_is_the_second_number_of_schedstat(tmp_path, monkeypat
     file.write_text("7 1000000000 3\n")
     with clock.working():
         file.write_text("9 3500000000 4\n")
-    assert clock.take().waiting == 2.5
+    assert clock.look()().waiting == 2.5
     file.unlink()
     with clock.working():
         pass
-    assert clock.take().waiting == 0
+    assert clock.look()().waiting == 0
 
 
 @pytest.mark.gpu
@@ -110,6 +110,6 @@ def test_a_timed_product_takes_time_and_leaves_random_states_alone():
     product = TimedProduct(torch.device("cuda", 0))
     with product.working():
         pass
-    taken = [product.take() for _ in range(3)]
+    taken = [product.look()() for _ in range(3)]
     assert all(time.working > 0 and time.waiting == 0 for time in taken)
     assert torch.equal(torch.cuda.get_rng_state(), before)

@@ -57,6 +57,8 @@ def test_a_step_in_full(tmp_path):
         "padding": 0.1,
         "tflops": 0.5,
         "mfu": 0.5,
+        "mfu_peak": "bf16",
+        "memory_reserved_gib": None,
         "seconds_data": 0.5,
         "seconds_forward_backward": 3.0,
         "seconds_optimizer": 0.5,

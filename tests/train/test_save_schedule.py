@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tulu_mega.errors import Stopped, UserError
-from tulu_mega.train.save_schedule import SaveSchedule
+from tulu_mega.train.save_schedule import Known, SaveSchedule
 from tulu_mega.train.step_clock import StepClock
 
 
@@ -15,8 +15,8 @@ class Calls:
     def __init__(self) -> None:
         self.made: list = []
 
-    def poll(self) -> None:
-        self.made.append("poll")
+    def poll(self, writing: bool | None = None) -> None:
+        self.made.append("poll" if writing is None else f"poll {writing}")
 
     def save(self, step: int, state: dict) -> None:
         self.made.append((step, state))
@@ -54,6 +54,17 @@ def test_a_run_that_is_asked_to_stop_ends_with_a_checkpoint_on_disk():
     with pytest.raises(Stopped) as stopped:
         SaveSchedule(saver, None, 5, lambda: True).after_step(3, lambda: state_at(3))
     assert stopped.value.step == 3 and saver.made == ["poll", (3, state_at(3)), "finish"]
+
+
+def test_what_every_rank_knows_is_not_asked_again():
+    saver = Calls()
+    saves = SaveSchedule(saver, 4, 5, lambda: pytest.fail("a collective for which all would wait"))
+    saves.after_step(1, dict, known=Known(asked=False, writing=True))
+    with pytest.raises(Stopped):
+        saves.after_step(2, dict, known=Known(asked=True, writing=False))
+    assert saver.made == ["poll True", "poll False", (2, {}), "finish"]
+    with pytest.raises(Stopped):  # where a checkpoint is due, a signal that came behind the loss counts too
+        SaveSchedule(saver, 4, 5, lambda: True).after_step(4, dict, known=Known(asked=False, writing=False))
 
 
 @pytest.mark.parametrize("stop", [False, True])
@@ -95,3 +106,12 @@ def test_parts_of_a_step_are_marked_and_their_seconds_add_up(monkeypatch):
     assert clock.seconds == {"data": 2.5} and clock.whole == 6.0 and marks == ["data", "data"]
     clock.restart()
     assert clock.seconds == {} and clock.whole == 10.0
+
+
+def test_seconds_that_a_part_measured_for_another_are_moved():
+    clock = StepClock(lambda _name: None)
+    with clock.part("optimizer"):
+        pass
+    whole = clock.seconds["optimizer"]
+    clock.move(2.0, "optimizer", "passes")
+    assert clock.seconds == {"optimizer": whole - 2.0, "passes": 2.0}

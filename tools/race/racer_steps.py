@@ -41,7 +41,7 @@ def timed(laps: Laps, engine: Engine, loader: PackedLoader, objective: Objective
             laps.begin()
             losses = []
         loss = engine.forward_backward(loader.batches(step).micro_batches, objective)
-        engine.optimizer_step(step, loss.loss)
+        engine.optimizer_step(step, loss)
         losses.append(loss.loss)
         if (step + 1) % steps == 0:
             laps.end(losses=losses)

@@ -25,6 +25,7 @@ _DEFINED = {
         "OptimSettings",
         "ParallelSettings",
         "PreferenceDataSettings",
+        "ProfileSettings",
         "ReferenceSettings",
         "Section",
         "SpikeSettings",

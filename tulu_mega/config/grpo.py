@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +15,7 @@ from tulu_mega.config.sections import (
     Fraction,
     OptimSettings,
     PositiveInt,
+    ProfileSettings,
     Section,
     Sources,
     SpikeSettings,
@@ -91,8 +93,8 @@ class GrpoTrainSettings(Section):
     passes: PositiveInt = 1
     """Times that a step's responses are trained on."""
     share_prompts: Annotated[bool, Effect.NONE] = True
-    """Have the tokens of a prompt once in a pack for all its responses there. Only the attention of this project can: not under
-    context parallelism, nor where attention is Transformer Engine's, where this changes nothing."""
+    """Have the tokens of a prompt once in a pack for all its responses there. Not under context parallelism, where this changes
+    nothing, nor by Transformer Engine's attention: `model.attention = "auto"` takes FlashAttention's or torch's before it."""
     max_policy_lag: Annotated[int, Effect.NONE] = 0
     """Steps that the weights which generate may lie behind those that train; only 0, synchronous, is offered yet."""
     filter_equal: bool = True
@@ -105,6 +107,8 @@ class GrpoTrainSettings(Section):
     straggler: Annotated[StragglerSettings, Effect.NONE] = StragglerSettings()
     log_every: Annotated[PositiveInt, Effect.NONE] = 1
     """Steps between console lines (metrics.jsonl has every step)."""
+    profile: Annotated[ProfileSettings | None, Effect.NONE] = None
+    """Traces of chosen steps by torch's profiler, in RUN_DIR/profile; `report` shows them."""
     rollouts_every: Annotated[PositiveInt, Effect.NONE] = 1
     """Steps between files of responses in RUN_DIR/rollouts; the last step has one, and any that something was wrong with."""
 
@@ -183,6 +187,16 @@ def workload(settings: GrpoSettings) -> Workload:
         entropy=policy.entropy > 0,
         rollout=settings.rollout,
     )
+
+
+def steps_of(settings: GrpoSettings, prompts: int) -> int:
+    """The steps of a run.
+
+    Args:
+        prompts: rows that it trains on.
+    """
+    train = settings.train
+    return train.steps or math.ceil(round(train.epochs * prompts / train.prompts, 6))
 
 
 def restarts(settings: GrpoSettings) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from tulu_mega.config.effects import Effect
 from tulu_mega.errors import UserError
@@ -219,6 +219,32 @@ class StragglerSettings(Section):
     """In how many reports in a row a rank has to be too slow to be warned of."""
 
 
+class ProfileSettings(Section):
+    step: PositiveInt
+    """First step (from 1) that is profiled; the first steps of a run are slower than the others."""
+    steps: PositiveInt = 1
+    """Steps in a trace, one behind the other."""
+    ranks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    """Ranks that write a trace. The others wait for them at the next collective."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _each_once(cls, ranks: list[int]) -> list[int]:
+        if len(set(ranks)) < len(ranks):
+            raise ValueError(f"{ranks}: a rank is named more than once; name each once")
+        return ranks
+
+    @property
+    def last(self) -> int:
+        """Last step that is profiled."""
+        return self.step + self.steps - 1
+
+    @property
+    def window(self) -> str:
+        """The steps in words."""
+        return f"step {self.step:,}" if self.steps == 1 else f"steps {self.step:,} to {self.last:,}"
+
+
 class TrainSettings(Section):
     steps: Annotated[PositiveInt | None, Effect.LENGTH] = None
     """Optimizer steps; unset, the steps that `epochs` take."""
@@ -234,6 +260,8 @@ class TrainSettings(Section):
     straggler: Annotated[StragglerSettings, Effect.NONE] = StragglerSettings()
     log_every: Annotated[PositiveInt, Effect.NONE] = 1
     """Steps between console lines (metrics.jsonl has every step)."""
+    profile: Annotated[ProfileSettings | None, Effect.NONE] = None
+    """Traces of chosen steps by torch's profiler, in RUN_DIR/profile; `report` shows them."""
 
 
 Reduction = Literal["sum", "token_mean"]

@@ -93,15 +93,14 @@ class PackedLoader:
         self._capacity = data.pack_length or data.max_length * store.width
         self._count = len(store) // store.width
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(self._count, seed, epoch, data.shuffle))
-        # rounded first: 0.1 epochs of 30 rows are 3.0000000000000004
-        self._drawn = train.steps * train.global_batch if train.steps else max(1, math.ceil(round(train.epochs * self._count, 6)))
+        self._drawn = _drawn(train, self._count)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
         self._next: tuple[int, Future[StepData]] | None = None
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return -(-self._drawn // self._train.global_batch)
+        return steps_of(self._train, self._count)
 
     def rows(self, step: int) -> list[int]:
         """Sequences of the store in the global batch of a step, counted from 0; those of a pair follow one another.
@@ -180,6 +179,21 @@ class PackedLoader:
     def _batch(self, rows: list[int]) -> PackedBatch:
         batch = pack((self._store[row] for row in rows), self._align, self._pad_token)
         return batch.with_columns(**{name: by_segment(batch, values) for name, values in self._columns.items()})
+
+
+def steps_of(train: TrainSettings, count: int) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        count: rows, or pairs, that it trains on.
+    """
+    return -(-_drawn(train, count) // train.global_batch)
+
+
+def _drawn(train: TrainSettings, count: int) -> int:
+    """Rows, or pairs, that a run draws."""
+    # rounded first: 0.1 epochs of 30 rows are 3.0000000000000004
+    return train.steps * train.global_batch if train.steps else max(1, math.ceil(round(train.epochs * count, 6)))
 
 
 def by_segment(batch: PackedBatch, values: np.ndarray) -> Tensor:

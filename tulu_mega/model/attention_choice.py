@@ -37,14 +37,17 @@ class Situation:
     """whether the layers are Transformer Engine's"""
     installed: frozenset[Attention]
     """of ``flash3``, ``flash2`` and ``varlen`` (a torch that knows windows there)"""
+    shares: bool = False
+    """whether sequences are to share prefixes within a pack, where attention has a place for it"""
 
 
 def choose_attention(situation: Situation, asked: Attention | Literal["auto"] = "auto") -> Attention:
     """The fastest attention that can do what is needed. Logged with its reason, once a situation.
 
     Transformer Engine picks between cuDNN and FlashAttention itself; it is passed over where layers have windows under context
-    parallelism, for which it exchanges keys in a way (`cp_comm_type`) that packed sequences need not have. ``sdpa`` runs
-    everywhere, segment by segment.
+    parallelism, for which it exchanges keys in a way (`cp_comm_type`) that packed sequences need not have. It has no place for
+    prefixes that sequences share, so where they are to be shared the others go before it. ``sdpa`` runs everywhere, segment by
+    segment.
 
     Args:
         asked: one of them instead, or ``auto``.
@@ -62,8 +65,11 @@ def _choose(situation: Situation, asked: Attention | Literal["auto"]) -> Attenti
             raise UserError(f"model.attention = {asked!r}: {obstacle}; choose another or set it to 'auto'")
         _log.info("attention: %s (asked for)", asked)
         return asked
-    passed = []
-    for kind in ("te", "flash3", "flash2", "varlen"):
+    order, passed = list(_ORDER), []
+    if situation.shares and situation.context == 1:
+        order.append(order.pop(0))
+        passed.append("prefixes are shared, for which Transformer Engine's has no place")
+    for kind in order:
         obstacle = _obstacle(kind, situation)
         if obstacle is None:
             _log.info("attention: %s%s", kind, f" ({'; '.join(passed)})" if passed else "")
@@ -95,6 +101,8 @@ def _obstacle(kind: Attention, situation: Situation) -> str | None:
     return None if kind in situation.installed else f"{_NAMES[kind]} is not installed"
 
 
+_ORDER: tuple[Attention, ...] = ("te", "flash3", "flash2", "varlen")
+"""The fastest first."""
 _NAMES = {"flash3": "FlashAttention 3", "flash2": "FlashAttention 2", "varlen": "a torch with varlen_attn of windows"}
 
 
@@ -103,12 +111,18 @@ def _version(capability: tuple[int, int]) -> str:
 
 
 def situation(
-    device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool, context: int, te_layers: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    windowed: bool,
+    context: int,
+    te_layers: bool,
+    shares: bool = False,
 ) -> Situation:
     """This process's situation: what the device can do, and what is installed, is looked up."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     installed = _installed() if device.type == "cuda" else frozenset()
-    return Situation(device.type, capability, dtype, head_dim, windowed, context, te_layers, installed)
+    return Situation(device.type, capability, dtype, head_dim, windowed, context, te_layers, installed, shares)
 
 
 @functools.cache

@@ -22,7 +22,12 @@ from tulu_mega.platforms import Platform
 
 
 def build_model(
-    hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform, reward: bool = False
+    hf: PretrainedConfig,
+    settings: EngineSettings,
+    topology: Topology,
+    platform: Platform,
+    reward: bool = False,
+    shares: bool = False,
 ) -> list[PolicyModel] | list[RewardModel]:
     """The layers, embedding and head this rank holds, a model for each of its virtual pipeline stages (VPP; else one).
 
@@ -30,13 +35,14 @@ def build_model(
 
     Args:
         reward: whether the head gives a score for each token instead of log-probabilities.
+        shares: whether sequences are to share prefixes within a pack.
 
     Raises:
         UserError: when the model cannot be built under this layout.
     """
     transformer_engine = use_transformer_engine(settings.model.spec, platform)
     config = transformer_config(hf, settings, transformer_engine)
-    attention = attention_of(hf, settings, topology, platform)
+    attention = attention_of(hf, settings, topology, platform, shares)
     stages = [None] if topology.virtual == 1 else range(topology.virtual)
     return [
         _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model.kernels, stage)
@@ -44,8 +50,13 @@ def build_model(
     ]
 
 
-def attention_of(hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform) -> Attention:
+def attention_of(
+    hf: PretrainedConfig, settings: EngineSettings, topology: Topology, platform: Platform, shares: bool = False
+) -> Attention:
     """The attention that a model's layers have under a layout.
+
+    Args:
+        shares: whether sequences are to share prefixes within a pack.
 
     Raises:
         UserError: when the one asked for cannot be had.
@@ -59,6 +70,7 @@ def attention_of(hf: PretrainedConfig, settings: EngineSettings, topology: Topol
         config.window_size is not None,
         topology.context,
         transformer_engine,
+        shares,
     )
     return choose_attention(here, settings.model.attention)
 

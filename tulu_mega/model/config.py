@@ -95,7 +95,8 @@ def _pipeline(hf: PretrainedConfig, parallel: ParallelSettings) -> dict:
     stages = [["decoder"] * count for count in stage_layers(hf.to_dict(), parallel)]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
-    fields = dict(pipeline_model_parallel_layout=stages)
+    # the wait for each message that megatron-core has by default was for torch before 1.13 (pytorch/pytorch#82450)
+    fields = dict(pipeline_model_parallel_layout=stages, batch_p2p_sync=False)
     if parallel.virtual_pipeline > 1:
         fields |= dict(
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,

@@ -30,6 +30,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.launch import meeting, sameness
 from tulu_mega.launch.launcher import joined_world
 from tulu_mega.launch.run_dir import make_private
+from tulu_mega.preflight import measure
 
 PATIENCE = 60.0
 """Seconds a node may take to answer."""
@@ -101,11 +102,14 @@ def problems(nodes: Sequence[Node], needed_gib: float = 0.0) -> list[str]:
     return found
 
 
-def check(settings: Section, look: Callable[[], list[str]] = list) -> int:
+def check(
+    settings: Section, look: Callable[[], list[str]] = list, tell: Callable[[str], None] = lambda _line: None
+) -> int:
     """Looks at every node of the world that torchrun's variables describe, all of whose processes call this.
 
     Args:
         look: what is wrong beside; called by the first process once the nodes go together, and the others wait for it.
+        tell: is called, by the first process, with each line of what was measured.
 
     Returns:
         The nodes.
@@ -143,7 +147,7 @@ def _check(settings: Section, look: Callable[[], list[str]]) -> int:
         found = problems([Node(**nodes[each]) for each in speakers], needed)
     found = _told(store, "found", rank, size, lambda: found)
     if not found:
-        found = _collective(store, rank, size)
+        found = _collective(store, rank, size, speakers, tell if rank == 0 else lambda _line: None)
     if not found:
         found = _told(store, "looked", rank, size, look)
     if found:
@@ -268,10 +272,12 @@ def _address() -> str:
         return probe.getsockname()[0]
 
 
-def _collective(store: dist.Store, rank: int, size: int) -> list[str]:
-    """One sum over all processes by what will carry the run's collectives."""
+def _collective(store: dist.Store, rank: int, size: int, speakers: Sequence[int], tell: Callable[[str], None]) -> list[str]:
+    """One sum over all processes by what will carry the run's collectives, and how fast they and the devices are."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
     try:
         dist.init_process_group(
@@ -281,10 +287,13 @@ def _collective(store: dist.Store, rank: int, size: int) -> list[str]:
         dist.all_reduce(total)
         if int(total.item()) != size:
             raise RuntimeError(f"a sum of ones over {size} processes gave {total.item()}")
+        measured = measure.measure(speakers, rank, size, device)
         dist.destroy_process_group()
     except (RuntimeError, OSError) as error:  # torch's own errors are of the first kind
         return [f"node {socket.gethostname()} (rank {rank}): a first sum over all processes by {backend} failed: {error}"]
-    return []
+    for line in measure.told(measured):
+        tell(line)
+    return measure.slow(measured, measure.GPU if cuda else measure.CPU)
 
 
 def _gathered(store: dist.Store, name: str, rank: int, ranks: Sequence[int], value: Any) -> dict[int, Any]:

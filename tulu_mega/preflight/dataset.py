@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from tulu_mega.config import StageSettings
+from tulu_mega.data.loader import steps_of
+from tulu_mega.data.store import TokenStore
 from tulu_mega.errors import UserError
 from tulu_mega.launch.run_dir import DATA, HELDOUT
 from tulu_mega.layout.schedule import Pipeline
-from tulu_mega.preflight import run
+from tulu_mega.preflight import profile, run
 from tulu_mega.preflight.findings import Findings, Rows
 
 
@@ -24,12 +27,18 @@ def problems(settings: StageSettings, findings: Findings, reward: bool = False) 
     if settings.heldout:
         own = {"train": settings.heldout.data, "split": settings.heldout.split}
         findings.rows.append(Rows("heldout.data", settings.data.model_copy(update=own), settings.model, run_dir / HELDOUT))
-    findings.rows.append(Rows("data.train", settings.data, settings.model, run_dir / DATA))
+    look = partial(_long_enough, settings)
+    findings.rows.append(Rows("data.train", settings.data, settings.model, run_dir / DATA, look))
 
 
 def reward_model_problems(settings: StageSettings, findings: Findings) -> None:
     """As `problems`, of a stage that trains a reward model."""
     problems(settings, findings, reward=True)
+
+
+def _long_enough(settings: StageSettings, store: TokenStore) -> None:
+    """The run has the steps that are to be profiled."""
+    profile.check_steps(settings.train.profile, steps_of(settings.train, len(store) // store.width))
 
 
 def _schedulable(settings: StageSettings) -> None:

@@ -11,6 +11,7 @@ from tulu_mega.errors import UserError
 
 if TYPE_CHECKING:
     from tulu_mega.config import DataSettings, ModelSettings
+    from tulu_mega.data.store import TokenStore
     from tulu_mega.pins.compare import Pinning
 
 T = TypeVar("T")
@@ -27,6 +28,8 @@ class Rows:
     """whose tokenizer is taken where `data` names none"""
     directory: Path
     """for the ranks to read"""
+    look: Callable[[TokenStore], None] = lambda _store: None
+    """sees whether what they became fits the other settings; raises UserError"""
 
 
 @dataclass

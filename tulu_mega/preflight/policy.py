@@ -8,6 +8,7 @@ from typing import Any
 
 from tulu_mega.bridge.families import family_for
 from tulu_mega.config import EngineSettings, GrpoSettings
+from tulu_mega.config.grpo import steps_of
 from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import longest_wait, look
 from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
@@ -15,7 +16,7 @@ from tulu_mega.inference.offline import check_vllm
 from tulu_mega.layout.fp8 import rollout_fp8_problems
 from tulu_mega.pins import rows
 from tulu_mega.pins.directories import Directory
-from tulu_mega.preflight import pinned, run
+from tulu_mega.preflight import pinned, profile, run
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import model_config, within_vocabulary
 from tulu_mega.rl.prompts import Prompts, read
@@ -33,6 +34,8 @@ def problems(settings: GrpoSettings, findings: Findings) -> None:
     prompts = findings.collect(lambda: read(settings))
     if prompts:
         findings.notes += [*left_out(prompts), *prompts.told]
+    if prompts:
+        findings.collect(lambda: profile.check_steps(settings.train.profile, steps_of(settings, len(prompts.train))))
     if prompts and config:
         findings.collect(lambda: answerable(prompts, config))
     if prompts and findings.pins:

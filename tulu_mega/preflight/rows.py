@@ -38,6 +38,8 @@ def tokenise(findings: Findings, elsewhere: Path | None = None) -> list[str]:
             store = findings.collect(how)
             if store:
                 findings.notes += left_out(rows.setting, store)
+            if store:
+                findings.collect(partial(rows.look, store))
             if store and findings.config:
                 findings.collect(partial(fits_vocabulary, rows.setting, store, findings.config))
             findings.notes += [f"{rows.setting}: {line}" for line in store.told] if store else []

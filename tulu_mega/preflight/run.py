@@ -11,7 +11,7 @@ from tulu_mega.config import RunSettings
 from tulu_mega.data.other_tokenizer import other_tokenizer
 from tulu_mega.launch.run_dir import check_free
 from tulu_mega.pins.directories import Directory
-from tulu_mega.preflight import model, pinned
+from tulu_mega.preflight import model, pinned, profile
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.same_run import same_run
 
@@ -27,6 +27,7 @@ def problems(settings: RunSettings, findings: Findings, reward: bool = False, sh
         model.any_model_problems(settings, findings)
     else:
         model.problems(settings, findings)
+    findings.collect(lambda: profile.check_ranks(settings))
     findings.collect(lambda: check_free(Path(settings.run_dir)))
     findings.collect(lambda: same_run(settings, short_batches))
     findings.collect(lambda: pinned.begin(settings, findings))

@@ -16,8 +16,8 @@ from tulu_mega.model.config import DTYPES
 from tulu_mega.objectives.preference_objective import PreferenceObjective
 from tulu_mega.pins.ranks import known
 from tulu_mega.train import reference_cache
+from tulu_mega.train.batch_loss import BatchLoss
 from tulu_mega.train.dataset_run import DatasetRun, opened_run
-from tulu_mega.train.engine import BatchLoss
 
 REFERENCE = "reference"
 """The run's own cache of reference log-probabilities."""

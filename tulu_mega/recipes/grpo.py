@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from tulu_mega.config import GrpoSettings
+from tulu_mega.config.grpo import steps_of
 from tulu_mega.data.chat import Template
 from tulu_mega.distributed.collectives import Crew, from_lead
 from tulu_mega.errors import UserError
@@ -18,6 +18,7 @@ from tulu_mega.launch.launcher import World
 from tulu_mega.launch.run_dir import CONFIG
 from tulu_mega.objectives.advantages import ESTIMATORS
 from tulu_mega.objectives.policy import PolicyObjective
+from tulu_mega.process import Collections
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl import journal
 from tulu_mega.rl.collector import Collected, Collector
@@ -30,6 +31,7 @@ from tulu_mega.rl.reporter import Reporter
 from tulu_mega.rl.reward_model import RewardModelScores
 from tulu_mega.rl.scheduler import Generates, Scheduler
 from tulu_mega.train.checkpoint import Checkpoint
+from tulu_mega.train.profiling import StepProfiler
 from tulu_mega.train.run import Run, opened_session
 from tulu_mega.train.save_schedule import SaveSchedule
 from tulu_mega.train.session import Session, write_settings
@@ -51,16 +53,18 @@ def run(settings: GrpoSettings, world: World) -> None:
     with opened_policy(settings, world) as policy:
         policy.sync(policy.done)
         policy.evaluate(policy.done)
-        with policy.guards:
+        with policy.guards, Collections(every=1) as collections:
             for step in range(policy.done, policy.steps):
-                with policy.saving_where_cut_off(step):
-                    collected = policy.collect(step)
-                learned = policy.learn(step, collected)
-                with policy.saving_where_cut_off(step + 1, collected, learned):
-                    sync = policy.sync(step + 1)
-                    heldout = policy.evaluate(step + 1)
-                policy.report(step + 1, collected, learned, sync, heldout)
-                policy.save(step + 1, learned)
+                with policy.profiler.step(step + 1):
+                    with policy.saving_where_cut_off(step):
+                        collected = policy.collect(step)
+                    learned = policy.learn(step, collected)
+                    with policy.saving_where_cut_off(step + 1, collected, learned):
+                        sync = policy.sync(step + 1)
+                        heldout = policy.evaluate(step + 1)
+                    policy.report(step + 1, collected, learned, sync, heldout)
+                    policy.save(step + 1, learned)
+                collections.after_step(step + 1)
         policy.finish()
 
 
@@ -84,6 +88,7 @@ class Policy:
     reporter: Reporter | None
     """Rank 0's."""
     saves: SaveSchedule
+    profiler: StepProfiler
 
     def collect(self, step: int) -> Collected:
         """Collect the step's responses, judged, of the newest weights; every rank gets those that are trained on."""
@@ -173,10 +178,11 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
         UserError: on every rank, for whatever the user can mend.
     """
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(opened_session(settings, world, reward=False, temperature=settings.sampling.temperature))
+        temperature, shares = settings.sampling.temperature, settings.train.share_prompts
+        session = stack.enter_context(opened_session(settings, world, reward=False, temperature=temperature, shares=shares))
         run, engine, lead = Run(settings, session), session.engine, session.lead
         prompts = read(settings) if lead else None
-        steps = from_lead(_steps(settings, len(prompts.train)) if lead else None)
+        steps = from_lead(steps_of(settings, len(prompts.train)) if lead else None)
 
         reference = session.beside(settings.model.path, reward=False).engine if settings.policy.reads_reference else None
         found = run.weights(steps, settings.train.mini_batches * settings.train.passes)
@@ -223,12 +229,8 @@ def opened_policy(settings: GrpoSettings, world: World) -> Iterator[Policy]:
             evaluator=Evaluator(crew, run.run_dir, every, start, steps, scheduler, heldout, log),
             reporter=reporter,
             saves=saves,
+            profiler=run.profiler(start),
         )
-
-
-def _steps(settings: GrpoSettings, prompts: int) -> int:
-    train = settings.train
-    return train.steps or math.ceil(round(train.epochs * prompts / train.prompts, 6))
 
 
 def _scheduler(

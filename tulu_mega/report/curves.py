@@ -112,7 +112,7 @@ CHARTS = (
         scale=1e-3,
         zero=True,
     ),
-    Chart("mfu", "Share of the peak (MFU)", "%", (("mfu", "MFU"),), scale=100),
+    Chart("mfu", "Share of the peak (MFU)", "% of the dense peak of the model's dtype", (("mfu", "MFU"),), scale=100),
     Chart("padding", "Padding", "% of the packed positions", (("padding", "padding"),), scale=100, usual=0),
     Chart(
         "schedule",
@@ -141,6 +141,7 @@ CHARTS = (
         zero=True,
     ),
     Chart("memory", "Memory", "GiB, peak so far of process 0", (("memory_gib", "memory"),)),
+    Chart("reserved", "Memory reserved", "GiB, peak so far of process 0", (("memory_reserved_gib", "reserved"),)),
     Chart("save_memory", "Memory of a save", "GiB above what was held, largest of all", (("save_memory_gib", "peak"),)),
     Chart("save_seconds", "Seconds of a save", "s until it counts", (("save_seconds", "save"),), zero=True),
     Chart("skipped", "Skipped steps", "steps so far", (("skipped_steps", "skipped"),), usual=0, zero=True),
@@ -248,7 +249,7 @@ def _curve(axes: Axes, chart: Chart, run: Run, colour: str, dash: str) -> None:
     steps, values = _total(chart, run)
     values = [value * chart.scale for value in values]
     thick = _thinned(steps, values)
-    if len(steps) > 50 and chart.name not in ("lr", "memory", "skipped"):
+    if len(steps) > 50 and chart.name not in ("lr", "memory", "reserved", "skipped"):
         axes.plot(*thick, color=colour, alpha=0.3, linewidth=0.7)
         thick = _smoothed(steps, values)
     marker = "o" if len(steps) <= _FEW else None

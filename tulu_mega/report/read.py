@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.errors import UserError
+from tulu_mega.report.profiles import Profile, read_profiles
 
 METRICS, CONFIG, RESULTS = "metrics.jsonl", "config.json", "results.json"
 
@@ -44,6 +45,7 @@ class Run:
     """some responses of the newest step that has them, with its number as ``step``"""
     notes: list[str] = field(default_factory=list)
     """what could not be read"""
+    profiles: list[Profile] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -118,7 +120,8 @@ def read_run(directory: Path, name: str, samples: int) -> Run:
         if isinstance(content.get("tasks"), dict):
             evaluations.append(_evaluation(results.parent, content["tasks"], samples))
     rollouts = _rollouts(directory, steps[-1]["step"], samples)
-    return Run(name, directory, steps, _start(directory), settings, evaluations, rollouts, notes)
+    profiles = read_profiles(directory, notes)
+    return Run(name, directory, steps, _start(directory), settings, evaluations, rollouts, notes, profiles)
 
 
 def _unlike(usual: str, given: object) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from tulu_mega import __version__
 from tulu_mega.errors import UserError
 from tulu_mega.report.curves import Drawing, constants, draw
+from tulu_mega.report.profiles import Profile
 from tulu_mega.report.read import Run, read_runs
 from tulu_mega.report.settings import ReportSettings
 
@@ -36,7 +37,7 @@ def run(settings: ReportSettings) -> None:
         for drawing in drawings:
             (pictures / f"{drawing.chart.name}.png").write_bytes(drawing.png)
         temporary = directory / f".{PAGE}"
-        temporary.write_text(page(runs, drawings), encoding="utf-8")
+        temporary.write_text(page(runs, drawings, directory), encoding="utf-8")
         temporary.replace(directory / PAGE)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); name another directory with --output") from None
@@ -46,8 +47,12 @@ def run(settings: ReportSettings) -> None:
     print(f"{directory / PAGE}; {len(drawings)} pictures in {pictures}")
 
 
-def page(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:
-    """The page as HTML, pictures inside."""
+def page(runs: Sequence[Run], drawings: Sequence[Drawing], directory: Path) -> str:
+    """The page as HTML, pictures inside.
+
+    Args:
+        directory: where it will lie; it refers to nothing but traces of profiles, which are too large to be inside.
+    """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -63,6 +68,7 @@ def page(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:
         drawings=[{"data": base64.b64encode(one.png).decode(), "text": one.text} for one in drawings],
         constants=constants(runs),
         scores=[score for run in runs for score in _scores(run)],
+        profiles=[_profile(run, each, directory, len(runs) > 1) for run in runs for each in run.profiles],
         samples=[sample for run in runs for sample in _samples(run, len(runs) > 1)],
         differences=[(name, [one.get(name, "") for one in flat]) for name in names if len({one.get(name) for one in flat}) > 1],
         settings=[{"name": run.name, "rows": list(one.items())} for run, one in zip(runs, flat, strict=True)],
@@ -94,12 +100,23 @@ def summary(run: Run) -> dict[str, str]:
         "time": f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s",
         "last loss": last("loss", ".4g"),
         "tokens a second": typical("tokens_per_second", ",.0f"),
-        "MFU": typical("mfu", ".1f", 100) + (" %" if run.column("mfu")[1] else ""),
+        "MFU": typical("mfu", ".1f", 100) + _of_peak(run),
         "padding": typical("padding", ".1f", 100) + " %",
-        "memory": last("memory_gib", ".2f") + " GiB",
+        "memory": last("memory_gib", ".2f") + " GiB" + _reserved(run),
         "a save": typical("save_seconds", ",.1f") + " s, " + most("save_memory_gib", ".2f") + " GiB",
         "skipped steps": last("skipped_steps", ".0f"),
     }
+
+
+def _of_peak(run: Run) -> str:
+    """What an MFU is a share of; older runs do not say whose peak."""
+    peak = run.steps[-1].get("mfu_peak")
+    return "" if not run.column("mfu")[1] else f" % of the {peak} peak" if isinstance(peak, str) else " %"
+
+
+def _reserved(run: Run) -> str:
+    values = run.column("memory_reserved_gib")[1]
+    return f" ({values[-1]:.2f} reserved)" if values else ""
 
 
 def _flat(values: dict[str, Any], section: str = "") -> dict[str, str]:
@@ -111,6 +128,20 @@ def _flat(values: dict[str, Any], section: str = "") -> dict[str, str]:
         else:
             flat[f"{section}{name}"] = "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
     return flat
+
+
+def _profile(run: Run, profile: Profile, page: Path, several: bool) -> dict[str, Any]:
+    operations = [
+        {"name": each.name, "time": f"{each.milliseconds:,.1f}", "share": f"{each.share:.1%}", "calls": f"{each.calls:,}"}
+        for each in profile.operations
+    ]
+    return {
+        "title": f"{run.name}, {profile.title}" if several else profile.title,
+        "device": "CPU" if profile.device == "cpu" else f"{profile.device.upper()} device",
+        "link": profile.link(page),
+        "file": profile.trace.name,
+        "operations": operations,
+    }
 
 
 def _scores(run: Run) -> list[dict[str, str]]:

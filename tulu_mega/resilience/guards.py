@@ -147,6 +147,11 @@ class Guards:
         """
         self._skipped.check_learned()
 
+    @property
+    def asked_to_end(self) -> bool:
+        """Whether this rank received a signal to stop."""
+        return self._stop_signal.noted
+
     def stop_requested(self) -> bool:
         """Whether any rank received a signal to stop. A collective, at the end of a step; the same on every rank."""
         return self._stop_signal.received()

@@ -18,7 +18,7 @@ class StopSignal:
     """
 
     def __init__(self, device: torch.device):
-        self._device, self._noted = device, False
+        self._device, self.noted = device, False
 
     def __enter__(self) -> StopSignal:
         self._terminal = Terminal()
@@ -32,11 +32,11 @@ class StopSignal:
 
     def received(self) -> bool:
         """Whether any rank received a signal. A collective: every rank calls it at the end of a step and gets the same."""
-        noted = torch.tensor(int(self._noted), device=self._device)
+        noted = torch.full((), int(self.noted), device=self._device)  # torch.tensor would wait for the device
         dist.all_reduce(noted, dist.ReduceOp.MAX)
         return bool(noted.item())
 
     def _note(self, number: int, _frame: object) -> None:
-        self._noted = True
+        self.noted = True
         if number == signal.SIGHUP:
             self._terminal.closed()

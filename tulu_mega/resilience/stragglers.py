@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import statistics
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from tulu_mega.config import StragglerSettings
 from tulu_mega.distributed.collectives import gathered_at_lead
+from tulu_mega.records import ToHost, sent
 from tulu_mega.resilience.work_time import WorkTime, work_clock
 
 _NOTABLE = 1.1
@@ -119,6 +120,7 @@ class Stragglers:
         usual = -(-10 // log_every) * log_every
         self._every = usual if settings.every is None else settings.every
         self._device, self._lineup = device, None
+        self._looks: list[Generator[None, None, Slowest | None]] = []
         self._clock = work_clock(device) if self._every and dist.get_world_size() > 1 else None
         if self._clock:
             ranks = gathered_at_lead((socket.gethostname(), pipeline_rank if self._clock.by_pipeline_stage else 0))
@@ -131,10 +133,34 @@ class Stragglers:
         return self._clock.working() if self._clock else contextlib.nullcontext()
 
     def report(self, step: int) -> Slowest | None:
-        """Return the slowest rank, on rank 0 and at the end of a step (from 1) after which a report is due; None otherwise."""
-        if not self._clock or step % self._every:
+        """Return the slowest rank, on rank 0, at the end of a step (from 1) at which a look is over; None otherwise.
+
+        A look begins every so many steps. On GPUs it is over two steps later, so that nobody waits for it: at the end of each
+        step what was asked of the device at the end of the one before is there.
+        """
+        if not self._clock:
             return None
-        mine = torch.tensor([self._clock.take()], dtype=torch.float64, device=self._device)
+        if step % self._every == 0:
+            self._looks.append(self._look())
+        found, going = None, []
+        for look in self._looks:
+            try:
+                next(look)
+                going.append(look)
+            except StopIteration as over:
+                found = over.value
+        self._looks = going
+        return found
+
+    def _look(self) -> Generator[None, None, Slowest | None]:
+        """Compare the ranks; where the device is asked, stop until the end of the next step before its answer is read."""
+        taken = self._clock.look()
+        if self._clock.late:
+            yield
+        mine = sent(torch.tensor([taken()], dtype=torch.float64), self._device)
         times_R2 = mine.new_empty(dist.get_world_size(), mine.shape[1])
         dist.all_gather_into_tensor(times_R2, mine)
-        return self._lineup.slowest([WorkTime(*each) for each in times_R2.tolist()]) if self._lineup else None
+        times = ToHost(times_R2)
+        if self._clock.late:
+            yield
+        return self._lineup.slowest([WorkTime(*each) for each in times.read()]) if self._lineup else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -28,12 +28,14 @@ class WorkClock(Protocol):
 
     by_pipeline_stage: bool
     """Whether only ranks of the same pipeline stage do comparable work."""
+    late: bool
+    """Whether the host would wait for the device if it asked for a work time at once."""
 
     def working(self) -> contextlib.AbstractContextManager[None]:
         """Wrap the work to be measured."""
 
-    def take(self) -> WorkTime:
-        """Return the work time since the last call."""
+    def look(self) -> Callable[[], WorkTime]:
+        """Take the work time since the last look; what is returned gives it."""
 
 
 def work_clock(device: torch.device) -> WorkClock:
@@ -49,7 +51,7 @@ class CpuClock:
     is the time spent waiting for a CPU, which other processes or a container's quota take; it is 0 on systems without schedstat.
     """
 
-    by_pipeline_stage = True
+    by_pipeline_stage, late = True, False
 
     def __init__(self) -> None:
         self._sum = WorkTime(0.0, 0.0)
@@ -61,9 +63,9 @@ class CpuClock:
         now = _thread_clock()
         self._sum = WorkTime(self._sum.working + now.working - began.working, self._sum.waiting + now.waiting - began.waiting)
 
-    def take(self) -> WorkTime:
+    def look(self) -> Callable[[], WorkTime]:
         taken, self._sum = self._sum, WorkTime(0.0, 0.0)
-        return taken
+        return lambda: taken
 
 
 def _thread_clock() -> WorkTime:
@@ -82,7 +84,7 @@ class TimedProduct:
         device: a CUDA device.
     """
 
-    by_pipeline_stage = False
+    by_pipeline_stage, late = False, True
 
     def __init__(self, device: torch.device):
         drawn = torch.Generator(device).manual_seed(0)  # a generator of its own leaves every other random state alone
@@ -93,12 +95,17 @@ class TimedProduct:
         return contextlib.nullcontext()
 
     @torch.no_grad()
-    def take(self) -> WorkTime:
+    def look(self) -> Callable[[], WorkTime]:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.mm(self._factor, self._factor, out=self._product)  # the first product picks and loads the kernel: not measured
         began.record()
         for _ in range(_TIMES):
             torch.mm(self._factor, self._factor, out=self._product)
         ended.record()
-        ended.synchronize()
-        return WorkTime(began.elapsed_time(ended) / 1e3, 0.0)
+
+        def taken() -> WorkTime:
+            if not ended.query():
+                ended.synchronize()
+            return WorkTime(began.elapsed_time(ended) / 1e3, 0.0)
+
+        return taken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl import journal
 from tulu_mega.rl.batches import differences, packed, scored, split, with_column
 from tulu_mega.rl.collector import Collected
-from tulu_mega.train.engine import BatchLoss, Engine, Update
+from tulu_mega.train.batch_loss import BatchLoss
+from tulu_mega.train.engine import Engine, Update
 from tulu_mega.train.step_clock import StepClock
 
 
@@ -168,9 +170,11 @@ class Learner:
         for at, (packs, tokens) in enumerate(parts * train.passes):
             with self._clock.part("forward_backward"), self._guards.working():
                 loss = self._engine.forward_backward(packs, self._objective, seen)
+            launched = time.perf_counter()
             with self._clock.part("optimizer"), self._guards.working():
-                update = self._engine.optimizer_step(begin + at, loss.loss, self._guards.allow)
-            updates.append(PolicyUpdate(loss, tokens, update))
+                update = self._engine.optimizer_step(begin + at, loss, self._guards.allow)
+            self._clock.move(update.known - launched, "optimizer", "forward_backward")  # the device was still at it
+            updates.append(PolicyUpdate(loss.read(), tokens, update))
             name = f"update {at + 1} of step {step + 1}"
             spike = self._guards.after_update(
                 step + 1, update.finite, loss.loss, update.grad_norm, lambda: _rows(collected), name

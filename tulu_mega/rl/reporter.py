@@ -12,7 +12,7 @@ from tulu_mega.resilience.guards import GuardReport
 from tulu_mega.rl import journal
 from tulu_mega.rl.collector import Collected, numbered
 from tulu_mega.rl.learner import Learned
-from tulu_mega.train.engine import BatchLoss
+from tulu_mega.train.batch_loss import BatchLoss
 from tulu_mega.train.metrics import MetricsLog, StepRecord, StepSeconds
 from tulu_mega.train.save_schedule import SaveSchedule
 from tulu_mega.train.step_clock import StepClock

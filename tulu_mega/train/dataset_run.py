@@ -88,6 +88,7 @@ class DatasetRun(Run):
                 where=self.store.where,
                 flops=lambda data: training_flops(config, self.store.lengths[data.rows]),
                 log=log,
+                profiler=self.profiler(start),
                 heldout=heldout,
                 first=first,
             )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, SupportsFloat
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -33,6 +34,9 @@ from tulu_mega.model.packed import packed_seq_params
 from tulu_mega.model.reward import RewardModel
 from tulu_mega.platforms import Platform
 from tulu_mega.records import LossOutput, PackedBatch, Reads, TokenOutput, sent
+from tulu_mega.train.batch_loss import ReducedLoss, reduced, scalar
+from tulu_mega.train.finalize import finalize_gradients
+from tulu_mega.train.micro_batches import SentOnce, needed
 from tulu_mega.train.optimizer import Schedule, build_optimizer
 
 _GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp_cp"]
@@ -58,16 +62,6 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class BatchLoss:
-    """A global batch's loss, the same on every rank."""
-
-    loss: float
-    """sum over the batch / global count"""
-    count: int
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Update:
     """What became of an optimizer step, the same on every rank."""
 
@@ -76,7 +70,9 @@ class Update:
     lr: float
     applied: bool
     """False when loss or gradient was not finite, or not allowed: parameters and optimizer state stay as they were"""
-    finite: bool = True
+    finite: bool
+    known: float
+    """`time.perf_counter` when the norm was known: the batch's forward and backward passes were done"""
 
 
 class Engine:
@@ -89,6 +85,7 @@ class Engine:
         reward: whether the model is a reward model, which gives scores instead of log-probabilities.
         temperature: logits are divided by it, in training and in scoring: of policies, that which responses are drawn at.
         at: called with what this rank does whenever it makes progress; see `watchdog.Watchdog.at`.
+        shares: whether sequences are to share prefixes within a pack, where the layout lets them (:attr:`whole_packs`).
     """
 
     def __init__(
@@ -100,11 +97,12 @@ class Engine:
         reward: bool = False,
         temperature: float = 1.0,
         at: Callable[[str], None] = lambda _doing: None,
+        shares: bool = False,
     ):
         self.hf, self.settings, self.topology, self.platform, self.reward = hf, settings, topology, platform, reward
-        self.chunks: list[PolicyModel] | list[RewardModel] = build_model(hf, settings, topology, platform, reward)
+        self.chunks: list[PolicyModel] | list[RewardModel] = build_model(hf, settings, topology, platform, reward, shares)
         """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
-        self.temperature, self.at = temperature, at
+        self.temperature, self.at, self.shares = temperature, at, shares
         self.ddp: list[DistributedDataParallel] = []
         """each chunk in its gradient buffers; empty, as the three below are None, until :meth:`prepare_training`"""
         self.optim: OptimSettings | None = None
@@ -114,7 +112,8 @@ class Engine:
     @functools.cached_property
     def whole_packs(self) -> bool:
         """Whether attention is our own and each rank has all of a pack: then sequences in a pack may share prefixes."""
-        return self.topology.context == 1 and attention_of(self.hf, self.settings, self.topology, self.platform) != "te"
+        attention = attention_of(self.hf, self.settings, self.topology, self.platform, self.shares)
+        return self.topology.context == 1 and attention != "te"
 
     def prepare_training(self, optim: OptimSettings, steps: int) -> None:
         """Adds gradient buffers, optimizer and schedule. The weights are to be there already."""
@@ -129,29 +128,35 @@ class Engine:
         )
         self.schedule = Schedule(self.optimizer, optim, steps)
         config = self.chunks[0].config  # all chunks share it
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = functools.partial(finalize_gradients, self.topology)
         if parallel.overlap_grad_reduce:
             several = len(self.ddp) > 1  # the schedules want a list then, and only then
             config.no_sync_func = [ddp.no_sync for ddp in self.ddp] if several else self.ddp[0].no_sync
             config.grad_sync_func = [ddp.start_grad_sync for ddp in self.ddp] if several else self.ddp[0].start_grad_sync
 
     def forward_backward(
-        self, micro_batches: Sequence[PackedBatch], objective: Objective, seen: list[Tensor] | None = None
-    ) -> BatchLoss:
+        self,
+        micro_batches: Sequence[PackedBatch],
+        objective: Objective,
+        seen: list[Tensor] | None = None,
+        marks: Callable[[], Sequence[bool]] = tuple,
+    ) -> ReducedLoss:
         """Gradients of a global batch, summed over micro-batches and DP x CP and divided once by the global count.
 
         Args:
             micro_batches: this data-parallel rank's share, whole packs; every rank of a replica gets the same, all replicas as
                 many. An interleaved pipeline takes a multiple of its ranks.
             seen: gets what :meth:`score` would have returned.
+            marks: asked once all work is handed to the device: what other ranks are to know of this one, as many on each. They
+                travel with the loss (`ReducedLoss.marks`).
         """
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._losses(micro_batches, objective, forward_only=False, seen=seen)
+        return self._losses(micro_batches, objective, forward_only=False, seen=seen, marks=marks)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> BatchLoss:
+    def evaluate(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> ReducedLoss:
         """The loss of a batch by the weights as they are, in evaluation mode, and no gradients.
 
         Args:
@@ -160,27 +165,28 @@ class Engine:
         with self._evaluating():
             return self._losses(micro_batches, objective, forward_only=True)
 
-    def optimizer_step(self, step: int, loss: float, allow: Callable[[float, float], bool] | None = None) -> Update:
+    def optimizer_step(self, step: int, loss: SupportsFloat, allow: Callable[[float, float], bool] | None = None) -> Update:
         """Clips by the global norm and updates, unless loss or norm is not finite.
 
         Args:
             step: from 0; decides the learning rate.
-            loss: of the batch the gradients are of.
+            loss: of the batch the gradients are of; read behind the norm, for which alone the host waits for the device.
             allow: of loss and norm, when they are finite, whether to update; the same on every rank.
         """
         self.at("update")
         lr = self.schedule.set(step)
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        applied = finite and (allow is None or allow(loss, norm))
+        norm = float(self.optimizer.get_grad_norm())  # megatron-core reads it: by then the device has done the whole batch
+        known, value = time.perf_counter(), float(loss)
+        finite = math.isfinite(value) and math.isfinite(norm)
+        applied = finite and (allow is None or allow(value, norm))
         if applied:
             if self.optim.clip > 0:
                 parameters = self.optimizer_parameters()
                 if parameters:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self.optim.clip, total_norm=norm)
             self.optimizer.step_with_ready_grads()
-        return Update(norm, lr, applied, finite)
+        return Update(norm, lr, applied, finite, known)
 
     def optimizer_parameters(self) -> list[Tensor]:
         """The (main) parameters this rank's optimizer updates."""
@@ -198,7 +204,7 @@ class Engine:
         """
 
         def step(batches, model):
-            return self._forward(model, next(batches).to(self.platform.device)), lambda values, non_loss_data: values[0]
+            return self._forward(model, next(batches)), lambda values, non_loss_data: values[0]
 
         with self._evaluating() as models:
             shares = self._run(step, micro_batches, models, forward_only=True, collect_non_loss_data=True)
@@ -229,19 +235,20 @@ class Engine:
         objective: Objective,
         forward_only: bool,
         seen: list[Tensor] | None = None,
-    ) -> BatchLoss:
+        marks: Callable[[], Sequence[bool]] = tuple,
+    ) -> ReducedLoss:
         outputs: list[LossOutput] = []
         shares: list[Tensor] = []
 
         def step(batches, model):
-            batch = next(batches).to(self.platform.device)
+            batch = next(batches)
 
             def loss(output):
                 out = self._loss(output, batch, objective)
                 outputs.append(out)
                 if seen is not None:
                     shares.append((output[0] if isinstance(output, tuple) else output)[0].detach())
-                return out.loss_sum.float(), _scalar(out.count, torch.int32, self.platform.device), {}
+                return out.loss_sum.float(), scalar(out.count, torch.int32, self.platform.device), {}
 
             return self._forward(model, batch), loss
 
@@ -249,7 +256,8 @@ class Engine:
         self._run(step, micro_batches, self.ddp or self.chunks, forward_only, entropy=entropy)
         if seen is not None:
             seen += self._wholes(shares, micro_batches)
-        return self._reduce(outputs, objective)
+        mine = outputs if self.topology.reports_loss else ()
+        return reduced(mine, objective.reported, objective.largest, marks(), self.platform.device)
 
     def _loss(self, output: Tensor | tuple[Tensor, Tensor], batch: PackedBatch, objective: Objective) -> LossOutput:
         """This rank's share of a micro-batch's loss."""
@@ -327,7 +335,8 @@ class Engine:
                 chunk.temperature, chunk.gives_entropy = self.temperature, entropy
         schedule = get_forward_backward_func()
         shares = [context_share(batch, self.topology.context_rank, self.topology.context) for batch in micro_batches]
-        iterators = [iter(shares) for _ in model]  # every chunk meets every micro-batch
+        stage = needed(any(c.pre_process for c in self.chunks), any(c.post_process for c in self.chunks))
+        iterators = SentOnce(shares, self.platform.device, stage, len(model)).iterators()
         config, pipeline = self.chunks[0].config, {}
         if self.topology.pipeline > 1:
             over = self.topology.tensor if config.sequence_parallel else 1
@@ -345,30 +354,3 @@ class Engine:
             collect_non_loss_data=collect_non_loss_data,
             **pipeline,
         )
-
-    def _reduce(self, outputs: Sequence[LossOutput], objective: Objective) -> BatchLoss:
-        """Sums of the ranks that hold losses, to every rank, in one collective; in another the largest values, if any."""
-        device, names = self.platform.device, objective.reported
-        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
-        largest = torch.full((len(objective.largest),), -math.inf, dtype=torch.float64, device=device)
-        if self.topology.reports_loss:
-            for out in outputs:
-                pairs = [(out.loss_sum.detach(), out.count), *(out.metrics[name] for name in names)]
-                sums += _stacked([x for pair in pairs for x in pair], device)
-                if objective.largest:
-                    largest = largest.maximum(_stacked([out.largest[name] for name in objective.largest], device))
-        dist.all_reduce(sums)
-        if objective.largest:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        (loss, count), *rest = sums.view(-1, 2).tolist()
-        metrics = {name: total / max(n, 1) for name, (total, n) in zip(names, rest, strict=True)}
-        return BatchLoss(loss / max(count, 1), int(count), metrics | dict(zip(objective.largest, largest.tolist(), strict=True)))
-
-
-def _stacked(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
-    return torch.stack([_scalar(value, torch.float64, device) for value in values])
-
-
-def _scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the device, without the wait for it that ``torch.tensor`` of a number has."""
-    return value.detach().to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)

@@ -9,10 +9,13 @@ from typing import Any
 
 from tulu_mega.data.loader import PackedLoader, StepData
 from tulu_mega.errors import UserError
+from tulu_mega.process import Collections
 from tulu_mega.resilience.guards import Guards
-from tulu_mega.train.engine import BatchLoss, Engine, Objective, Update
+from tulu_mega.train.batch_loss import BatchLoss
+from tulu_mega.train.engine import Engine, Objective, Update
 from tulu_mega.train.metrics import MetricsLog, StepRecord, StepSeconds
-from tulu_mega.train.save_schedule import SaveSchedule
+from tulu_mega.train.profiling import StepProfiler
+from tulu_mega.train.save_schedule import Known, SaveSchedule
 
 FirstLoss = Callable[[BatchLoss], None]
 """Checks the loss of the first step before its update; raises UserError, on every rank, when the loss cannot be right."""
@@ -55,6 +58,7 @@ class Fit:
     """Gives the FLOP of a step, all ranks together."""
     log: MetricsLog | None
     """Rank 0's report."""
+    profiler: StepProfiler
     heldout: HeldOut | None = None
     first: FirstLoss | None = None
 
@@ -65,13 +69,15 @@ class Fit:
             UserError: a checkpoint cannot be written, too many steps in a row are not finite, or a spike ends the run.
             Stopped: on every rank, at the end of a step, when any rank received a signal to stop.
         """
-        with self.guards:
+        with self.guards, Collections() as collections:
             if start == 0 and self.heldout:
                 found, seconds = self._figures(self.heldout)
                 if self.log:
                     self.log.before_first_step(found, seconds)
             for step in range(start, self.loader.steps):
-                self._step(step)
+                with self.profiler.step(step + 1):
+                    self._step(step)
+                collections.after_step(step + 1)
         self.saves.finish()
 
     def _step(self, step: int) -> None:
@@ -81,13 +87,13 @@ class Fit:
         data = self.loader.batches(step)
         packed = time.perf_counter()
         with guards.working():
-            loss = self.engine.forward_backward(data.micro_batches, objective)
-            computed = time.perf_counter()
+            reduced = self.engine.forward_backward(data.micro_batches, objective, marks=self._marks)
             if self.first and step == 0:
-                self.first(loss)
-            update = self.engine.optimizer_step(step, loss.loss, guards.allow)
+                self.first(reduced.read())
+            update = self.engine.optimizer_step(step, reduced, guards.allow)
         updated = time.perf_counter()
-        seconds = StepSeconds(packed - began, computed - packed, updated - computed, self.saves.take_seconds())
+        loss, (asked, writing) = reduced.read(), reduced.marks
+        seconds = StepSeconds(packed - began, update.known - packed, updated - update.known, self.saves.take_seconds())
 
         spike = guards.after_update(done, update.finite, loss.loss, update.grad_norm, lambda: self._rows(data))
         if spike:
@@ -96,7 +102,12 @@ class Fit:
         report = guards.after_step(done)
         if self.log:
             self.log.step(self._record(done, data, loss, update, seconds, heldout), report)
-        self.saves.after_step(done, lambda: guards.state)
+        known = None if heldout else Known(asked, writing)  # an evaluation takes its time
+        self.saves.after_step(done, lambda: guards.state, known=known)
+
+    def _marks(self) -> tuple[bool, bool]:
+        """What this rank tells the others with its loss."""
+        return self.guards.asked_to_end, self.saves.writing
 
     def _end_before(self, step: int, spike: str, data: StepData) -> None:
         """End the run, on every rank, with a checkpoint of the state before the update."""

@@ -3,9 +3,12 @@
 metrics.jsonl has one object a step. Keys: ``step`` (finished steps, from 1) · ``loss`` · ``grad_norm`` (before clipping) ·
 ``lr`` · ``tokens`` ``supervised_tokens`` (of the global batch, padding not counted) · ``tokens_per_second``
 ``supervised_tokens_per_second`` (all ranks together) · ``padding`` (share of the packed positions) · ``tflops`` (1e12 FLOP/s
-of one process) · ``mfu`` (share of the device's dense peak; null where that is unknown) · ``seconds_data``
-``seconds_forward_backward`` ``seconds_optimizer`` ``seconds_checkpoint`` (that saving took since the step before) ·
-``memory_gib`` (peak so far) · in some steps ``slowest_rank`` ``slowest_host`` ``slowest_times_median`` (see `stragglers`) · of
+of one process) · ``mfu`` (share of the device's dense peak; null where that is unknown) · ``mfu_peak`` (whose peak that is: that
+of ``model.dtype``, "bf16" or "fp32"; FP8's is twice bf16's, yet an FP8 run's share is of bf16's) · ``seconds_data``
+``seconds_forward_backward`` (up to the gradient's norm) ``seconds_optimizer`` ``seconds_checkpoint`` (that saving took since the
+step before) ·
+``memory_gib`` (peak so far) · ``memory_reserved_gib`` (peak of what CUDA's allocator held for it, free blocks and gaps between
+blocks included; null on a CPU) · in some steps ``slowest_rank`` ``slowest_host`` ``slowest_times_median`` (see `stragglers`) · of
 stages with ``[heldout]``, in steps that end with an evaluation, ``heldout_loss`` and other means and ``seconds_evaluation`` · in
 steps that were saved, as soon as the checkpoint is there, ``save_seconds`` (from its beginning), ``save_waited_seconds`` (of
 these, that training stood still) and ``save_memory_gib`` (main memory at the peak, above what was held at the beginning; each of
@@ -93,6 +96,7 @@ class MetricsLog:
         world_size: processes that share the work.
         device: whose memory is reported; CPU when None.
         peak: the device's dense FLOP/s (`peak_flops`); None leaves mfu null.
+        peak_of: the number format whose peak that is.
         console: where progress goes; standard output when None.
     """
 
@@ -106,12 +110,13 @@ class MetricsLog:
         world_size: int = 1,
         device: torch.device | None = None,
         peak: float | None = None,
+        peak_of: str = "bf16",
         console: TextIO | None = None,
     ):
         directory = Path(run_dir)
         cut_after(directory / FILE, resumed_step or -1)  # a run that begins anew evaluates anew before its first step
         self._file = Lines(directory / FILE)
-        self._world_size, self._device, self._peak = world_size, device, peak
+        self._world_size, self._device, self._peak, self._peak_of = world_size, device, peak, peak_of
         self._console = _Console(console or sys.stdout, total_steps, resumed_step, settings.train.log_every)
         self._wandb = _Wandb(settings.wandb, directory, settings.model_dump())
 
@@ -180,11 +185,13 @@ class MetricsLog:
             "padding": record.padding,
             "tflops": per_process / 1e12,
             "mfu": per_process / self._peak if self._peak else None,
+            "mfu_peak": self._peak_of if self._peak else None,
             "seconds_data": seconds.data,
             "seconds_forward_backward": seconds.forward_backward,
             "seconds_optimizer": seconds.optimizer,
             "seconds_checkpoint": seconds.checkpoint,
             "memory_gib": peak_memory(self._device) / 2**30,
+            "memory_reserved_gib": reserved_memory(self._device),
             **record.extra,
         }
 
@@ -345,3 +352,12 @@ def peak_memory(device: torch.device | None) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reserved_memory(device: torch.device | None) -> float | None:
+    """Peak GiB that CUDA's allocator held of the GPU for this process, used or not; None on a CPU."""
+    if device is None or device.type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.max_memory_reserved(device) / 2**30

@@ -27,6 +27,7 @@ from tulu_mega.train import checkpoint, kept
 from tulu_mega.train.checkpoint import Checkpoint, Engines
 from tulu_mega.train.checkpoint_files import verified_or_set_aside
 from tulu_mega.train.metrics import FILE, MetricsLog, peak_flops
+from tulu_mega.train.profiling import StepProfiler, late
 from tulu_mega.train.save_figures import tell
 from tulu_mega.train.save_schedule import SaveSchedule
 from tulu_mega.train.saver import Saver
@@ -143,6 +144,17 @@ class Run:
         saver = Saver(self.engines, self.checkpoints, wanted.keep, wanted.format, wanted.asynchronous, told)
         return SaveSchedule(saver, wanted.every, steps, guards.stop_requested)
 
+    def profiler(self, start: int) -> StepProfiler:
+        """Make this rank's profiler. Every rank calls it.
+
+        Args:
+            start: steps done before.
+        """
+        wanted, session = self.settings.train.profile, self.session
+        if session.lead and (told := late(wanted, start)):
+            print(f"warning: {told}", file=sys.stderr, flush=True)
+        return StepProfiler(wanted, session.topology.rank, session.engine.platform.device, self.run_dir)
+
     def metrics(self, steps: int, start: int) -> MetricsLog:
         """Open the run's report and cut off the lines of steps later than `start`. Rank 0 only."""
         device = self.session.engine.platform.device
@@ -154,6 +166,7 @@ class Run:
             world_size=self.session.topology.size,
             device=device,
             peak=peak_flops(device, DTYPES[self.settings.model.dtype]),
+            peak_of=self.settings.model.dtype,
         )
 
     def export(self, guards: Guards, template: Template, ends: Sequence[int]) -> None:
@@ -187,12 +200,15 @@ class Run:
 
 
 @contextlib.contextmanager
-def opened_session(settings: RunSettings, world: World, reward: bool, temperature: float = 1.0) -> Iterator[Session]:
+def opened_session(
+    settings: RunSettings, world: World, reward: bool, temperature: float = 1.0, shares: bool = False
+) -> Iterator[Session]:
     """Lock the run directory on rank 0, join the world and build the model; then all see whether the inputs are the run's.
 
     Args:
         reward: whether the model has a scalar head.
         temperature: that which a policy's responses are drawn at.
+        shares: whether sequences are to share prefixes within a pack.
 
     Raises:
         UserError: on every rank, for whatever the user can mend.
@@ -200,6 +216,6 @@ def opened_session(settings: RunSettings, world: World, reward: bool, temperatur
     with contextlib.ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(locked(Path(settings.run_dir)))
-        session = stack.enter_context(opened(settings, world, settings.seed, reward, temperature))
+        session = stack.enter_context(opened(settings, world, settings.seed, reward, temperature, shares))
         pinned.settle(Path(settings.run_dir), settings.accept_changes, world.local_rank, session.watch.at)
         yield session

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tulu_mega.errors import Stopped, UserError
 from tulu_mega.train.saver import Saver
+
+
+@dataclass(frozen=True)
+class Known:
+    """What every rank knows of all at the end of a step, so that nobody has to be asked."""
+
+    asked: bool
+    """whether a stop was requested of any rank"""
+    writing: bool
+    """whether any rank is still writing a checkpoint"""
 
 
 class SaveSchedule:
@@ -26,22 +37,32 @@ class SaveSchedule:
         self._saved: int | None = None
         """step of the last checkpoint"""
 
-    def after_step(self, done: int, state: Callable[[], dict[str, Any]], failure: UserError | None = None) -> None:
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing a checkpoint, behind training."""
+        return self._saver.writing
+
+    def after_step(
+        self, done: int, state: Callable[[], dict[str, Any]], failure: UserError | None = None, known: Known | None = None
+    ) -> None:
         """Save if a checkpoint is due, and end the run if a stop was requested.
 
         Args:
             done: finished steps.
             state: gives the state that the checkpoint keeps beside the engine's; every rank calls it, when a checkpoint is due.
             failure: ends the run after a checkpoint; the same on every rank.
+            known: spares asking all ranks, which on GPUs waits for them; they are asked all the same where a checkpoint is due,
+                so that a stop requested up to then is not left for after the next step.
 
         Raises:
             UserError: on every rank, the failure, or that a checkpoint could not be written.
             Stopped: on every rank, a stop was requested of any.
         """
-        self._saver.poll()
-        stop = self._stop_requested()
+        self._saver.poll(known.writing if known else None)
+        due = done == self._steps or bool(self._every and done % self._every == 0)
+        stop = known.asked if known and (known.asked or not due) else self._stop_requested()
         ending = failure or (Stopped(done) if stop else None)
-        if ending or done == self._steps or (self._every and done % self._every == 0):
+        if ending or due:
             began = time.perf_counter()
             self._saver.save(done, state())
             self._saved = done

@@ -114,13 +114,23 @@ class Saver:
             for name, each in sharded.digests.items()
         }
 
-    def poll(self) -> None:
-        """Ends the save under way if every rank has written; never waits for a disk. Raises as `save`."""
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing, behind training."""
+        return self._pending is not None and not all(each.done() for each in self._pending.writing)
+
+    def poll(self, writing: bool | None = None) -> None:
+        """Ends the save under way if every rank has written; never waits for a disk. Raises as `save`.
+
+        Args:
+            writing: whether any rank was still writing when it was last asked, where all know that; None asks them.
+        """
         if self._pending and self._pending.writing:
-            done = all(each.done() for each in self._pending.writing)
-            everywhere = torch.tensor(int(done), device=self._lead.platform.device)
-            dist.all_reduce(everywhere, dist.ReduceOp.MIN)
-            if everywhere.item():
+            if writing is None:
+                anywhere = torch.tensor(int(self.writing), device=self._lead.platform.device)
+                dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+                writing = bool(anywhere.item())
+            if not writing:
                 self.finish()
 
     def finish(self) -> None:

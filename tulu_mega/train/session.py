@@ -117,7 +117,9 @@ class Session:
             megatron=self.settings.megatron,
         )
         engine = self.engine
-        made = _session(settings, self.topology, engine.platform, self.seed, reward, self.watch, engine.temperature)
+        made = _session(
+            settings, self.topology, engine.platform, self.seed, reward, self.watch, engine.temperature, engine.shares
+        )
         if reward and not family_for(read_config(made.source)).reward:
             raise UserError(f"{path}: not a reward model but a language model; tulu-mega rm makes reward models")
         made.load_weights()
@@ -161,7 +163,12 @@ class Session:
 
 @contextlib.contextmanager
 def opened(
-    settings: EngineSettings, world: World, seed: int, reward: bool | None = None, temperature: float = 1.0
+    settings: EngineSettings,
+    world: World,
+    seed: int,
+    reward: bool | None = None,
+    temperature: float = 1.0,
+    shares: bool = False,
 ) -> Iterator[Session]:
     """Joins the world, builds this rank's part of the model, and leaves the world at the end.
 
@@ -169,6 +176,7 @@ def opened(
         seed: of random states, and of a head that is drawn.
         reward: whether to build a reward model, which a language model's directory is enough for; None does as config.json says.
         temperature: that which a policy's responses are drawn at.
+        shares: whether sequences are to share prefixes within a pack.
 
     Raises:
         UserError: the model cannot be had or built, or is a reward model where a language model is wanted.
@@ -177,7 +185,7 @@ def opened(
     place = topology.start(settings.parallel, platform, seed, _patience(settings.watchdog.timeout))
     with Watchdog(settings.watchdog.timeout) as watch:
         try:
-            yield _session(settings, place, platform, seed, reward, watch, temperature)
+            yield _session(settings, place, platform, seed, reward, watch, temperature, shares)
         except Stopped:  # on every rank
             topology.stop()
             raise
@@ -197,6 +205,7 @@ def _session(
     reward: bool | None,
     watch: Watchdog,
     temperature: float,
+    shares: bool,
 ) -> Session:
     source = model_directory(settings.model.path)
     hf = load_config(settings.model.model_copy(update={"path": str(source)}))
@@ -205,7 +214,8 @@ def _session(
         check_language_model(settings.model.path, hf.architectures)
     if reward or family.reward:
         hf.update(reward_fields(family, hf.to_dict()))
-    engine = Engine(hf, settings, place, platform, family.reward if reward is None else reward, temperature, at=watch.at)
+    rewards = family.reward if reward is None else reward
+    engine = Engine(hf, settings, place, platform, rewards, temperature, at=watch.at, shares=shares)
     return Session(settings, place, engine, source, seed, watch)
 
 

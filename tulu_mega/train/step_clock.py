@@ -30,6 +30,17 @@ class StepClock:
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count seconds of one part to another.
+
+        Args:
+            seconds: the number of them.
+            source: name of the part that measured them.
+            target: name of the part that they belong to.
+        """
+        self._seconds[source] -= seconds
+        self._seconds[target] = self._seconds.get(target, 0.0) + seconds
+
     @property
     def seconds(self) -> Mapping[str, float]:
         """Seconds by part, of those that the step has had."""

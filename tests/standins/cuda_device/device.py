@@ -62,8 +62,20 @@ def install():
     class FakeCuda(FakeTensorMode):
         avoid_device_init = True
         waits: Counter[str] = Counter()
+        value = 1
+        """of everything that is read"""
+        waited = 0
+        """all waits so far: what was asked for before one is there after it"""
+        sent: dict[int, int]
+        """by storage of a copy in main memory for which nobody waited, the waits before it was asked for"""
+
+        def arrived(self, tensor) -> None:
+            """What a copy in main memory holds before a wait is nothing that it was copied from."""
+            before = self.sent.get(tensor.untyped_storage()._cdata)
+            assert before is None or before < self.waited, "a copy is read that nobody has waited for"
 
         def wait(self) -> None:
+            FakeCuda.waited += 1
             frame = sys._getframe(1)
             while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
                 frame = frame.f_back
@@ -80,10 +92,17 @@ def install():
             if func in coalesced:
                 return FakeWork().boxed()
             if func is aten._local_scalar_dense.default and fakes[0].constant is None:
-                self.wait()
+                if fakes[0].device.type == "cuda":
+                    self.wait()
+                else:
+                    self.arrived(fakes[0])
                 kind = fakes[0].dtype
-                return True if kind is torch.bool else 1.0 if kind.is_floating_point else 1
+                return bool(self.value) if kind is torch.bool else float(self.value) if kind.is_floating_point else self.value
             if func is aten._to_copy.default and fakes and target is not None and not to_cuda:
+                if kwargs.get("non_blocking"):  # torch copies into pinned memory then
+                    copy = self.from_tensor(torch.empty(fakes[0].shape, dtype=kwargs.get("dtype") or fakes[0].dtype))
+                    self.sent[copy.untyped_storage()._cdata] = self.waited
+                    return copy
                 self.wait()
             if to_cuda and tensors and not fakes:
                 unpinned = sum(t.nbytes for t in tensors if not hasattr(t, "pinned"))
@@ -93,13 +112,18 @@ def install():
             return super().dispatch(func, types, args, kwargs)
 
     mode = FakeCuda(allow_non_fake_inputs=True)
+    mode.sent = {}
     _pretend(torch, mode)
     _pretend_triton()
 
     def everybody_says(found, own, group=None):
         found[:] = [own] * len(found)
 
-    dist.all_gather_object = everybody_says
+    def everybody_gives(own, found=None, **_options):
+        if found is not None:
+            found[:] = [own] * len(found)
+
+    dist.all_gather_object, dist.gather_object = everybody_says, everybody_gives
     return mode
 
 
@@ -121,7 +145,16 @@ def _pretend(torch, mode) -> None:
 
     class Event:
         def __init__(self, **_options): ...
-        def record(self, _stream=None): ...
+        def record(self, _stream=None):
+            self.at = mode.waited
+
+        def query(self):
+            return self.at < mode.waited
+
+        def elapsed_time(self, end):
+            assert self.query() and end.query(), "times of events that have not come yet"
+            return 1.0
+
         def wait(self, _stream=None): ...
         def synchronize(self):
             mode.wait()
@@ -140,6 +173,12 @@ def _pretend(torch, mode) -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: None
     cuda.manual_seed = cuda.manual_seed_all = lambda _seed: None
     cuda.default_generators = Generators()
+
+    class Generator(torch.Generator):
+        def __new__(cls, _device="cpu"):
+            return super().__new__(cls)
+
+    torch.Generator = Generator
 
     def applied(module, fn, recurse=True):
         # torch changes a parameter in place, or swaps it; fake ones can neither, and stay what they are if they have not moved

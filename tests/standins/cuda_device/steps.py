@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +40,7 @@ def main(guard: str, layers: str = "") -> None:
     for line in sys.stdin:
         case = json.loads(line)
         try:
-            what = next((each for each in (mixed, reads) if case.pop(each.__name__, False)), step)
+            what = next((each for each in (mixed, reads, fitted) if case.pop(each.__name__, False)), step)
             answer = what(mode, **case)
         except Exception as error:
             answer = {"failed": f"{error!r}\n{traceback.format_exc()}"}
@@ -62,20 +64,10 @@ def step(
 
     Returns:
         ``scoring``, ``waits``: by file and function, how often values of the device were asked for by scoring and by the training
-        step; ``metrics``: how many values the objective has to report; ``attention``: what attention of ours the layers have;
-        ``layers``: what they have of megatron-core's modules by Transformer Engine.
+        step; ``attention``: what attention of ours the layers have; ``layers``: what they have of megatron-core's modules by
+        Transformer Engine.
     """
-    import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from tulu_mega.bridge.families import family_for
-    from tulu_mega.bridge.families.reward import reward_fields
-    from tulu_mega.config import EngineSettings, OptimSettings
-    from tulu_mega.distributed import topology
-    from tulu_mega.model.hf_config import load_config
-    from tulu_mega.platforms import Platform
-    from tulu_mega.train.engine import Engine
+    from tulu_mega.config import EngineSettings
 
     settings = EngineSettings.model_validate(
         {
@@ -85,6 +77,83 @@ def step(
             "precision": precision or {},
         }
     )
+    with _engine(mode, settings, rank, world, objective) as (engine, batch, minimised):
+        mode.waits.clear()
+        engine.score([batch] * 2)
+        scoring = dict(mode.waits)
+        mode.waits.clear()
+        loss = engine.forward_backward([batch] * 2, minimised)
+        engine.optimizer_step(0, loss)
+        loss.read()
+        modules = [module for chunk in engine.chunks for module in chunk.modules()]
+        return {
+            "scoring": scoring,
+            "waits": dict(mode.waits),
+            "attention": sorted({m.kernel for m in modules if hasattr(m, "kernel")}),
+            "layers": sorted({type(m).__name__ for m in modules if type(m).__name__.startswith("TE")}),
+        }
+
+
+def fitted(mode, model: str, layout: dict[str, Any], rank: int, world: int, steps: int) -> dict[str, Any]:
+    """A run of the training loop on a fixed data set, slow ranks looked for at every step, nothing evaluated or saved on the way.
+
+    Returns:
+        ``waits``: of every step, by file and function, how often the host waited; what comes after the last step is its.
+    """
+    from tulu_mega.config import EngineSettings, TrainSettings
+    from tulu_mega.resilience.guards import Guards
+    from tulu_mega.train.loop import Fit
+    from tulu_mega.train.profiling import StepProfiler
+    from tulu_mega.train.save_schedule import SaveSchedule
+
+    settings = EngineSettings.model_validate({"model": {"path": model, "dtype": "bf16"}, "parallel": layout})
+    with _engine(mode, settings, rank, world, "sft") as (engine, batch, minimised):
+        device, waits = engine.platform.device, []
+
+        def batches(_step: int) -> SimpleNamespace:
+            waits.append(dict(mode.waits))
+            mode.waits.clear()
+            return SimpleNamespace(micro_batches=[batch] * 2)
+
+        watched = SimpleNamespace(step=lambda _number: None)
+        train = TrainSettings.model_validate({"straggler": {"every": 1}})
+        guards = Guards(train, watched, device, engine.topology.pipeline_rank, False, Path("unwritten"))
+        saver = SimpleNamespace(writing=False, poll=lambda writing: None, save=lambda *_: None, finish=lambda: None)
+        fit = Fit(
+            engine=engine,
+            loader=SimpleNamespace(steps=steps, batches=batches),
+            objective=minimised,
+            guards=guards,
+            saves=SaveSchedule(saver, None, steps, guards.stop_requested),
+            where=str,
+            flops=lambda _data: 0.0,
+            log=None,
+            profiler=StepProfiler(None, rank, device, Path()),
+        )
+        mode.waits.clear()
+        mode.value = 0  # nobody asks the run to end
+        try:
+            fit.run(0)
+        finally:
+            mode.value = 1
+        return {"waits": [*waits[1:], dict(mode.waits)]}
+
+
+@contextlib.contextmanager
+def _engine(mode, settings, rank: int, world: int, objective: str):
+    """An engine under the mode, a pack of this rank's, and what is minimised."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from tulu_mega.bridge.families import family_for
+    from tulu_mega.bridge.families.reward import reward_fields
+    from tulu_mega.config import OptimSettings
+    from tulu_mega.distributed import topology
+    from tulu_mega.model.hf_config import load_config
+    from tulu_mega.platforms import Platform
+    from tulu_mega.train.engine import Engine
+
     hf, platform = load_config(settings.model), Platform(torch.device("cuda", 0), "fake")
     if reward := objective == "reward":
         hf.update(reward_fields(family_for(hf.to_dict()), hf.to_dict()))
@@ -92,23 +161,10 @@ def step(
     try:
         here = topology.start(settings.parallel, platform, seed=0)
         with mode:
-            engine = Engine(hf, settings, here, platform, reward=reward)
+            engine = Engine(hf, settings, here, platform, reward=reward, shares=objective == "shared")
             engine.prepare_training(OptimSettings(), 2)
-            batch, minimised = _batch(objective, engine, SimpleNamespace(topology=here, engine=engine, settings=settings))
-            mode.waits.clear()
-            engine.score([batch] * 2)
-            scoring = dict(mode.waits)
-            mode.waits.clear()
-            loss = engine.forward_backward([batch] * 2, minimised)
-            engine.optimizer_step(0, loss.loss)
-            modules = [module for chunk in engine.chunks for module in chunk.modules()]
-            return {
-                "scoring": scoring,
-                "waits": dict(mode.waits),
-                "metrics": 2 + 2 * len(minimised.reported) + len(minimised.largest),
-                "attention": sorted({m.kernel for m in modules if hasattr(m, "kernel")}),
-                "layers": sorted({type(m).__name__ for m in modules if type(m).__name__.startswith("TE")}),
-            }
+            made = SimpleNamespace(topology=here, engine=engine, settings=settings)
+            yield engine, *_batch(objective, engine, made)
     finally:
         topology.stop()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tests.lib import families
-from tests.standins.cuda_device.asking import asking, expect_few_waits, saved_models
+from tests.standins.cuda_device.asking import NORM, asking, expect_few_waits, saved_models
 
 ALONE, TENSOR, CONTEXT = {}, {"tensor": 2}, {"context": 2, "tensor": 2}
 PIPELINE = {"tensor": 2, "pipeline": 2}
@@ -51,7 +51,17 @@ def test_a_step(models, steps, model, layout, rank, size, more):
     answer = steps({"model": models(model), "layout": layout, "rank": rank, "world": size, **more})
     assert "failed" not in answer, answer["failed"]
     assert answer["attention"] in ([], ["sdpa" if more.get("dtype") == "fp32" else "varlen"])
-    expect_few_waits(answer, layout)
+    expect_few_waits(answer)
+
+
+@pytest.mark.parametrize(("layout", "rank", "size"), [({}, 0, 2), (INTERLEAVED, 0, 4)])
+def test_a_run_waits_once_a_step(models, steps, layout, rank, size):
+    """Behind the last step all are asked whether one of them is to end: a checkpoint of it is due."""
+    answer = steps({"fitted": True, "model": models("Llama"), "layout": layout, "rank": rank, "world": size, "steps": 6})
+    assert "failed" not in answer, answer["failed"]
+    *before, last = answer["waits"]
+    assert before == [{NORM: 1}] * 5
+    assert last == {NORM: 1, "stop_signal.py:received": 1}
 
 
 def test_a_tensor_of_the_host_is_noticed(steps):
