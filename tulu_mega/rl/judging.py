@@ -52,7 +52,13 @@ def count_kinds(name: str, judged: Iterable[JudgedResponse]) -> dict[str, int]:
 
 def reward_spec(settings: RewardSettings) -> RewardSpec:
     """The part of the settings that verifiers need."""
-    return RewardSpec(weights=dict(settings.weights), custom=dict(settings.custom), aliases=dict(settings.aliases))
+    return RewardSpec(
+        weights=dict(settings.weights),
+        custom=dict(settings.custom),
+        aliases=dict(settings.aliases),
+        code_objects=settings.code_objects,
+        math_accepts=tuple(settings.math_accepts),
+    )
 
 
 class Rewards:
