@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,10 @@ class Texts:
         return {}
 
 
-def judged_by_grpo(entries):
+def judged_by_grpo(entries, objects=False):
     """The entries' replies judged as a run of grpo judges them."""
-    settings = GrpoSettings.model_validate({"model": "m", "run_dir": "r", "data": "d", "rewards": {"workers": 2}}).rewards
+    rewards = {"workers": 2, "code_objects": objects}
+    settings = GrpoSettings.model_validate({"model": "m", "run_dir": "r", "data": "d", "rewards": rewards}).rewards
     responses = [Response.of_one_turn([0], [number], [0.0], [0], "stop") for number in range(len(entries))]
     with Rewards(settings, ["python_code"], Texts([entry.reply for entry in entries])) as rewards:
         begun = [
@@ -101,10 +103,23 @@ def test_the_gallery_is_large_enough():
 
 def test_right_programs_earn():
     entries = gallery.read("right.txt")
+
+    def outcome_of(entry):
+        return run_program(entry.program, [entry.job], replace(LIMITS, objects=entry.needs_objects), entry.prompt)[0]
+
     with ThreadPoolExecutor(2) as threads:
-        outcomes = threads.map(lambda entry: run_program(entry.program, [entry.job], LIMITS, entry.prompt)[0], entries)
+        outcomes = threads.map(outcome_of, entries)
     lost = [f"{entry.name}: {outcome.kind}: {outcome.detail}" for entry, outcome in zip(entries, outcomes, strict=True)]
     assert [line for line, entry in zip(lost, entries, strict=True) if not line.endswith(": : ")] == []
+
+
+def test_objects_of_the_program_s_classes_are_served_where_they_are_asked_for_alone():
+    entries = [entry for entry in gallery.read("right.txt") if entry.needs_objects]
+    names = ["a solution in a class", "a stack", "objects given to functions", "class methods and constants"]
+    assert [entry.name for entry in entries] == names
+    for entry, outcome in [(entry, run_program(entry.program, [entry.job], LIMITS)[0]) for entry in entries]:
+        assert (outcome.passed, outcome.kind) == (False, "unserved"), entry.name
+        assert "rewards.code_objects serves them" in outcome.detail
 
 
 def told(kinds: frozenset[str]) -> set[str]:
@@ -115,6 +130,9 @@ def told(kinds: frozenset[str]) -> set[str]:
 def test_programs_that_cheat_or_dodge_get_nothing_from_grpo_and_are_counted(watched, capfd):
     entries = [*gallery.read("cheats.txt"), gallery.all_escapes(str(watched))]
     judged = judged_by_grpo(entries)
+    with_objects = [entry for entry in entries if entry.needs_objects]
+    entries += with_objects
+    judged += judged_by_grpo(with_objects, objects=True)
     wrong = [
         f"{entry.name}: {one.reward} {one.verdict}"
         for entry, one in zip(entries, judged, strict=True)

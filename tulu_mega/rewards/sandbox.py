@@ -48,6 +48,8 @@ class CodeLimits:
     """Their number."""
     threads: int = 128
     """Threads at a time."""
+    objects: bool = False
+    """Serve tests objects of the program's classes, which can stand for more than a value."""
     allow_unprotected: bool = False
     """Run programs even where the kernel lacks a protection. Only inside a container or machine of their own."""
 

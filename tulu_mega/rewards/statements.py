@@ -40,7 +40,7 @@ def prepared(statement: str, prompt: str = "") -> dict[str, Any]:
         prompt: what the model was asked, in which code may stand.
     """
     table, tree = symtable.symtable(statement, "<test>", "exec"), ast.parse(statement)
-    free = {name for name in _free(table) if not name.startswith("__")}
+    free = {name for name in free_names(table) if not name.startswith("__")}
     passed = _passed(tree, table)
     trees = _trees(prompt)
     whole, unfinished = _functions(trees)
@@ -58,7 +58,7 @@ def prepared(statement: str, prompt: str = "") -> dict[str, Any]:
     return {"statement": statement, "setup": _setup(imports, helpers, whole, trees), "theirs": sorted(theirs)}
 
 
-def _free(table: symtable.SymbolTable) -> Iterator[str]:
+def free_names(table: symtable.SymbolTable) -> Iterator[str]:
     """Names that are read of the module without being bound there."""
     bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     tables = [table]
@@ -76,7 +76,7 @@ def _passed(tree: ast.Module, table: symtable.SymbolTable) -> set[str]:
     own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
     given = {part.id for call in calls if call.func.id in own for part in call.args if isinstance(part, ast.Name)}
-    return given & set(_free(table))
+    return given & set(free_names(table))
 
 
 def _called(tree: ast.Module) -> set[str]:

@@ -15,7 +15,7 @@ from tulu_mega.records import Response
 from tulu_mega.rewards.numbers import EXPECTED, number
 from tulu_mega.rewards.pool import VerifierPool
 from tulu_mega.rewards.registry import RewardSpec
-from tulu_mega.rewards.sandbox import self_test
+from tulu_mega.rewards.sandbox import CodeLimits, self_test
 from tulu_mega.rewards.verdict import Verdict, VerifierInput
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def reward_spec(settings: RewardSettings) -> RewardSpec:
         weights=dict(settings.weights),
         custom=dict(settings.custom),
         aliases=dict(settings.aliases),
-        code_objects=settings.code_objects,
+        code=CodeLimits(objects=settings.code_objects),
         math_accepts=tuple(settings.math_accepts),
     )
 

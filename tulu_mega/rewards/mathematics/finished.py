@@ -50,7 +50,9 @@ def finished(expected: str, answer: str) -> bool:
     if not _NUMERAL.fullmatch(truth):
         names = {name for name in _LETTER.findall(truth) if name not in _CONSTANTS}
         named = any(not name.startswith("\\") for name in names)  # has variables: then a function may be the answer's form
-        return named or _RELATION.search(given) is not None or not any(kind.search(given) and not kind.search(truth) for kind in _OPERATIONS)
+        if named or _RELATION.search(given):
+            return True
+        return not any(kind.search(given) and not kind.search(truth) for kind in _OPERATIONS)
     *before, last = _chain(_bare(given))
     value = number_of(truth)
     whole = value is not None and value[0].denominator == 1

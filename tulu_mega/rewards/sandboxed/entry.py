@@ -166,7 +166,7 @@ class _Attempt:
         if len(held) < 2 and not self._limits["allow_unprotected"]:
             answer = {"passed": False, "unprotected": True, "kind": "", "detail": "protections are missing"}
         else:
-            answer = evaluate(test, Client(200, 201, self._limits["output_mb"]))
+            answer = evaluate(test, Client(200, 201, self._limits["output_mb"]), self._limits["objects"])
         with open(202, "wb", closefd=False) as file:
             file.write(json.dumps(answer).encode())
 

@@ -62,10 +62,11 @@ class Stub(_Refusing):
 
     Args:
         objects: whether calling it may give an :class:`Instance`.
+        closed: it is a class whose objects are not served.
     """
 
-    def __init__(self, client: Client, target: list, name: str, objects: bool = False):
-        self._client, self._target, self._objects, self.__name__ = client, target, objects, name
+    def __init__(self, client: Client, target: list, name: str, objects: bool = False, closed: bool = False):
+        self._client, self._target, self._objects, self._closed, self.__name__ = client, target, objects, closed, name
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         answer, kept = self._client.call(self._target, arguments, named)
@@ -75,13 +76,19 @@ class Stub(_Refusing):
             case ["object", int(number)] if self._objects:
                 return self._client.instance(number)
             case ["object", int()]:
-                raise self._refuse("the value")
+                raise self._not_served() if self._closed else self._refuse("the value")
         raise self._client.tampered("a call's answer")
 
     def __getattr__(self, name: str) -> Any:
+        if self._closed and not name.startswith("_"):
+            raise self._not_served()
         if name.startswith("_") or not self._objects:
             raise AttributeError(name)
         return attribute(self._client, self._target, name)
+
+    def _not_served(self) -> Over:
+        what = f"the test needs the program's class {self.__name__}, whose objects stay there"
+        return self._client.over("unserved", f"{what}; rewards.code_objects serves them")
 
 
 class Instance(_Refusing):
