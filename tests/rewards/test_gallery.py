@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lib.ordinary_user import needs_root, open_to_all, words_before
 from tests.rewards import gallery
 from tulu_mega.config import GrpoSettings
 from tulu_mega.data.prompts import Prompt
@@ -177,41 +178,46 @@ def test_all_of_it_ends_when_the_judge_does(watched, end):
 
 CHECKS = """
 import json, sys
+from tests.lib.ordinary_user import needs_root, open_to_all, words_before
 from tests.rewards import gallery
 from tulu_mega.rewards.sandbox import CodeLimits, protections, require_protections, run_program, self_test
 unsafe = sys.argv[1] == "unsafe"  # what tries to get out would
-entries = [*gallery.read("cheats.txt")[:2], *gallery.read("right.txt")[:2]] + [gallery.all_escapes(sys.argv[1])] * (not unsafe)
-limits = CodeLimits(allow_unprotected=unsafe)
+most = None if "all" in sys.argv else 2
+entries = [*gallery.read("cheats.txt")[:most], *gallery.read("right.txt")[:most]]
+entries += [gallery.all_escapes(sys.argv[1])] * (not unsafe)
+def passes(entry):
+    limits = CodeLimits(allow_unprotected=unsafe, objects=entry.needs_objects, wall_s=10)
+    return run_program(entry.program, [entry.job], limits, entry.prompt)[0].passed
 told = ""
 try:
     require_protections(CodeLimits())
 except Exception as error:
     told = str(error)
-passed = [run_program(entry.program, [entry.job], limits)[0].passed for entry in entries] if not told or unsafe else []
+passed = [passes(entry) for entry in entries] if not told or unsafe else []
 print(json.dumps({"held": sorted(protections()), "told": told, "passed": passed, "line": self_test()}))
 """
 
 
-def checked(*arguments, before="", **options):
-    done = subprocess.run(
-        [sys.executable, "-c", before + CHECKS, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
-    )
+def checked(*arguments, before="", words=()):
+    command = [*words, sys.executable, "-c", before + CHECKS, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_as_an_ordinary_user(watched):
-    for place in (*Path(os.environ["TMPDIR"]).parents[:3], Path(os.environ["TMPDIR"])):
-        place.chmod(place.stat().st_mode | 0o055)
-    Path(os.environ["TMPDIR"]).chmod(0o777)
-    try:
-        subprocess.run([sys.executable, "-c", "import tulu_mega.rewards"], cwd=ROOT, user=65534, group=65534, check=True)
-    except (PermissionError, subprocess.CalledProcessError):
-        pytest.skip("an ordinary user cannot read this environment")
-    found = checked(str(watched), user=65534, group=65534, extra_groups=[])
-    assert found["passed"] == [False, False, True, True, False]
-    assert "root" not in found["line"]
+def as_ordinary_user():
+    scratch = Path(os.environ["TMPDIR"])
+    open_to_all(scratch, scratch.parents[:3])
+    return words_before(ROOT, Path(os.path.dirname(pytest.__file__)), scratch)
+
+
+@needs_root
+@pytest.mark.parametrize("share", ["some", pytest.param("all", marks=pytest.mark.acceptance)])
+def test_as_an_ordinary_user(watched, share):
+    found = checked(str(watched), share, words=as_ordinary_user())
+    cheats, right = ([2, 2], [len(gallery.read("cheats.txt")), len(gallery.read("right.txt"))])[share == "all"]
+    assert found["passed"] == [False] * cheats + [True] * right + [False]
+    assert found["held"] == ["calls", "files"] and "root" not in found["line"]
 
 
 FILTER = """
@@ -228,15 +234,18 @@ refuse((444, 445, 446, 272), ERROR)
 """
 
 
-@pytest.mark.parametrize("error", [1, 38])
-def test_without_landlock_and_namespaces(watched, error):
-    refused = checked(str(watched), before=FILTER.replace("ERROR", str(error)))
+@pytest.mark.parametrize(
+    ("error", "ordinary"), [(1, False), (38, False), pytest.param(1, True, marks=[needs_root, pytest.mark.acceptance])]
+)
+def test_without_landlock_and_namespaces(watched, error, ordinary):
+    words = as_ordinary_user() if ordinary else ()
+    refused = checked(str(watched), before=FILTER.replace("ERROR", str(error)), words=words)
     assert refused["held"] == ["calls"]
     assert "Landlock (Linux 5.13" in refused["told"]
     assert refused["passed"] == []
     assert "missing: files" in refused["line"]
     if error == 1:
-        unsafe = checked("unsafe", before=FILTER.replace("ERROR", str(error)))
+        unsafe = checked("unsafe", before=FILTER.replace("ERROR", str(error)), words=words)
         assert unsafe["passed"] == [False, False, True, True]
 
 
