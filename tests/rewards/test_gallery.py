@@ -68,7 +68,7 @@ def watched(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(scratch))
     yield victim
     wait_until(lambda: not inhabitants(scratch), "processes are left")
-    assert not list(scratch.iterdir())
+    wait_until(lambda: not list(scratch.iterdir()), "files are left")  # of many the last are removed after the verdict
     assert [name for name in os.listdir("/dev/shm") if name not in before and "program" in name] == []
     assert not Path("/tmp/left_by_a_program").exists()
     assert victim.read_text() == "precious"
@@ -96,9 +96,9 @@ def wait_until(true, what, seconds=10.0):
 
 
 def test_the_gallery_is_large_enough():
-    assert len(gallery.read("cheats.txt")) + len(gallery.read("escapes.txt")) >= 190
+    assert len(gallery.read("cheats.txt")) + len(gallery.read("escapes.txt")) >= 250
     assert len(gallery.read("right.txt")) >= 70
-    names = [entry.name for file in ("cheats.txt", "escapes.txt", "right.txt") for entry in gallery.read(file)]
+    names = [entry.name for file in ("cheats.txt", "escapes.txt", "slow.txt", "right.txt") for entry in gallery.read(file)]
     assert [name for name, count in Counter(names).items() if count > 1] == []
 
 
@@ -146,6 +146,14 @@ def test_programs_that_cheat_or_dodge_get_nothing_from_grpo_and_are_counted(watc
 
 
 @pytest.mark.acceptance
+def test_programs_that_take_their_time_get_nothing(watched):
+    entries = gallery.read("slow.txt")
+    for entry in entries:
+        outcome = run_program(entry.program, [entry.job] * 2, replace(LIMITS, wall_s=2, cpu_s=2, total_s=5))[0]
+        assert not outcome.passed and outcome.kind in (entry.kinds or {"time", "disk", "memory"}), (entry.name, outcome)
+
+
+@pytest.mark.acceptance
 def test_programs_that_try_to_get_out_one_by_one(watched):
     entries = gallery.escapes(str(watched))
     judged = judged_by_grpo(entries)
@@ -183,7 +191,9 @@ from tests.rewards import gallery
 from tulu_mega.rewards.sandbox import CodeLimits, protections, require_protections, run_program, self_test
 unsafe = sys.argv[1] == "unsafe"  # what tries to get out would
 most = None if "all" in sys.argv else 2
-entries = [*gallery.read("cheats.txt")[:most], *gallery.read("right.txt")[:most]]
+cheats = gallery.read("cheats.txt")
+entries = [entry for place, entry in enumerate(cheats) if most is None or place < most or "closed folder" in entry.name]
+entries += gallery.read("right.txt")[:most]
 entries += [gallery.all_escapes(sys.argv[1])] * (not unsafe)
 def passes(entry):
     limits = CodeLimits(allow_unprotected=unsafe, objects=entry.needs_objects, wall_s=10)
@@ -215,7 +225,7 @@ def as_ordinary_user():
 @pytest.mark.parametrize("share", ["some", pytest.param("all", marks=pytest.mark.acceptance)])
 def test_as_an_ordinary_user(watched, share):
     found = checked(str(watched), share, words=as_ordinary_user())
-    cheats, right = ([2, 2], [len(gallery.read("cheats.txt")), len(gallery.read("right.txt"))])[share == "all"]
+    cheats, right = ([4, 2], [len(gallery.read("cheats.txt")), len(gallery.read("right.txt"))])[share == "all"]
     assert found["passed"] == [False] * cheats + [True] * right + [False]
     assert found["held"] == ["calls", "files"] and "root" not in found["line"]
 
@@ -246,7 +256,7 @@ def test_without_landlock_and_namespaces(watched, error, ordinary):
     assert "missing: files" in refused["line"]
     if error == 1:
         unsafe = checked("unsafe", before=FILTER.replace("ERROR", str(error)), words=words)
-        assert unsafe["passed"] == [False, False, True, True]
+        assert unsafe["passed"] == [False] * 4 + [True] * 2
 
 
 def test_what_the_machine_has_is_told_in_a_line():

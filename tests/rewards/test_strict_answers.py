@@ -1,12 +1,17 @@
 """What training refuses and published graders take: answers left to be calculated, several answers, sections of nothing."""
 
+import time
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tulu_mega.config import GrpoSettings
 from tulu_mega.evaluation import judging
 from tulu_mega.evaluation.task import Problem
 from tulu_mega.evaluation.tasks import TASKS
 from tulu_mega.rewards import Judge, RewardSpec, VerifierInput
+from tulu_mega.rewards.mathematics.finding import answers
 from tulu_mega.rewards.mathematics.finished import finished
 from tulu_mega.rewards.verifiers.format import Format
 from tulu_mega.rewards.verifiers.ifeval import IfEval
@@ -91,6 +96,24 @@ def test_the_question_s_own_formula_in_a_box_is_no_answer(strict, published, lef
 def test_numerals_of_a_chain_agree():
     assert finished("12", r"3\cdot4=12") and finished(r"\frac13", r"\frac13\approx0.333")
     assert not finished("12", r"13=12") and not finished(r"\frac13", r"\frac13\approx0.34") and not finished("12", r"3\cdot4")
+
+
+PIECES = [*r"{} $ \( \) 3 , = - x \boxed \approx \frac \text{".split(), " or ", " is wrong", "\n", PHRASE, "{", "}"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
+def test_whatever_a_reply_holds_is_read(reply):
+    for way in (way for ways in answers(reply) for way in ways):
+        assert way and all(candidate.text for candidate in way)
+        assert [finished(truth, candidate.text) in (True, False) for candidate in way for truth in ("4", r"\pi", "x^2")]
+
+
+@pytest.mark.parametrize("piece", ["\\boxed{", "\\boxed{3} or ", "$3$ or ", "$", "\\(3\\) or "])
+def test_long_replies_are_read_in_a_moment(piece):
+    start = time.process_time()
+    answers(piece * (200_000 // len(piece)))
+    assert time.process_time() - start < 2
 
 
 def test_training_is_strict_and_can_repeat_what_was_published():

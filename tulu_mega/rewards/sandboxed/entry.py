@@ -17,10 +17,12 @@ from . import probe
 from .client import Client
 from .confine import confine, die_with_parent
 from .evaluate import evaluate
-from .starter import Starter, run_program
+from .starter import Starter, run_program, too_large
 
 _FINISH_S = 3.0
 _MOST_REPORT = 1 << 16
+_MOST_REMOVED = 200
+"""Files that are removed within the time of the tests."""
 
 
 def main() -> None:
@@ -59,7 +61,8 @@ def _judge(job: dict, config: dict, starter: Starter) -> list[dict]:
         attempt = _Attempt({name: value for name, value in job.items() if name not in ("tests", "program")}, directory, starter)
         answers.append(attempt.statement(test, config, deadline) if "statement" in test else attempt.script(test, deadline))
         with suppress(RecursionError):  # programs leave all sorts of trees: whoever called removes what is left of this one
-            shutil.rmtree(directory, ignore_errors=True)
+            if not too_large(directory, sys.maxsize, _MOST_REMOVED):
+                shutil.rmtree(directory, ignore_errors=True)
     return answers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any, Protocol
 
 
@@ -168,6 +169,47 @@ def attribute(client: Client, target: list, name: str) -> Any:
         case ["function" | "class", int(number), *_]:
             return Stub(client, ["h", number], name)
     raise client.tampered("an attribute")
+
+
+def _documentation(stub: Stub) -> str:
+    raise stub._refuse("the documentation")
+
+
+Stub.__doc__ = property(_documentation)  # type: ignore[assignment]  # of the program's function, which may have none
+
+
+class Awaited(_Refusing):
+    """A coroutine of the program: awaited over there, at the first step here. Event loops hash coroutines."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, client: Client, number: int):
+        self._client, self._target = client, ["w", number]
+
+    def __await__(self) -> Generator[None, None, Any]:
+        match self._client.ask(["await", self._target[1]]):
+            case ["item", told]:
+                return self._client.value(told)
+        raise self._client.tampered("what is awaited")
+        yield  # makes it a generator
+
+    def send(self, value: None) -> Any:
+        return self.__await__().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        raise error[0]
+
+    def close(self) -> None:
+        """Has nothing to end."""
+
+
+class Raised(type):
+    """The class of a program's exception: it can be caught by name, but calling it makes no object of the program."""
+
+    client: Client
+
+    def __call__(cls, *arguments: Any, **named: Any) -> Any:
+        raise cls.client.over("unserved", f"the test needs the program's class {cls.__name__}, whose objects stay there")
 
 
 class Stream:
