@@ -22,7 +22,7 @@ from .starter import Starter, run_program, too_large
 _FINISH_S = 3.0
 _MOST_REPORT = 1 << 16
 _MOST_REMOVED = 200
-"""Files that are removed within the time of the tests."""
+"""Files that are removed before the next test."""
 
 
 def main() -> None:
@@ -60,10 +60,23 @@ def _judge(job: dict, config: dict, starter: Starter) -> list[dict]:
             file.write(job["program"].encode("utf-8", "surrogatepass"))
         attempt = _Attempt({name: value for name, value in job.items() if name not in ("tests", "program")}, directory, starter)
         answers.append(attempt.statement(test, config, deadline) if "statement" in test else attempt.script(test, deadline))
-        with suppress(RecursionError):  # programs leave all sorts of trees: whoever called removes what is left of this one
-            if not too_large(directory, sys.maxsize, _MOST_REMOVED):
-                shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
     return answers
+
+
+def _remove(directory: str) -> None:
+    """Removes a test's directory, beside the next tests where that takes long. Whoever called removes what is left at the end."""
+    if not too_large(directory, sys.maxsize, _MOST_REMOVED):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    parent = os.getpid()
+    if os.fork() == 0:
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            die_with_parent(parent)
+            shutil.rmtree(directory, ignore_errors=True)
+        finally:  # programs leave all sorts of trees, also too deep ones for Python
+            os._exit(0)
 
 
 class _Attempt:
