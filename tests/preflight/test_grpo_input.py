@@ -6,8 +6,10 @@ import pytest
 
 from tulu_mega.config import GrpoSettings, load
 from tulu_mega.errors import UserError
+from tulu_mega.launch.run_dir import CONFIG
 from tulu_mega.preflight import policy
 from tulu_mega.preflight.check import check
+from tulu_mega.preflight.same_run import same_run
 from tulu_mega.quickstart import tiny_model
 from tulu_mega.rl.prompts import read, write_rejects
 
@@ -137,3 +139,28 @@ def test_rejects_are_written(model, tmp_path):
     assert prompts.verifiers == ["gsm8k"] and len(prompts.train) == 1
     (reject,) = map(json.loads, prompts.rejects.read_text().splitlines())
     assert reject["kind"] == "malformed" and reject["where"].endswith("line 2")
+
+
+def test_tests_that_need_objects_of_classes_are_told(model, tmp_path):
+    tests = {"Stack": "s = Stack()\nassert s.pop() == 1", "f": "from collections import Counter\nassert f(1) == Counter()"}
+    file = tmp_path / "prompts.jsonl"
+    rows = [{**ROW, "dataset": "python_code", "ground_truth": [test]} for test in tests.values()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = {"model": str(model), "run_dir": "r", "data": {"train": str(file), "template": "tulu"}}
+    (line,) = [line for line in read(GrpoSettings.model_validate(given)).told if "objects" in line]
+    assert line.startswith("data.train: tests of 1 rows make objects of the program's classes (Stack in ")
+    assert "prompts.jsonl line 1), which are not served" in line
+    served = GrpoSettings.model_validate({**given, "rewards": {"code_objects": True}})
+    assert not [line for line in read(served).told if "objects" in line]
+
+
+def test_a_run_that_began_before_verifiers_could_be_strict_goes_on(model, tmp_path):
+    settings = GrpoSettings.model_validate({"model": str(model), "run_dir": str(tmp_path), "data": "d.jsonl"})
+    before = json.loads(settings.model_dump_json())
+    del before["rewards"]["math_accepts"], before["rewards"]["code_objects"]
+    (tmp_path / CONFIG).write_text(json.dumps(before))
+    same_run(settings)
+    before["rewards"]["math_accepts"] = ["several"]
+    (tmp_path / CONFIG).write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"rewards\.math_accepts was"):
+        same_run(settings)

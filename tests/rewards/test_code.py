@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tulu_mega.errors import UserError
-from tulu_mega.rewards import RewardSpec, VerifierInput, VerifierPool, sandbox
+from tulu_mega.rewards import RewardSpec, Verdict, VerifierInput, VerifierPool, sandbox
 from tulu_mega.rewards.sandbox import CodeLimits, protections, require_protections, run_program
 from tulu_mega.rewards.verifiers.python_code import PythonCode, program_of
 
@@ -207,3 +207,12 @@ def test_an_endless_program_is_wrong_and_no_error_of_the_verifier():
     with VerifierPool(spec, ["python_code"], workers=2, timeout_s=20) as pool:
         verdicts = pool.judge([VerifierInput(reply, "code", ["assert x == 1"]) for reply in replies])
     assert [verdict.score for verdict in verdicts] == [0.0, 1.0]
+
+
+@confined
+def test_what_a_verdict_tells_can_be_written_to_a_file():
+    reply = "```python\ndef f(x): raise ValueError('\\ud800 \\udfff')\n```"
+    verdict = PythonCode()(reply, ["assert f(1) == 1"])
+    assert (verdict.score, "ValueError" in verdict.detail) == (0.0, True)
+    assert "\\ud800 \\udfff" in verdict.detail.encode("utf-8").decode()
+    assert Verdict.failed("\ud800").error == "\\ud800"

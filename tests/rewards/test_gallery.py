@@ -8,10 +8,12 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.lib.ordinary_user import needs_root, open_to_all, words_before
 from tests.rewards import gallery
 from tulu_mega.config import GrpoSettings
 from tulu_mega.data.prompts import Prompt
@@ -42,9 +44,10 @@ class Texts:
         return {}
 
 
-def judged_by_grpo(entries):
+def judged_by_grpo(entries, objects=False):
     """The entries' replies judged as a run of grpo judges them."""
-    settings = GrpoSettings.model_validate({"model": "m", "run_dir": "r", "data": "d", "rewards": {"workers": 2}}).rewards
+    rewards = {"workers": 2, "code_objects": objects}
+    settings = GrpoSettings.model_validate({"model": "m", "run_dir": "r", "data": "d", "rewards": rewards}).rewards
     responses = [Response.of_one_turn([0], [number], [0.0], [0], "stop") for number in range(len(entries))]
     with Rewards(settings, ["python_code"], Texts([entry.reply for entry in entries])) as rewards:
         begun = [
@@ -65,7 +68,7 @@ def watched(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(scratch))
     yield victim
     wait_until(lambda: not inhabitants(scratch), "processes are left")
-    assert not list(scratch.iterdir())
+    wait_until(lambda: not list(scratch.iterdir()), "files are left")  # of many the last are removed after the verdict
     assert [name for name in os.listdir("/dev/shm") if name not in before and "program" in name] == []
     assert not Path("/tmp/left_by_a_program").exists()
     assert victim.read_text() == "precious"
@@ -93,18 +96,31 @@ def wait_until(true, what, seconds=10.0):
 
 
 def test_the_gallery_is_large_enough():
-    assert len(gallery.read("cheats.txt")) + len(gallery.read("escapes.txt")) >= 190
+    assert len(gallery.read("cheats.txt")) + len(gallery.read("escapes.txt")) >= 250
     assert len(gallery.read("right.txt")) >= 70
-    names = [entry.name for file in ("cheats.txt", "escapes.txt", "right.txt") for entry in gallery.read(file)]
+    names = [entry.name for file in ("cheats.txt", "escapes.txt", "slow.txt", "right.txt") for entry in gallery.read(file)]
     assert [name for name, count in Counter(names).items() if count > 1] == []
 
 
 def test_right_programs_earn():
     entries = gallery.read("right.txt")
+
+    def outcome_of(entry):
+        return run_program(entry.program, [entry.job], replace(LIMITS, objects=entry.needs_objects), entry.prompt)[0]
+
     with ThreadPoolExecutor(2) as threads:
-        outcomes = threads.map(lambda entry: run_program(entry.program, [entry.job], LIMITS, entry.prompt)[0], entries)
+        outcomes = threads.map(outcome_of, entries)
     lost = [f"{entry.name}: {outcome.kind}: {outcome.detail}" for entry, outcome in zip(entries, outcomes, strict=True)]
     assert [line for line, entry in zip(lost, entries, strict=True) if not line.endswith(": : ")] == []
+
+
+def test_objects_of_the_program_s_classes_are_served_where_they_are_asked_for_alone():
+    entries = [entry for entry in gallery.read("right.txt") if entry.needs_objects]
+    names = ["a solution in a class", "a stack", "objects given to functions", "class methods and constants"]
+    assert [entry.name for entry in entries] == names
+    for entry, outcome in [(entry, run_program(entry.program, [entry.job], LIMITS)[0]) for entry in entries]:
+        assert (outcome.passed, outcome.kind) == (False, "unserved"), entry.name
+        assert "rewards.code_objects serves them" in outcome.detail
 
 
 def told(kinds: frozenset[str]) -> set[str]:
@@ -115,6 +131,9 @@ def told(kinds: frozenset[str]) -> set[str]:
 def test_programs_that_cheat_or_dodge_get_nothing_from_grpo_and_are_counted(watched, capfd):
     entries = [*gallery.read("cheats.txt"), gallery.all_escapes(str(watched))]
     judged = judged_by_grpo(entries)
+    with_objects = [entry for entry in entries if entry.needs_objects]
+    entries += with_objects
+    judged += judged_by_grpo(with_objects, objects=True)
     wrong = [
         f"{entry.name}: {one.reward} {one.verdict}"
         for entry, one in zip(entries, judged, strict=True)
@@ -124,6 +143,14 @@ def test_programs_that_cheat_or_dodge_get_nothing_from_grpo_and_are_counted(watc
     counted = count_kinds("zeros", judged)
     assert {"zeros_unserved", "zeros_tampered", "zeros_left", "zeros_crash", "zeros_disk", "zeros_output"} <= counted.keys()
     assert "sandbox: confined files by Landlock" in capfd.readouterr().out
+
+
+@pytest.mark.acceptance
+def test_programs_that_take_their_time_get_nothing(watched):
+    entries = gallery.read("slow.txt")
+    for entry in entries:
+        outcome = run_program(entry.program, [entry.job] * 2, replace(LIMITS, wall_s=2, cpu_s=2, total_s=5))[0]
+        assert not outcome.passed and outcome.kind in (entry.kinds or {"time", "disk", "memory"}), (entry.name, outcome)
 
 
 @pytest.mark.acceptance
@@ -159,41 +186,48 @@ def test_all_of_it_ends_when_the_judge_does(watched, end):
 
 CHECKS = """
 import json, sys
+from tests.lib.ordinary_user import needs_root, open_to_all, words_before
 from tests.rewards import gallery
 from tulu_mega.rewards.sandbox import CodeLimits, protections, require_protections, run_program, self_test
 unsafe = sys.argv[1] == "unsafe"  # what tries to get out would
-entries = [*gallery.read("cheats.txt")[:2], *gallery.read("right.txt")[:2]] + [gallery.all_escapes(sys.argv[1])] * (not unsafe)
-limits = CodeLimits(allow_unprotected=unsafe)
+most = None if "all" in sys.argv else 2
+cheats = gallery.read("cheats.txt")
+entries = [entry for place, entry in enumerate(cheats) if most is None or place < most or "closed folder" in entry.name]
+entries += gallery.read("right.txt")[:most]
+entries += [gallery.all_escapes(sys.argv[1])] * (not unsafe)
+def passes(entry):
+    limits = CodeLimits(allow_unprotected=unsafe, objects=entry.needs_objects, wall_s=10)
+    return run_program(entry.program, [entry.job], limits, entry.prompt)[0].passed
 told = ""
 try:
     require_protections(CodeLimits())
 except Exception as error:
     told = str(error)
-passed = [run_program(entry.program, [entry.job], limits)[0].passed for entry in entries] if not told or unsafe else []
+passed = [passes(entry) for entry in entries] if not told or unsafe else []
 print(json.dumps({"held": sorted(protections()), "told": told, "passed": passed, "line": self_test()}))
 """
 
 
-def checked(*arguments, before="", **options):
-    done = subprocess.run(
-        [sys.executable, "-c", before + CHECKS, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
-    )
+def checked(*arguments, before="", words=()):
+    command = [*words, sys.executable, "-c", before + CHECKS, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_as_an_ordinary_user(watched):
-    for place in (*Path(os.environ["TMPDIR"]).parents[:3], Path(os.environ["TMPDIR"])):
-        place.chmod(place.stat().st_mode | 0o055)
-    Path(os.environ["TMPDIR"]).chmod(0o777)
-    try:
-        subprocess.run([sys.executable, "-c", "import tulu_mega.rewards"], cwd=ROOT, user=65534, group=65534, check=True)
-    except (PermissionError, subprocess.CalledProcessError):
-        pytest.skip("an ordinary user cannot read this environment")
-    found = checked(str(watched), user=65534, group=65534, extra_groups=[])
-    assert found["passed"] == [False, False, True, True, False]
-    assert "root" not in found["line"]
+def as_ordinary_user():
+    scratch = Path(os.environ["TMPDIR"])
+    open_to_all(scratch, scratch.parents[:3])
+    return words_before(ROOT, Path(os.path.dirname(pytest.__file__)), scratch)
+
+
+@needs_root
+@pytest.mark.parametrize("share", ["some", pytest.param("all", marks=pytest.mark.acceptance)])
+def test_as_an_ordinary_user(watched, share):
+    found = checked(str(watched), share, words=as_ordinary_user())
+    cheats, right = ([4, 2], [len(gallery.read("cheats.txt")), len(gallery.read("right.txt"))])[share == "all"]
+    assert found["passed"] == [False] * cheats + [True] * right + [False]
+    assert found["held"] == ["calls", "files"] and "root" not in found["line"]
 
 
 FILTER = """
@@ -210,16 +244,19 @@ refuse((444, 445, 446, 272), ERROR)
 """
 
 
-@pytest.mark.parametrize("error", [1, 38])
-def test_without_landlock_and_namespaces(watched, error):
-    refused = checked(str(watched), before=FILTER.replace("ERROR", str(error)))
+@pytest.mark.parametrize(
+    ("error", "ordinary"), [(1, False), (38, False), pytest.param(1, True, marks=[needs_root, pytest.mark.acceptance])]
+)
+def test_without_landlock_and_namespaces(watched, error, ordinary):
+    words = as_ordinary_user() if ordinary else ()
+    refused = checked(str(watched), before=FILTER.replace("ERROR", str(error)), words=words)
     assert refused["held"] == ["calls"]
     assert "Landlock (Linux 5.13" in refused["told"]
     assert refused["passed"] == []
     assert "missing: files" in refused["line"]
     if error == 1:
-        unsafe = checked("unsafe", before=FILTER.replace("ERROR", str(error)))
-        assert unsafe["passed"] == [False, False, True, True]
+        unsafe = checked("unsafe", before=FILTER.replace("ERROR", str(error)), words=words)
+        assert unsafe["passed"] == [False] * 4 + [True] * 2
 
 
 def test_what_the_machine_has_is_told_in_a_line():

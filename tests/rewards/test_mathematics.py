@@ -130,8 +130,8 @@ def test_other_values_are_not():
 @pytest.mark.parametrize("end", ["", ". I hope it is correct.", "."])
 def test_the_first_formula_behind_the_phrase_is_the_answer(said, truth, end):
     reply = f"By $x=9$ we are done.\nFinal Answer: The final answer is {said}{end}"
-    assert MathAnswer()(reply, truth).score == 1.0, [each.text for each in candidates(reply)]
-    assert MathAnswer()(reply, "9").score == 0.0
+    assert MathAnswer(["several"])(reply, truth).score == 1.0, [each.text for each in candidates(reply)]
+    assert MathAnswer(["several"])(reply, "9").score == 0.0
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_the_first_formula_behind_the_phrase_is_the_answer(said, truth, end):
         (r"It is $\frac{10}{4}$", r"\frac{5}{2}", True),
         (r"$\int_0^1 x\,dx$", r"\frac{1}{2}", False),
         (r"\boxed{2+2}", "4", False),
-        (r"\boxed{2^2\cdot 3}", "12", True),
+        (r"\boxed{2^2\cdot 3}", "12", False),
         (r"Hence \boxed{4\text{ is wrong, it is 3}}", "4", False),
     ],
 )

@@ -59,6 +59,12 @@ class RewardSettings(Section):
     """Verifiers of your own: name in the `dataset` column = "module:function"."""
     aliases: dict[str, str] = {}
     """Name in the `dataset` column = verifier, such as ifeval = "ifeval_2024"."""
+    math_accepts: list[Literal["unevaluated", "several"]] = []
+    """What the verifier `math` takes as published graders do, though it invites cheating: answers left to be calculated ("2+2"),
+    and several answers of which one is right. Both repeat a published run."""
+    code_objects: bool = False
+    """Serve `python_code`'s tests objects of the program's classes: methods, attributes, length, items. Without it such tests
+    fail, counted as `unserved`."""
     workers: Annotated[PositiveInt | None, Effect.NONE] = None
     """Processes that verify; the machine's cores when unset."""
     timeout: Annotated[Seconds, Effect.NONE] = 30.0

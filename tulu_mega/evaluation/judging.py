@@ -45,7 +45,7 @@ def check(task: Task, problems: list[Problem], custom: Mapping[str, str]) -> Non
         return
     from tulu_mega.rewards.registry import Judge, RewardSpec
 
-    verifiers = Judge(RewardSpec(custom=dict(custom)))
+    verifiers = Judge(RewardSpec.as_published(custom=dict(custom)))
     bad: list[str] = []
     for place, problem in enumerate(problems):
         number = 1 + (place if problem.row is None else problem.row)
@@ -73,7 +73,7 @@ def judge(task: Task, problems: list[Problem], responses: list[list[str]], custo
 
     pairs = [(problem, text) for problem, texts in zip(problems, responses, strict=True) for text in texts]
     names = {name for problem in problems for name in _names(problem)}
-    with VerifierPool(RewardSpec(custom=dict(custom)), names=sorted(names)) as pool:
+    with VerifierPool(RewardSpec.as_published(custom=dict(custom)), names=sorted(names)) as pool:
         verdicts = pool.judge(VerifierInput(text, problem.verifier, problem.answer, problem.messages) for problem, text in pairs)
     each = iter(verdicts)
     return [[_verdict(task.metrics[0], next(each)) for _ in texts] for texts in responses]

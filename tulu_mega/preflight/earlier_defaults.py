@@ -10,8 +10,9 @@ from tulu_mega.data.chat import template_of
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
 
-_NEW = ("data.rewritten",)
-"""Settings that such runs did not know; the rows they speak of could not be trained on then."""
+_NEW = ("data.rewritten", "rewards.math_accepts", "rewards.code_objects")
+"""Settings that such runs did not know. The rows that the first speaks of could not be trained on then; that verifiers judge
+otherwise is told by the pin of their files."""
 _TEMPLATE = "data.template"
 """Was Tulu's where nothing was said."""
 

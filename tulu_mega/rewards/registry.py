@@ -12,6 +12,8 @@ from typing import Any
 
 from tulu_mega.errors import UserError, nearest
 from tulu_mega.rewards import verifiers
+from tulu_mega.rewards.classes import classes_asked
+from tulu_mega.rewards.code_tests import tests_of
 from tulu_mega.rewards.custom import load_custom
 from tulu_mega.rewards.numbers import EXPECTED, number
 from tulu_mega.rewards.sandbox import CodeLimits
@@ -42,6 +44,8 @@ class RewardSpec:
     aliases: dict[str, str] = field(default_factory=dict)
     """Name in the ``dataset`` column -> verifier, such as ``{"ifeval": "ifeval_2024"}``."""
     code: CodeLimits = field(default_factory=CodeLimits)
+    math_accepts: tuple[str, ...] = ()
+    """What `math` takes though it invites cheating: "unevaluated" and "several" answers."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,7 +53,16 @@ class RewardSpec:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RewardSpec:
         """The inverse of :meth:`as_dict`."""
-        return cls(**{**values, "code": CodeLimits(**values["code"])})
+        return cls(**{**values, "code": CodeLimits(**values["code"]), "math_accepts": tuple(values["math_accepts"])})
+
+    @classmethod
+    def as_published(cls, **values: Any) -> RewardSpec:
+        """As published scorers judge, which no policy was trained against: for evaluation.
+
+        >>> RewardSpec.as_published(aliases={"ifeval": "ifeval_2024"}).math_accepts
+        ('unevaluated', 'several')
+        """
+        return cls(code=CodeLimits(objects=True), math_accepts=("unevaluated", "several"), **values)
 
 
 DEFAULT_SPEC = RewardSpec()
@@ -69,6 +82,7 @@ class Judge:
         self._custom = {name.lower(): path for name, path in spec.custom.items()}
         self._names, problems = _names(self._custom, spec.aliases)
         self._loaded: dict[str, Verifier] = {}
+        self._options = {"python_code": (spec.code,), "math": (spec.math_accepts,)}
         for name, path in self._custom.items():
             try:
                 self._loaded[name] = load_custom(name, path)
@@ -105,7 +119,7 @@ class Judge:
         key = self.resolve(name)
         if key not in self._loaded:
             kind: Callable[..., Verifier] = importlib.import_module(f"{verifiers.__name__}.{key}").VERIFIER
-            self._loaded[key] = kind(self.spec.code) if key == "python_code" else kind()
+            self._loaded[key] = kind(*self._options.get(key, ()))
         return self._loaded[key]
 
     def check(self, row: Mapping[str, Any]) -> list[str]:
@@ -127,6 +141,17 @@ class Judge:
             except ValueError as error:
                 problems.append(f"ground_truth for {name!r}: {error}")
         return problems
+
+    def unserved(self, dataset: Any, ground_truth: Any) -> list[str]:
+        """Classes that the tests of a row which can be judged make objects of, where those are not served."""
+        if self.spec.code.objects:
+            return []
+        asked: dict[str, None] = {}
+        for name, truth in _pairs(dataset, ground_truth):
+            if self.resolve(name) == "python_code" and name not in self._custom:
+                statements = [test["statement"] for test in tests_of(truth) if "statement" in test]
+                asked.update(dict.fromkeys(found for statement in statements for found in classes_asked(statement)))
+        return list(asked)
 
     def __call__(self, sample: VerifierInput) -> Verdict:
         """Judges a sample; what a verifier raises becomes the verdict's error.

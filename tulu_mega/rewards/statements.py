@@ -33,14 +33,14 @@ def prepared(statement: str, prompt: str = "") -> dict[str, Any]:
     """The test as the sandbox takes it: ``statement``, ``setup`` to run before it, and ``theirs``.
 
     Free names of the statement are looked for in this order: modules of the standard library that it takes attributes of,
-    well-known names of these, functions that the prompt defines in full (where it asks for others), and the program.
+    well-known names of these, functions and constants that the prompt defines in full (where it asks for others), the program.
     ``theirs`` are names of Python's own, such as ``sum``, that the program is asked to define.
 
     Args:
         prompt: what the model was asked, in which code may stand.
     """
     table, tree = symtable.symtable(statement, "<test>", "exec"), ast.parse(statement)
-    free = {name for name in _free(table) if not name.startswith("__")}
+    free = {name for name in free_names(table) if not name.startswith("__")}
     passed = _passed(tree, table)
     trees = _trees(prompt)
     whole, unfinished = _functions(trees)
@@ -51,14 +51,17 @@ def prepared(statement: str, prompt: str = "") -> dict[str, Any]:
     imports = [f"import {_OTHERS.get(name, name)}" for name in sorted(modules)]
     imports += [f"from {_KNOWN[name]} import {name}" for name in sorted(known)]
     rest -= known
-    helpers = rest & whole.keys() - passed if (rest & passed) or rest - whole.keys() else set()
+    constants = _constants(trees)
+    given = whole.keys() | constants.keys()
+    helpers = rest & given - passed if (rest & passed) or rest - given else set()
     theirs = python & (passed | unfinished.keys())
     if not rest and not theirs and len(python & _called(tree)) == 1:
         theirs = python & _called(tree)
-    return {"statement": statement, "setup": _setup(imports, helpers, whole, trees), "theirs": sorted(theirs)}
+    setup = _setup(imports, helpers, {**constants, **whole}, trees)
+    return {"statement": statement, "setup": setup, "theirs": sorted(theirs)}
 
 
-def _free(table: symtable.SymbolTable) -> Iterator[str]:
+def free_names(table: symtable.SymbolTable) -> Iterator[str]:
     """Names that are read of the module without being bound there."""
     bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     tables = [table]
@@ -76,7 +79,7 @@ def _passed(tree: ast.Module, table: symtable.SymbolTable) -> set[str]:
     own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
     given = {part.id for call in calls if call.func.id in own for part in call.args if isinstance(part, ast.Name)}
-    return given & set(_free(table))
+    return given & set(free_names(table))
 
 
 def _called(tree: ast.Module) -> set[str]:
@@ -126,6 +129,19 @@ def _functions(trees: Sequence[ast.Module]) -> tuple[dict[str, ast.stmt], dict[s
     return {name: node for name, node in found.items() if name not in unfinished}, unfinished
 
 
+def _constants(trees: Sequence[ast.Module]) -> dict[str, ast.stmt]:
+    """The names to which a prompt gives a literal."""
+    return {name: node for tree in trees for node in tree.body for name in _assigned(node)}
+
+
+def _assigned(node: ast.stmt) -> list[str]:
+    """The names that a statement gives a literal; none where it does something else."""
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None or not _is_literal(node.value):
+        return []
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+
+
 def _is_nothing(node: ast.stmt) -> bool:
     """A docstring, ``pass``, ``...`` or ``raise NotImplementedError``."""
     if isinstance(node, ast.Raise):
@@ -135,7 +151,11 @@ def _is_nothing(node: ast.stmt) -> bool:
 
 
 def _setup(imports: list[str], helpers: set[str], whole: dict[str, ast.stmt], trees: Sequence[ast.Module]) -> str:
-    """Source of what the test takes from elsewhere; a helper comes with the functions, imports and constants it uses."""
+    """Source of what the test takes from elsewhere; a helper comes with the functions, imports and constants it uses.
+
+    Args:
+        whole: functions and constants of the prompt.
+    """
     wanted, open_names = set(helpers), list(helpers)
     while open_names:
         used = {node.id for node in ast.walk(whole[open_names.pop()]) if isinstance(node, ast.Name)}
@@ -147,7 +167,7 @@ def _setup(imports: list[str], helpers: set[str], whole: dict[str, ast.stmt], tr
     if helpers:
         for node in (node for tree in trees for node in tree.body):
             importing = isinstance(node, (ast.Import, ast.ImportFrom)) and _importable(node)
-            constant = isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None and _is_literal(node.value)
+            constant = not wanted.isdisjoint(_assigned(node))
             function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name in wanted & whole.keys()
             if importing or constant or function:
                 parts.append(ast.unparse(node))

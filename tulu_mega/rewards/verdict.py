@@ -34,6 +34,9 @@ class Verdict:
     Counted in metrics; never a reason to leave the response out."""
 
     def __post_init__(self) -> None:
+        for name in ("detail", "error"):  # lone surrogates of a response's own making could be written to no file
+            if isinstance(text := getattr(self, name), str):
+                object.__setattr__(self, name, text.encode("utf-8", "backslashreplace").decode())
         if (self.score is None) == (self.error is None):
             raise ValueError(f"a verdict has either a score or an error, got score={self.score!r}, error={self.error!r}")
         if self.score is not None:

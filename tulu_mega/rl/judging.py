@@ -15,7 +15,7 @@ from tulu_mega.records import Response
 from tulu_mega.rewards.numbers import EXPECTED, number
 from tulu_mega.rewards.pool import VerifierPool
 from tulu_mega.rewards.registry import RewardSpec
-from tulu_mega.rewards.sandbox import self_test
+from tulu_mega.rewards.sandbox import CodeLimits, self_test
 from tulu_mega.rewards.verdict import Verdict, VerifierInput
 
 if TYPE_CHECKING:
@@ -52,7 +52,13 @@ def count_kinds(name: str, judged: Iterable[JudgedResponse]) -> dict[str, int]:
 
 def reward_spec(settings: RewardSettings) -> RewardSpec:
     """The part of the settings that verifiers need."""
-    return RewardSpec(weights=dict(settings.weights), custom=dict(settings.custom), aliases=dict(settings.aliases))
+    return RewardSpec(
+        weights=dict(settings.weights),
+        custom=dict(settings.custom),
+        aliases=dict(settings.aliases),
+        code=CodeLimits(objects=settings.code_objects),
+        math_accepts=tuple(settings.math_accepts),
+    )
 
 
 class Rewards:

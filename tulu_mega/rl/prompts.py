@@ -85,9 +85,22 @@ def read(settings: GrpoSettings) -> Prompts:
     # a tokenizer of another model has other numbers than those that the model's files name
     ends = stop_ids(tokenizer, template, None if data.tokenizer else settings.model.path)
     told = [f"{setting}: {line}" for setting, prompts in sets.items() for line in prompts.told]
+    told += [f"{setting}: {line}" for setting, prompts in sets.items() for line in _unserved(judge, prompts)]
     told += form_lines(form_of(tokenizer, NOTHING)) if template == "tokenizer" else []
     heldout = sets.get("heldout.data")
     return Prompts(sets["data.train"], heldout, tokenizer, template, ends, told, sorted(needed), drawn, rejects)
+
+
+def _unserved(judge: Judge, prompts: PromptSet) -> list[str]:
+    """A line where tests need what the verifier of programs does not serve."""
+    asked = [(prompt.where, judge.unserved(prompt.dataset, prompt.ground_truth)) for prompt in prompts.prompts]
+    found = [f"{', '.join(names)} in {where}" for where, names in asked if names]
+    if not found:
+        return []
+    return [
+        f"tests of {len(found):,} rows make objects of the program's classes ({found[0]}), which are not served: they fail, "
+        "counted as unserved; rewards.code_objects = true serves them"
+    ]
 
 
 def write_rejects(prompts: Prompts) -> None:

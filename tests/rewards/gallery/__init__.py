@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tulu_mega.rewards.classes import classes_asked
+
 _REACHES = """
 import ctypes
 
@@ -54,6 +56,11 @@ class Entry:
     @property
     def reply(self) -> str:
         return f"```python\n{self.program}\n```"
+
+    @property
+    def needs_objects(self) -> bool:
+        """Whether its test makes objects of the program's classes."""
+        return isinstance(self.test, str) and bool(classes_asked(self.test))
 
     @property
     def job(self) -> dict[str, str]:

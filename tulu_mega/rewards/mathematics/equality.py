@@ -40,11 +40,12 @@ _CONFIG = [LatexExtractionConfig(normalization_config=NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False))]  # fmt: skip
 
 
-def equivalent(expected: str, answer: str, given_as_answer: bool = True) -> bool:
+def equivalent(expected: str, answer: str, given_as_answer: bool = True, unevaluated: bool = False) -> bool:
     """Whether two pieces of LaTeX say the same, as :class:`tulu_mega.rewards.verifiers.math.MathAnswer` describes.
 
     Args:
         given_as_answer: False for a mere formula, which may restate the question: where a numeral is expected, it must be one.
+        unevaluated: take sums, integrals and the like for what they come to.
     """
     if max(len(expected), len(answer)) > LONGEST:
         return "".join(expected.split()) == "".join(answer.split())
@@ -55,7 +56,9 @@ def equivalent(expected: str, answer: str, given_as_answer: bool = True) -> bool
         return left.simple == right.simple and len({left.half, right.half} - {""}) == 1
     if left.simple == right.simple:
         return not _another_percentage(left, right)
-    if _undone(left.simple, right.simple, given_as_answer) or _tangled(right.simple) or _tangled(left.simple):
+    if not unevaluated and _undone(left.simple, right.simple, given_as_answer):
+        return False
+    if _tangled(right.simple) or _tangled(left.simple):
         return False
     try:
         with cpu_limit(SECONDS):

@@ -8,6 +8,18 @@ from dataclasses import dataclass
 _PHRASE = re.compile(r"final answer\s*:\s*the final answer is(?P<rest>[^\n]*)", re.IGNORECASE)
 _CLOSING = re.compile(r"I hope it is correct", re.IGNORECASE)
 _MARKS = re.compile(r"\\\\|\\\$|\\[()\[\]]|\$\$?")  # backslashes in pairs and escaped dollars mark nothing
+_JOINT = (
+    r"(?:[\s$,;:.()/{}]|\\[,;:!() \[\]]|\\q?quad|\\(?:lor|land|vee|wedge|text|mbox|textrm|mathrm)(?![a-zA-Z])"
+    r"|\b(?:and|or|maybe|perhaps|possibly|also|either|it|is|else|alternatively)\b)"
+)
+_JOINED = re.compile(rf"{_JOINT}{{0,40}}")
+_LISTS = re.compile(rf"{_JOINT}{{0,40}}(?:[+-]?[$\d]|\\(?:[dt]?frac|sqrt|pi|\(|\[|[bf]box))")
+_OR = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively)\b|\\(?:lor|vee)(?![a-zA-Z])")
+_PARTED = re.compile(r",(?!\d{3})|;|\b(?:and|or|maybe|perhaps|possibly|also|alternatively)\b")
+_TAKEN_BACK = re.compile(
+    r"[\s$.,)}]{0,9}(?:which\s|that\s)?\s?(?:is|was|are|were|would be)\s(?:wrong|incorrect|false|not\b|no answer)"
+)
+_MOST_BOXES = 8  # that are read as one list
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _CLOSES = {"\\)": "\\(", "\\]": "\\["}
 
@@ -36,39 +48,126 @@ def candidates(response: str) -> list[Candidate]:
     return [Candidate(whole, False)] if whole and not re.search(r"\n|\\boxed|\\fbox", whole) else []
 
 
+Ways = list[list[Candidate]]
+"""Ways to read what stands in a place: one is enough, if all of its candidates are right."""
+
+
+def answers(response: str) -> list[Ways]:
+    """The same for a reply that has to give one answer: the places where it gives one, all of which must be right.
+
+    The last box and what the phrase says are places. Boxes and formulas that are joined by "and", "or" or commas (mere formulas
+    by "or") are one list, which is right as a list, or where all of it says the same (``$\\frac12$, or $0.5$``). An answer that
+    is taken back ("4 is wrong, it is 3") is none.
+    """
+    given = [ways for ways in (_boxes(response), _phrase_ways(response)) if ways is not None]
+    if given:
+        return given
+    spans = _spans(response, from_end=True)
+    if not spans:
+        return [[[each]] for each in candidates(response)]
+    listed = [spans[-1]]
+    for before in reversed(spans[-_MOST_BOXES:-1]):
+        joint = response[before.end : listed[0].begin] if before.end <= listed[0].begin else "no joint"
+        if not (_JOINED.fullmatch(joint) and _OR.search(joint)):
+            break
+        listed.insert(0, before)
+    return [_listed([span.text for span in listed], False)]
+
+
+def _listed(parts: list[str], given_as_answer: bool) -> Ways:
+    whole = [[Candidate(", ".join(parts), given_as_answer)]]
+    return whole + [[Candidate(part, given_as_answer) for part in parts]] * (len(parts) > 1)
+
+
+def _boxes(response: str) -> Ways | None:
+    """The last box, or the list that the last ones make; None without a box, no way where it is not closed or taken back."""
+    if (last := _box(response, len(response))) is None:
+        return None
+    if not last.text or _TAKEN_BACK.match(response, last.end):
+        return []
+    listed = [last]
+    while len(listed) < _MOST_BOXES and (before := _box(response, listed[0].begin)) and before.text:
+        if not _JOINED.fullmatch(response, before.end, listed[0].begin):
+            break
+        listed.insert(0, before)
+    return _listed([box.text for box in listed], True)
+
+
+def _phrase_ways(response: str) -> Ways | None:
+    said = _said(response)
+    if not said:
+        return None
+    spans = _spans(said, from_end=False)
+    if not spans or _TAKEN_BACK.match(said, spans[0].end):
+        return [] if spans else [[Candidate(said, True)]]
+    first, rest = spans[0].text, said[spans[0].end :]
+    joint = _LISTS.match(rest)
+    if not (joint and rest.strip("$ .")):
+        return [[Candidate(first, True)]] + [[Candidate(said, True)]] * (said.strip("$") != first)
+    parts = [first, *(stripped for part in _PARTED.split(rest) if (stripped := part.strip("$ .()\\")))]
+    return [[Candidate(said, True)], [Candidate(part, True) for part in parts]]
+
+
+@dataclass(frozen=True)
+class _Span:
+    begin: int
+    end: int
+    text: str
+
+
 def last_boxed(text: str) -> str | None:
     """What the last ``\\boxed{...}`` or ``\\fbox{...}`` holds, braces balanced; of ``\\boxed 5`` what follows, up to ``$``.
 
     None without a box or when the last one is not closed.
     """
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    box = _box(text, len(text))
+    return (box.text or None) if box else None
+
+
+def _box(text: str, before: int) -> _Span | None:
+    """The last box that begins before a place; its text is empty where it is not closed."""
+    start = max(text.rfind("\\boxed", 0, before), text.rfind("\\fbox", 0, before))
     if start < 0:
         return None
-    rest = text[start:].removeprefix("\\boxed").removeprefix("\\fbox")
+    at = start + (len("\\boxed") if text.startswith("\\boxed", start) else len("\\fbox"))
+    rest = text[at:before]
     if not rest.lstrip().startswith("{"):
-        return re.split(r"[$\n]", rest, maxsplit=1)[0].strip().rstrip(".") or None
+        bare = re.split(r"[$\n]", rest, maxsplit=1)[0]
+        return _Span(start, at + len(bare), bare.strip().rstrip("."))
     depth, begin = 0, rest.index("{")
     for brace in _BRACES.finditer(rest, begin):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return rest[begin + 1 : brace.start()].strip() or None
-    return None
+            return _Span(start, at + brace.end(), rest[begin + 1 : brace.start()].strip())
+    return _Span(start, before, "")
 
 
 def _phrase(response: str) -> list[str]:
     """Of what the last "Final Answer: The final answer is" says, the first formula, and the whole where that is more."""
-    found = None
-    for found in _PHRASE.finditer(response):  # noqa: B007  the last one
-        pass
-    if found is None:
+    said = _said(response)
+    if not said:
         return []
-    closing = _CLOSING.search(found["rest"])
-    said = (found["rest"][: closing.start()] if closing else found["rest"]).strip().rstrip(".").strip()
     formulas = _formulas(said, from_end=False)
     return [*formulas[:1], said] if said.strip("$") not in formulas[:1] else formulas[:1]
 
 
+def _said(response: str) -> str:
+    """What the last "Final Answer: The final answer is" says."""
+    found = None
+    for found in _PHRASE.finditer(response):  # noqa: B007  the last one
+        pass
+    if found is None:
+        return ""
+    closing = _CLOSING.search(found["rest"])
+    return (found["rest"][: closing.start()] if closing else found["rest"]).strip().rstrip(".").strip()
+
+
 def _formulas(text: str, from_end: bool) -> list[str]:
+    """The texts of :func:`_spans`."""
+    return [span.text for span in _spans(text, from_end)]
+
+
+def _spans(text: str, from_end: bool) -> list[_Span]:
     """What stands between dollars, in ``\\(...\\)`` and in ``\\[...\\]``, in the order in which they end; none that is empty.
 
     Args:
@@ -79,10 +178,10 @@ def _formulas(text: str, from_end: bool) -> list[str]:
         if mark[0].startswith("$"):
             dollars.append(mark)
         elif mark[0] in ("\\(", "\\["):
-            opened.setdefault(mark[0], mark.end())
+            opened.setdefault(mark[0], mark)
         elif (begin := opened.pop(_CLOSES.get(mark[0]), None)) is not None:
-            spans.append((mark.end(), text[begin : mark.start()].strip()))
+            spans.append(_Span(begin.start(), mark.end(), text[begin.end() : mark.start()].strip()))
     pairs = dollars[len(dollars) % 2 :] if from_end else dollars
     for left, right in zip(pairs[::2], pairs[1::2], strict=False):
-        spans.append((right.end(), text[left.end() : right.start()].strip()))
-    return [formula for _, formula in sorted(spans) if formula]
+        spans.append(_Span(left.start(), right.end(), text[left.end() : right.start()].strip()))
+    return [span for span in sorted(spans, key=lambda span: (span.end, span.text)) if span.text]

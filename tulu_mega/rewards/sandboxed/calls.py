@@ -25,7 +25,7 @@ _ALLOWED = {
     "readlinkat": (267, 78), "getdents64": (217, 61), "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50),
     "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35),
     "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "link": (86, None), "linkat": (265, 37),
-    "symlink": (88, None), "symlinkat": (266, 36), "ftruncate": (77, 46), "fallocate": (285, 47), "fadvise64": (221, 223),
+    "symlink": (88, None), "symlinkat": (266, 36), "ftruncate": (77, 46), "fadvise64": (221, 223),
     "fsync": (74, 82), "fdatasync": (75, 83), "sendfile": (40, 71), "copy_file_range": (326, 285), "umask": (95, 166),
     "getxattr": (191, 8), "lgetxattr": (192, 9), "fgetxattr": (193, 10), "listxattr": (194, 11), "llistxattr": (195, 12),
     "flistxattr": (196, 13),
@@ -36,7 +36,6 @@ _ALLOWED = {
     "timerfd_create": (283, 85), "timerfd_settime": (286, 86), "timerfd_gettime": (287, 87),
     # a pair of sockets, which event loops need; sendto without an address and socketpair of one family are below
     "recvfrom": (45, 207), "shutdown": (48, 210), "getsockname": (51, 204), "getpeername": (52, 205), "getsockopt": (55, 209),
-    "setsockopt": (54, 208),
     # threads
     "futex": (202, 98), "futex_waitv": (449, 449), "set_robust_list": (273, 99), "get_robust_list": (274, 100),
     "set_tid_address": (218, 96), "gettid": (186, 178), "rseq": (334, 293), "arch_prctl": (158, None), "sched_yield": (24, 124),
@@ -60,7 +59,7 @@ _ALLOWED = {
 _OPEN, _OPENAT = (2, None), (257, 56)
 _FCNTL, _IOCTL, _PRCTL, _PRLIMIT = (72, 25), (16, 29), (157, 167), (302, 261)
 _CLONE, _KILL, _TKILL, _TGKILL = (56, 220), (62, 129), (200, 130), (234, 131)
-_SOCKETPAIR, _SENDTO = (53, 199), (44, 206)
+_SOCKETPAIR, _SENDTO, _SETSOCKOPT = (53, 199), (44, 206), (54, 208)
 
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)
 """Duplicates, flags, locks, the size of a pipe; without owners, signals, leases and notifications."""
@@ -69,6 +68,8 @@ _IOCTL_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _PRCTL_COMMANDS = (15, 16, 0x53564D41)
 """A thread's name and a mapping's; so the signal at the parent's death stays."""
 _AF_UNIX = 1
+_SOCKET_OPTIONS = (2, 7, 8, 9, 13, 20, 21, 66, 67)
+"""Buffers' sizes, lingering, time-outs; without filters for packets."""
 _CLONE_THREAD, _CLONE_OTHER = 0x10000, 0x7E022080
 """Threads, without new namespaces (the lowest bit is that of time) or tracing."""
 _ACCESS_MODE, _O_TRUNC, _O_PATH = 3, 0o1000, 0o10000000
@@ -104,6 +105,7 @@ def seccomp_filter(pid: int) -> bytes | None:
         (_TKILL, _one_of(0, (pid,))),  # the first thread's number is the process's
         (_SENDTO, [_argument(4), _step(_EQUAL, 0, 0, 3), _argument(4, high=True), _step(_EQUAL, 0, 0, 1), allow, refuse]),
         (_CLONE, [_argument(0), _step(_ANY_BIT, _CLONE_OTHER, 2), _step(_ANY_BIT, _CLONE_THREAD, 0, 1), allow, refuse]),
+        (_SETSOCKOPT, _one_of(2, _SOCKET_OPTIONS)),
         (_OPEN, _no_truncation(1)),
         (_OPENAT, _no_truncation(2)),
     ]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import values
-from .stubs import Instance, Over, Returned, Stream, Stub
+from .stubs import Awaited, Instance, Over, Raised, Returned, Stream, Stub
 
 _SIZES = {"value": 2, "object": 2, "raise": 4, "class": 3, "function": 2, "none": 1, "item": 2, "end": 1, "ask": 4}
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
@@ -132,6 +132,8 @@ class Client:
             raise
         except values.Untold as untold:
             raise self.over("unserved", f"the test gives the program {untold}, which does not go over") from None
+        except AssertionError as error:  # the program could catch what the test finds wrong
+            raise self.over("wrong", f"AssertionError: {error}"[:300] if str(error) else "AssertionError") from None
         except BaseException as error:
             return ["raise", [kind.__name__ for kind in type(error).__mro__], [str(part) for part in error.args]]
 
@@ -147,7 +149,7 @@ class Client:
         decode = values.Decoder(self._make)
         told = [decode(argument) for argument in arguments[:10]]
         try:
-            error = kind(*told)
+            error = type.__call__(kind, *told)
         except Exception:
             error = Exception(text[:300])
         error.__dict__["told"] = text[:300]
@@ -164,7 +166,7 @@ class Client:
     def new_exception(self, name: str, bases: list[str]) -> type[BaseException]:
         """A class for an exception that the program defines and the test names."""
         if name not in self._exceptions:
-            self._exceptions[name] = type(name, (self._exception_class(bases),), {})
+            self._exceptions[name] = Raised(name, (self._exception_class(bases),), {"client": self})
         return self._exceptions[name]
 
     def instance(self, number: int) -> Instance:
@@ -193,14 +195,8 @@ class Client:
             case ["g", int(number)]:
                 return Stream(self, number)
             case ["w", int(number)]:
-                return self._awaited(number)
+                return Awaited(self, number)
         raise values.Malformed("an unknown tag")
-
-    async def _awaited(self, number: int) -> Any:
-        match self.ask(["await", number]):
-            case ["item", told]:
-                return self.value(told)
-        raise self.tampered("what is awaited")
 
     def _say(self, message: list) -> None:
         rest = memoryview(values.pack(message))

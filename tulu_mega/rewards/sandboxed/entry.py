@@ -17,10 +17,12 @@ from . import probe
 from .client import Client
 from .confine import confine, die_with_parent
 from .evaluate import evaluate
-from .starter import Starter, run_program
+from .starter import Starter, run_program, too_large
 
 _FINISH_S = 3.0
 _MOST_REPORT = 1 << 16
+_MOST_REMOVED = 200
+"""Files that are removed before the next test."""
 
 
 def main() -> None:
@@ -58,9 +60,23 @@ def _judge(job: dict, config: dict, starter: Starter) -> list[dict]:
             file.write(job["program"].encode("utf-8", "surrogatepass"))
         attempt = _Attempt({name: value for name, value in job.items() if name not in ("tests", "program")}, directory, starter)
         answers.append(attempt.statement(test, config, deadline) if "statement" in test else attempt.script(test, deadline))
-        with suppress(RecursionError):  # programs leave all sorts of trees: whoever called removes what is left of this one
-            shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
     return answers
+
+
+def _remove(directory: str) -> None:
+    """Removes a test's directory, beside the next tests where that takes long. Whoever called removes what is left at the end."""
+    if not too_large(directory, sys.maxsize, _MOST_REMOVED):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    parent = os.getpid()
+    if os.fork() == 0:
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            die_with_parent(parent)
+            shutil.rmtree(directory, ignore_errors=True)
+        finally:  # programs leave all sorts of trees, also too deep ones for Python
+            os._exit(0)
 
 
 class _Attempt:
@@ -166,7 +182,7 @@ class _Attempt:
         if len(held) < 2 and not self._limits["allow_unprotected"]:
             answer = {"passed": False, "unprotected": True, "kind": "", "detail": "protections are missing"}
         else:
-            answer = evaluate(test, Client(200, 201, self._limits["output_mb"]))
+            answer = evaluate(test, Client(200, 201, self._limits["output_mb"]), self._limits["objects"])
         with open(202, "wb", closefd=False) as file:
             file.write(json.dumps(answer).encode())
 

@@ -14,11 +14,12 @@ class Names(dict):
 
     Args:
         theirs: names of Python's that the program defines anew and the test means so.
+        objects: whether calling a class of the program gives the test an object.
     """
 
-    def __init__(self, client: Client, theirs: list[str]):
+    def __init__(self, client: Client, theirs: list[str], objects: bool):
         super().__init__(__name__="__main__", __builtins__=builtins)
-        self._client = client
+        self._client, self._objects = client, objects
         self._stubs: dict[str, Any] = {}
         for name in theirs:
             self[name] = self._of_program(name)
@@ -42,17 +43,22 @@ class Names(dict):
             case ["class", int(number), [str(), *bases]] if all(type(base) is str for base in bases):
                 if "BaseException" in bases:
                     return self._client.new_exception(name, bases)
-                return Stub(self._client, ["h", number], name, objects=name[:1].isupper())
+                named = name[:1].isupper()
+                return Stub(self._client, ["h", number], name, named and self._objects, named and not self._objects)
             case ["value", told]:
                 return self._client.value(told)
         raise self._client.tampered("a name")
 
 
-def evaluate(test: dict, client: Client) -> dict:
-    """Runs a test: ``{"passed", "kind", "detail"}``."""
+def evaluate(test: dict, client: Client, objects: bool) -> dict:
+    """Runs a test: ``{"passed", "kind", "detail"}``.
+
+    Args:
+        objects: whether the test may have objects of the program's classes.
+    """
     try:
         client.hear_start()
-        names = Names(client, test.get("theirs", []))
+        names = Names(client, test.get("theirs", []), objects)
         for part in ("setup", "statement"):
             exec(compile(test.get(part, ""), f"<{part}>", "exec", dont_inherit=True), names)
     except Over:

@@ -133,7 +133,7 @@ def _excess(child: int, request: dict, threads: bool = True) -> str:
     """What a program has too much of: "threads" or "disk"."""
     if threads and _threads(child) > request["threads"]:
         return "threads"
-    return "disk" if _too_large(request["directory"], request["disk_mb"] << 20, request["files"]) else ""
+    return "disk" if too_large(request["directory"], request["disk_mb"] << 20, request["files"]) else ""
 
 
 def _threads(child: int) -> int:
@@ -144,8 +144,8 @@ def _threads(child: int) -> int:
         return 0
 
 
-def _too_large(directory: str, most_bytes: int, most_files: int) -> bool:
-    """Whether files beneath a directory hold more, or are more. Stops where that is known."""
+def too_large(directory: str, most_bytes: int, most_files: int) -> bool:
+    """Whether files beneath a directory hold more, or are more, or are hidden from us. Stops where that is known."""
     folders, held, files = [directory], 0, 0
     while folders:
         try:
@@ -157,8 +157,8 @@ def _too_large(directory: str, most_bytes: int, most_files: int) -> bool:
                         return True
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
-        except OSError as error:  # closed to us or gone, or nested beyond what a path can say
-            if error.errno == errno.ENAMETOOLONG:
+        except OSError as error:  # gone, or closed to us (who are not root), or nested beyond what a path can say
+            if error.errno in (errno.EACCES, errno.ENAMETOOLONG):
                 return True
     return False
 

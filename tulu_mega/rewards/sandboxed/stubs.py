@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any, Protocol
 
 
@@ -62,10 +63,11 @@ class Stub(_Refusing):
 
     Args:
         objects: whether calling it may give an :class:`Instance`.
+        closed: it is a class whose objects are not served.
     """
 
-    def __init__(self, client: Client, target: list, name: str, objects: bool = False):
-        self._client, self._target, self._objects, self.__name__ = client, target, objects, name
+    def __init__(self, client: Client, target: list, name: str, objects: bool = False, closed: bool = False):
+        self._client, self._target, self._objects, self._closed, self.__name__ = client, target, objects, closed, name
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         answer, kept = self._client.call(self._target, arguments, named)
@@ -75,13 +77,19 @@ class Stub(_Refusing):
             case ["object", int(number)] if self._objects:
                 return self._client.instance(number)
             case ["object", int()]:
-                raise self._refuse("the value")
+                raise self._not_served() if self._closed else self._refuse("the value")
         raise self._client.tampered("a call's answer")
 
     def __getattr__(self, name: str) -> Any:
+        if self._closed and not name.startswith("_"):
+            raise self._not_served()
         if name.startswith("_") or not self._objects:
             raise AttributeError(name)
         return attribute(self._client, self._target, name)
+
+    def _not_served(self) -> Over:
+        what = f"the test needs the program's class {self.__name__}, whose objects stay there"
+        return self._client.over("unserved", f"{what}; rewards.code_objects serves them")
 
 
 class Instance(_Refusing):
@@ -161,6 +169,47 @@ def attribute(client: Client, target: list, name: str) -> Any:
         case ["function" | "class", int(number), *_]:
             return Stub(client, ["h", number], name)
     raise client.tampered("an attribute")
+
+
+def _documentation(stub: Stub) -> str:
+    raise stub._refuse("the documentation")
+
+
+Stub.__doc__ = property(_documentation)  # type: ignore[assignment]  # of the program's function, which may have none
+
+
+class Awaited(_Refusing):
+    """A coroutine of the program: awaited over there, at the first step here. Event loops hash coroutines."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, client: Client, number: int):
+        self._client, self._target = client, ["w", number]
+
+    def __await__(self) -> Generator[None, None, Any]:
+        match self._client.ask(["await", self._target[1]]):
+            case ["item", told]:
+                return self._client.value(told)
+        raise self._client.tampered("what is awaited")
+        yield  # makes it a generator
+
+    def send(self, value: None) -> Any:
+        return self.__await__().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        raise error[0]
+
+    def close(self) -> None:
+        """Has nothing to end."""
+
+
+class Raised(type):
+    """The class of a program's exception: it can be caught by name, but calling it makes no object of the program."""
+
+    client: Client
+
+    def __call__(cls, *arguments: Any, **named: Any) -> Any:
+        raise cls.client.over("unserved", f"the test needs the program's class {cls.__name__}, whose objects stay there")
 
 
 class Stream:

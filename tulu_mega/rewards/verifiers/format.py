@@ -6,6 +6,9 @@ import re
 from typing import Any
 
 from tulu_mega.rewards.verdict import Messages, Verdict, shortened
+from tulu_mega.rewards.visible import is_visible
+
+_MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|<!--.*?-->|&(?:nbsp|ensp|emsp|thinsp|zwnj|zwj|shy|#\w+);", re.DOTALL)
 
 
 class Format:
@@ -13,7 +16,7 @@ class Format:
 
     The ground truth is a regular expression (Python's, searched, ``.`` matches newlines; anchor it with ``\\A`` and ``\\Z``), or
     an object with ``pattern``, ``sections`` or both: the sections' headings must occur in this order, each followed by some
-    text. Follows nothing published.
+    text that can be seen: tags, HTML comments and entities of spaces are none. Follows nothing published.
 
     >>> Format()("<think>2+2</think><answer>4</answer>", {"sections": ["<think>", "<answer>"]}).score
     1.0
@@ -33,7 +36,7 @@ class Format:
                 return Verdict.of(False, f"section {heading!r} is missing or out of order")
             at = start + len(heading)
             end = response.find(sections[index + 1], at) if index + 1 < len(sections) else len(response)
-            if end >= 0 and not response[at:end].strip():
+            if end >= 0 and not is_visible(_MARKUP.sub("", response[at:end])):
                 return Verdict.of(False, f"section {heading!r} is empty")
         return Verdict.of(True, "the demanded form")
 

@@ -9,6 +9,7 @@ from typing import Any
 from tulu_mega.rewards.constraints import CONSTRAINTS, Function, read_constraint
 from tulu_mega.rewards.reasoning import answer_of
 from tulu_mega.rewards.verdict import Messages, Verdict
+from tulu_mega.rewards.visible import is_visible
 
 _ANSWER_TAGS = re.compile(r"</?answer>")
 
@@ -19,7 +20,8 @@ class IfEval:
     Follows open-instruct's mended verifier (2026): what stands before the last ``</think>`` is not judged, tags ``<answer>`` and
     ``</answer>`` and the white space around are dropped, and the four functions with errors are right. Departs where
     that one crashes (an index beyond the paragraphs, a reply in no language: not met), for reasoning that is never closed and
-    for empty replies, which meet nothing, as in IFEval itself (arXiv 2311.07911): silence must not earn "all lowercase".
+    for empty replies (also of characters that cannot be seen), which meet nothing, as in IFEval itself (arXiv 2311.07911):
+    silence must not earn "all lowercase".
     """
 
     functions: Mapping[str, Function] = CONSTRAINTS
@@ -38,7 +40,8 @@ class IfEval:
 
     def judged(self, response: str) -> str | None:
         """The part of the reply that counts; None when there is none."""
-        return _ANSWER_TAGS.sub("", answer_of(response)).strip() or None
+        text = _ANSWER_TAGS.sub("", answer_of(response)).strip()
+        return text if is_visible(text) else None
 
 
 VERIFIER = IfEval

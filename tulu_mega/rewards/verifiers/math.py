@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from decimal import Decimal
 from typing import Any
 
 from tulu_mega.rewards.mathematics.equality import equivalent
-from tulu_mega.rewards.mathematics.finding import candidates
+from tulu_mega.rewards.mathematics.finding import Candidate, answers, candidates
+from tulu_mega.rewards.mathematics.finished import finished
 from tulu_mega.rewards.mathematics.latex import simpler
 from tulu_mega.rewards.reasoning import answer_of
 from tulu_mega.rewards.verdict import Messages, Verdict
+
+_MARKS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 
 
 class MathAnswer:
@@ -33,9 +37,14 @@ class MathAnswer:
     more". A per cent sign is dropped, as published: ``4\\%`` meets 4, and ``400\\%`` does not. Of a ground truth from 0 to 1
     and of a fraction it is read: ``50\\%`` is 0.5. A ground truth of ``50\\%`` is met by 50, ``50\\%`` and 0.5.
 
-    Where a number is expected, an unevaluated integral, sum, product, limit, determinant or sum of numbers is no answer, and
-    a mere last formula must be a number itself: the question restated earns nothing. Nor does a last formula that stands in
-    the prompt, unless it is the ground truth as it is written.
+    Reinforcement learning finds what pays without an answer, so two things that the published code takes are refused unless
+    they are accepted by name (evaluation, which repeats published grading, accepts both):
+
+    - ``unevaluated``: an answer that leaves to be calculated what was asked for: a sum, an integral, ``\\det``, ``\\max`` or
+      ``3\\cdot 4`` where a numeral is expected (:func:`tulu_mega.rewards.mathematics.finished.finished`), a mere last formula
+      that is no number itself, a formula of the prompt unless it is the ground truth as it is written.
+    - ``several``: several answers: a box and a phrase that differ, a list of which one is right, an answer that is taken back
+      (:func:`tulu_mega.rewards.mathematics.finding.answers`).
 
     Bases behind digits are compared too, which math-verify leaves out: ``1011_2`` is ``1011_{\\text{two}}``, not ``1011_3``.
     Where the ground truth has bases and the reply has none, the digits decide: the problem has named the base. A base where
@@ -47,9 +56,13 @@ class MathAnswer:
     ``\\(...\\)`` or ``\\[...\\]`` counts that ends later; a reply is only compared whole when it is a single line without a box;
     what is longer than 400 characters is compared as text alone. A comparison of more than 5 s of CPU time, or of numbers
     with more than 10,000 digits, is no equality, as published: no reply can bring about an error.
+
+    Args:
+        accepts: "unevaluated" and "several" answers, as published.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accepts: Collection[str] = ()) -> None:
+        self._unevaluated, self._several = "unevaluated" in accepts, "several" in accepts
         equivalent("x+1", "2x/3")  # builds the LaTeX parser, which is no sample's time to pay for
 
     def check(self, ground_truth: Any) -> None:
@@ -63,16 +76,30 @@ class MathAnswer:
             raise ValueError(f"expected the answer as text (LaTeX), got {ground_truth!r}, which is empty")
 
     def __call__(self, response: str, ground_truth: Any, *, messages: Messages | None = None) -> Verdict:
-        expected, found = _text(ground_truth), candidates(answer_of(response))
+        expected, answer = _text(ground_truth), answer_of(response)
         question = "".join("".join(str(message.get("content")) for message in messages or ()).split())
-        for candidate in found:
-            restated = not candidate.given_as_answer and f"${''.join(candidate.text.split())}$" in question
-            if equivalent(expected, candidate.text, candidate.given_as_answer) and not (
-                restated and simpler(candidate.text) != simpler(expected)
-            ):
-                return Verdict.of(True, f"answer {candidate.text!r} equals {expected!r}")
+
+        def right(candidate: Candidate) -> bool:
+            return self._right(expected, candidate, question)
+
+        found = candidates(answer)
+        if self._several:
+            places = [[[candidate] for candidate in found]]
+        elif places := answers(answer):
+            found = list({part.text: part for ways in places for way in ways for part in way}.values())
         said = " and ".join(repr(candidate.text[:80]) for candidate in found) or "no answer"
+        if places and all(any(all(map(right, way)) for way in ways) for ways in places):
+            return Verdict.of(True, f"answer {said} equals {expected!r}")
         return Verdict.of(False, f"found {said}, expected {expected!r}")
+
+    def _right(self, expected: str, candidate: Candidate, question: str) -> bool:
+        if not equivalent(expected, candidate.text, candidate.given_as_answer, self._unevaluated):
+            return False
+        if self._unevaluated:
+            return True
+        formula = "".join(candidate.text.split())
+        restated = any(f"{left}{formula}{right}" in question for left, right in _MARKS)
+        return finished(expected, candidate.text) and not (restated and simpler(candidate.text) != simpler(expected))
 
 
 def _text(ground_truth: str | int | float) -> str:

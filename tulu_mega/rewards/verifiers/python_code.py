@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from tulu_mega.rewards.code_tests import tests_of
 from tulu_mega.rewards.fences import fenced_blocks
 from tulu_mega.rewards.reasoning import answer_of
 from tulu_mega.rewards.sandbox import DEFAULT_LIMITS, CodeLimits, require_protections, run_program
@@ -26,6 +26,10 @@ class PythonCode:
     The ground truth lists the tests (or is JSON of such a list): statements that run after the program, such as
     ``"assert add(1, 2) == 3"``, or objects ``{"input": ..., "output": ...}`` for standard input and output.
 
+    Tests get plain values, functions and iterators of the program. Objects of its classes (``Stack().push(1)``) are served where
+    ``limits.objects`` is set (``rewards.code_objects``): they stand for more than a value in a test's expression. Without it such
+    a test fails and is counted as ``unserved``.
+
     The share of passed tests is what open-instruct's code verifier (June 2025) gives; Tulu 3 itself trained on no code.
     Departs: tests run in a local sandbox and not in a web service, and there is no malus for running long.
 
@@ -37,10 +41,10 @@ class PythonCode:
         require_protections(limits)
 
     def check(self, ground_truth: Any) -> None:
-        _tests(ground_truth)
+        tests_of(ground_truth)
 
     def __call__(self, response: str, ground_truth: Any, *, messages: Messages | None = None) -> Verdict:
-        tests = _tests(ground_truth)
+        tests = tests_of(ground_truth)
         program = program_of(response)
         if program is None:
             return Verdict.of(False, "no fenced block of Python code")
@@ -65,34 +69,6 @@ def program_of(response: str) -> str | None:
         if chosen:
             return chosen[-1]
     return None
-
-
-def _tests(ground_truth: Any) -> list[dict[str, str]]:
-    """
-    Raises:
-        ValueError: no list of tests.
-    """
-    tests = ground_truth
-    if isinstance(tests, str):
-        try:
-            tests = json.loads(tests)
-        except ValueError:
-            tests = [tests]  # one statement
-    if not isinstance(tests, list) or not tests:
-        raise ValueError(f"expected a list of tests, got {str(ground_truth)[:80]!r}")
-    return [_test(test, number) for number, test in enumerate(tests, 1)]
-
-
-def _test(test: Any, number: int) -> dict[str, str]:
-    if isinstance(test, str) and test.strip():
-        try:
-            compile(test, "<test>", "exec")
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"test {number} is not Python: {error}: {test[:80]!r}") from None
-        return {"statement": test}
-    if isinstance(test, dict) and test.keys() == {"input", "output"} and all(isinstance(text, str) for text in test.values()):
-        return test
-    raise ValueError(f"test {number}: expected a statement or an object with texts 'input' and 'output', got {str(test)[:80]!r}")
 
 
 VERIFIER = PythonCode
