@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tulu_kernels.policy_choices import Divergence
 from tulu_kernels.policy_loss import LARGEST, PolicyLoss, Tokens, policy_loss
 
-from tulu_mega.config.rollout import PolicySettings
+from tulu_mega.config.rollout import PolicyLossSettings
 from tulu_mega.records import LossOutput, PackedBatch, Reads, TokenOutput
 
 
@@ -19,11 +20,13 @@ class PolicyObjective(PolicyLoss):
     largest: ClassVar[tuple[str, ...]] = LARGEST
 
     @classmethod
-    def of(cls, settings: PolicySettings, max_tokens: int) -> PolicyObjective:
+    def of(cls, settings: PolicyLossSettings, max_tokens: int, beta: float = 0.0, kl: Divergence = "k3") -> PolicyObjective:
         """What ``[policy]`` asks for.
 
         Args:
             max_tokens: longest response, of ``[sampling]``.
+            beta: weight of the divergence from the reference in the loss.
+            kl: estimator of that divergence.
         """
         return cls(
             max_tokens=max_tokens,
@@ -31,8 +34,8 @@ class PolicyObjective(PolicyLoss):
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             aggregation=settings.aggregation,
-            beta=settings.beta,
-            kl=settings.kl,
+            beta=beta,
+            kl=kl,
             entropy=settings.entropy,
             importance=settings.importance,
             importance_cap=settings.importance_cap,

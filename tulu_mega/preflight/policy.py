@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from tulu_mega.bridge.families import family_for
-from tulu_mega.config import EngineSettings, GrpoSettings
+from tulu_mega.config import EngineSettings, PolicyRunSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import longest_wait
 from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
@@ -21,7 +21,7 @@ from tulu_mega.preflight.model import model_config, within_vocabulary
 from tulu_mega.rl.prompts import Prompts, read
 
 
-def problems(settings: GrpoSettings, findings: Findings) -> None:
+def problems(settings: PolicyRunSettings, findings: Findings) -> None:
     """Of the run, its servers, its prompts and its reward model."""
     run.problems(settings, findings)
     config = findings.config
@@ -37,10 +37,10 @@ def problems(settings: GrpoSettings, findings: Findings) -> None:
         findings.collect(lambda: pinned.verifiers(findings, settings.rewards.custom, prompts.verifiers))
     if settings.rewards.model:
         run.pin(findings, "rewards.model", Directory(settings.rewards.model, code=settings.model.trust_remote_code))
-        findings.collect(lambda: _scoring(settings, config))
+        findings.collect(lambda: of_the_policys_tokens(settings, "rewards.model", settings.rewards.model, config, ""))
 
 
-def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None) -> None:
+def _servable(settings: PolicyRunSettings, config: Mapping[str, Any] | None) -> None:
     """What vLLM would find out when it starts, and rollouts when they are asked for."""
     own = not settings.rollout.urls  # else they have a vLLM and GPUs of their own
     if own:
@@ -92,15 +92,28 @@ def answerable(prompts: Prompts, config: Mapping[str, Any]) -> None:
         within_vocabulary(name, token, config)
 
 
-def _scoring(settings: GrpoSettings, policy: Mapping[str, Any] | None) -> None:
-    """The reward model has the policy's tokens."""
-    model = settings.model.model_copy(update={"path": settings.rewards.model})
+def of_the_policys_tokens(
+    settings: PolicyRunSettings, name: str, path: str, policy: Mapping[str, Any] | None, advice: str | None
+) -> None:
+    """A reward model beside the policy has its tokens.
+
+    Args:
+        name: of the setting that names the model.
+        path: the model's directory or hub name.
+        policy: the policy's config.json, if it could be read.
+        advice: what else to do with a language model than to make a reward model of it; None where one will do.
+
+    Raises:
+        UserError: it has other tokens, or is a language model where that will not do.
+    """
+    model = settings.model.model_copy(update={"path": path})
     parts = dict(parallel=settings.parallel, precision=settings.precision, megatron=settings.megatron)
     config = model_config(EngineSettings(model=model, **parts))
-    if not family_for(config).reward:
-        raise UserError(f"rewards.model = {settings.rewards.model}: a language model; expected what tulu-mega rm makes")
+    if advice is not None and not family_for(config).reward:
+        advice = f"; {advice}" if advice else ""
+        raise UserError(f"{name} = {path}: a language model; expected what tulu-mega rm makes{advice}")
     if policy and config["vocab_size"] != policy["vocab_size"]:
         raise UserError(
-            f"rewards.model = {settings.rewards.model} has a vocabulary of {config['vocab_size']}, the policy one of "
-            f"{policy['vocab_size']}; expected a reward model of the same tokenizer"
+            f"{name} = {path} has a vocabulary of {config['vocab_size']}, the policy one of {policy['vocab_size']}; expected a "
+            "reward model of the same tokenizer"
         )
