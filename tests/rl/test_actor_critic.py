@@ -1,5 +1,4 @@
-"""PPO's arithmetic against an implementation of another kind: padded float64 tensors and masks, as open-instruct's script of
-November 2024 had them (`ppo_vllm_thread_ray_gtrl.py`), written anew from its description; gradients by autograd."""
+"""PPO's arithmetic against one of another kind: padded float64 tensors and masks (`tests/lib/oracles/ppo.py`), and autograd."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.lib.oracles import ppo as oracle
 from tulu_mega.config.ppo import PpoPolicySettings
 from tulu_mega.data.batch import pack_prefix_groups
 from tulu_mega.data.prefix_sharing import PrefixGroup
@@ -37,39 +37,18 @@ class Drawn:
 
 def padded(drawn: Drawn) -> dict[str, Tensor]:
     """The oracle: everything [B, ROOM], the value of state t in column t."""
-    rows, at = torch.arange(len(drawn.lengths)), torch.arange(ROOM)
-    last = drawn.lengths - 1
-    behind = drawn.lengths  # the position after the last token, where there is room for one
-    of_policy = at[None] <= last[:, None]
-    of_value = at[None] <= behind[:, None]
-    values = torch.where(of_value, drawn.old_values[:, :ROOM], 0)
-    rewards = torch.where(of_policy, -BETA * (drawn.old_logp - drawn.ref_logp)[:, :ROOM], 0)
-    rewards[rows, torch.where(behind < ROOM, behind, last)] += drawn.score
-    advantage, reversed_ = torch.zeros(len(rows), dtype=torch.float64), []
-    for t in reversed(range(ROOM)):
-        later = values[:, t + 1] if t < ROOM - 1 else 0.0
-        advantage = rewards[:, t] + later - values[:, t] + LAM * advantage
-        reversed_.append(advantage)
-    advantages = torch.stack(reversed_[::-1], 1)
-    returns = advantages + values
-    chosen = advantages[of_policy]
-    white = torch.where(of_policy, (advantages - chosen.mean()) * (chosen.var(unbiased=True) + 1e-8).rsqrt(), 0)
-
-    def mean_of_means(losses: Tensor, mask: Tensor) -> Tensor:
-        return ((losses * mask).sum(1) / mask.sum(1)).mean()
-
-    now = drawn.values[:, :ROOM]
-    bounded = torch.clamp(now, values - RANGE, values + RANGE)
-    value_loss = 0.5 * torch.maximum((now - returns) ** 2, (bounded - returns) ** 2)
-    ratio = (drawn.logp - drawn.old_logp)[:, :ROOM].exp()
-    policy_loss = torch.maximum(-white * ratio, -white * ratio.clamp(1 - CLIP, 1 + CLIP))
+    masks = oracle.Masks(drawn.lengths, drawn.lengths == ROOM, ROOM)
+    logp, old_logp, ref_logp, now, values = (
+        each[:, :ROOM] for each in (drawn.logp, drawn.old_logp, drawn.ref_logp, drawn.values, drawn.old_values)
+    )
+    white, returns = oracle.advantages_and_returns(masks, drawn.score.double(), old_logp, ref_logp, values, BETA, LAM)
     return {
         "advantages": white,
         "returns": returns,
-        "of_policy": of_policy,
-        "of_value": of_value,
-        "value_loss": 0.1 * mean_of_means(value_loss, of_value),
-        "policy_loss": mean_of_means(policy_loss, of_policy),
+        "of_policy": masks.of_policy,
+        "of_value": masks.of_value,
+        "value_loss": oracle.value_loss(masks, now, values, returns, RANGE, 0.1),
+        "policy_loss": oracle.policy_loss(masks, logp, old_logp, white, CLIP),
     }
 
 
@@ -117,7 +96,7 @@ def test_estimates_losses_and_gradients_are_those_of_padded_tensors(lengths, sha
         np.testing.assert_allclose(each.returns, expected["returns"][number][of_value], rtol=0, atol=1e-10)
 
     settings = PpoPolicySettings(clip_low=CLIP, clip_high=CLIP, importance="none")
-    value, policy = ValueObjective(0.1, RANGE), PolicyObjective.of(settings, ROOM)
+    value, policy = ValueObjective(0.1, RANGE), PolicyObjective.without_divergence(settings, ROOM)
     sums = {"value": [], "policy": []}
     counts = {"value": 0, "policy": 0}
     for batch in batches:
@@ -142,8 +121,8 @@ def test_estimates_losses_and_gradients_are_those_of_padded_tensors(lengths, sha
         assert counts[name] == len(lengths)
         torch.testing.assert_close(loss, expected[f"{name}_loss"], rtol=0, atol=1e-10)
         (gradient,) = torch.autograd.grad(loss, wanted, retain_graph=True)
-        (oracle,) = torch.autograd.grad(expected[f"{name}_loss"], wanted, retain_graph=True)
-        torch.testing.assert_close(gradient, oracle, rtol=0, atol=1e-10)
+        (wanted_too,) = torch.autograd.grad(expected[f"{name}_loss"], wanted, retain_graph=True)
+        torch.testing.assert_close(gradient, wanted_too, rtol=0, atol=1e-10)
 
 
 def _by_state(batch: PackedBatch, given: dict[int, np.ndarray], cut_off: frozenset[int]) -> Tensor:

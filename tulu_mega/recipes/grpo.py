@@ -51,8 +51,7 @@ class Grpo:
 
     @property
     def objective(self) -> PolicyObjective:
-        policy = self._settings.policy
-        return PolicyObjective.of(policy, self._settings.sampling.max_tokens, beta=policy.beta, kl=policy.kl)
+        return PolicyObjective.of(self._settings.policy, self._settings.sampling.max_tokens)
 
     def beside(self, session: Session) -> Mapping[str, Beside]:
         return {}

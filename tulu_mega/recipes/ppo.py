@@ -58,7 +58,7 @@ class Ppo:
 
     @property
     def objective(self) -> PolicyObjective:
-        return PolicyObjective.of(self._settings.policy, self._settings.sampling.max_tokens)  # the divergence is in the reward
+        return PolicyObjective.without_divergence(self._settings.policy, self._settings.sampling.max_tokens)
 
     def beside(self, session: Session) -> Mapping[str, Beside]:
         value, optim = self._settings.value, self._settings.optim

@@ -67,9 +67,9 @@ class ActorCritic(Learner):
         A collective. The order in which advantages are summed is that of the responses' numbers, under every layout.
         """
         mine: Estimated = {}
-        if self._policy.engine.topology.reports_loss:
+        packs = list(itertools.chain.from_iterable(batches))
+        if all(pack.optional_column("old_values_T") is not None for pack in packs):  # a last pipeline stage
             scores = {one.number: one.advantage for one in collected.responses}
-            packs = itertools.chain.from_iterable(batches)
             mine = estimates(packs, scores, self._cut_off(collected), self._settings.policy.beta, self._discounts)
         gathered = gathered_at_lead(mine if self._sees else {})
         every = {number: value for part in gathered for number, value in part.items()}

@@ -144,7 +144,7 @@ def opened_policy(settings: PolicyRunSettings, world: World, method: Method) -> 
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(opened_session(settings, world, reward=False, temperature=settings.sampling.temperature))
         beside = method.beside(session)
-        run, engine, lead = Run(settings, session, beside), session.engine, session.lead
+        run, engine, lead = Run(settings, session, beside=beside), session.engine, session.lead
         prompts = read(settings) if lead else None
         steps = from_lead(_steps(settings, len(prompts.train)) if lead else None)
 

@@ -56,7 +56,7 @@ class Run:
 
     settings: RunSettings
     session: Session
-    beside: Mapping[str, Beside] = field(default_factory=dict)
+    beside: Mapping[str, Beside] = field(default_factory=dict, kw_only=True)
     """other models that train, by name"""
     _loaded: bool = field(default=False, init=False)
     _tokenizer: OtherTokenizer | None = field(default=None, init=False)
