@@ -13,14 +13,17 @@ from tests.lib import jobs, response_jobs
 from tests.lib.oracles import ppo as oracle
 from tulu_mega.config import OptimSettings, PpoSettings
 from tulu_mega.config.ppo import PpoTrainSettings
+from tulu_mega.distributed.collectives import from_lead
 from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.objectives.value import ValueObjective
 from tulu_mega.records import IGNORE
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl.actor_critic import ActorCritic
-from tulu_mega.rl.batches import TrainedResponse, split
+from tulu_mega.rl.batches import TrainedResponse, packed, split
 from tulu_mega.rl.collector import Collected
 from tulu_mega.rl.learner import Trained
+from tulu_mega.rl.reward_model import RewardModelScores
+from tulu_mega.train.engine import Engine
 from tulu_mega.train.step_clock import StepClock
 
 LR, VALUE_LR = 0.05, 0.02
@@ -144,10 +147,14 @@ def engine(directory: str, layout: dict[str, Any], out: str, share: bool) -> dic
         value.engine.prepare_training(sgd.model_copy(update={"lr": VALUE_LR}), updates)
         place, device = made.topology, made.engine.platform.device
         guards = Guards(PpoTrainSettings(), made.watch, device, place.pipeline_rank, made.lead, Path(out, "skipped.jsonl"))
-        policy = Trained(made.engine, PolicyObjective.without_divergence(settings.policy, settings.sampling.max_tokens), reference)
+        policy = Trained(
+            made.engine, PolicyObjective.without_divergence(settings.policy, settings.sampling.max_tokens), reference
+        )
         critic = Trained(value.engine, ValueObjective(COEFFICIENT, RANGE))
         learner = ActorCritic(policy, critic, settings, guards, StepClock(made.watch.at))
-        learned = learner.learn(0, Collected(responses(made.engine.hf.vocab_size), None))
+        groups = responses(made.engine.hf.vocab_size)
+        apart = scores_apart(value.engine, groups)
+        learned = learner.learn(0, Collected(groups, None))
         made.export(Path(out, "policy"), torch.float32, {})
         value.export(Path(out, "value"), torch.float32, {})
         return {
@@ -155,4 +162,23 @@ def engine(directory: str, layout: dict[str, Any], out: str, share: bool) -> dic
             "policy": [(each.loss.loss, each.update.grad_norm) for each in learned.updates],
             "figures": dict(learned.figures),
             "advantages": learned.advantages,
+            "apart": apart,
         }
+
+
+def scores_apart(value: Engine, groups: list[list[TrainedResponse]]) -> float:
+    """The largest difference of the values on the last tokens from what `score` says of the same responses by a reward model,
+    in packs of other sizes; 0 where this rank sees none."""
+    every = [one for group in groups for one in group]
+    scores = RewardModelScores(value, 64)([one.response for one in every])
+    scores = from_lead(scores)
+    packs = packed(value, every, response_jobs.CAPACITY, ends=True).packs
+    found = {
+        number: float(values_T[batch.ends_T & (batch.segments_T == segment)])
+        for batch, values_T in zip(packs, value.score(packs), strict=False)
+        for segment, number in enumerate(batch.rows_S.tolist())
+        if number >= 0
+    }
+    # a response that ends with what a tool said is scored there, and valued on its last trained token
+    whole = [one.number for one in every if one.response.segments[-1].trained]
+    return max((abs(found[number] - scores[number]) for number in whole if number in found), default=0.0)

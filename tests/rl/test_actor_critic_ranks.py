@@ -35,6 +35,7 @@ def test_layout_equals_autograd(truth, tmp_path, name, share):
             np.testing.assert_allclose([norm for _, norm in rank[model]], [norm for _, norm in want[model]], rtol=1e-5)
     np.testing.assert_allclose(ranks[0]["figures"]["explained_variance"], want["explained_variance"], atol=1e-5)
     assert sorted(ranks[0]["advantages"]) == list(range(6))
+    assert all(rank["apart"] <= 1e-6 for rank in ranks)
     for model in ("policy", "value"):
         ours, theirs = weights(tmp_path / model), weights(f"{directory}/trained_{model}")
         assert ours.keys() == theirs.keys()

@@ -97,8 +97,8 @@ def plan_prefix_groups(
         sizes = [align.padded_sequence(group.size) for group in groups]
         costs = [group.cost(cost) for group in groups]
         plan = plan_groups(sizes, costs, data_parallel, capacity, align, multiple=pipeline.multiple, pipeline=pipeline)
-        ends = simulate([[sum(costs[at] for at in bin_) for bin_ in rank] for rank in plan], pipeline).makespan
-        plans.append((ends, [[[groups[at] for at in bin_] for bin_ in rank] for rank in plan]))
+        makespan = simulate([[sum(costs[at] for at in bin_) for bin_ in rank] for rank in plan], pipeline).makespan
+        plans.append((makespan, [[[groups[at] for at in bin_] for bin_ in rank] for rank in plan]))
     return min(plans, key=lambda made: made[0])[1]
 
 
