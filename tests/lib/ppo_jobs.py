@@ -107,7 +107,7 @@ def hugging_face(directory: str) -> dict[str, Any]:
     told["explained_variance"] = float(
         1 - (returns - old_values)[masks.of_value].var(unbiased=False) / returns[masks.of_value].var(unbiased=False)
     )
-    for part in parts * PASSES:
+    for at, part in enumerate(parts * PASSES):
         chosen = oracle.Masks(lengths[part], cut_off[part], room)
         losses = {
             "value": oracle.value_loss(chosen, values(part), old_values[part], returns[part], RANGE, COEFFICIENT),
@@ -120,7 +120,7 @@ def hugging_face(directory: str) -> dict[str, Any]:
             with torch.no_grad():
                 for p in model.parameters():
                     if p.grad is not None:
-                        p -= lr * p.grad
+                        p -= lr * (1 - at / len(parts * PASSES)) * p.grad
             told[name].append((float(losses[name].detach()), float(norm)))
     policy.save_pretrained(f"{directory}/trained_policy")
     value.save_pretrained(f"{directory}/trained_value")
@@ -139,7 +139,7 @@ def engine(directory: str, layout: dict[str, Any], out: str, share: bool) -> dic
         }
     )  # fmt: skip
     with jobs.session(f"{directory}/model", layout) as made:
-        sgd = OptimSettings(name="sgd", lr=LR, schedule="constant", warmup=0.0, clip=0.0)
+        sgd = OptimSettings(name="sgd", lr=LR, schedule="linear", warmup=0.0, clip=0.0)
         value = made.beside(f"{directory}/value", reward=True)
         reference = made.beside(f"{directory}/reference", reward=False).engine
         updates = MINI_BATCHES * PASSES
