@@ -27,17 +27,21 @@ EVERYWHERE = """
 """
 CONTENT = {"model.path", "data.train", "data.split", "data.tokenizer"}
 ROWS = "data.cache data.workers train.micro_batches heldout.batch"
-INDIFFERENT = {
-    "sft": ROWS,
-    "rm": ROWS,
-    "dpo": ROWS + " reference.cache reference.only",
-    "grpo": """
+ROLLOUTS = """
         rollout.servers rollout.tensor rollout.urls rollout.max_model_len rollout.gpu_memory rollout.cpu_cache_gib
         rollout.concurrency rollout.transport rollout.bucket_mib rollout.start_timeout rollout.request_timeout
         rollout.update_timeout rollout.retries rollout.restarts rewards.workers rewards.timeout rewards.memory_mib
         train.share_prompts train.max_policy_lag train.rollouts_every restarts
-    """,
+"""
+INDIFFERENT = {
+    "sft": ROWS,
+    "rm": ROWS,
+    "dpo": ROWS + " reference.cache reference.only",
+    "grpo": ROLLOUTS,
+    "ppo": ROLLOUTS,
 }
+FURTHER = {"grpo": {"rewards.model", "rewards.custom"}, "ppo": {"rewards.model", "rewards.custom", "value.path"}}
+"""Content that a stage names besides."""
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -47,7 +51,7 @@ def test_what_does_not_decide(name):
     of = {effect: {each for each in effects if effects[each] is effect} for effect in Effect}
     assert of[Effect.NONE] == {*EVERYWHERE.split(), *INDIFFERENT[name].split()}
     assert of[Effect.LENGTH] == LENGTH
-    assert of[Effect.CONTENT] == CONTENT | ({"rewards.model", "rewards.custom"} if name == "grpo" else set())
+    assert of[Effect.CONTENT] == CONTENT | FURTHER.get(name, set())
     assert all(effects.values())
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.lib.tokenizers import byte_tokenizer
 from tulu_mega.bridge.families import family_for
-from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, SftSettings, describe, load
+from tulu_mega.config import DpoSettings, GrpoSettings, PpoSettings, RmSettings, SftSettings, describe, load
 from tulu_mega.data.packing import plan_step
 from tulu_mega.errors import UserError
 from tulu_mega.layout.alignment import Alignment
@@ -27,10 +27,12 @@ from tulu_mega.plan.settings import PlanSettings
 from tulu_mega.platforms import fp8
 from tulu_mega.preflight import check
 from tulu_mega.preflight import model as model_checks
+from tulu_mega.preflight import policy as policy_checks
 from tulu_mega.preflight import run as run_checks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STAGES = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
+KINDS = {**STAGES, "ppo": PpoSettings}
 MODELS = {
     ("tulu3", "8b"): "llama3.1_8b",
     ("tulu3", "70b"): "llama3.1_70b",
@@ -41,6 +43,8 @@ MODELS = {
 }
 RECIPES = [EXAMPLES / recipe / size / f"{stage}.toml" for recipe, size in MODELS for stage in STAGES]
 RECIPES.append(EXAMPLES / "tulu3/405b/sft_fp8.toml")
+PPO = [EXAMPLES / f"tulu3/{size}/ppo.toml" for size in ("8b", "70b")]
+RECIPES += PPO
 # learning rates, warm-up and batch as published, by size: SFT and DPO of Tulu 3, which all but the OLMo rates share
 RATES = {
     "tulu3": {"8b": (5e-6, 5e-7), "70b": (2e-6, 2e-7), "405b": (2e-6, 2e-7)},
@@ -49,8 +53,8 @@ RATES = {
 # Seeds of the commands in open-instruct's docs/tulu3.md and the defaults of the scripts where these name none (dpo_tune.py 42,
 # reward_modeling.py 1); None: ours.
 SEEDS = {
-    ("tulu3", "8b"): {"sft": 123, "dpo": 42, "rm": 1, "grpo": 1},
-    ("tulu3", "70b"): {"sft": 456, "dpo": 42, "rm": 1, "grpo": 8},
+    ("tulu3", "8b"): {"sft": 123, "dpo": 42, "rm": 1, "grpo": 1, "ppo": 3},
+    ("tulu3", "70b"): {"sft": 456, "dpo": 42, "rm": 1, "grpo": 8, "ppo": 8},
     ("tulu3", "405b"): {"sft": None, "dpo": 42, "rm": 1, "grpo": 3},
     # docs/archived_dev_scripts/olmo2_1124.sh and scripts/train/olmo2/*.sh
     ("olmo2", "7b"): {"sft": 4, "dpo": None, "rm": 1, "grpo": 1},
@@ -86,21 +90,21 @@ def named(file: Path) -> str:
 
 @pytest.mark.parametrize("file", RECIPES, ids=named)
 def test_a_recipe_fits_its_model(file):
-    settings = load(STAGES[stage(file)], str(file))
+    settings = load(KINDS[stage(file)], str(file))
     config = architecture(file)
     assert layout_problems(config, settings.parallel) == [] and fp8_problems(config, settings) == []
     family_for(config).hf_shapes(config)
     pipeline = pipeline_of(config, settings)
     if count := getattr(settings.train, "micro_batches", None):
         assert count % pipeline.multiple == 0
-    longest = settings.longest if stage(file) == "grpo" else settings.data.max_length
+    longest = settings.longest if stage(file) in ("grpo", "ppo") else settings.data.max_length
     assert longest <= config["max_position_embeddings"]
     align, pack = pack_alignment(settings), settings.data.pack_length or longest
     assert align == Alignment(sequence=1, total=pack_alignment(settings).total) and pack % align.total == 0
     assert settings.run_dir == f"runs/{file.parts[-3]}_{file.parts[-2]}_{file.stem}"
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=named)
+@pytest.mark.parametrize("file", [file for file in RECIPES if file not in PPO], ids=named)  # plan knows no value model yet
 def test_a_recipe_fits_its_gpus(file):
     """On the GPUs its head names: the layout's own, or eight; 405B generates on H200s."""
     recipe, size = file.parts[-3:-1]
@@ -120,7 +124,7 @@ ROWS = {
     "rm": {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "5"}]},
     "grpo": {"messages": TURNS[:1], "ground_truth": "4", "dataset": "gsm8k"},
 }
-ROWS["dpo"] = ROWS["rm"]
+ROWS["dpo"], ROWS["ppo"] = ROWS["rm"], ROWS["grpo"]
 TEMPLATE = (  # as OLMo 2's
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '' }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
@@ -151,14 +155,16 @@ def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
         return config
 
     monkeypatch.setattr(model_checks, "model_config", model)
+    beside = config | {"architectures": ["LlamaForSequenceClassification"]}
+    monkeypatch.setattr(policy_checks, "model_config", lambda settings: beside)
     monkeypatch.setattr(run_checks, "model_directory", lambda path: local)  # with no tokenizer of its own
     monkeypatch.setattr(directories, "model_directory", lambda path: local)
     monkeypatch.setattr(fp8, "this_machine", lambda: fp8.Machine((9, 0), (12, 9), (2, 8)))  # what recipes in FP8 are for
     rows = str(local / f"{stage(file)}.jsonl")
     flags = ["--data.train", rows, "--data.tokenizer", str(local / "tokenizer"), "--run_dir", str(tmp_path / "run")]
     flags += ["--heldout.data", rows] if stage(file) == "rm" else []
-    flags += ["--data.cache", str(tmp_path / "cache")] if stage(file) != "grpo" else []
-    assert check.check(load(STAGES[stage(file)], str(file), flags)) == []
+    flags += ["--data.cache", str(tmp_path / "cache")] if stage(file) not in ("grpo", "ppo") else []
+    assert check.check(load(KINDS[stage(file)], str(file), flags)) == []
 
 
 def drawn(count: int, longest: int) -> list[int]:
@@ -168,10 +174,10 @@ def drawn(count: int, longest: int) -> list[int]:
     return np.minimum(np.exp(np.interp(at, list(quantiles), np.log(list(quantiles.values())))).astype(int), longest).tolist()
 
 
-@pytest.mark.parametrize("file", [file for file in RECIPES if "grpo" not in file.stem], ids=named)
+@pytest.mark.parametrize("file", [file for file in RECIPES if stage(file) not in ("grpo", "ppo")], ids=named)
 def test_the_batch_keeps_the_stages_at_work(file):
     """Batches of Tulu-like lengths fit into the micro-batches, and the schedule's simulation is as good as the recipe says."""
-    settings, config = load(STAGES[stage(file)], str(file)), architecture(file)
+    settings, config = load(KINDS[stage(file)], str(file)), architecture(file)
     width = 1 if stage(file) == "sft" else 2
     rows, parallel = settings.train.global_batch * width, settings.parallel
     pipeline = pipeline_of(config, settings)
@@ -195,11 +201,11 @@ def test_every_recipe_is_there():
 @pytest.mark.parametrize("file", RECIPES, ids=named)
 def test_a_recipe_has_the_published_values(file):
     recipe, size = file.parts[-3:-1]
-    settings = load(STAGES[stage(file)], str(file))
+    settings = load(KINDS[stage(file)], str(file))
     optim = settings.optim
     assert settings.seed == (SEEDS[recipe, size][stage(file)] or settings.seed)
     # reward_modeling.py: its own eps, torch's weight decay; the RL trainers: torch's of both; SFT and DPO: --weight_decay 0.0
-    eps, decay = {"rm": (1e-5, 0.01), "grpo": (1e-8, 0.01)}.get(stage(file), (1e-8, 0.0))
+    eps, decay = {"rm": (1e-5, 0.01), "grpo": (1e-8, 0.01), "ppo": (1e-8, 0.01)}.get(stage(file), (1e-8, 0.0))
     assert (optim.betas, optim.eps, optim.weight_decay, optim.clip) == ((0.9, 0.999), eps, decay, 1.0)
     match stage(file):
         case "sft":
@@ -230,6 +236,16 @@ def test_a_recipe_has_the_published_values(file):
             assert (policy.loss, policy.clip_low, policy.clip_high, policy.advantages) == ("grpo", 0.2, 0.2, "standardised")
             assert (train.filter_equal, policy.importance) == (False, "none")
             assert policy.aggregation == "sequence" and published["micro"] <= 2
+        case "ppo":
+            rollouts, steps, rate, beta = {"8b": (224, 44_642, 3e-7, 0.05), "70b": (640, 625, 1e-7, 0.07)}[size]
+            policy, value, train = settings.policy, settings.value, settings.train
+            assert (train.prompts, settings.sampling.samples, train.mini_batches, train.passes) == (rollouts, 1, 1, 4)
+            assert (train.steps, optim.lr, optim.schedule) == (steps, rate, "linear")
+            assert (optim.warmup, value.lr, value.updates) == (0.1 if size == "70b" else 0.0, None, 1)
+            assert (policy.beta, policy.clip_low, policy.clip_high, policy.importance) == (beta, 0.2, 0.2, "none")
+            assert (policy.overlong, policy.overlong_reward, settings.rewards.scale) == ("penalise", -10.0, 10.0)
+            assert (value.coefficient, value.clip, settings.gae.gamma, settings.gae.lam) == (0.1, 0.2, 1.0, 0.95)
+            assert (settings.sampling.max_tokens, settings.sampling.temperature) == (2048, 1.0)
 
 
 @pytest.mark.parametrize("size", ["8b", "70b", "405b"])
@@ -249,7 +265,7 @@ def test_the_rate_of_rl_goes_as_published(size):
 @pytest.mark.parametrize("file", RECIPES, ids=named)
 def test_a_command_in_a_recipe_s_head_has_its_layout(file):
     """Ranks by torchrun are as many as the layout has; `--parallel.data` overrides it."""
-    settings = load(STAGES[stage(file)], str(file))
+    settings = load(KINDS[stage(file)], str(file))
     text = re.sub(r"\\\n# *", "", file.read_text())
     for nodes, flags in re.findall(r"^#.* NNODES=(\d+) \.\.\. examples/launch/torchrun\.sh (.*)$", text, re.MULTILINE):
         data = re.search(r"--parallel\.data (\d+)", flags)
@@ -263,7 +279,8 @@ def test_a_command_in_a_recipe_s_head_has_its_layout(file):
 
 
 def test_runs_share_what_is_tokenised():
-    assert {load(STAGES[stage(file)], str(file)).data.cache for file in RECIPES if stage(file) != "grpo"} == {"runs/tokenised"}
+    files = [file for file in RECIPES if stage(file) not in ("grpo", "ppo")]
+    assert {load(KINDS[stage(file)], str(file)).data.cache for file in files} == {"runs/tokenised"}
 
 
 def test_fp8_is_the_same_run_but_for_its_matrix_products():

@@ -14,13 +14,15 @@ from tulu_mega.config.workload import Workload
 from tulu_mega.launch.launcher import resolve
 
 COMMON = {"model": "m", "run_dir": "r", "data": {"train": "d"}}
+NEEDED = {"ppo": {"value": {"path": "v"}}}
+"""What a stage cannot do without besides."""
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_descriptor_names_what_is_there(name):
     stage = STAGES[name]
     kind = resolve(stage.settings)
-    settings = kind.model_validate(COMMON)
+    settings = kind.model_validate(COMMON | NEEDED.get(name, {}))
     assert stage.name == name and issubclass(kind, RunSettings)
     assert stage_of(settings) is stage and cli.command_of(settings).stage is stage
     for code in (stage.problems, stage.workload, *filter(None, (stage.companions, stage.restarts))):

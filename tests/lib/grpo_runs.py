@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +72,10 @@ def reward_model(source: Path, directory: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(directory)
 
 
-def start(place: Path, run: str, *flags: str, **variables: str) -> subprocess.Popen:
-    """Begins a run; `variables` are further environment variables."""
+def start(place: Path, run: str, *flags: str, stage: str = "grpo", **variables: str) -> subprocess.Popen:
+    """Begins a run of a stage that takes the settings; `variables` are further environment variables."""
     environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, "-m", "tulu_mega", "grpo", str(place / "grpo.toml"), "--run_dir", str(place / run), *flags]
+    command = [sys.executable, "-m", "tulu_mega", stage, str(place / "grpo.toml"), "--run_dir", str(place / run), *flags]
     with (place / f"{run}.log").open("wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -96,9 +96,16 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
     return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-def check_same(run: Path, other: Path, responses: Iterable[int] = range(1, STEPS + 1)) -> None:
-    """Metrics, responses of these steps and weights to the last bit."""
-    for name in ("loss", "grad_norm", "reward", "kl", "response_length", "sampler_difference"):
+FIGURES = ("loss", "grad_norm", "reward", "response_length", "sampler_difference")
+
+
+def check_same(run: Path, other: Path, responses: Iterable[int] = range(1, STEPS + 1), figures: Sequence[str] = ("kl",)) -> None:
+    """Metrics, responses of these steps and weights to the last bit.
+
+    Args:
+        figures: further metrics.
+    """
+    for name in (*FIGURES, *figures):
         ours, theirs = ([step[name] for step in lines(directory / "metrics.jsonl")] for directory in (run, other))
         assert ours == theirs, name
     for step in responses:
@@ -123,6 +130,6 @@ def after(process: subprocess.Popen, run: Path, steps: int) -> None:
 
 def rank_of(process: psutil.Process) -> str | None:
     try:
-        return process.environ().get("RANK") if "grpo" in process.cmdline() else None
+        return process.environ().get("RANK") if {"grpo", "ppo"} & {*process.cmdline()} else None
     except psutil.Error:
         return None

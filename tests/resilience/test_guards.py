@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.lib import world
-from tulu_mega.config import GrpoTrainSettings, TrainSettings
+from tulu_mega.config import PolicyTrainSettings, TrainSettings
 from tulu_mega.errors import UserError
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.resilience.spikes import SIGNALS
@@ -85,7 +85,7 @@ def test_only_rank_0_warns_and_of_the_update_by_its_name(tmp_path, capfd):
 
 
 def test_a_policys_loss_may_leap(tmp_path):
-    guards = guards_of(tmp_path, signals=("grad_norm",), settings=GrpoTrainSettings, spike={"action": "skip", "window": 2})
+    guards = guards_of(tmp_path, signals=("grad_norm",), settings=PolicyTrainSettings, spike={"action": "skip", "window": 2})
     assert [update(guards, step, loss)[0] for step, loss in enumerate([1e-6, -1e-6, 1e6], 1)] == [True] * 3
     assert update(guards, 4, 0.0, norm=99.0) == (False, "")
 

@@ -14,7 +14,7 @@ from tests.lib import jobs, world
 from tests.report.test_report import made
 from tulu_mega.config import GrpoSettings, ProfileSettings, SftSettings
 from tulu_mega.config.effects import Effect, effect_of
-from tulu_mega.config.grpo import steps_of
+from tulu_mega.config.policy_run import steps_of
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.preflight import check

@@ -109,7 +109,7 @@ class SamplingSettings(Section):
     """Below 1 what was sampled is not what is trained: a warning says so."""
 
 
-class PolicySettings(Section):
+class PolicyLossSettings(Section):
     loss: Surrogate = "grpo"
     """`grpo`: the clipped surrogate; `dapo`: the same with an upper bound of 0.28 and token aggregation; `cispo`: the ratio
     clipped and held constant, times the log-probability; `gspo`: one ratio a sequence."""
@@ -120,12 +120,8 @@ class PolicySettings(Section):
     aggregation: Aggregation = "token"
     """What the loss is a mean of, over the mini-batch: its response tokens; its responses, each the mean of its tokens; or its
     responses, each the sum of its tokens over `sampling.max_tokens`. Unset, `token` (`gspo` `sequence`)."""
-    advantages: Literal["centred", "standardised", "leave_one_out"] = "standardised"
-    """A reward less its group's mean; that over the group's standard deviation; or less the mean of the others."""
     beta: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the KL divergence from the initial model, in the loss; 0 does without that model."""
-    kl: Divergence = "k3"
-    """Estimator of that divergence."""
+    """Weight of the KL divergence from the initial model; 0 does without that model."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the entropy bonus."""
     importance: Importance = "token"
@@ -156,6 +152,15 @@ class PolicySettings(Section):
     def reads_reference(self) -> bool:
         """Whether the loss compares with the initial model."""
         return self.beta > 0
+
+
+class PolicySettings(PolicyLossSettings):
+    advantages: Literal["centred", "standardised", "leave_one_out"] = "standardised"
+    """A reward less its group's mean; that over the group's standard deviation; or less the mean of the others."""
+    beta: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the KL divergence from the initial model, in the loss; 0 does without that model."""
+    kl: Divergence = "k3"
+    """Estimator of that divergence."""
 
 
 class ServeSettings(Section):

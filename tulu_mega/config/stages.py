@@ -83,8 +83,20 @@ STAGES = {
             problems="tulu_mega.preflight.policy:problems",
             workload="tulu_mega.config.grpo:workload",
             companions="tulu_mega.inference.for_run:companions",
-            restarts="tulu_mega.config.grpo:restarts",
+            restarts="tulu_mega.config.policy_run:restarts",
             sections=("sampling", "policy", "rollout", "rewards"),
+        ),
+        Stage(
+            name="ppo",
+            summary="reinforcement learning with a value model: a model, a reward model and prompts in, a run directory out",
+            example="tulu-mega ppo examples/tulu3/8b/ppo.toml --value.path runs/rm/hf",
+            settings="tulu_mega.config.ppo:PpoSettings",
+            recipe="tulu_mega.recipes.ppo:run",
+            problems="tulu_mega.preflight.ppo:problems",
+            workload="tulu_mega.config.ppo:workload",
+            companions="tulu_mega.inference.for_run:companions",
+            restarts="tulu_mega.config.policy_run:restarts",
+            sections=("value", "gae"),
         ),
     )
 }

@@ -37,7 +37,8 @@ def pack_prefix_groups(groups: Iterable[PrefixGroup], align: Alignment, pad_toke
         if shared:
             before = pack.add(-1, group.sequences[0].input_ids[:shared], [])
         for one in group.sequences:
-            pack.add(one.row, one.input_ids[shared:-1], one.labels[shared + 1 :], before=before)
+            last, ends = (None, one.labels[shared:]) if group.ends else (-1, [])
+            pack.add(one.row, one.input_ids[shared:last], one.labels[shared + 1 :], ends, before)
     return pack.batch()
 
 

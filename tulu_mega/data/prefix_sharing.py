@@ -15,16 +15,18 @@ from tulu_mega.records import IGNORE, TokenizedRow
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """One or several sequences with a common prefix; a pack holds the shared tokens once, and no sequence's last token.
+    """One or several sequences with a common prefix; a pack holds the shared tokens once.
 
-    The last token predicts nothing and is dropped. The last token that all have in common is not shared but repeated in each
-    sequence, because it may predict that sequence's first trained token. So no shared token predicts a trained one. Behind the
-    prefix, trained and untrained tokens may alternate.
+    A sequence's last token predicts nothing, and is in the pack only where something is read on it. The last token that all have
+    in common is not shared but repeated in each sequence, because it may predict that sequence's first trained token. So no
+    shared token predicts a trained one. Behind the prefix, trained and untrained tokens may alternate.
     """
 
     sequences: tuple[TokenizedRow, ...]
     shared: int
     """tokens that are shared"""
+    ends: bool = False
+    """whether the pack holds each sequence's last token, too, on which a score is read"""
 
     @property
     def size(self) -> int:
@@ -33,11 +35,14 @@ class PrefixGroup:
 
     def own(self, sequence: TokenizedRow) -> int:
         """Tokens in a pack that are one sequence's own."""
-        return len(sequence.input_ids) - 1 - self.shared
+        return self._length(sequence) - self.shared
+
+    def _length(self, sequence: TokenizedRow) -> int:
+        return len(sequence.input_ids) - (not self.ends)
 
     def cost(self, cost: Cost) -> float:
         """Cost of all sequences, with the shared tokens computed once."""
-        whole = sum(cost(len(sequence.input_ids) - 1) for sequence in self.sequences)
+        whole = sum(cost(self._length(sequence)) for sequence in self.sequences)
         return whole - (len(self.sequences) - 1) * cost(self.shared)
 
 
@@ -65,6 +70,7 @@ def plan_prefix_groups(
     cost: Cost,
     pipeline: Pipeline,
     share: bool,
+    ends: bool = False,
 ) -> list[list[list[PrefixGroup]]]:
     """Split one global batch into ``plan[rank][micro_batch]``, as :func:`tulu_mega.data.packing.plan_step`, by prefix groups.
 
@@ -76,6 +82,7 @@ def plan_prefix_groups(
         data_parallel, capacity, align, cost, pipeline: as for `plan_step`.
         share: whether neighbours that begin alike become groups; else each sequence is one. Groups of several need an
             alignment that asks nothing of sequences: no context parallelism.
+        ends: see :class:`PrefixGroup`.
 
     Raises:
         UserError: as `plan_step`.
@@ -86,24 +93,24 @@ def plan_prefix_groups(
     plans = []
     while not plans or most > 1:
         most = -(-most // 2) if plans else most
-        groups = [group for members in together for group in _cut(members, most, room)]
+        groups = [group for members in together for group in _cut(members, most, room, ends)]
         sizes = [align.padded_sequence(group.size) for group in groups]
         costs = [group.cost(cost) for group in groups]
         plan = plan_groups(sizes, costs, data_parallel, capacity, align, multiple=pipeline.multiple, pipeline=pipeline)
-        ends = simulate([[sum(costs[at] for at in bin_) for bin_ in rank] for rank in plan], pipeline).makespan
-        plans.append((ends, [[[groups[at] for at in bin_] for bin_ in rank] for rank in plan]))
+        makespan = simulate([[sum(costs[at] for at in bin_) for bin_ in rank] for rank in plan], pipeline).makespan
+        plans.append((makespan, [[[groups[at] for at in bin_] for bin_ in rank] for rank in plan]))
     return min(plans, key=lambda made: made[0])[1]
 
 
-def _cut(members: list[TokenizedRow], most: int, room: int) -> list[PrefixGroup]:
+def _cut(members: list[TokenizedRow], most: int, room: int, ends: bool) -> list[PrefixGroup]:
     """Groups of at most `most` sequences, of sizes as equal as can be, that fit into a pack; single sequences need not."""
     for parts in range(-(-len(members) // most), len(members) + 1):
         bounds = [len(members) * part // parts for part in range(parts + 1)]
-        groups = [_group(tuple(members[a:b])) for a, b in pairwise(bounds)]
+        groups = [_group(tuple(members[a:b]), ends) for a, b in pairwise(bounds)]
         if all(len(group.sequences) == 1 or group.size <= room for group in groups):
             break
     return groups
 
 
-def _group(members: tuple[TokenizedRow, ...]) -> PrefixGroup:
-    return PrefixGroup(members, max((_untrained(members[0]) or 0) - 1, 0) if len(members) > 1 else 0)
+def _group(members: tuple[TokenizedRow, ...], ends: bool) -> PrefixGroup:
+    return PrefixGroup(members, max((_untrained(members[0]) or 0) - 1, 0) if len(members) > 1 else 0, ends)

@@ -18,15 +18,15 @@ from tulu_mega.inference.pool import ServerPool
 from tulu_mega.layout.fp8 import rollout_fp8_problems
 
 if TYPE_CHECKING:
-    from tulu_mega.config import GrpoSettings, ModelSettings
+    from tulu_mega.config import ModelSettings, PolicyRunSettings
 
 
-def companions(settings: GrpoSettings, trainers: int) -> ServerPool | None:
+def companions(settings: PolicyRunSettings, trainers: int) -> ServerPool | None:
     """The servers of a run that are started here; None where it attaches to others (``rollout.urls``). As `servers`."""
     return None if settings.rollout.urls else servers(settings, trainers)
 
 
-def servers(settings: GrpoSettings, trainers: int) -> ServerPool:
+def servers(settings: PolicyRunSettings, trainers: int) -> ServerPool:
     """The pool that the launcher has around a run: it takes weights from the ranks before it is asked anything.
 
     Args:

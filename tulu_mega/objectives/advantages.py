@@ -39,6 +39,17 @@ class GroupAdvantages:
         return any(self.advantages)
 
 
+@dataclass(frozen=True)
+class GroupRewards(GroupAdvantages):
+    """The rewards of the responses to one prompt in the place of advantages: each token's comes later, from a value model."""
+
+    @property
+    def informative(self) -> bool:
+        """Whether responses of different rewards are trained; a group of one has none to compare with."""
+        known = [reward for reward, trained in zip(self.rewards, self.trained, strict=True) if trained]
+        return len(known) > 1 and not _same(known)
+
+
 class AdvantageEstimator(Protocol):
     """Estimates the advantages of all responses to one prompt."""
 
@@ -68,14 +79,33 @@ class GroupEstimator:
         Raises:
             ValueError: not as many of one as of the other.
         """
-        trained = tuple(reward is not None and not left_out for reward, left_out in zip(rewards, masked, strict=True))
+        trained = _trained(rewards, masked)
         known = [reward for reward in rewards if reward is not None]
-        if len(known) < 2 or math.isclose(min(known), max(known), rel_tol=SAME, abs_tol=NOTHING):
+        if len(known) < 2 or _same(known):
             return GroupAdvantages((0.0,) * len(rewards), trained, tuple(rewards))
         mean = math.fsum(known) / len(known)  # fsum rounds once, whatever the order
         factor = self.factor([reward - mean for reward in known])
         advantages = tuple(factor * (reward - mean) if train else 0.0 for reward, train in zip(rewards, trained, strict=True))
         return GroupAdvantages(advantages, trained, tuple(rewards))
+
+
+def whole_rewards(rewards: Sequence[float | None], masked: Sequence[bool]) -> GroupRewards:
+    """An :class:`AdvantageEstimator` whose advantages are the rewards themselves.
+
+    Raises:
+        ValueError: not as many of one as of the other.
+    """
+    trained = _trained(rewards, masked)
+    given = tuple(reward if train else 0.0 for reward, train in zip(rewards, trained, strict=True))
+    return GroupRewards(given, trained, tuple(rewards))
+
+
+def _trained(rewards: Sequence[float | None], masked: Sequence[bool]) -> tuple[bool, ...]:
+    return tuple(reward is not None and not left_out for reward, left_out in zip(rewards, masked, strict=True))
+
+
+def _same(rewards: Sequence[float]) -> bool:
+    return math.isclose(min(rewards), max(rewards), rel_tol=SAME, abs_tol=NOTHING)
 
 
 def _centred(differences: Sequence[float]) -> float:

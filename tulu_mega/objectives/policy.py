@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tulu_kernels.policy_loss import LARGEST, PolicyLoss, Tokens, policy_loss
 
-from tulu_mega.config.rollout import PolicySettings
+from tulu_mega.config.rollout import PolicyLossSettings, PolicySettings
 from tulu_mega.records import LossOutput, PackedBatch, Reads, TokenOutput
 
 
@@ -20,23 +20,35 @@ class PolicyObjective(PolicyLoss):
 
     @classmethod
     def of(cls, settings: PolicySettings, max_tokens: int) -> PolicyObjective:
-        """What ``[policy]`` asks for.
+        """What ``[policy]`` asks for, the divergence from the reference in the loss.
 
         Args:
             max_tokens: longest response, of ``[sampling]``.
         """
+        return cls._of(settings, max_tokens, beta=settings.beta, kl=settings.kl)
+
+    @classmethod
+    def without_divergence(cls, settings: PolicyLossSettings, max_tokens: int) -> PolicyObjective:
+        """The same where the divergence is part of the rewards.
+
+        Args:
+            max_tokens: as for :meth:`of`.
+        """
+        return cls._of(settings, max_tokens, beta=0.0)
+
+    @classmethod
+    def _of(cls, settings: PolicyLossSettings, max_tokens: int, **divergence: Any) -> PolicyObjective:
         return cls(
             max_tokens=max_tokens,
             loss=settings.loss,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             aggregation=settings.aggregation,
-            beta=settings.beta,
-            kl=settings.kl,
             entropy=settings.entropy,
             importance=settings.importance,
             importance_cap=settings.importance_cap,
             mask_above=settings.mask_above,
+            **divergence,
         )
 
     @property

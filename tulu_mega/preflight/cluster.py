@@ -128,10 +128,10 @@ def check(
             joined_world(settings.parallel, os.environ)
     with meeting.met(os.environ) as nodes:  # what is wrong on one is told by all before they look
         nodes.agree(dict, None)
-        return _check(settings, look)
+        return _check(settings, look, tell)
 
 
-def _check(settings: Section, look: Callable[[], list[str]]) -> int:
+def _check(settings: Section, look: Callable[[], list[str]], tell: Callable[[str], None]) -> int:
     command = command_of(settings)
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     store, *_ = next(iter(dist.rendezvous("env://", rank, size)))

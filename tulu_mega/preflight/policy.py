@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from tulu_mega.bridge.families import family_for
-from tulu_mega.config import EngineSettings, GrpoSettings
-from tulu_mega.config.grpo import steps_of
+from tulu_mega.config import EngineSettings, PolicyRunSettings
+from tulu_mega.config.policy_run import steps_of
 from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import longest_wait, look
 from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
@@ -24,7 +24,7 @@ from tulu_mega.versions import installed
 from tulu_mega.weight_transfer.counterpart import Model, between, differences
 
 
-def problems(settings: GrpoSettings, findings: Findings) -> None:
+def problems(settings: PolicyRunSettings, findings: Findings) -> None:
     """Of the run, its servers, its prompts and its reward model."""
     run.problems(settings, findings)
     config = findings.config
@@ -44,10 +44,10 @@ def problems(settings: GrpoSettings, findings: Findings) -> None:
         findings.collect(lambda: pinned.verifiers(findings, settings.rewards.custom, prompts.verifiers))
     if settings.rewards.model:
         run.pin(findings, "rewards.model", Directory(settings.rewards.model, code=settings.model.trust_remote_code))
-        findings.collect(lambda: _scoring(settings, config))
+        findings.collect(lambda: of_the_policys_tokens(settings, "rewards.model", settings.rewards.model, config, ""))
 
 
-def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None, notes: list[str]) -> None:
+def _servable(settings: PolicyRunSettings, config: Mapping[str, Any] | None, notes: list[str]) -> None:
     """What vLLM would find out when it starts, and rollouts when they are asked for.
 
     Args:
@@ -86,7 +86,7 @@ def _servable(settings: GrpoSettings, config: Mapping[str, Any] | None, notes: l
         raise UserError(problems)
 
 
-def _one_nccl(settings: GrpoSettings, theirs: Mapping[str, str]) -> list[str]:
+def _one_nccl(settings: PolicyRunSettings, theirs: Mapping[str, str]) -> list[str]:
     """Ranks and servers in one communicator of NCCL have one NCCL, which looks at that itself, when the first weights are sent.
 
     Args:
@@ -102,7 +102,7 @@ def _one_nccl(settings: GrpoSettings, theirs: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _answering(settings: GrpoSettings, config: Mapping[str, Any] | None, starts: bool) -> None:
+def _answering(settings: PolicyRunSettings, config: Mapping[str, Any] | None, starts: bool) -> None:
     """What servers elsewhere would find out when weights are sent, which is after the model was loaded.
 
     Args:
@@ -142,15 +142,28 @@ def answerable(prompts: Prompts, config: Mapping[str, Any]) -> None:
         within_vocabulary(name, token, config)
 
 
-def _scoring(settings: GrpoSettings, policy: Mapping[str, Any] | None) -> None:
-    """The reward model has the policy's tokens."""
-    model = settings.model.model_copy(update={"path": settings.rewards.model})
+def of_the_policys_tokens(
+    settings: PolicyRunSettings, name: str, path: str, policy: Mapping[str, Any] | None, advice: str | None
+) -> None:
+    """A reward model beside the policy has its tokens.
+
+    Args:
+        name: of the setting that names the model.
+        path: the model's directory or hub name.
+        policy: the policy's config.json, if it could be read.
+        advice: what else to do with a language model than to make a reward model of it; None where one will do.
+
+    Raises:
+        UserError: it has other tokens, or is a language model where that will not do.
+    """
+    model = settings.model.model_copy(update={"path": path})
     parts = dict(parallel=settings.parallel, precision=settings.precision, megatron=settings.megatron)
     config = model_config(EngineSettings(model=model, **parts))
-    if not family_for(config).reward:
-        raise UserError(f"rewards.model = {settings.rewards.model}: a language model; expected what tulu-mega rm makes")
+    if advice is not None and not family_for(config).reward:
+        advice = f"; {advice}" if advice else ""
+        raise UserError(f"{name} = {path}: a language model; expected what tulu-mega rm makes{advice}")
     if policy and config["vocab_size"] != policy["vocab_size"]:
         raise UserError(
-            f"rewards.model = {settings.rewards.model} has a vocabulary of {config['vocab_size']}, the policy one of "
-            f"{policy['vocab_size']}; expected a reward model of the same tokenizer"
+            f"{name} = {path} has a vocabulary of {config['vocab_size']}, the policy one of {policy['vocab_size']}; expected a "
+            "reward model of the same tokenizer"
         )

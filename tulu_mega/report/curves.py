@@ -94,6 +94,23 @@ CHARTS = (
         (("kl", "KL estimate"),),
         by_kind=True,
     ),
+    Chart("kl_reward", "Divergence in the reward", "mean of a response's sum", (("kl_reward", "penalty"),)),
+    Chart("value_loss", "Loss of the value model", "as the recipe reduces it", (("value_loss", "loss"),), zero=True),
+    Chart("explained_variance", "Explained variance", "of the returns, by the values", (("explained_variance", "share"),)),
+    Chart("returns", "Returns and values", "mean of the states", (("returns", "returns"), ("values", "values"))),
+    Chart(
+        "advantages",
+        "Advantages before whitening",
+        "of the tokens",
+        (("advantage", "mean"), ("advantage_deviation", "deviation")),
+    ),
+    Chart(
+        "value_grad_norm",
+        "Gradient norm of the value model",
+        "before clipping",
+        (("value_grad_norm", "gradient norm"),),
+        log=True,
+    ),
     Chart(
         "sampler_difference",
         "Sampler against trainer",

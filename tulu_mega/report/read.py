@@ -52,7 +52,8 @@ class Run:
         """What its loss is of, for people: losses of different kinds are not compared. Empty where nothing tells."""
         policy, preference, train = (self.settings.get(name) or {} for name in ("policy", "preference", "train"))
         if policy or "reward" in self._names:
-            return " ".join(filter(None, ["grpo", _unlike("grpo", policy.get("loss"))]))
+            method = "ppo" if self.settings.get("value") or "value_loss" in self._names else "grpo"
+            return " ".join(filter(None, [method, _unlike("grpo", policy.get("loss"))]))
         if preference or "chosen_logp" in self._names:
             return " ".join(filter(None, ["dpo", _unlike("dpo", preference.get("loss"))]))
         if "margin" in self._names:

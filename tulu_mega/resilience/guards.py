@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tulu_mega.config import GrpoTrainSettings, TrainSettings
+from tulu_mega.config import PolicyTrainSettings, TrainSettings
 from tulu_mega.resilience.skipped_updates import SkippedUpdates
 from tulu_mega.resilience.spikes import SIGNALS, Spikes
 from tulu_mega.resilience.stop_signal import StopSignal
@@ -60,7 +60,7 @@ class Guards:
 
     def __init__(
         self,
-        settings: TrainSettings | GrpoTrainSettings,
+        settings: TrainSettings | PolicyTrainSettings,
         watchdog: Watchdog,
         device: torch.device,
         pipeline_rank: int,

@@ -49,7 +49,9 @@ class MiniBatch:
     """lengths of the prefixes that were left out, on all ranks, because a neighbour in the pack has them already"""
 
 
-def packed(engine: Engine, responses: Sequence[TrainedResponse], capacity: int, share: bool = True) -> MiniBatch:
+def packed(
+    engine: Engine, responses: Sequence[TrainedResponse], capacity: int, share: bool = True, ends: bool = False
+) -> MiniBatch:
     """A mini-batch in packs, with the sampler's log-probability of each trained token and its advantage.
 
     Args:
@@ -57,11 +59,12 @@ def packed(engine: Engine, responses: Sequence[TrainedResponse], capacity: int, 
         capacity: tokens a packed micro-batch may hold.
         share: whether the tokens of a prompt come once for neighbours that have it in common, where the engine takes such
             packs.
+        ends: whether the packs hold each response's last token, on which a value model is read.
     """
     share = share and engine.whole_packs
     align, pipeline = pack_alignment(engine.settings), pipeline_of(engine.hf.to_dict(), engine.settings)
     sequences = [response.sequence for response in responses]
-    plan = plan_prefix_groups(sequences, engine.topology.data, capacity, align, flops_of(engine.hf), pipeline, share)
+    plan = plan_prefix_groups(sequences, engine.topology.data, capacity, align, flops_of(engine.hf), pipeline, share, ends)
     logp = {one.number: one.response.sampler_logp for one in responses}
     advantages = {one.number: [one.advantage] * one.response.num_trained for one in responses}
     own = plan[engine.topology.data_rank]

@@ -28,11 +28,21 @@ def evaluation_file(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"heldout_{step:06}.jsonl"
 
 
-def write_rollouts(run_dir: Path, step: int, rollouts: StepRollouts, differences: Differences) -> None:
+def write_rollouts(
+    run_dir: Path,
+    step: int,
+    rollouts: StepRollouts,
+    differences: Differences,
+    means: Mapping[tuple[int, int], float] | None = None,
+) -> None:
     """Write all responses of a step, including those that are not trained on, in the order of their prompts' places.
 
     ``reward`` is what the advantages were estimated from, with penalties for length and as `rewards.shuffle` dealt them out;
     ``verdict_reward`` is what verifiers and reward model gave. A response without a number has null.
+
+    Args:
+        means: by place and number, the mean advantage of each trained response's tokens, where tokens have their own; taken for
+            the groups' advantages.
     """
     trained = {group.place for group in rollouts.groups}
     groups = sorted([*rollouts.groups, *rollouts.left_out], key=lambda group: group.place)
@@ -43,7 +53,7 @@ def write_rollouts(run_dir: Path, step: int, rollouts: StepRollouts, differences
                 "place": group.place,
                 "sample": number,
                 **_line(group.prompt, one, {"reward": reward, "verdict_reward": one.reward}),
-                "advantage": advantage,
+                "advantage": advantage if means is None else means.get((group.place, number)),
                 "trained": group.place in trained and group.advantages.trained[number],
                 **_difference(differences.get((group.place, number))),
             }

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from tulu_mega.config import GrpoSettings
+from tulu_mega.config import PolicyRunSettings
 from tulu_mega.distributed.collectives import gathered_at_lead
 from tulu_mega.errors import UserError
-from tulu_mega.objectives.policy import PolicyObjective
+from tulu_mega.layout.flops import training_flops
 from tulu_mega.records import PackedBatch
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl import journal
 from tulu_mega.rl.batches import differences, packed, scored, split, with_column
 from tulu_mega.rl.collector import Collected
 from tulu_mega.train.batch_loss import BatchLoss
-from tulu_mega.train.engine import Engine, Update
+from tulu_mega.train.engine import Engine, Objective, Update
 from tulu_mega.train.step_clock import StepClock
 
 
 @dataclass(frozen=True)
 class PolicyUpdate:
-    """One optimizer step of the policy, the same on every rank."""
+    """One optimizer step, the same on every rank."""
 
     loss: BatchLoss
     tokens: int
@@ -50,6 +50,14 @@ class Learned:
     """Tokens of this data-parallel rank's packs without padding."""
     repeated: list[int] = field(default_factory=list)
     """Lengths of the prompts, on all ranks, that were not repeated because their pack had them already."""
+    value_updates: list[PolicyUpdate] = field(default_factory=list)
+    """Those of the value model, where there is one."""
+    flops: float = 0.0
+    """FLOP of the updates and scorings, all ranks together."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the step that an algorithm has of its own; rank 0's count."""
+    advantages: Mapping[int, float] | None = None
+    """On rank 0, by response, its mean advantage, where tokens have their own; None where a response has one for all."""
 
 
 @dataclass
@@ -77,29 +85,31 @@ class EmptySteps:
             )
 
 
+@dataclass(frozen=True)
+class Trained:
+    """An engine in training and what it minimises."""
+
+    engine: Engine
+    objective: Objective
+    reference: Engine | None = None
+    """Of the model whose log-probabilities are compared with, if any."""
+
+
 class Learner:
-    """Updates the policy: each mini-batch of a step in turn, as often as there are passes. Every rank makes one.
+    """What learners of every algorithm share: packs of a step's responses, and one update. Every rank makes one.
 
     Args:
-        engine: the policy's.
-        reference: the reference model's engine, if the objective reads its log-probabilities.
-        objective: the policy's loss.
+        policy: the model that answers.
         settings: of the run.
         guards: judge each update.
         clock: measures the parts of a step.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        reference: Engine | None,
-        objective: PolicyObjective,
-        settings: GrpoSettings,
-        guards: Guards,
-        clock: StepClock,
-    ):
-        self._engine, self._reference, self._objective, self._settings = engine, reference, objective, settings
-        self._guards, self._clock = guards, clock
+    ends = False
+    """Whether packs hold the last token of each response, too."""
+
+    def __init__(self, policy: Trained, settings: PolicyRunSettings, guards: Guards, clock: StepClock):
+        self._policy, self._settings, self._guards, self._clock = policy, settings, guards, clock
         self._empty = EmptySteps(settings.train.max_skipped, Path(settings.run_dir, journal.FOLDER))
 
     @property
@@ -124,35 +134,128 @@ class Learner:
         self._empty.note(step + 1, not collected.groups)
         if not collected.groups:
             return Learned()
-        train = self._settings.train
         with self._clock.part("data"):
-            mini_batches = split(collected.groups, train.mini_batches)
+            mini_batches = split(collected.groups, self._settings.train.mini_batches)
             tokens = [sum(one.response.num_trained for one in part) for part in mini_batches]
             capacity = self._settings.data.pack_length or self._settings.longest
-            parts = [packed(self._engine, part, capacity, train.share_prompts) for part in mini_batches]
-        once = len(parts) * train.passes == 1  # the update's own forward pass then gives the old weights' log-probabilities
-        batches = self._scored([part.packs for part in parts], old=not once)
-        seen: list[Tensor] | None = [] if once else None
-        updates, spike = self._updates(step, list(zip(batches, tokens, strict=True)), seen, collected)
-        if once:
-            batches = [with_column(batches[0], "old_logp_T", seen)]
-        return Learned(
-            updates,
-            spike,
-            self._differences(batches),
+            share = self._settings.train.share_prompts
+            parts = [packed(self._policy.engine, part, capacity, share, self.ends) for part in mini_batches]
+        learned = self._learned(step, [part.packs for part in parts], tokens, collected)
+        return replace(
+            learned,
             packed_tokens=sum(len(pack.tokens_T) for part in parts for pack in part.packs),
             own_tokens=sum(part.own_tokens for part in parts),
             repeated=[length for part in parts for length in part.repeated],
+            flops=self._flops(collected, [length for part in parts for length in part.repeated]),
         )
+
+    def _flops(self, collected: Collected, repeated: list[int]) -> float:
+        """FLOP of a step's updates and scorings, all ranks together.
+
+        Args:
+            repeated: lengths of the prompts that were not repeated.
+        """
+        raise NotImplementedError
+
+    def _learned(self, step: int, batches: list[list[PackedBatch]], tokens: list[int], collected: Collected) -> Learned:
+        """Make the updates of a step.
+
+        Args:
+            step: steps done before.
+            batches: each mini-batch's packs.
+            tokens: each mini-batch's trained tokens over all ranks.
+            collected: the responses of the step.
+        """
+        raise NotImplementedError
 
     def _scored(self, batches: list[list[PackedBatch]], old: bool) -> list[list[PackedBatch]]:
         """Add the reference's log-probabilities where there is one and, if `old`, those of the weights before the step."""
         with self._clock.part("scoring"):
-            if self._reference:
-                batches = [scored(self._reference, part, "ref_logp_T") for part in batches]
+            if self._policy.reference:
+                batches = [scored(self._policy.reference, part, "ref_logp_T") for part in batches]
             if old:
-                batches = [scored(self._engine, part, "old_logp_T") for part in batches]
+                batches = [scored(self._policy.engine, part, "old_logp_T") for part in batches]
         return batches
+
+    def _update(
+        self,
+        trained: Trained,
+        packs: list[PackedBatch],
+        tokens: int,
+        number: int,
+        allow: Callable[[float, float], bool] | None,
+        seen: list[Tensor] | None = None,
+    ) -> PolicyUpdate:
+        """Make one update.
+
+        Args:
+            number: of the engine's updates, from 0.
+            tokens: trained tokens over all ranks.
+            allow: judges it, if anybody does.
+            seen: gets the log-probabilities of the forward passes.
+        """
+        with self._clock.part("forward_backward"), self._guards.working():
+            loss = trained.engine.forward_backward(packs, trained.objective, seen)
+        launched = time.perf_counter()
+        with self._clock.part("optimizer"), self._guards.working():
+            update = trained.engine.optimizer_step(number, loss, allow)
+        self._clock.move(update.known - launched, "optimizer", "forward_backward")  # the device was still at it
+        return PolicyUpdate(loss.read(), tokens, update)
+
+    def _counted(self, step: int, made: PolicyUpdate, collected: Collected, name: str) -> str:
+        """Have the guards count an update; the description of the spike that ends the run, if it is one.
+
+        Args:
+            step: from 1.
+            collected: names the rows of an update that is left out.
+            name: of the update, for people.
+        """
+        update = made.update
+        spike = self._guards.after_update(
+            step, update.finite, made.loss.loss, update.grad_norm, lambda: _rows(collected), f"{name} of step {step}"
+        )
+        return f"{name} of step {step}: {spike}" if spike else ""
+
+    def _differences(self, batches: Iterable[list[PackedBatch]]) -> dict[int, tuple[float, float]]:
+        """Gather the differences on rank 0 from the ranks that see log-probabilities. A collective."""
+        mine = differences(itertools.chain.from_iterable(batches)) if self._sees else {}
+        return {number: value for part in gathered_at_lead(mine) for number, value in part.items()}
+
+    @property
+    def _sees(self) -> bool:
+        """Whether this rank is the one of its replica that tells what the model's output was."""
+        place = self._policy.engine.topology
+        return place.reports_loss and place.context_rank == 0
+
+
+def passes_flops(trained: Trained, collected: Collected, repeated: list[int], passes: int, scorings: int) -> float:
+    """FLOP of some forward and backward passes over a step's responses, and of forward passes alone, a third of that each.
+
+    Args:
+        repeated: as for `Learner`.
+        scorings: forward passes alone.
+    """
+    hf, lengths = trained.engine.hf.to_dict(), [one.response.num_tokens for one in collected.responses]
+    return (training_flops(hf, lengths) - training_flops(hf, repeated)) * (passes + scorings / 3)
+
+
+class PolicyLearner(Learner):
+    """Updates a policy alone: each mini-batch of a step in turn, as often as there are passes."""
+
+    def _flops(self, collected: Collected, repeated: list[int]) -> float:
+        passes = self._settings.train.passes
+        updates = min(self._settings.train.mini_batches, len(collected.groups)) * passes
+        scorings = (updates > 1) + (self._policy.reference is not None)
+        return passes_flops(self._policy, collected, repeated, passes, scorings)
+
+    def _learned(self, step: int, batches: list[list[PackedBatch]], tokens: list[int], collected: Collected) -> Learned:
+        once = len(batches) * self._settings.train.passes == 1  # the update's own forward pass then gives the old weights'
+        batches = self._scored(batches, old=not once)
+        seen: list[Tensor] | None = [] if once else None
+        updates, spike = self._updates(step, list(zip(batches, tokens, strict=True)), seen, collected)
+        if once:
+            batches = [with_column(batches[0], "old_logp_T", seen)]
+        return Learned(updates, spike, self._differences(batches))
 
     def _updates(
         self, step: int, parts: list[tuple[list[PackedBatch], int]], seen: list[Tensor] | None, collected: Collected
@@ -168,27 +271,11 @@ class Learner:
         train, updates = self._settings.train, []
         begin = step * train.mini_batches * train.passes
         for at, (packs, tokens) in enumerate(parts * train.passes):
-            with self._clock.part("forward_backward"), self._guards.working():
-                loss = self._engine.forward_backward(packs, self._objective, seen)
-            launched = time.perf_counter()
-            with self._clock.part("optimizer"), self._guards.working():
-                update = self._engine.optimizer_step(begin + at, loss, self._guards.allow)
-            self._clock.move(update.known - launched, "optimizer", "forward_backward")  # the device was still at it
-            updates.append(PolicyUpdate(loss.read(), tokens, update))
-            name = f"update {at + 1} of step {step + 1}"
-            spike = self._guards.after_update(
-                step + 1, update.finite, loss.loss, update.grad_norm, lambda: _rows(collected), name
-            )
+            updates.append(self._update(self._policy, packs, tokens, begin + at, self._guards.allow, seen))
+            spike = self._counted(step + 1, updates[-1], collected, f"update {at + 1}")
             if spike:
-                return updates, f"{name}: {spike}"
+                return updates, spike
         return updates, ""
-
-    def _differences(self, batches: Iterable[list[PackedBatch]]) -> dict[int, tuple[float, float]]:
-        """Gather the differences on rank 0 from the ranks that see log-probabilities. A collective."""
-        place = self._engine.topology
-        sees = place.reports_loss and place.context_rank == 0
-        mine = differences(itertools.chain.from_iterable(batches)) if sees else {}
-        return {number: value for part in gathered_at_lead(mine) for number, value in part.items()}
 
 
 def _rows(collected: Collected) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega.config import GrpoSettings
+from tulu_mega.config import PolicyRunSettings
 from tulu_mega.data.chat import Template, template_of
 from tulu_mega.data.messages import NOTHING
 from tulu_mega.data.prompts import PromptSet, read_prompts
@@ -48,7 +48,7 @@ class Prompts:
     """file that lists the rows which are not used"""
 
 
-def read(settings: GrpoSettings) -> Prompts:
+def read(settings: PolicyRunSettings) -> Prompts:
     """Read the rows that `data.train` and `heldout.data` name.
 
     Raises:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tulu_mega.config import GrpoSettings
-from tulu_mega.layout.flops import training_flops
+from tulu_mega.config import PolicyRunSettings
 from tulu_mega.resilience.guards import GuardReport
 from tulu_mega.rl import journal
 from tulu_mega.rl.collector import Collected, numbered
@@ -26,7 +25,7 @@ TOLD = ("reward", "solve_rate", "response_length", "kl")
 class Reporter:
     """Writes the report of each step."""
 
-    settings: GrpoSettings
+    settings: PolicyRunSettings
     hf: dict
     """The model's config.json."""
     largest: tuple[str, ...]
@@ -57,7 +56,9 @@ class Reporter:
         if notable or done % self.settings.train.rollouts_every == 0 or done == self.steps:
             places = {number: (group.place, at) for number, group, at in numbered(collected.rollouts)}
             differences = {places[number]: value for number, value in learned.differences.items()}
-            journal.write_rollouts(Path(self.settings.run_dir), done, collected.rollouts, differences)
+            means = learned.advantages
+            means = None if means is None else {places[number]: value for number, value in means.items()}
+            journal.write_rollouts(Path(self.settings.run_dir), done, collected.rollouts, differences, means)
         self.log.step(self._record(done, collected, learned, sync, heldout), guards)
 
     def _record(
@@ -72,6 +73,7 @@ class Reporter:
         extra = {
             **over_updates([each.loss for each in updates], [each.tokens for each in updates], self.largest),
             **collected.rollouts.figures(),
+            **learned.figures,
             **heldout,
             "seconds_scoring": seconds.get("scoring", 0.0),
             "seconds_sync": seconds.get("sync", 0.0),
@@ -90,7 +92,7 @@ class Reporter:
             tokens=tokens * passes,
             supervised_tokens=trained * passes,
             padding=1 - learned.own_tokens / max(learned.packed_tokens, 1),
-            flops=self._flops(lengths, learned),
+            flops=learned.flops,
             seconds=StepSeconds(
                 seconds.get("data", 0.0),
                 seconds.get("scoring", 0.0) + seconds.get("forward_backward", 0.0),
@@ -100,17 +102,6 @@ class Reporter:
             extra=extra,
             told=tuple(name for name in TOLD if name in extra),
         )
-
-    def _flops(self, lengths: list[int], learned: Learned) -> float:
-        """FLOP of the step's updates and scorings, all ranks together.
-
-        Args:
-            lengths: of the trained responses with their prompts.
-        """
-        # a scoring is the forward pass alone, a third of a forward and backward pass
-        scorings = ((len(learned.updates) > 1) + self.settings.policy.reads_reference) / 3
-        once = training_flops(self.hf, lengths) - training_flops(self.hf, learned.repeated)
-        return once * (self.settings.train.passes + scorings)
 
 
 def over_updates(losses: list[BatchLoss], tokens: list[int], largest: tuple[str, ...]) -> dict[str, float]:

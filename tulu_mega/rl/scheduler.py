@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tulu_mega.config import GrpoSettings
+from tulu_mega.config import PolicyRunSettings
 from tulu_mega.data.prompts import Prompt, PromptSet, PromptStream
 from tulu_mega.inference.sampling import Sampling
 from tulu_mega.objectives.advantages import AdvantageEstimator, GroupAdvantages, penalised
@@ -130,7 +130,7 @@ class Scheduler:
         generator: Generates,
         rewards: Rewards,
         estimator: AdvantageEstimator,
-        settings: GrpoSettings,
+        settings: PolicyRunSettings,
         ends: tuple[int, ...],
     ):
         self._prompts, self._generator, self._rewards, self._settings = prompts, generator, rewards, settings
@@ -199,7 +199,10 @@ class Scheduler:
         step.judging += time.perf_counter() - generated
         step.rounds += 1
         self._place += count
-        return [self._group(*each) for each in zip(places, prompts, judged, strict=True)]
+        rewards = [self._rewards_of(*each) for each in zip(places, judged, strict=True)]
+        if self._settings.rewards.shuffle and settings.samples == 1:
+            rewards = [[reward] for reward in self._dealt([reward for (reward,) in rewards], places[0])]
+        return [self._group(*each) for each in zip(places, prompts, judged, rewards, strict=True)]
 
     def _answered(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int, numbers: Sequence[int] | None = None
@@ -213,21 +216,30 @@ class Scheduler:
         answers = self._generator.generate([prompt.ids for prompt in prompts], sampling, version, numbers, done)
         return answers, [verdicts[index] for index in range(len(prompts))]
 
-    def _group(self, place: int, prompt: Prompt, judged: list[JudgedResponse]) -> Group:
-        """The responses to a prompt with their advantages.
+    def _rewards_of(self, place: int, judged: list[JudgedResponse]) -> list[float | None]:
+        """The rewards of the responses to a prompt, penalties for length among them.
 
         Lengths are looked at here, where the group is whole. `rewards.shuffle` deals the rewards out among the responses, with
         the penalties for length: left with the responses they belong to, those would teach length.
         """
         policy = self._settings.policy
-        truncated = [one.response.finish_reason == "length" for one in judged]
         rewards = [one.reward for one in judged]
         if policy.overlong == "penalise":
-            rewards = penalised(rewards, truncated, policy.overlong_reward)
-        if self._settings.rewards.shuffle:
-            random.Random(f"{self._settings.seed} {place}").shuffle(rewards)
-        masked = [cut and policy.overlong == "mask" for cut in truncated]
+            rewards = penalised(rewards, _cut_off(judged), policy.overlong_reward)
+        return self._dealt(rewards, place) if self._settings.rewards.shuffle else rewards
+
+    def _dealt(self, rewards: list[float | None], place: int) -> list[float | None]:
+        random.Random(f"{self._settings.seed} {place}").shuffle(rewards)
+        return rewards
+
+    def _group(self, place: int, prompt: Prompt, judged: list[JudgedResponse], rewards: list[float | None]) -> Group:
+        """The responses to a prompt with their advantages."""
+        masked = [cut and self._settings.policy.overlong == "mask" for cut in _cut_off(judged)]
         return Group(place, prompt, judged, self._estimator(rewards, masked))
+
+
+def _cut_off(judged: Sequence[JudgedResponse]) -> list[bool]:
+    return [one.response.finish_reason == "length" for one in judged]
 
 
 def _mean(values) -> float:

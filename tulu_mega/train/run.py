@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from tulu_mega.bridge.files.companions import OtherTokenizer
 from tulu_mega.bridge.files.config_json import read_config
-from tulu_mega.config import RunSettings
+from tulu_mega.config import OptimSettings, RunSettings
 from tulu_mega.data.chat import TULU_CHAT_TEMPLATE, Template
 from tulu_mega.data.other_tokenizer import other_tokenizer
 from tulu_mega.distributed import topology
@@ -34,6 +34,19 @@ from tulu_mega.train.saver import Saver
 from tulu_mega.train.session import Session, opened
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Another model that a run trains, saves and exports."""
+
+    session: Session
+    """its own, weights loaded; the same world"""
+    optim: OptimSettings
+    updates: int
+    """optimizer steps for each of the first model's"""
+    folder: str
+    """directory of the export in the run directory"""
+
+
 @dataclass
 class Run:
     """A session with a run directory; every rank makes one.
@@ -44,6 +57,8 @@ class Run:
 
     settings: RunSettings
     session: Session
+    beside: Mapping[str, Beside] = field(default_factory=dict, kw_only=True)
+    """other models that train, by name"""
     _loaded: bool = field(default=False, init=False)
     _tokenizer: OtherTokenizer | None = field(default=None, init=False)
     """Rank 0's part of the export that belongs to another tokenizer than the model's own."""
@@ -69,7 +84,7 @@ class Run:
     @property
     def engines(self) -> Engines:
         """The engines whose states a checkpoint holds, by name."""
-        return {"model": self.session.engine}
+        return {"model": self.session.engine, **{name: each.session.engine for name, each in self.beside.items()}}
 
     def initial_weights(self) -> None:
         """Load the weights that training begins with, from the model's directory; once.
@@ -103,6 +118,8 @@ class Run:
         while found and not verified_or_set_aside(found.path, kept.before(self.checkpoints, found), self.session.engine.at):
             found = kept.newest(self.checkpoints)  # the damaged one has another name by now
         self.session.engine.prepare_training(self.settings.optim, steps * updates)
+        for each in self.beside.values():
+            each.session.engine.prepare_training(each.optim, steps * updates * each.updates)
         if found:
             if self.session.lead and (told := kept.advice(self.checkpoints, found)):
                 print(f"warning: {told}", file=sys.stderr, flush=True)
@@ -184,7 +201,7 @@ class Run:
         """
         guards.check_learned()
         wanted = self.settings.checkpoint
-        if not self.session.engine.finite_weights():
+        if not all(engine.finite_weights() for engine in self.engines.values()):  # the same on every rank
             raise UserError(
                 f"the trained weights have NaN or infinity in them, and no model is exported. {self.checkpoints} keeps the "
                 "newest checkpoint from before; begin anew with a lower optim.lr, or go on from it with --train.spike skip"
@@ -197,6 +214,10 @@ class Run:
         self.session.export(directory, dtype, beside, self._tokenizer, ends)
         if self.session.lead:
             print(f"model in Hugging Face format: {directory}", flush=True)
+        for name, each in self.beside.items():
+            each.session.export(self.run_dir / each.folder, dtype, {})
+            if self.session.lead:
+                print(f"{name} model in Hugging Face format: {self.run_dir / each.folder}", flush=True)
 
 
 @contextlib.contextmanager

@@ -98,14 +98,15 @@ class Session:
         place = self.topology
         return ModelShard(self.engine.chunks, config, family_for(config), place, place.tensor_group, place.pipeline_group)
 
-    def beside(self, path: str, reward: bool) -> Session:
-        """Another model under the same layout, weights loaded, for scoring: nothing of it but the weights takes memory.
+    def beside(self, path: str, reward: bool, new_head: bool = False) -> Session:
+        """Another model under the same layout, weights loaded: nothing of it but the weights takes memory until it is trained.
 
         Of equal weights it computes the same bits as this one.
 
         Args:
             path: its directory of either format, or hub name.
             reward: whether it is to be a reward model.
+            new_head: whether a language model will do for one, whose head is drawn.
 
         Raises:
             UserError: it cannot be had or built, or is of the other kind.
@@ -120,7 +121,7 @@ class Session:
         made = _session(
             settings, self.topology, engine.platform, self.seed, reward, self.watch, engine.temperature, engine.shares
         )
-        if reward and not family_for(read_config(made.source)).reward:
+        if reward and not new_head and not family_for(read_config(made.source)).reward:
             raise UserError(f"{path}: not a reward model but a language model; tulu-mega rm makes reward models")
         made.load_weights()
         return made

@@ -1,0 +1,184 @@
+"""What ranks do in the tests of a policy beside a value model, and what transformers and autograd make of the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.lib import jobs, response_jobs
+from tests.lib.oracles import ppo as oracle
+from tulu_mega.config import OptimSettings, PpoSettings
+from tulu_mega.config.ppo import PpoTrainSettings
+from tulu_mega.distributed.collectives import from_lead
+from tulu_mega.objectives.policy import PolicyObjective
+from tulu_mega.objectives.value import ValueObjective
+from tulu_mega.records import IGNORE
+from tulu_mega.resilience.guards import Guards
+from tulu_mega.rl.actor_critic import ActorCritic
+from tulu_mega.rl.batches import TrainedResponse, packed, split
+from tulu_mega.rl.collector import Collected
+from tulu_mega.rl.learner import Trained
+from tulu_mega.rl.reward_model import RewardModelScores
+from tulu_mega.train.engine import Engine
+from tulu_mega.train.step_clock import StepClock
+
+LR, VALUE_LR = 0.05, 0.02
+MINI_BATCHES, PASSES = 2, 2
+BETA, LAM, CLIP, RANGE, COEFFICIENT = 0.2, 0.9, 0.2, 0.1, 0.5
+
+
+def make_models(directory: str) -> None:
+    """A policy, a reference that is another model, and a value model, by transformers."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    policy = f"{directory}/model"
+    jobs.make_model(policy, False)
+    torch.manual_seed(11)
+    reference = AutoModelForCausalLM.from_pretrained(policy)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    reference.save_pretrained(f"{directory}/reference")
+    value = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1, dtype=torch.float32)
+    torch.nn.init.normal_(value.score.weight, std=0.1)
+    value.save_pretrained(f"{directory}/value")
+
+
+def responses(vocab: int) -> list[list[TrainedResponse]]:
+    """Of one to four answers, by prompt; of some the room ran out."""
+    every = [
+        dataclasses.replace(
+            one,
+            response=dataclasses.replace(one.response, finish_reason="length" if one.number in (1, 4) else "stop"),
+            advantage=10.0 * (one.number % 2) - 2.0,
+        )
+        for one in response_jobs.responses(vocab)
+    ]
+    ends = [sum(response_jobs.SAMPLES[: at + 1]) for at in range(len(response_jobs.SAMPLES))]
+    return [every[end - samples : end] for end, samples in zip(ends, response_jobs.SAMPLES, strict=True)]
+
+
+def hugging_face(directory: str) -> dict[str, Any]:
+    """The losses, gradient norms and values of every update; saves both models as they are at the end."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    policy = AutoModelForCausalLM.from_pretrained(f"{directory}/model", dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(f"{directory}/reference", dtype=torch.float32)
+    value = AutoModelForSequenceClassification.from_pretrained(f"{directory}/value", dtype=torch.float32)
+    groups = responses(policy.config.vocab_size)
+    every = [one for group in groups for one in group]
+    room = max(one.response.num_trained for one in every) + 1
+    lengths = torch.tensor([one.response.num_trained for one in every])
+    cut_off = torch.tensor([one.response.finish_reason == "length" for one in every])
+    masks = oracle.Masks(lengths, cut_off, room)
+
+    def actions(one: TrainedResponse) -> Tensor:
+        return (torch.tensor(one.response.labels) != IGNORE).nonzero().squeeze(1)
+
+    def logp(model, numbers: list[int]) -> Tensor:
+        rows = []
+        for number in numbers:
+            ids, at = torch.tensor(every[number].response.token_ids), actions(every[number])
+            told = model(ids[None]).logits[0].double().log_softmax(-1)
+            rows.append(told[at - 1, ids[at]])
+        return torch.nn.utils.rnn.pad_sequence([torch.nn.functional.pad(row, (0, room - len(row))) for row in rows], True)
+
+    def values(numbers: list[int]) -> Tensor:
+        rows = []
+        for number in numbers:
+            ids, at = torch.tensor(every[number].response.token_ids), actions(every[number])
+            hidden = value.model(ids[None]).last_hidden_state[0]
+            told = (hidden @ value.score.weight[0]).double()
+            states = torch.cat([at - 1, at[-1:]])[: room if len(at) < room else len(at)]
+            rows.append(torch.nn.functional.pad(told[states], (0, room - len(states))))
+        return torch.stack(rows)
+
+    numbers = [one.number for one in every]
+    with torch.no_grad():
+        old_logp, ref_logp, old_values = logp(policy, numbers), logp(reference, numbers), values(numbers)
+        score = torch.tensor([one.advantage for one in every], dtype=torch.float64)
+        white, returns = oracle.advantages_and_returns(masks, score, old_logp, ref_logp, old_values, BETA, LAM)
+    parts = [[one.number for one in part] for part in split(groups, MINI_BATCHES)]
+    told: dict[str, Any] = {"value": [], "policy": []}
+    told["explained_variance"] = float(
+        1 - (returns - old_values)[masks.of_value].var(unbiased=False) / returns[masks.of_value].var(unbiased=False)
+    )
+    for at, part in enumerate(parts * PASSES):
+        chosen = oracle.Masks(lengths[part], cut_off[part], room)
+        losses = {
+            "value": oracle.value_loss(chosen, values(part), old_values[part], returns[part], RANGE, COEFFICIENT),
+            "policy": oracle.policy_loss(chosen, logp(policy, part), old_logp[part], white[part], CLIP),
+        }
+        for name, model, lr in (("value", value, VALUE_LR), ("policy", policy, LR)):
+            model.zero_grad()
+            losses[name].backward()
+            norm = torch.sqrt(sum(p.grad.double().pow(2).sum() for p in model.parameters() if p.grad is not None))
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p -= lr * (1 - at / len(parts * PASSES)) * p.grad
+            told[name].append((float(losses[name].detach()), float(norm)))
+    policy.save_pretrained(f"{directory}/trained_policy")
+    value.save_pretrained(f"{directory}/trained_value")
+    return told
+
+
+def engine(directory: str, layout: dict[str, Any], out: str, share: bool) -> dict[str, Any]:
+    """The same by the learner on packs."""
+    train = {"mini_batches": MINI_BATCHES, "passes": PASSES, "share_prompts": share}
+    settings = PpoSettings.model_validate(
+        {
+            "model": {"path": f"{directory}/model", "dtype": "fp32"}, "parallel": layout, "run_dir": f"{out}/run",
+            "data": {"train": "none", "pack_length": response_jobs.CAPACITY}, "sampling": {"max_tokens": 1000},
+            "value": {"path": f"{directory}/value", "clip": RANGE, "coefficient": COEFFICIENT},
+            "gae": {"lam": LAM}, "policy": {"beta": BETA, "importance": "none"}, "train": train,
+        }
+    )  # fmt: skip
+    with jobs.session(f"{directory}/model", layout) as made:
+        sgd = OptimSettings(name="sgd", lr=LR, schedule="linear", warmup=0.0, clip=0.0)
+        value = made.beside(f"{directory}/value", reward=True)
+        reference = made.beside(f"{directory}/reference", reward=False).engine
+        updates = MINI_BATCHES * PASSES
+        made.engine.prepare_training(sgd, updates)
+        value.engine.prepare_training(sgd.model_copy(update={"lr": VALUE_LR}), updates)
+        place, device = made.topology, made.engine.platform.device
+        guards = Guards(PpoTrainSettings(), made.watch, device, place.pipeline_rank, made.lead, Path(out, "skipped.jsonl"))
+        policy = Trained(
+            made.engine, PolicyObjective.without_divergence(settings.policy, settings.sampling.max_tokens), reference
+        )
+        critic = Trained(value.engine, ValueObjective(COEFFICIENT, RANGE))
+        learner = ActorCritic(policy, critic, settings, guards, StepClock(made.watch.at))
+        groups = responses(made.engine.hf.vocab_size)
+        apart = scores_apart(value.engine, groups)
+        learned = learner.learn(0, Collected(groups, None))
+        made.export(Path(out, "policy"), torch.float32, {})
+        value.export(Path(out, "value"), torch.float32, {})
+        return {
+            "value": [(each.loss.loss, each.update.grad_norm) for each in learned.value_updates],
+            "policy": [(each.loss.loss, each.update.grad_norm) for each in learned.updates],
+            "figures": dict(learned.figures),
+            "advantages": learned.advantages,
+            "apart": apart,
+        }
+
+
+def scores_apart(value: Engine, groups: list[list[TrainedResponse]]) -> float:
+    """The largest difference of the values on the last tokens from what `score` says of the same responses by a reward model,
+    in packs of other sizes; 0 where this rank sees none."""
+    every = [one for group in groups for one in group]
+    scores = RewardModelScores(value, 64)([one.response for one in every])
+    scores = from_lead(scores)
+    packs = packed(value, every, response_jobs.CAPACITY, ends=True).packs
+    found = {
+        number: float(values_T[batch.ends_T & (batch.segments_T == segment)])
+        for batch, values_T in zip(packs, value.score(packs), strict=False)
+        for segment, number in enumerate(batch.rows_S.tolist())
+        if number >= 0
+    }
+    # a response that ends with what a tool said is scored there, and valued on its last trained token
+    whole = [one.number for one in every if one.response.segments[-1].trained]
+    return max((abs(found[number] - scores[number]) for number in whole if number in found), default=0.0)

@@ -1,0 +1,53 @@
+"""A policy and its value model under every layout: values, losses, gradients and weights as by transformers and autograd."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.lib import ppo_jobs, world
+from tests.lib.layouts import LAYOUTS, size, weights
+
+pytestmark = pytest.mark.ranks
+
+CASES = [
+    ("TP1", True), ("TP2", True), ("TP2 without SP", False), ("PP2", True), ("PP2xVPP2", False), ("DP2", True), ("CP2", False),
+    ("TP2xPP2", True),
+]  # fmt: skip
+"""layout, whether prompts are shared"""
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("ppo"))
+    world.run(1, ppo_jobs.make_models, directory)
+    return directory, world.run(1, ppo_jobs.hugging_face, directory)[0]
+
+
+@pytest.mark.parametrize(("name", "share"), CASES)
+def test_layout_equals_autograd(truth, tmp_path, name, share):
+    directory, want = truth
+    layout = LAYOUTS[name]
+    ranks = world.run(size(layout), ppo_jobs.engine, directory, layout, str(tmp_path), share)
+    for rank in ranks:
+        for model in ("value", "policy"):
+            np.testing.assert_allclose([loss for loss, _ in rank[model]], [loss for loss, _ in want[model]], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose([norm for _, norm in rank[model]], [norm for _, norm in want[model]], rtol=1e-5)
+    np.testing.assert_allclose(ranks[0]["figures"]["explained_variance"], want["explained_variance"], atol=1e-5)
+    assert sorted(ranks[0]["advantages"]) == list(range(6))
+    assert all(rank["apart"] <= 1e-6 for rank in ranks)
+    for model in ("policy", "value"):
+        ours, theirs = weights(tmp_path / model), weights(f"{directory}/trained_{model}")
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            difference = np.linalg.norm(ours[key].astype(np.float64) - value) / np.linalg.norm(value.astype(np.float64))
+            assert difference < 1e-5, f"{model} {key}: {difference}"
+
+
+def test_the_case_is_not_idle(truth):
+    """Values are clipped, and both losses move."""
+    want = truth[1]
+    assert abs(want["explained_variance"]) < 1
+    for model in ("value", "policy"):
+        losses = [loss for loss, _ in want[model]]
+        assert len(losses) == 4 and min(abs(a - b) for a, b in zip(losses, losses[2:], strict=False)) > 1e-5

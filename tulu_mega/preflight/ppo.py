@@ -1,0 +1,24 @@
+"""What is wrong with a stage that trains a policy beside a value model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tulu_mega.config import PpoSettings
+from tulu_mega.pins.directories import Directory
+from tulu_mega.preflight import policy, run
+from tulu_mega.preflight.findings import Findings
+
+
+def problems(settings: PpoSettings, findings: Findings) -> None:
+    """Of the run, its servers, its prompts, its reward model and its value model."""
+    policy.problems(settings, findings)
+    run.pin(findings, "value.path", Directory(settings.value.path, code=settings.model.trust_remote_code))
+    findings.collect(lambda: _value_model(settings, findings.config))
+
+
+def _value_model(settings: PpoSettings, config: Mapping[str, Any] | None) -> None:
+    """The value model has the policy's tokens, and a head."""
+    advice = None if settings.value.new_head else "set value.new_head to draw a head for it"
+    policy.of_the_policys_tokens(settings, "value.path", settings.value.path, config, advice)
