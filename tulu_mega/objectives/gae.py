@@ -77,7 +77,7 @@ def token_rewards(score: float, logp: np.ndarray, ref_logp: np.ndarray | None, b
     rewards = np.zeros(states)
     if ref_logp is not None:
         rewards[: len(logp)] = -beta * (logp - ref_logp)
-    rewards[-2 if len(rewards) > 1 else -1] += score
+    rewards[-1] += score
     return rewards
 
 
