@@ -52,9 +52,7 @@ VERSION = 3
 
 @pytest.fixture(scope="module")
 def options(model, tmp_path_factory) -> ServerOptions:
-    """Their Python is another environment's (`rollout.python`)."""
-    python = other_python(tmp_path_factory.mktemp("other") / "environment")
-    return ServerOptions(str(model), max_model_len=512, python=str(python))
+    return ServerOptions(str(model), max_model_len=512, python=str(other_python(tmp_path_factory.mktemp("other"))))
 
 
 @pytest.fixture(scope="module")
