@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -202,13 +203,16 @@ sys.exit(143)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a terminal's signals")
-def test_a_terminal_that_is_closed_asks_the_run_to_end(tmp_path):
-    """It sends SIGHUP, to ranks and launcher, and what is written to it from then on is an error."""
+@pytest.mark.parametrize("reader", ["", " 2>&1 | cat"], ids=["shown", "piped"])
+def test_a_terminal_that_is_closed_asks_the_run_to_end(tmp_path, reader):
+    """It sends SIGHUP, to ranks and launcher, and what is written to it from then on is an error; so is what is written to a
+    reader that the same signal has ended."""
     (tmp_path / "launch.py").write_text(textwrap.dedent(HUNG_UP))
     process, terminal = pty.fork()
     if process == 0:
         os.environ["READY"] = str(tmp_path / "ready")
-        os.execv(sys.executable, [sys.executable, str(tmp_path / "launch.py"), str(tmp_path / "run"), SAVES])
+        words = shlex.join([sys.executable, str(tmp_path / "launch.py"), str(tmp_path / "run"), SAVES])
+        os.execv("/bin/bash", ["bash", "-c", f"{words}{reader}" if reader else f"exec {words}"])
     ended, status = 0, 0
     try:
         wait_until((tmp_path / "ready").exists, 60)
@@ -221,8 +225,10 @@ def test_a_terminal_that_is_closed_asks_the_run_to_end(tmp_path):
         if not ended:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-    assert os.waitstatus_to_exitcode(status) == 143
-    told = (tmp_path / "run/logs/hangup.log").read_text()
+    assert reader or os.waitstatus_to_exitcode(status) == 143
+    log = tmp_path / "run/logs/hangup.log"
+    wait_until(lambda: log.exists() and "stopped after" in log.read_text(), 30)
+    told = log.read_text()
     assert "the terminal was closed: the run is asked to end" in told and "stopped after step 3, which is saved" in told
 
 

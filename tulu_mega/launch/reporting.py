@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -91,7 +92,8 @@ def record_crash(error: BaseException) -> None:
 
 
 class Terminal:
-    """Standard output and error where a terminal shows them. What is written to one that was closed ends whoever writes.
+    """Standard output and error where a terminal shows them, or where they go to a pipe whose reader ends with it (``| tee``).
+    What is written there once the terminal was closed ends whoever writes.
 
     Args:
         log: the file that gets what is said then; what `HANGUP_LOG` names when None, else nothing does.
@@ -99,11 +101,11 @@ class Terminal:
 
     def __init__(self, log: str | None = None):
         self._log = log or os.environ.get(HANGUP_LOG, os.devnull)
-        self._shown = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        self._shown = [each for each in (1, 2) if os.isatty(each) or _is_pipe(each)] if _has_terminal() else []
 
     def closed(self) -> None:
-        """Call it on SIGHUP."""
-        shown, self._shown = self._shown, []
+        """Call it on SIGHUP, which somebody may have sent who has no part in a terminal."""
+        shown = [] if _has_terminal() else self._shown
         for file in (self._log, os.devnull) if shown else ():
             with contextlib.suppress(OSError):
                 to = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -111,6 +113,22 @@ class Terminal:
                     os.dup2(to, descriptor)
                 os.close(to)
                 return
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False
+
+
+def _has_terminal() -> bool:
+    """Whether this process belongs to a terminal that is open."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def ignored(number: signal.Signals) -> bool:
