@@ -49,7 +49,7 @@ RIGHT = [
     (r"\boxed{\sin x}", r"\sin x"), (r"\boxed{\binom{n}{2}}", r"\frac{n(n-1)}{2}"), (r"\boxed{\frac{\ln 3}{\ln 2}}", r"\log_2 3"),
     (r"We try \boxed{3}. That fails, because $3\ne 4$; so \boxed{4}", "4"), (r"\boxed{\sqrt{18}}", r"3\sqrt2"),
     (r"The sides are $a=3$, $b=4$, $c=5$", "5"), (r"\boxed{(x-1)(x+1)}", "x^2-1"), (r"\boxed{2^3\cdot 3}", r"2^3\cdot 3"),
-    ("4", "4"), (r"\boxed{12} square units", "12"), (r"\boxed{-\frac{2}{4}}", r"-\frac12"), (r"\boxed{7}, which is prime.", "7"),
+    ("4", "4"), (r"\boxed{12} inches", "12"), (r"\boxed{-\frac{2}{4}}", r"-\frac12"), (r"\boxed{7}, which is not even.", "7"),
     (PHRASE + "$1$ and $2$", "1,2"), (r"\boxed{|x|>1}", r"(-\infty,-1)\cup(1,\infty)"),
 ]  # fmt: skip
 

@@ -17,7 +17,8 @@ _LISTS = re.compile(rf"{_JOINT}{{0,40}}(?:[+-]?[$\d]|\\(?:[dt]?frac|sqrt|pi|\(|\
 _OR = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively)\b|\\(?:lor|vee)(?![a-zA-Z])")
 _PARTED = re.compile(r",(?!\d{3})|;|\b(?:and|or|maybe|perhaps|possibly|also|alternatively)\b")
 _TAKEN_BACK = re.compile(
-    r"[\s$.,)}]{0,9}(?:which\s|that\s)?\s?(?:is|was|are|were|would be)\s(?:wrong|incorrect|false|not\b|no answer)"
+    r"[\s$.,)}]{0,9}(?:which\s|that\s)?\s?(?:is|was|are|were|would be)\s"
+    r"(?:wrong|incorrect|false|no answer|not (?:it|correct|right|(?:the|my) (?:correct |right |final )?answer)\b)"
 )
 _MOST_BOXES = 8  # that are read as one list
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -53,7 +54,7 @@ Ways = list[list[Candidate]]
 
 
 def answers(response: str) -> list[Ways]:
-    """The same for a reply that has to give one answer: the places where it gives one, all of which must be right.
+    """The candidates of a reply that has to give one answer: the places where it gives one, all of which must be right.
 
     The last box and what the phrase says are places. Boxes and formulas that are joined by "and", "or" or commas (mere formulas
     by "or") are one list, which is right as a list, or where all of it says the same (``$\\frac12$, or $0.5$``). An answer that
