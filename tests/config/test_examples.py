@@ -157,6 +157,7 @@ def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
     monkeypatch.setattr(model_checks, "model_config", model)
     beside = config | {"architectures": ["LlamaForSequenceClassification"]}
     monkeypatch.setattr(policy_checks, "model_config", lambda settings: beside)
+    monkeypatch.setattr(policy_checks, "look", lambda rollout: ({}, {}))  # nobody is at the recipes' addresses
     monkeypatch.setattr(run_checks, "model_directory", lambda path: local)  # with no tokenizer of its own
     monkeypatch.setattr(directories, "model_directory", lambda path: local)
     monkeypatch.setattr(fp8, "this_machine", lambda: fp8.Machine((9, 0), (12, 9), (2, 8)))  # what recipes in FP8 are for
