@@ -234,16 +234,18 @@ def test_a_terminal_that_is_closed_asks_the_run_to_end(tmp_path, reader):
 
 def test_whoever_was_told_to_ignore_a_closed_terminal_does(monkeypatch):
     """As by nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}  # a launcher that was asked ignores them at its end
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with ranks._signals_noted(os.devnull) as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.05)
         assert asked == [signal.SIGUSR1]
     finally:
-        signal.signal(signal.SIGHUP, before)
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_what_an_interrupted_run_loses(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import stat
 import sys
@@ -101,11 +102,13 @@ class Terminal:
 
     def __init__(self, log: str | None = None):
         self._log = log or os.environ.get(HANGUP_LOG, os.devnull)
-        self._shown = [each for each in (1, 2) if os.isatty(each) or _is_pipe(each)] if _has_terminal() else []
+        self._had = _has_terminal()  # ranks have none of their own: the launcher's shows what they say
+        self._shown = [each for each in (1, 2) if os.isatty(each) or _is_pipe(each)]
 
     def closed(self) -> None:
-        """Call it on SIGHUP, which somebody may have sent who has no part in a terminal."""
-        shown = [] if _has_terminal() else self._shown
+        """Call it on SIGHUP, which somebody may have sent who has no part in a terminal: what is open still is left alone."""
+        gone = self._had and not _has_terminal()
+        shown = [each for each in self._shown if gone or not (os.isatty(each) or _is_read(each))]
         for file in (self._log, os.devnull) if shown else ():
             with contextlib.suppress(OSError):
                 to = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -120,6 +123,15 @@ def _is_pipe(descriptor: int) -> bool:
         return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
     except OSError:
         return False
+
+
+def _is_read(descriptor: int) -> bool:
+    """Whether a pipe has somebody at its other end."""
+    if not _is_pipe(descriptor):
+        return False
+    looked = select.poll()
+    looked.register(descriptor, 0)
+    return not any(event & select.POLLERR for _, event in looked.poll(0))
 
 
 def _has_terminal() -> bool:

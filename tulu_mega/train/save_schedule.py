@@ -34,8 +34,6 @@ class SaveSchedule:
     def __init__(self, saver: Saver, every: int | None, steps: int, stop_requested: Callable[[], bool]):
         self._saver, self._every, self._steps, self._stop_requested = saver, every, steps, stop_requested
         self._seconds = 0.0
-        self._saved: int | None = None
-        """step of the last checkpoint"""
 
     @property
     def writing(self) -> bool:
@@ -65,7 +63,6 @@ class SaveSchedule:
         if ending or due:
             began = time.perf_counter()
             self._saver.save(done, state())
-            self._saved = done
             self._seconds = time.perf_counter() - began
         if ending:
             self._saver.finish()
@@ -79,8 +76,7 @@ class SaveSchedule:
             state: kept beside the engine's.
             failure: the same on every rank.
         """
-        if self._saved != done:
-            self._saver.save(done, state)
+        self._saver.save(done, state)
         self._saver.finish()
         raise failure
 
