@@ -66,4 +66,4 @@ def test_a_rank_that_hangs_is_named(material, tmp_path, how):
         assert "rank 1: in 'step 3: data', in no collective but in batches (" in log
         assert (tmp_path / "rank_1.status").read_text() == str(watchdog.STATUS)
     assert "rank 1 has not come to gloo:" in log and "of ranks 0-1, where rank 0 waits" in log
-    assert ", called from tulu_mega/train/engine.py:" in log
+    assert ", called from tulu_mega/train/finalize.py:" in log

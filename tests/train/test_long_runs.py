@@ -67,9 +67,9 @@ def trained(settings: SftSettings, slow: int | None = None) -> tuple[str, str]:
     """Trains, one rank with four times its own work; what the rank says, and the error it ends with."""
     computes, error = Engine.forward_backward, ""
 
-    def slowly(self, *arguments):
+    def slowly(self, *arguments, **options):
         began = time.thread_time()
-        loss = computes(self, *arguments)
+        loss = computes(self, *arguments, **options)
         end = time.thread_time() + 3 * (time.thread_time() - began)
         while time.thread_time() < end:
             pass
