@@ -1,0 +1,90 @@
+"""What a layer gives autograd to keep, by the module that gives it, in bytes of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.lib import jobs
+from tulu_mega.config import OptimSettings
+from tulu_mega.objectives.sft import SftObjective
+
+LAYER = 1
+"""the one that is watched: neither the first nor the last"""
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the memory that a tensor lies in begins."""
+    return tensor.untyped_storage().data_ptr()
+
+
+class Watched:
+    """A layer whose forward pass is watched.
+
+    Args:
+        ours: memory that does not count: that of the weights.
+    """
+
+    def __init__(self, layer: torch.nn.Module, ours: set[int]):
+        self.layer, self.ours, self.plain = layer, ours, layer.forward
+        self.kept: list[tuple[str, int]] = []
+        """module and bytes of each piece of memory, once"""
+        self._inside = [""]
+        self._given: list[tuple[str, Tensor]] = []
+        for name, module in layer.named_modules():
+            module.register_forward_pre_hook(lambda *_args, name=name: self._inside.append(name))
+            module.register_forward_hook(lambda *_args: self._leave())
+        layer.forward = self.forward
+
+    def _leave(self) -> None:
+        self._inside.pop()
+
+    def _give(self, tensor: Tensor) -> Tensor:
+        self._given.append((self._inside[-1], tensor))
+        return tensor
+
+    def forward(self, *args, **kwargs):
+        """As the layer's. What it is handed is not its own unless a gradient goes to it."""
+        handed = {_memory(each) for each in kwargs.values() if isinstance(each, Tensor) and not each.requires_grad}
+        with torch.autograd.graph.saved_tensors_hooks(self._give, lambda tensor: tensor):
+            result = self.plain(*args, **kwargs)
+        found: dict[int, tuple[str, int]] = {}
+        for module, tensor in self._given:
+            if tensor.is_floating_point() and tensor.untyped_storage().nbytes() and _memory(tensor) not in self.ours | handed:
+                found.setdefault(_memory(tensor), (module, tensor.untyped_storage().nbytes()))
+        self.kept, self._given = list(found.values()), []
+        return result
+
+
+def of_a_layer(
+    directory: str,
+    layout: dict[str, Any],
+    dtype: str,
+    recompute: Any = "none",
+    megatron: dict[str, Any] | None = None,
+    precision: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A step's loss and gradients, and what a layer kept for it."""
+    with jobs.session(directory, layout, dtype, recompute, megatron, precision=precision) as made:
+        engine = made.engine
+        (batch,) = jobs.share(made, jobs.sequences(engine.hf.vocab_size), 1)
+        engine.prepare_training(OptimSettings(name="sgd", lr=0.0), 1)
+        chunk = engine.chunks[0]
+        watched = Watched(chunk.decoder.layers[LAYER], {_memory(each) for each in chunk.parameters()})
+        loss = engine.forward_backward([batch], SftObjective("sum"))
+        gradients = {name: each.main_grad.float().numpy().copy() for name, each in chunk.named_parameters()}
+        return {"loss": loss.loss, "tokens": len(batch.tokens_T), "kept": watched.kept, "gradients": gradients}
+
+
+def same(gradients: dict[str, np.ndarray], others: dict[str, np.ndarray], names: dict[str, str]) -> None:
+    """Asserts that gradients are the same to the last bit.
+
+    Args:
+        names: of `others`, those that are called otherwise.
+    """
+    assert {names.get(name, name) for name in others} == gradients.keys()
+    for name, value in others.items():
+        np.testing.assert_array_equal(gradients[names.get(name, name)], value, err_msg=name)
