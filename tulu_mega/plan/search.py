@@ -49,7 +49,7 @@ def layouts(question: Question) -> Iterator[ParallelSettings]:
     world = (question.gpus or given.model_parallel * (given.data or 1) + aside) - aside
     layers, groups = config["num_hidden_layers"], config.get("num_key_value_heads") or config["num_attention_heads"]
     matrices = matmul_parameters(config)
-    for tensor in (size for size in (1, 2, 4, 8) if size <= question.gpu.per_node and not groups % size and not world % size):
+    for tensor in (size for size in (1, 2, 4, 8) if size <= question.gpu.domain and not groups % size and not world % size):
         for context in (size for size in (1, 2, 4, 8) if not world % (tensor * size)):
             if context > 1 and question.workload.capacity / context < _SMALLEST_SHARE:
                 continue

@@ -24,6 +24,7 @@ _PARTS = {
     "tensor": "tensor parallel, exposed",
     "context": "context parallel, exposed",
     "pipeline": "pipeline transfers, exposed",
+    "host": "waiting for the host",
     "idle": "waiting",
     "data": "gradients and parameters, exposed",
     "optimizer": "optimizer",
@@ -206,7 +207,8 @@ def _remarks(result: Outlook) -> list[Text]:
     if servers is not None:
         lines.append(
             f"a server's GPU: {servers.weights / gib:.1f} GiB weights, {max(0.0, servers.cache) / gib:.1f} GiB for keys and "
-            f"values of {servers.tokens:,} tokens, {servers.sync / gib:.2f} GiB of buckets while weights arrive"
+            f"values of {servers.tokens:,} tokens, {servers.sync / gib:.1f} GiB of "
+            f"weights as they arrive, beside these"
         )
     if result.hours is not None:
         before = f" (the reference's scoring {_duration(result.once / 3600)} of it)" if result.once else ""

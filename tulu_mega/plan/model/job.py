@@ -13,6 +13,7 @@ from tulu_mega.config import ParallelSettings
 from tulu_mega.layout.flops import head_columns
 from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.stages import stage_layers
+from tulu_mega.plan.model.kernels import FUSED, Kernels
 from tulu_mega.plan.model.parameters import ITEMSIZE, Parameters, rank_parameters
 
 
@@ -38,10 +39,13 @@ class Job:
         gpu: of the trainer's ranks.
         packs: micro-batches of each data-parallel replica.
         dtype: of parameters and activations.
-        recompute: as `model.recompute`.
+        recompute: as `model.recompute`: "none", "selective" (the attention core), "full", or modules of a layer.
+        recompute_layers: whole layers that "full" computes again, the first of each chunk; all of them when unset.
+        kernels: that the layers run with.
         fp8: the layers' matrix products are FP8, the head's and attention are not.
         fp8_weights: the parameters themselves are.
         grad_bytes: bytes of an accumulated gradient.
+        moment_bytes: bytes of each of the optimizer's two moments.
         fsdp: weights and gradients are sharded over the replicas too, and gathered layer by layer.
         full_logits: the head makes all logits of a micro-batch at once and keeps them.
         entropy: whether the objective asks for entropies.
@@ -53,10 +57,13 @@ class Job:
     gpu: Gpu
     packs: tuple[tuple[Pack, ...], ...]
     dtype: Literal["bf16", "fp32"] = "bf16"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: str | tuple[str, ...] = "none"
+    recompute_layers: int | None = None
+    kernels: Kernels = FUSED
     fp8: bool = False
     fp8_weights: bool = False
     grad_bytes: int = 4
+    moment_bytes: int = 4
     fsdp: bool = False
     full_logits: bool = False
     entropy: bool = False
@@ -86,6 +93,25 @@ class Job:
     def itemsize(self) -> int:
         """Bytes of an activation."""
         return ITEMSIZE[self.dtype]
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Of a layer, what is computed again where it is not the whole of it."""
+        if isinstance(self.recompute, str):
+            return frozenset(("core_attn",) if self.recompute == "selective" else ())
+        return frozenset(self.recompute)
+
+    @cached_property
+    def whole(self) -> tuple[int, ...]:
+        """Layers of every virtual stage that are computed again whole."""
+        if self.recompute != "full":
+            return (0,) * len(self.layers)
+        return tuple(min(layers, self.recompute_layers or layers) for layers in self.layers)
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of a parameter's optimizer state: a float32 main one, where the parameter is not, and two moments."""
+        return (4 if self.dtype == "bf16" else 0) + 2 * self.moment_bytes
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
