@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -116,16 +116,25 @@ class Engine:
         """Whether attention is our own and each rank has all of a pack: then sequences in a pack may share prefixes."""
         return self.topology.context == 1 and attention_of(self.hf, self.settings, self.topology, self.platform) != "te"
 
-    def prepare_training(self, optim: OptimSettings, steps: int) -> None:
-        """Adds gradient buffers, optimizer and schedule. The weights are to be there already."""
+    def prepare_training(
+        self, optim: OptimSettings, steps: int, ddp: Mapping[str, Any] | None = None, optimizer: Mapping[str, Any] | None = None
+    ) -> None:
+        """Adds gradient buffers, optimizer and schedule. The weights are to be there already.
+
+        Args:
+            ddp, optimizer: further fields of megatron-core's configurations of these, the settings' tables of that name.
+
+        Raises:
+            UserError: when megatron-core refuses these.
+        """
         self.optim = optim
         for chunk in self.chunks:
             chunk.train()
         parallel = self.settings.parallel
         sharded = parallel.distributed_optimizer and optim.name == "adamw"  # SGD has no state to shard
-        self.ddp = wrap_for_training(self.chunks, parallel, sharded)
+        self.ddp = wrap_for_training(self.chunks, parallel, sharded, ddp or {})
         self.optimizer = build_optimizer(
-            optim, self.settings.model.dtype, self.ddp, sharded, gloo_groups=self.platform.backend == "nccl"
+            optim, self.settings.model.dtype, self.ddp, sharded, self.platform.backend == "nccl", optimizer or {}
         )
         self.schedule = Schedule(self.optimizer, optim, steps)
         config = self.chunks[0].config  # all chunks share it
