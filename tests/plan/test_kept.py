@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tulu_mega.config import EngineSettings, ParallelSettings
+from tulu_mega.config.recompute import Recomputed, recomputed
 from tulu_mega.layout.hardware import GPUS
 from tulu_mega.model.swiglu import Swiglu
 from tulu_mega.plan.model.calibration import RATES
@@ -21,6 +22,7 @@ from tulu_mega.plan.model.kernels import Kernels, kernels_of
 from tulu_mega.plan.model.memory import memory_by_rank
 from tulu_mega.plan.model.timing import train_step
 
+CORE, FULL = recomputed("selective", None), recomputed("full", None)
 ARCHITECTURES = Path(__file__).parents[2] / "examples/architectures"
 TOKENS, FFN = 8, 32
 
@@ -117,7 +119,7 @@ def test_recomputing_frees_what_the_module_keeps(model, tensor):
     size, share = plain.size, dict(h=plain.size.hidden / tensor, f=plain.size.ffn / tensor)
     freed = {}
     for modules in (("core_attn",), ("layernorm",), ("activation",), ("mlp",), ("layernorm", "activation")):
-        again = dataclasses.replace(plain, recompute=modules)
+        again = dataclasses.replace(plain, recompute=Recomputed(frozenset(modules)))
         left, everything, _ = token_bytes(again)
         assert everything == token_bytes(plain)[0]
         freed[modules] = everything - left
@@ -130,14 +132,14 @@ def test_recomputing_frees_what_the_module_keeps(model, tensor):
     assert freed[("activation",)] == 2 * share["f"]
     assert freed[("mlp",)] == 6 * share["f"] + normed
     assert freed[("layernorm", "activation")] == 2 * normed + 2 * share["f"]
-    assert dataclasses.replace(plain, recompute="selective").modules == {"core_attn"}
+    assert dataclasses.replace(plain, recompute=CORE).recompute.modules == {"core_attn"}
 
 
 def test_layers_recomputed_in_part_lie_between():
     """The first n of each chunk: their inputs stay, of the others everything."""
     parallel = ParallelSettings(pipeline=4, virtual_pipeline=2)
-    asked = {n: job(parallel=parallel, recompute="full", recompute_layers=n) for n in (1, 2, 3, 4)}
-    none, full = job(parallel=parallel), job(parallel=parallel, recompute="full")
+    asked = {n: job(parallel=parallel, recompute=Recomputed(layers=n)) for n in (1, 2, 3, 4)}
+    none, full = job(parallel=parallel), job(parallel=parallel, recompute=FULL)
     kept = [memory_by_rank(each)[0].activations for each in (none, *asked.values())]
     spent = [train_step(each, RATES).seconds for each in (none, *asked.values())]
     assert kept == sorted(kept, reverse=True) and spent == sorted(spent)
@@ -150,7 +152,7 @@ def test_outputs_that_are_not_given_back_are_counted():
     """405B as the recipe has it: 9 chunks and 14 stages in flight keep 2.4 GiB of what is already sent."""
     parallel = ParallelSettings(tensor=8, pipeline=14, virtual_pipeline=9)
     pack = Pack(5300, (530,) * 10, 3000)
-    asked = dataclasses.replace(job("llama3.1_405b", parallel), packs=((pack,) * 14,), recompute="full")
+    asked = dataclasses.replace(job("llama3.1_405b", parallel), packs=((pack,) * 14,), recompute=FULL)
     kept = memory_by_rank(dataclasses.replace(asked, kernels=Kernels(deallocate=False)))[0].outputs
     assert kept / 2**30 == pytest.approx(2.4, abs=0.2)
     assert memory_by_rank(asked)[0].outputs == 0

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tulu_mega.config import ParallelSettings
+from tulu_mega.config.recompute import recomputed
 from tulu_mega.errors import UserError
 from tulu_mega.layout.hardware import GPUS, gpu_named, link
 from tulu_mega.plan.model.calibration import CALIBRATION, HELD_OUT, HELD_OUT_BF16, OUTSIDE, RATES, fit, predicted
-from tulu_mega.plan.model.job import Job, Pack
+from tulu_mega.plan.model.job import NOTHING, Job, Pack
 from tulu_mega.plan.model.timing import score_seconds, train_step
 
+CORE, FULL = recomputed("selective", None), recomputed("full", None)
 ARCHITECTURES = Path(__file__).parents[2] / "examples/architectures"
 
 
@@ -80,7 +82,7 @@ LAYOUTS = st.builds(
 
 
 @settings(max_examples=25, deadline=None)
-@given(LAYOUTS, st.sampled_from([1, 2, 4]), st.sampled_from(["none", "selective", "full"]), st.booleans())
+@given(LAYOUTS, st.sampled_from([1, 2, 4]), st.sampled_from([NOTHING, CORE, FULL]), st.booleans())
 def test_parts_are_not_negative_and_the_model_is_never_faster_than_the_peak(parallel, data, recompute, fp8):
     asked = job(parallel, data, recompute=recompute, fp8=fp8)
     step = train_step(asked, RATES)
@@ -93,7 +95,7 @@ def test_parts_are_not_negative_and_the_model_is_never_faster_than_the_peak(para
 
 def test_what_costs_more_takes_longer():
     plain = train_step(job(ParallelSettings()), RATES)
-    assert train_step(job(ParallelSettings(), recompute="full"), RATES).seconds > plain.seconds
+    assert train_step(job(ParallelSettings(), recompute=FULL), RATES).seconds > plain.seconds
     assert train_step(job(ParallelSettings(), micro_batches=16), RATES).seconds > plain.seconds
     assert train_step(job(ParallelSettings(), fp8=True), RATES).seconds < plain.seconds
     assert train_step(dataclasses.replace(job(ParallelSettings()), gpu=GPUS["a100"]), RATES).seconds > plain.seconds

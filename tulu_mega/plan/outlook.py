@@ -134,10 +134,12 @@ class Question:
             self.gpu,
             packs,
             dtype=settings.model.dtype,
-            recompute=settings.model.recompute,
+            recompute=settings.model.recomputed,
             kernels=kernels_of(settings),
             fp8=settings.precision.recipe is not None,
             fp8_weights=settings.precision.fp8_param_gather,
+            grad_bytes=2 if settings.parallel.grad_dtype == "bf16" and settings.model.dtype == "bf16" else 4,
+            moment_bytes=0 if settings.optim.name == "sgd" else 2 if settings.optim.moments == "bf16" else 4,
             entropy=workload.entropy,
         )
 
@@ -297,7 +299,7 @@ def _unfit(result: Outlook) -> list[str]:
         parts = " and ".join(f"{name} {size / gib:.1f}" for name, size in most)
         found.append(
             f"pipeline rank {full.rank} needs {full.total / gib:.1f} GiB of a GPU's {room / gib:.1f} GiB, most of it {parts}; "
-            "raise tensor, pipeline or data parallelism, or set model.recompute = 'full'; --search looks for layouts that fit"
+            "raise tensor, pipeline or data parallelism, or recompute more (model.recompute); --search looks for what fits"
         )
     servers = result.servers
     if servers and servers.sync > servers.room:
@@ -321,7 +323,7 @@ def _doubts(result: Outlook) -> list[str]:
     if 0 <= left < _SPARE * result.job.gpu.memory:
         found.append(
             f"{left / 2**30:.1f} GiB are left of a GPU on pipeline rank {result.fullest.rank}, which a plan may be wrong by; "
-            "lower data.pack_length, or set model.recompute = 'full'"
+            "lower data.pack_length, or recompute more (model.recompute)"
         )
     parallel, gpu = question.settings.parallel, question.gpu
     if parallel.tensor > gpu.domain:
@@ -344,9 +346,7 @@ def _doubts(result: Outlook) -> list[str]:
     return found
 
 
-def with_layout(question: Question, parallel: ParallelSettings, recompute: str) -> Question:
-    """The same question under another layout."""
-    settings = question.settings.model_copy(
-        update={"parallel": parallel, "model": question.settings.model.model_copy(update={"recompute": recompute})}
-    )
-    return replace(question, settings=settings)
+def with_layout(question: Question, parallel: ParallelSettings, recompute: str | list[str]) -> Question:
+    """The same question under another layout, with something else recomputed."""
+    model = question.settings.model.model_copy(update={"recompute": recompute, "recompute_layers": None})
+    return replace(question, settings=question.settings.model_copy(update={"parallel": parallel, "model": model}))

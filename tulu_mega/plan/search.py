@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tulu_mega.bridge.families import family_for
 from tulu_mega.config import ParallelSettings
+from tulu_mega.config.megatron_fields import ACTIVATION
 from tulu_mega.errors import UserError
 from tulu_mega.layout.flops import matmul_parameters
 from tulu_mega.plan.outlook import Outlook, Question, outlook, with_layout
@@ -16,7 +18,7 @@ _SMALLEST_SHARE = 1024
 
 def search(question: Question) -> list[Outlook]:
     """Every layout that fits, fastest first: tensor parallelism within a node, pipelines that divide the GPUs, interleaved or
-    not, context parallelism where sequences are long; whole layers recomputed only where nothing fits without.
+    not, context parallelism where sequences are long; of each the least that has to be recomputed, whatever the file says of it.
 
     Micro-batches (`data.pack_length`), batch and everything else stay the file's. One sampled step decides.
 
@@ -24,22 +26,35 @@ def search(question: Question) -> list[Outlook]:
         UserError: no layout fits.
     """
     best: list[Outlook] = []
-    for recompute in dict.fromkeys((question.settings.model.recompute, "full")):
-        if best:
-            break
-        for parallel in layouts(question):
+    for parallel in layouts(question):
+        for recompute in _recomputing(question):
             try:
                 found = outlook(with_layout(question, parallel, recompute), sampled=1)
             except UserError:  # does not divide, or micro-batches do not come out
-                continue
+                break
             if found.fits:
                 best.append(found)
+                break
     if not best:
         raise UserError(
             f"no layout of {question.gpus} {question.gpu.name} GPUs fits, even with model.recompute = 'full'; "
             "give more --gpus, or lower data.pack_length"
         )
     return sorted(best, key=lambda each: each.seconds)
+
+
+def _recomputing(question: Question) -> list[str | list[str]]:
+    """What may be recomputed, in the order of what it costs; what frees nothing here, or is refused, is left out."""
+    settings = question.settings
+    own = not ACTIVATION & settings.megatron.keys() and settings.precision.recipe != "delayed"
+    norms = own and family_for(question.config).needs(question.config).norms != "after"
+    return [
+        "none",
+        *([["activation"]] if own else []),
+        *([["layernorm", "activation"]] if norms else []),
+        ["mlp"],
+        "full",
+    ]
 
 
 def layouts(question: Question) -> Iterator[ParallelSettings]:

@@ -126,18 +126,18 @@ def layer_cost(job: Job, pack: Pack, rates: Rates) -> LayerCost:
     )
     size, own = job.size, job.parallel.tensor if job.sequence else 1
     again, started, item = Cost(), 0.0, job.itemsize
-    if "core_attn" in job.modules:
+    if "core_attn" in job.recompute.modules:
         again, started = again + Cost(attention=forward.attention, context=forward.context), started + rates.launch
-    if "layernorm" in job.modules:
+    if "layernorm" in job.recompute.modules:
         again += Cost(elementwise=4 * item * size.hidden / own * tokens / memory)
         started += 2 * rates.launch
-    if "mlp" in job.modules:
+    if "mlp" in job.recompute.modules:
         columns = 3 * size.ffn / job.parallel.tensor
         share = 2 * tokens * columns * size.hidden / product
         moved = item * (3 * size.ffn / job.parallel.tensor + 2 * size.hidden / own)
         again += Cost(forward.products * share, elementwise=moved * tokens / memory, tensor=forward.tensor / 2)
         started += 5 * rates.launch + 2 * rates.module
-    elif "activation" in job.modules:
+    elif "activation" in job.recompute.modules:
         again += Cost(elementwise=item * 3 * size.ffn / job.parallel.tensor * tokens / memory)
         started += rates.launch
     return LayerCost(forward, backward, again, (*_launches(job, rates), started))

@@ -10,11 +10,14 @@ from typing import Any, Literal
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.rules import LayerNeeds
 from tulu_mega.config import ParallelSettings
+from tulu_mega.config.recompute import Recomputed
 from tulu_mega.layout.flops import head_columns
 from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.stages import stage_layers
 from tulu_mega.plan.model.kernels import FUSED, Kernels
 from tulu_mega.plan.model.parameters import ITEMSIZE, Parameters, rank_parameters
+
+NOTHING = Recomputed()
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,7 @@ class Job:
         gpu: of the trainer's ranks.
         packs: micro-batches of each data-parallel replica.
         dtype: of parameters and activations.
-        recompute: as `model.recompute`: "none", "selective" (the attention core), "full", or modules of a layer.
-        recompute_layers: whole layers that "full" computes again, the first of each chunk; all of them when unset.
+        recompute: what is computed again backward.
         kernels: that the layers run with.
         fp8: the layers' matrix products are FP8, the head's and attention are not.
         fp8_weights: the parameters themselves are.
@@ -57,8 +59,7 @@ class Job:
     gpu: Gpu
     packs: tuple[tuple[Pack, ...], ...]
     dtype: Literal["bf16", "fp32"] = "bf16"
-    recompute: str | tuple[str, ...] = "none"
-    recompute_layers: int | None = None
+    recompute: Recomputed = NOTHING
     kernels: Kernels = FUSED
     fp8: bool = False
     fp8_weights: bool = False
@@ -94,24 +95,16 @@ class Job:
         """Bytes of an activation."""
         return ITEMSIZE[self.dtype]
 
-    @property
-    def modules(self) -> frozenset[str]:
-        """Of a layer, what is computed again where it is not the whole of it."""
-        if isinstance(self.recompute, str):
-            return frozenset(("core_attn",) if self.recompute == "selective" else ())
-        return frozenset(self.recompute)
-
     @cached_property
     def whole(self) -> tuple[int, ...]:
         """Layers of every virtual stage that are computed again whole."""
-        if self.recompute != "full":
-            return (0,) * len(self.layers)
-        return tuple(min(layers, self.recompute_layers or layers) for layers in self.layers)
+        most = self.recompute.layers
+        return tuple(layers if most is None else min(layers, most) for layers in self.layers)
 
     @property
     def state_bytes(self) -> float:
         """Bytes of a parameter's optimizer state: a float32 main one, where the parameter is not, and two moments."""
-        return (4 if self.dtype == "bf16" else 0) + 2 * self.moment_bytes
+        return 4 * (self.dtype == "bf16") + 2 * self.moment_bytes
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

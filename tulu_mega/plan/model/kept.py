@@ -50,7 +50,7 @@ def layer_kept(job: Job) -> tuple[Kept, ...]:
             Kept("feed-forward's result before its norm", "b h / s", b * h / s),
         ]
     else:
-        apart = not kernels.transformer_engine or "layernorm" in job.modules
+        apart = not kernels.transformer_engine or "layernorm" in job.recompute.modules
         kept = [
             Kept("layer's input", "b h / s", b * h / s),
             Kept("normed input of attention", "c h / s", c * h / s, "layernorm"),
@@ -95,5 +95,5 @@ def token_bytes(job: Job) -> tuple[float, float, float]:
     which nothing is; which is computed again whole, its input."""
     kept, own = layer_kept(job), job.parallel.tensor if job.sequence else 1
     everything = sum(each.bytes for each in kept)
-    left = sum(each.bytes for each in kept if not job.modules & set(each.module.split()))
+    left = sum(each.bytes for each in kept if not job.recompute.modules & set(each.module.split()))
     return tuple(each / job.parallel.context for each in (left, everything, job.itemsize * job.size.hidden / own))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tulu_mega.config import EngineSettings
-
-_OTHER_ACTIVATION = frozenset({"activation_func_clamp_value", "glu_linear_offset", "activation_func_fp8_input_store"})
-"""Of the `[megatron]` table: where one is set, the activation is megatron-core's own."""
+from tulu_mega.config.megatron_fields import ACTIVATION
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def kernels_of(settings: EngineSettings) -> Kernels:
     return Kernels(
         transformer_engine=not local,
         own_attention=local or settings.model.attention not in ("auto", "te"),
-        activation=bool(table.get("bias_activation_fusion", not _OTHER_ACTIVATION & table.keys())),
+        activation=bool(table.get("bias_activation_fusion", not ACTIVATION & table.keys())),
         rope=bool(table.get("apply_rope_fusion", not local)),
         weight_gradients=bool(table.get("gradient_accumulation_fusion", True)),
         deallocate=bool(table.get("deallocate_pipeline_outputs", True)),
