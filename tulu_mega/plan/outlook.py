@@ -214,6 +214,11 @@ class Outlook:
         )
 
     @property
+    def roomy(self) -> bool:
+        """Whether enough is left of every GPU for a plan to be wrong by."""
+        return self.job.gpu.memory - self.fullest.total >= _SPARE * self.job.gpu.memory
+
+    @property
     def hours(self) -> float | None:
         """Of the whole stage, without saves, evaluations and start."""
         steps = self.question.steps
@@ -320,7 +325,7 @@ def _unfit(result: Outlook) -> list[str]:
 def _doubts(result: Outlook) -> list[str]:
     question, found = result.question, []
     left = result.job.gpu.memory - result.fullest.total
-    if 0 <= left < _SPARE * result.job.gpu.memory:
+    if left >= 0 and not result.roomy:
         found.append(
             f"{left / 2**30:.1f} GiB are left of a GPU on pipeline rank {result.fullest.rank}, which a plan may be wrong by; "
             "lower data.pack_length, or recompute more (model.recompute)"
@@ -346,7 +351,7 @@ def _doubts(result: Outlook) -> list[str]:
     return found
 
 
-def with_layout(question: Question, parallel: ParallelSettings, recompute: str | list[str]) -> Question:
+def with_layout(question: Question, parallel: ParallelSettings, recompute: str | list[str], layers: int | None) -> Question:
     """The same question under another layout, with something else recomputed."""
-    model = question.settings.model.model_copy(update={"recompute": recompute, "recompute_layers": None})
+    model = question.settings.model.model_copy(update={"recompute": recompute, "recompute_layers": layers})
     return replace(question, settings=question.settings.model_copy(update={"parallel": parallel, "model": model}))

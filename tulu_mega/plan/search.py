@@ -12,6 +12,9 @@ from tulu_mega.layout.flops import matmul_parameters
 from tulu_mega.plan.outlook import Outlook, Question, outlook, with_layout
 
 _CHUNKS = (1, 2, 3, 4, 5, 8)
+_MOST = 16
+_PARTS = 8
+"""Numbers of whole layers that are tried."""
 _SMALLEST_SHARE = 1024
 """Tokens of a micro-batch below which a context-parallel rank's share is not worth looking at."""
 
@@ -25,16 +28,7 @@ def search(question: Question) -> list[Outlook]:
     Raises:
         UserError: no layout fits.
     """
-    best: list[Outlook] = []
-    for parallel in layouts(question):
-        for recompute in _recomputing(question):
-            try:
-                found = outlook(with_layout(question, parallel, recompute), sampled=1)
-            except UserError:  # does not divide, or micro-batches do not come out
-                break
-            if found.fits:
-                best.append(found)
-                break
+    best = [found for parallel in layouts(question) if (found := _leanest(question, parallel))]
     if not best:
         raise UserError(
             f"no layout of {question.gpus} {question.gpu.name} GPUs fits, even with model.recompute = 'full'; "
@@ -43,18 +37,35 @@ def search(question: Question) -> list[Outlook]:
     return sorted(best, key=lambda each: each.seconds)
 
 
-def _recomputing(question: Question) -> list[str | list[str]]:
-    """What may be recomputed, in the order of what it costs; what frees nothing here, or is refused, is left out."""
+def _leanest(question: Question, parallel: ParallelSettings) -> Outlook | None:
+    """The fastest of the least that has to be recomputed under a layout for some memory to be left; where none of it is enough
+    for that, what fits just so, or None.
+    """
+    tight = None
+    for alike in _recomputing(question, parallel):
+        try:
+            found = [outlook(with_layout(question, parallel, *each), sampled=1) for each in alike]
+        except UserError:  # does not divide, or micro-batches do not come out
+            return None
+        if roomy := [each for each in found if each.fits and each.roomy]:
+            return min(roomy, key=lambda each: each.seconds)
+        tight = next((each for each in reversed(found) if each.fits), tight)
+    return tight
+
+
+def _recomputing(question: Question, parallel: ParallelSettings) -> Iterator[list[tuple[str | list[str], int | None]]]:
+    """What may be recomputed, and whole layers of each chunk: what costs little before what costs much, of which there are
+    several. What frees nothing here, or is refused, is left out."""
     settings = question.settings
     own = not ACTIVATION & settings.megatron.keys() and settings.precision.recipe != "delayed"
-    norms = own and family_for(question.config).needs(question.config).norms != "after"
-    return [
-        "none",
-        *([["activation"]] if own else []),
-        *([["layernorm", "activation"]] if norms else []),
-        ["mlp"],
-        "full",
-    ]
+    yield [("none", None)]
+    if own:
+        yield [(["activation"], None)]
+        if family_for(question.config).needs(question.config).norms != "after":
+            yield [(["layernorm", "activation"], None)]
+    longest = -(-question.config["num_hidden_layers"] // (parallel.pipeline * parallel.virtual_pipeline))
+    some = range(1, longest, -(-longest // _PARTS))
+    yield [(["mlp"], None), *(("full", layers) for layers in some), ("full", None)]
 
 
 def layouts(question: Question) -> Iterator[ParallelSettings]:
@@ -71,7 +82,8 @@ def layouts(question: Question) -> Iterator[ParallelSettings]:
             for pipeline in range(1, min(layers, world // (tensor * context)) + 1):
                 if world % (tensor * context * pipeline):
                     continue
-                for chunks in _CHUNKS if pipeline > 1 else (1,):
+                own = layers // pipeline if not layers % pipeline and layers // pipeline <= _MOST else 1  # chunks of a layer each
+                for chunks in sorted({*_CHUNKS, own}) if pipeline > 1 else (1,):
                     if pipeline * chunks > layers:
                         continue
                     shares = world // (tensor * pipeline)
