@@ -250,7 +250,8 @@ class Engine:
                 outputs.append(out)
                 if seen is not None:
                     shares.append((output[0] if isinstance(output, tuple) else output)[0].detach())
-                return out.loss_sum.float(), _scalar(out.count, torch.int32, self.platform.device), {}
+                # a copy: a pipeline's schedule gives back the memory of what it is handed
+                return out.loss_sum.float().clone(), _scalar(out.count, torch.int32, self.platform.device), {}
 
             return self._forward(model, batch), loss
 
