@@ -21,7 +21,7 @@ def test_moments_were_float32(tmp_path, moments, refused):
     (tmp_path / "config.json").write_text(json.dumps(written))
     now = SftSettings.model_validate({**values, "optim": {"moments": moments}})
     if refused:
-        with pytest.raises(UserError, match="optim.moments was None, is 'bf16'"):
+        with pytest.raises(UserError, match=r"optim\.moments was None, is 'bf16'"):
             same_run(now)
     else:
         same_run(now)
