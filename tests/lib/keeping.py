@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.lib import jobs
+from tests.lib import jobs, world
+from tests.lib.layouts import size
 from tulu_mega.config import OptimSettings
 from tulu_mega.objectives.sft import SftObjective
 
@@ -65,12 +66,20 @@ class Watched:
         return result
 
 
-def of_a_layer(directory: str, layout: dict[str, Any], dtype: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each case a step's loss and gradients, and what a layer kept for it.
+def of_a_layer(directory: str, layout: dict[str, Any], dtype: str, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Of each case, by rank, a step's loss and gradients, and what a layer kept for it.
 
     Args:
         cases: arguments of `jobs.session`.
     """
+    ranks = size(layout)
+    if ranks == 1:  # of several ranks the groups cannot be made anew in one process
+        (alone,) = world.run(1, _all_of, directory, layout, dtype, cases)
+        return [[each] for each in alone]
+    return [world.run(ranks, _of_a_layer, directory, layout, dtype, case) for case in cases]
+
+
+def _all_of(directory: str, layout: dict[str, Any], dtype: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [_of_a_layer(directory, layout, dtype, case) for case in cases]
 
 

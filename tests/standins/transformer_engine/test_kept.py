@@ -76,8 +76,8 @@ def model(tmp_path_factory):
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_layer_keeps_what_is_planned_and_recomputation_changes_no_gradient(model, name, layout, cases):
-    directory, ranks = model(name), layout.get("tensor", 1)
-    found = world.run(ranks, keeping.of_a_layer, directory, layout, "bf16", cases)[0]
+    directory = model(name)
+    found = [ranks[0] for ranks in keeping.of_a_layer(directory, layout, "bf16", cases)]
     wrong = {}
     for case, seen in zip(cases, found, strict=True):
         kept, wanted = sum(size for _, size in seen["kept"]), planned(directory, layout, "bf16", case, seen["tokens"])
@@ -116,7 +116,7 @@ there."""
 
 
 def test_each_tensor_has_its_line_in_the_source(model):
-    (seen,) = world.run(1, keeping.of_a_layer, model("Llama"), {}, "bf16", [NONE])[0]
+    ((seen,),) = keeping.of_a_layer(model("Llama"), {}, "bf16", [NONE])
     extents = dict(h=64, q=64, k=32, f=96, n=4)  # as `models.make_model` has them
     listed = Counter((module, size(**extents)) for module, _, size, _ in LINES)
     assert listed == Counter((module, size / seen["tokens"]) for module, size in seen["kept"])
