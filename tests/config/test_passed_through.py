@@ -46,6 +46,7 @@ def test_all_problems_come_at_once_with_the_nearest_name():
     assert "pad_buckets_for_high_nccl_busbandwidth is not a field of megatron-core's DistributedDataParallelConfig; did you mean "
     assert "'pad_buckets_for_high_nccl_busbw'" in problems and "bucket_size is decided by parallel.bucket_size" in problems
     assert "nccl_ub = 'yes': megatron-core wants bool" in problems and "losses are sums" in problems
+    assert "(overlap_grad_reduce is decided by parallel.overlap_grad_reduce)" in told(DDP, overlap_grad_reduces=True)
     assert "it means something only with tp_comm_overlap" in told(MEGATRON, tp_comm_bulk_wgrad=False)
     assert "did you mean 'tp_comm_bulk_wgrad'" in told(MEGATRON, tp_com_bulk_wgrad=False)
 
@@ -62,10 +63,11 @@ SFT = {"run_dir": "run", "data": {"train": "rows.jsonl"}}
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"model": {"recompute": "layernorms"}}, "model.recompute"),
+        ({"model": {"recompute": "layernorms"}}, "layernorms; did you mean 'layernorm'?; expected 'none', 'selective', 'full'"),
+        ({"model": {"recompute": 3}}, "3: expected 'none', 'selective', 'full', or a list of some of core_attn, layernorm"),
         ({"model": {"recompute": ["mlp", "activation"]}}, "'mlp' computes the activation again too; leave 'activation' out"),
-        ({"model": {"recompute": ["mlp", "mlp"]}}, "mlp more than once: expected some of core_attn, layernorm"),
-        ({"model": {"recompute": []}}, "an empty list: expected some of core_attn, layernorm"),
+        ({"model": {"recompute": ["mlp", "mlp"]}}, "mlp more than once: expected 'none'"),
+        ({"model": {"recompute": []}}, "an empty list: expected 'none'"),
         ({"model": {"recompute": "mlp", "recompute_layers": 2}}, "recompute_layers = 2 needs recompute = 'full', got ['mlp']"),
         ({"model": {"recompute": "activation"}, "megatron": {"bias_activation_fusion": True}}, "bias_activation_fusion takes"),
         ({"model": {"recompute": "layernorm"}, "precision": {"fp8": "delayed"}}, "layernorm does not go with precision.fp8"),
@@ -73,6 +75,10 @@ SFT = {"run_dir": "run", "data": {"train": "rows.jsonl"}}
         ({"optim": {"moments": "bf16", "name": "sgd"}}, "optim.moments = 'bf16' needs optim.name = 'adamw', got 'sgd'"),
         ({"optim": {"moments": "bf16"}, "parallel": {"distributed_optimizer": False}}, "parallel.distributed_optimizer"),
         ({"ddp": {"overlap_grad_reduce": True}}, "overlap_grad_reduce is decided by parallel.overlap_grad_reduce"),
+        ({"optimizer": {"use_precision_aware_optimizer": True}, "optim": {"moments": "bf16"}}, "leave either out"),
+        ({"optimizer": {"exp_avg_dtype": "bf16"}}, "exp_avg_dtype: only with use_precision_aware_optimizer = true"),
+        ({"optimizer": {"exp_avg_sq_dtype": "fp8"}}, "exp_avg_sq_dtype = 'fp8': expected 'fp32' or 'bf16'"),
+        ({"optimizer": {"main_grads_dtype": "bf16"}}, "main_grads_dtype is decided by parallel.grad_dtype"),
         ({"optimizer": {"adam_eps": 1e-9}}, "adam_eps is decided by optim.eps"),
         ({"megatron": {"use_te_activation_func": True}}, "use_te_activation_func = True cannot work here: in that place"),
         ({"megatron": {"tp_comm_overlap": True}}, "tp_comm_overlap = True cannot work here: Transformer Engine would look for"),

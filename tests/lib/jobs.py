@@ -195,11 +195,12 @@ def series(
     precision: dict[str, Any] | None = None,
     form: Format = "reshardable",
     moments: str = "fp32",
+    optimizer: dict[str, Any] | None = None,
 ) -> list[tuple[float, float]]:
     """Losses and norms of steps `first` to `last` of one run; goes on from a checkpoint in the folder and leaves one there."""
     with session(directory, layout, dtype, precision=precision) as made:
         engine = made.engine
-        engine.prepare_training(OptimSettings(**_ADAMW, moments=moments), RUN)
+        engine.prepare_training(OptimSettings(**_ADAMW, moments=moments), RUN, None, optimizer)
         if layout.get("overlap_grad_reduce"):
             assert all(ddp.ddp_config.overlap_grad_reduce for ddp in engine.ddp)
             assert all(ddp.use_forward_hook == layout["overlap_param_gather"] for ddp in engine.ddp)

@@ -46,7 +46,8 @@ class Watched:
         self._inside.pop()
 
     def _give(self, tensor: Tensor) -> Tensor:
-        self._given.append((self._inside[-1], tensor))
+        if type(tensor) in (Tensor, torch.nn.Parameter):  # of a quantized one its parts are given as well
+            self._given.append((self._inside[-1], tensor))
         return tensor
 
     def forward(self, *args, **kwargs):
