@@ -62,7 +62,7 @@ _SCALE = "losses of bf16 and float32 are not scaled"
 _MUON = "optim.name has no muon"
 _MAIN = "checkpoints have main parameters in float32"
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "main_params_dtype": ("fp32", _MAIN),
+    "main_params_dtype": (None, _MAIN),
     "store_param_remainders": (False, _MAIN),
     "optimizer_cpu_offload": (False, "a checkpoint would not have what is on the host"),
     "loss_scale": (None, _SCALE),
