@@ -71,7 +71,7 @@ def layer_kept(job: Job) -> tuple[Kept, ...]:
         case "projection":  # our own norm, in float32: the operands of both of its products
             kept += [
                 Kept("queries and keys before and within their norms", "8 (q + k) / t", 8 * (q + k) / t),
-                Kept("statistics of their norms", "16", 16),
+                Kept("statistics of their norms", "8", 8),
             ]
     if not kernels.rope:
         kept += [Kept("cosines and sines for queries and keys", "4 b d", 4 * b * d)]
@@ -86,8 +86,6 @@ def layer_kept(job: Job) -> tuple[Kept, ...]:
         Kept("attention's softmax", "4 n / t", 4 * n / t, "core_attn"),
         Kept("gate and up", "2 b f / t", 2 * b * f / t, "mlp"),
     ]
-    if job.fp8:
-        kept += [Kept("attention's result in FP8", "c q / t", c * q / t)]
     if not kernels.activation:
         kept += [Kept("gate's activation, and up once more", "2 b f / t", 2 * b * f / t, "activation mlp")]
     return (*kept, Kept("their product", "c f / t", c * f / t, "activation mlp"))
