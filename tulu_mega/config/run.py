@@ -134,8 +134,8 @@ class RunSettings(EngineSettings):
             )
         if theirs and self.checkpoint.format == "same_layout":  # megatron-core's form of it stumbles over marks of padding
             raise ValueError(
-                "checkpoint.format = 'same_layout' does not go with [optimizer] use_precision_aware_optimizer, whose state could not "
-                "be read again; choose 'reshardable'"
+                "checkpoint.format = 'same_layout' does not go with [optimizer] use_precision_aware_optimizer, whose state "
+                "could not be read again; choose 'reshardable'"
             )
         if not theirs and (given := [name for name in MOMENTS if name in self.optimizer]):
             raise ValueError(

@@ -16,9 +16,9 @@ cosines and sines for each of queries and keys. What two functions save is one t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from tulu_mega.plan.model.job import NOTHING, Job
+from tulu_mega.plan.model.job import Job
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,6 @@ def token_bytes(job: Job) -> tuple[float, float, float]:
     """Bytes of a token that a layer keeps over context parallelism: of which modules are computed again as the job says; of
     which nothing is; which is computed again whole, its input."""
     kept, own = layer_kept(job), job.parallel.tensor if job.sequence else 1
-    everything = sum(each.bytes for each in layer_kept(replace(job, recompute=NOTHING)))
+    everything = sum(each.bytes for each in kept)
     left = sum(each.bytes for each in kept if not job.recompute.modules & set(each.module.split()))
     return tuple(each / job.parallel.context for each in (left, everything, job.itemsize * job.size.hidden / own))
