@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tulu_mega
 from tulu_mega.config import DpoSettings, GenerateSettings, RmSettings, ScoreSettings, SftSettings, describe, load
-from tulu_mega.config.megatron_fields import megatron_fields
+from tulu_mega.config.megatron_fields import MEGATRON
 from tulu_mega.config.preference import PREFERENCE_LOSSES
 from tulu_mega.errors import UserError, nearest
 
@@ -115,7 +115,7 @@ def test_an_optimizer_that_divides_by_0_is_refused(file, flags, start):
 
 
 def test_a_misspelt_megatron_field(file):
-    if not megatron_fields():
+    if not MEGATRON.fields():
         pytest.skip("megatron-core is not installed")
     (told,) = problems("--megatron.attention_dropuot", "0.1", file=file)
     assert "attention_dropuot is not a field of megatron-core's TransformerConfig; did you mean 'attention_dropout'?" in told

@@ -1,16 +1,11 @@
-"""Which fields the `[megatron]` table may set, read from megatron-core's source without importing it (or torch)."""
+"""Which fields of megatron-core's TransformerConfig the `[megatron]` table may set."""
 
 from __future__ import annotations
 
-import ast
-import functools
-import importlib.util
-from pathlib import Path
 from typing import Any
 
-from tulu_mega.errors import nearest
+from tulu_mega.config.passed_through import PassedThrough
 
-# Fields our own settings decide; setting them twice could only contradict.
 OWNED = {
     "tensor_model_parallel_size": "parallel.tensor",
     "pipeline_model_parallel_size": "parallel.pipeline",
@@ -26,6 +21,9 @@ OWNED = {
     "overlap_p2p_comm": "parallel.virtual_pipeline",
     "batch_p2p_comm": "parallel.virtual_pipeline",
     "recompute_granularity": "model.recompute",
+    "recompute_modules": "model.recompute",
+    "recompute_method": "model.recompute_layers",
+    "recompute_num_layers": "model.recompute_layers",
     "params_dtype": "model.dtype",
     "pipeline_dtype": "model.dtype",
     "bf16": "model.dtype",
@@ -50,58 +48,34 @@ _FROM_HF = (
 ).split()
 OWNED.update(dict.fromkeys(_FROM_HF, "the model's config.json"))
 
-_SCALARS = {"int": int, "float": (int, float), "bool": bool, "str": str}
+ACTIVATION = {
+    "bias_activation_fusion", "activation_func_clamp_value", "glu_linear_offset", "activation_func_fp8_input_store",
+}  # fmt: skip
+"""Where one of these fields is set, megatron-core's own activation runs in the place of our SwiGLU."""
+_CUDA_GRAPHS = "packs are of other lengths at each step, and a CUDA graph is of one"
+REFUSED: dict[str, tuple[Any, str]] = {
+    "use_te_activation_func": (None, "in that place feed-forwards have a fused SwiGLU of our own, whatever the layers are; for "
+                               "megatron-core's own set bias_activation_fusion = true"),
+    "tp_comm_overlap": (False, "Transformer Engine would look for user buffers of one fixed number of rows, which nobody makes: "
+                        "packs are of other lengths at each step"),
+    "enable_cuda_graph": (False, _CUDA_GRAPHS),
+    "external_cuda_graph": (False, _CUDA_GRAPHS),
+    "cuda_graph_impl": ("none", _CUDA_GRAPHS),
+    "cuda_graph_scope": (None, _CUDA_GRAPHS),
+    "variable_seq_lengths": (True, "packs are of other lengths at each step"),
+    "use_ring_exchange_p2p": (False, "torch as it is released has no ring_exchange"),
+    "defer_embedding_wgrad_compute": (False, "the head's gradient comes from our own log-prob step, chunk by chunk"),
+    "perform_initialization": (True, "megatron-core would leave out the marks of sharded parameters; nothing is initialised"),
+}  # fmt: skip
+"""Fields with which a run could not work, the value with which it can (None: with none), and why."""
+_REFUSED_WITH = {"tp_comm_": "tp_comm_overlap"}
+"""Beginnings of names that mean something only with a field of `REFUSED`."""
 
-
-@functools.cache
-def megatron_fields() -> dict[str, str]:
-    """Name -> annotation of every TransformerConfig field of the installed megatron-core; empty when it is not installed."""
-    package = importlib.util.find_spec("megatron")  # a namespace package: finding it imports nothing
-    fields: dict[str, str] = {}
-    for root in (package.submodule_search_locations or []) if package else []:
-        for name in ("core/model_parallel_config.py", "core/transformer/transformer_config.py"):
-            source = Path(root, name)
-            if not source.is_file():
-                continue
-            for node in ast.parse(source.read_text()).body:
-                if isinstance(node, ast.ClassDef) and node.name in ("ModelParallelConfig", "TransformerConfig"):
-                    for item in node.body:
-                        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                            fields[item.target.id] = ast.unparse(item.annotation)
-    return fields
-
-
-def _accepts(annotation: str, value: Any) -> bool:
-    """Whether a TOML value can be of the annotated type. Types TOML cannot write (callables, enums) refuse everything."""
-    parts = [part.strip() for part in annotation.replace("Optional[", "").rstrip("]").split("|")]
-    known = [part for part in parts if part in _SCALARS or part.startswith(("List", "list", "Literal", "Union"))]
-    for part in known:
-        if part.startswith(("List", "list")):
-            if isinstance(value, list):
-                return True
-        elif part not in _SCALARS:  # Literal and Union: megatron-core's own checks see to the rest
-            return isinstance(value, (int, float, str, bool, list))
-        elif isinstance(value, bool) == (part == "bool") and isinstance(value, _SCALARS[part]):
-            return True
-    return False
-
-
-def check_megatron_table(table: dict[str, Any]) -> None:
-    """Refuses fields that do not exist, that our settings own, or whose value has another type.
-
-    Raises:
-        ValueError: with every problem of the table.
-    """
-    known = megatron_fields() if table else {}  # parsing takes most of a second
-    problems = []
-    for name, value in table.items():
-        if name in OWNED:
-            problems.append(f"{name} is decided by {OWNED[name]}; set it there")
-        elif known and name not in known:
-            problems.append(
-                f"{name} is not a field of megatron-core's TransformerConfig{nearest(name, known.keys() - OWNED.keys())}"
-            )
-        elif known and not _accepts(known[name], value):
-            problems.append(f"{name} = {value!r}: megatron-core wants {known[name]}")
-    if problems:
-        raise ValueError("; ".join(problems))
+MEGATRON = PassedThrough(
+    "megatron",
+    "TransformerConfig",
+    {"core/model_parallel_config.py": "ModelParallelConfig", "core/transformer/transformer_config.py": "TransformerConfig"},
+    OWNED,
+    REFUSED,
+    _REFUSED_WITH,
+)

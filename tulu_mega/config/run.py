@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tulu_mega.config.effects import Effect
-from tulu_mega.config.megatron_fields import check_megatron_table
+from tulu_mega.config.megatron_fields import ACTIVATION, MEGATRON
 from tulu_mega.config.precision import PrecisionSettings
 from tulu_mega.config.sections import (
     CheckpointSettings,
@@ -22,6 +22,7 @@ from tulu_mega.config.sections import (
     WandbSettings,
     WatchdogSettings,
 )
+from tulu_mega.config.training_fields import DDP, MOMENTS, OPTIMIZER
 
 
 class EngineSettings(Section):
@@ -37,8 +38,29 @@ class EngineSettings(Section):
     @field_validator("megatron")
     @classmethod
     def _known_fields(cls, table: dict[str, Any]) -> dict[str, Any]:
-        check_megatron_table(table)
+        MEGATRON.check(table)
         return table
+
+    @model_validator(mode="after")
+    def _what_is_recomputed_can_be(self) -> EngineSettings:
+        modules = self.model.recomputed.modules
+        if "activation" in modules and (others := sorted(ACTIVATION & self.megatron.keys())):
+            raise ValueError(
+                f"model.recompute = 'activation' computes our own SwiGLU again, but [megatron] {', '.join(others)} takes "
+                "megatron-core's; leave either out"
+            )
+        if self.precision.recipe == "delayed" and (several := sorted(modules & {"activation", "layernorm"})):
+            raise ValueError(
+                f"model.recompute = {', '.join(several)} does not go with precision.fp8 = 'delayed', whose scales would be taken "
+                "twice; choose 'tensorwise' or 'blockwise', or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_are_not_coarser_than_asked(self) -> EngineSettings:
+        if self.parallel.grad_dtype == "bf16" and self.model.dtype != "bf16":
+            raise ValueError(f"parallel.grad_dtype = 'bf16' needs model.dtype = 'bf16', got {self.model.dtype!r}; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _fp8_has_its_layers(self) -> EngineSettings:
@@ -74,13 +96,52 @@ class RunSettings(EngineSettings):
     the same setting is accepted by the name that its refusal prints."""
     seed: int = 123
     optim: OptimSettings = OptimSettings()
+    ddp: Annotated[dict[str, Any], Effect.NONE] = {}
+    """Fields of megatron-core's DistributedDataParallelConfig that no setting of ours names."""
+    optimizer: dict[str, Any] = {}
+    """Fields of megatron-core's OptimizerConfig that no setting of ours names."""
     checkpoint: Annotated[CheckpointSettings, Effect.NONE] = CheckpointSettings()
     wandb: Annotated[WandbSettings, Effect.NONE] = WandbSettings()
+
+    @field_validator("ddp", "optimizer")
+    @classmethod
+    def _known_fields_of_training(cls, table: dict[str, Any], which: ValidationInfo) -> dict[str, Any]:
+        (DDP if which.field_name == "ddp" else OPTIMIZER).check(table)
+        return table
 
     @model_validator(mode="after")
     def _fp8_has_its_optimizer(self) -> RunSettings:
         if self.precision.fp8_param_gather and self.optim.name != "adamw":
             raise ValueError(f"precision.fp8_param_gather needs optim.name = 'adamw', got {self.optim.name!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_are_there_and_shared_out(self) -> RunSettings:
+        if self.optim.moments == "bf16" and not (self.parallel.distributed_optimizer and self.optim.name == "adamw"):
+            raise ValueError(
+                f"optim.moments = 'bf16' needs optim.name = 'adamw', got {self.optim.name!r}, and "
+                "parallel.distributed_optimizer; set them, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _moments_have_one_optimizer(self) -> RunSettings:
+        theirs = self.optimizer.get("use_precision_aware_optimizer", False)
+        if theirs and self.optim.moments == "bf16":
+            raise ValueError(
+                "optim.moments = 'bf16' is our own AdamW, [optimizer] use_precision_aware_optimizer Transformer Engine's; leave "
+                "either out"
+            )
+        if theirs and self.checkpoint.format == "same_layout":  # megatron-core's form of it stumbles over marks of padding
+            raise ValueError(
+                "checkpoint.format = 'same_layout' does not go with [optimizer] use_precision_aware_optimizer, whose state "
+                "could not be read again; choose 'reshardable'"
+            )
+        if not theirs and (given := [name for name in MOMENTS if name in self.optimizer]):
+            raise ValueError(
+                f"[optimizer] {', '.join(given)}: only with use_precision_aware_optimizer = true; set it, or optim.moments "
+                "in their place"
+            )
         return self
 
 

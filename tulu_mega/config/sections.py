@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from tulu_mega.config.effects import Effect
+from tulu_mega.config.recompute import Recompute, Recomputed, recomputed
 from tulu_mega.errors import UserError
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -67,10 +68,23 @@ class ModelSettings(Section):
     segment by segment (`sdpa`); `auto` takes the fastest of them that is there and can do it."""
     kernels: Annotated[Literal["auto", "triton", "torch"], Effect.NONE] = "auto"
     """Our own kernels: Triton's on GPUs where it can be imported and torch elsewhere (`auto`), or one of them everywhere."""
-    recompute: Annotated[Literal["none", "selective", "full"], Effect.NONE] = "none"
-    """Activation recomputation: nothing, the attention core, or whole layers."""
+    recompute: Annotated[Recompute, Effect.NONE] = "none"
+    """Activations that are computed again backward: none, the attention core (`selective`; worth nothing where attention is
+    fused), whole layers (`full`), or a list of `layernorm`, `activation` (of the feed-forward), `mlp` and `core_attn`."""
+    recompute_layers: Annotated[PositiveInt | None, Effect.NONE] = None
+    """Layers that `full` computes again, the first of each chunk of the model; all of them when unset."""
     trust_remote_code: Annotated[bool, Effect.NONE] = False
     """Let transformers run code from the model directory (tokenizer, config)."""
+
+    @property
+    def recomputed(self) -> Recomputed:
+        """What is computed again."""
+        return recomputed(self.recompute, self.recompute_layers)
+
+    @model_validator(mode="after")
+    def _layers_of_full(self) -> ModelSettings:
+        recomputed(self.recompute, self.recompute_layers)
+        return self
 
 
 class DataSettings(Section):
@@ -152,6 +166,9 @@ class ParallelSettings(Section):
     """Gather updated parameters while the next forward pass goes on (distributed optimizer only)."""
     bucket_size: PositiveInt | None = None
     """Parameters in a bucket of `overlap_grad_reduce`; megatron-core's choice when unset."""
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What gradients of bf16 parameters are added up in, over micro-batches and over DP x CP; `bf16` takes half the memory and
+    half the time to send, and rounds after each addition."""
 
     @property
     def model_parallel(self) -> int:
@@ -285,6 +302,9 @@ class OptimSettings(Section):
     eps: Annotated[float, Field(ge=1e-30)] = 1e-8
     """Added to the root of the second moment; at least what float32 can add to 0 and divide by."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """What AdamW's two moments are kept in between steps; `bf16` takes 4 bytes a parameter fewer, is rounded at random so that
+    means stay true, and needs `parallel.distributed_optimizer`."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
-from tulu_kernels.dispatch import Backend
 
 from tulu_mega.bridge.rules import padded_vocab
-from tulu_mega.config import EngineSettings, ParallelSettings
+from tulu_mega.config import EngineSettings, ModelSettings, ParallelSettings
 from tulu_mega.distributed.topology import Topology
+from tulu_mega.errors import UserError
 from tulu_mega.model.attention_choice import Attention, choose_attention, situation
 from tulu_mega.model.config import transformer_config
 from tulu_mega.model.gpt import PolicyModel
@@ -45,7 +46,7 @@ def build_model(
     attention = attention_of(hf, settings, topology, platform, shares)
     stages = [None] if topology.virtual == 1 else range(topology.virtual)
     return [
-        _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model.kernels, stage)
+        _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model, stage)
         for stage in stages
     ]
 
@@ -83,12 +84,12 @@ def _chunk(
     topology: Topology,
     platform: Platform,
     reward: bool,
-    kernels: Backend,
+    model: ModelSettings,
     vp_stage: int | None,
 ) -> PolicyModel | RewardModel:
     arguments = dict(
         config=config,
-        transformer_layer_spec=block_spec(config, hf, transformer_engine, attention, vp_stage),
+        transformer_layer_spec=block_spec(config, hf, transformer_engine, attention, model.recomputed.modules, vp_stage),
         vocab_size=padded_vocab(hf.vocab_size, topology.tensor),
         max_sequence_length=hf.max_position_embeddings,
         pre_process=topology.first_stage and not vp_stage,
@@ -98,23 +99,33 @@ def _chunk(
         vp_stage=vp_stage,
     )
     if reward:
-        model = RewardModel(**arguments)
+        built = RewardModel(**arguments)
     else:
-        model = PolicyModel(
+        built = PolicyModel(
             **arguments,
             real_vocab_size=hf.vocab_size,
-            kernels=kernels,
+            kernels=model.kernels,
             share_embeddings_and_output_weights=hf.tie_word_embeddings,
         )
-    return model.to(platform.device)
+    return built.to(platform.device)
 
 
 def wrap_for_training(
-    chunks: Sequence[PolicyModel] | Sequence[RewardModel], parallel: ParallelSettings, sharded_optimizer: bool
+    chunks: Sequence[PolicyModel] | Sequence[RewardModel],
+    parallel: ParallelSettings,
+    sharded_optimizer: bool,
+    table: Mapping[str, Any],
 ) -> list[DistributedDataParallel]:
-    """megatron-core's DDP, one a chunk: gradients accumulate in float32 buffers and are summed over DP x CP."""
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+    """megatron-core's DDP, one a chunk: gradients accumulate in buffers and are summed over DP x CP.
+
+    Args:
+        table: further fields of its configuration, the settings' `[ddp]`.
+
+    Raises:
+        UserError: when megatron-core refuses these.
+    """
+    fields = dict(
+        grad_reduce_in_fp32=parallel.grad_dtype == "fp32",
         use_distributed_optimizer=sharded_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather and sharded_optimizer,
@@ -122,5 +133,9 @@ def wrap_for_training(
         fp8_param_gather=chunks[0].config.fp8_param,
         check_for_nan_in_grad=False,  # the engine looks at loss and norm and skips such steps
     )
+    try:
+        ddp = DistributedDataParallelConfig(**(fields | table))
+    except (AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"[ddp]: megatron-core refuses this: {error}") from None
     # only the first chunk's communication is not hidden behind the others' work: only there smaller buckets are worth it
     return [DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=at > 0) for at, chunk in enumerate(chunks)]

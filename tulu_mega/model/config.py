@@ -8,13 +8,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from tulu_mega.config import EngineSettings, ParallelSettings
+from tulu_mega.config.megatron_fields import ACTIVATION
 from tulu_mega.errors import UserError
 from tulu_mega.layout.stages import stage_layers
 from tulu_mega.model.hf_config import head_dim, layer_needs
 from tulu_mega.model.rope import ropes
-
-_ACTIVATION_FIELDS = {"bias_activation_fusion", "activation_func_clamp_value", "glu_linear_offset"}
-"""Of the `[megatron]` table; where one is set, megatron-core's own activation runs."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -65,22 +63,22 @@ def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transform
         variable_seq_lengths=True,  # packs differ in length, which PackMessages knows
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, even in a dense model
         **settings.precision.megatron,
-        **_recompute(settings.model.recompute),
+        use_te_activation_func=not ACTIVATION & settings.megatron.keys(),  # the slot that holds our Swiglu
+        apply_rope_fusion=transformer_engine,  # only Transformer Engine has such a kernel
+        gradient_accumulation_fusion=adds_weight_gradients(transformer_engine),
+        **settings.model.recomputed.megatron,
         **_pipeline(hf, parallel),
     )
-    if not transformer_engine:
-        fields |= dict(
-            gradient_accumulation_fusion=False,
-            bias_activation_fusion=False,
-            bias_dropout_fusion=False,
-            apply_rope_fusion=False,
-            masked_softmax_fusion=False,
-            use_te_activation_func=not _ACTIVATION_FIELDS & settings.megatron.keys(),  # the slot that holds our Swiglu
-        )
     try:
         return TransformerConfig(**(fields | settings.megatron))
     except (AssertionError, ValueError, TypeError) as error:
         raise UserError(f"megatron-core refuses this model and layout: {error}") from None
+
+
+def adds_weight_gradients(transformer_engine: bool) -> bool:
+    """Whether linear layers add each weight's gradient straight to its buffer by megatron-core's fusion: wherever products run
+    on a GPU. On a CPU our own layers do so themselves, and megatron-core's, of bf16, would convert both factors."""
+    return transformer_engine or torch.cuda.is_available()
 
 
 def _leave(weight: torch.Tensor) -> None:
@@ -89,14 +87,17 @@ def _leave(weight: torch.Tensor) -> None:
 
 
 def _pipeline(hf: PretrainedConfig, parallel: ParallelSettings) -> dict:
-    """Which stage holds what, and how an interleaved schedule communicates."""
+    """Which stage holds what, how stages communicate, and that what was sent is not kept."""
     if parallel.pipeline == 1:
         return {}
     stages = [["decoder"] * count for count in stage_layers(hf.to_dict(), parallel)]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
-    # the wait for each message that megatron-core has by default was for torch before 1.13 (pytorch/pytorch#82450)
-    fields = dict(pipeline_model_parallel_layout=stages, batch_p2p_sync=False)
+    fields = dict(
+        pipeline_model_parallel_layout=stages,
+        deallocate_pipeline_outputs=True,  # of an output that was sent only the graph is needed
+        batch_p2p_sync=False,  # the wait for each message was for torch before 1.13 (pytorch/pytorch#82450)
+    )
     if parallel.virtual_pipeline > 1:
         fields |= dict(
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
@@ -106,12 +107,3 @@ def _pipeline(hf: PretrainedConfig, parallel: ParallelSettings) -> dict:
         )
     return fields
 
-
-def _recompute(kind: str) -> dict:
-    match kind:
-        case "full":
-            return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-        case "selective":
-            return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-        case _:
-            return {}

@@ -10,12 +10,14 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from transformers import PretrainedConfig
 
 from tulu_mega.errors import UserError
 from tulu_mega.model.attention import PackedAttention, by_segments
 from tulu_mega.model.attention_choice import Attention
 from tulu_mega.model.hf_config import layer_needs
+from tulu_mega.model.lean_mlp import LeanMLP
 from tulu_mega.model.norms import AddNormed, ProjectionNorm, RMSNorm
 from tulu_mega.model.rope import OwnRopeAttention, ropes
 from tulu_mega.model.swiglu import Swiglu
@@ -44,22 +46,43 @@ def block_spec(
     hf: PretrainedConfig,
     transformer_engine: bool,
     attention: Attention,
+    modules: frozenset[str] = frozenset(),
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Layers and final norm of this pipeline stage, or of the chunk `vp_stage` of it."""
-    layer, norm = layer_spec(config, hf, transformer_engine, attention)
+    """Layers and final norm of this pipeline stage, or of the chunk `vp_stage` of it.
+
+    Args:
+        modules: which are computed again backward; see `Recomputed.modules`.
+
+    Raises:
+        UserError: when the family's layers have none of those.
+    """
+    layer, norm = layer_spec(config, hf, transformer_engine, attention, modules)
     return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
 
 
 def layer_spec(
-    config: TransformerConfig, hf: PretrainedConfig, transformer_engine: bool, attention: Attention
+    config: TransformerConfig,
+    hf: PretrainedConfig,
+    transformer_engine: bool,
+    attention: Attention,
+    modules: frozenset[str] = frozenset(),
 ) -> tuple[ModuleSpec, type]:
     """A layer as the model's family needs it, and the class of its norms.
 
     Args:
         attention: of `choose_attention`.
+        modules: as for `block_spec`.
+
+    Raises:
+        UserError: when the family's layers have none of those.
     """
     needs = layer_needs(hf)
+    if "layernorm" in modules and needs.norms == "after":
+        raise UserError(
+            f"model.recompute = {sorted(modules)}: layers of {hf.model_type} norm what attention and feed-forward give, so no "
+            "product keeps a norm's result; leave 'layernorm' out"
+        )
     per_head = needs.qk_norm == "head"
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
@@ -69,6 +92,9 @@ def layer_spec(
             TENorm,
             TEColumnParallelLinear,
         )
+        layer.submodules.mlp.submodules.activation_func = Swiglu
+        if "layernorm" in modules:
+            _apart(layer.submodules, TENorm, TEColumnParallelLinear)
     else:
         plain_linear, cut_by_columns = linear_layers()
         layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
@@ -88,6 +114,8 @@ def layer_spec(
     if needs.qk_norm == "projection":
         attending.submodules.q_layernorm = ModuleSpec(ProjectionNorm, {"heads": config.num_attention_heads})
         attending.submodules.k_layernorm = ModuleSpec(ProjectionNorm, {"heads": config.num_query_groups})
+    if "activation" in modules:
+        parts.mlp.module = LeanMLP
     if needs.norms == "after":
         parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
         attending.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = plain_linear  # Transformer Engine's have the norm in
@@ -96,3 +124,10 @@ def layer_spec(
         attending.module = OwnRopeAttention
         attending.params = attending.params | {"ropes": ropes(hf)}
     return layer, norm
+
+
+def _apart(parts: TransformerLayerSubmodules, norm: type, linear: type) -> None:
+    """Norms as modules of their own in Transformer Engine's layers: what its fused ones keep could not be let go."""
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    parts.self_attention.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = linear
+    parts.sharded_state_dict_keys_map = get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map

@@ -19,6 +19,7 @@ from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.plan.model.calibration import RATES
 from tulu_mega.plan.model.job import Job, Pack
+from tulu_mega.plan.model.kernels import kernels_of
 from tulu_mega.plan.model.memory import RankMemory, checkpoint_host_bytes, memory_by_rank, resume_host_bytes
 from tulu_mega.plan.model.parameters import ITEMSIZE
 from tulu_mega.plan.model.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
@@ -77,6 +78,7 @@ class Question:
             itemsize=ITEMSIZE[model.dtype if rollout.dtype == "model" else rollout.dtype],
             bucket=rollout.bucket_mib * 2**20,
             fp8=rollout.quantization == "fp8",
+            elsewhere=bool(rollout.urls) or rollout.transport in ("nccl", "gloo"),
         )
 
     @cached_property
@@ -90,20 +92,21 @@ class Question:
         aside = self.servers.gpus if self.servers else 0
         if self.gpus is None:
             return parallel.model_parallel * (parallel.data or 1)
-        left = self.gpus - aside
-        if left < parallel.model_parallel or left % parallel.model_parallel:
-            generating = f", of which {aside} generate" if aside else ""
-            raise UserError(
-                f"gpus = {self.gpus}{generating}: parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
-                f"context {parallel.context} = {parallel.model_parallel} does not divide the {left} that train; "
-                f"give {aside + math.ceil(max(left, 1) / parallel.model_parallel) * parallel.model_parallel} or another layout"
-            )
-        if parallel.data not in (None, left // parallel.model_parallel):
-            raise UserError(
-                f"parallel.data = {parallel.data}, but gpus = {self.gpus} leaves {left // parallel.model_parallel} replicas "
-                f"to train; leave it out (--parallel.data {left // parallel.model_parallel}) or give other --gpus"
-            )
-        return left
+        left, replica = self.gpus - aside, parallel.model_parallel
+        if left == replica * (parallel.data or max(1, left // replica)):
+            return left
+        generating = f", of which {aside} generate" if aside else ""
+        sizes = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
+        data = "" if parallel.data is None else f" x data {parallel.data}"
+        lower = max(0, left) // replica
+        counts = {max(1, lower), lower + (left % replica > 0)} - {0, parallel.data}
+        others = [f"{each * replica + aside}" + (f" with --parallel.data {each}" if data else "") for each in sorted(counts)]
+        own = [f"{replica * parallel.data + aside}"] if parallel.data else []
+        raise UserError(
+            f"gpus = {self.gpus}{generating}: {sizes}{data} = {replica * (parallel.data or 1)}"
+            f"{', not' if data else ' does not divide'} the {left} that train; give {' or '.join(own + others)}, or another "
+            "layout (--search)"
+        )
 
     def job(self, lengths: list[int], labelled: list[int]) -> Job:
         """A step of these sequences.
@@ -131,9 +134,12 @@ class Question:
             self.gpu,
             packs,
             dtype=settings.model.dtype,
-            recompute=settings.model.recompute,
+            recompute=settings.model.recomputed,
+            kernels=kernels_of(settings),
             fp8=settings.precision.recipe is not None,
             fp8_weights=settings.precision.fp8_param_gather,
+            grad_bytes=2 if settings.parallel.grad_dtype == "bf16" and settings.model.dtype == "bf16" else 4,
+            moment_bytes=0 if settings.optim.name == "sgd" else 2 if settings.optim.moments == "bf16" else 4,
             entropy=workload.entropy,
         )
 
@@ -203,7 +209,14 @@ class Outlook:
     @property
     def fits(self) -> bool:
         """Whether every GPU has room."""
-        return self.fullest.total <= self.job.gpu.memory and (self.servers is None or self.servers.tokens > 0)
+        return self.fullest.total <= self.job.gpu.memory and (
+            self.servers is None or (self.servers.tokens > 0 and self.servers.sync <= self.servers.room)
+        )
+
+    @property
+    def roomy(self) -> bool:
+        """Whether enough is left of every GPU for a plan to be wrong by."""
+        return self.job.gpu.memory - self.fullest.total >= _SPARE * self.job.gpu.memory
 
     @property
     def hours(self) -> float | None:
@@ -244,7 +257,7 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         scoring=forward * work.scorings,
         generation=generation,
         sync=sync_seconds(job, servers, RATES) if servers else 0.0,
-        servers=server_memory(question.config, servers) if servers else None,
+        servers=server_memory(question.config, servers, job) if servers else None,
         host=checkpoint_host_bytes(job, settings.checkpoint.format, settings.checkpoint.asynchronous),
         resume=resume_host_bytes(job),
         once=forward * question.steps / settings.train.epochs if scores_once else 0.0,
@@ -291,7 +304,14 @@ def _unfit(result: Outlook) -> list[str]:
         parts = " and ".join(f"{name} {size / gib:.1f}" for name, size in most)
         found.append(
             f"pipeline rank {full.rank} needs {full.total / gib:.1f} GiB of a GPU's {room / gib:.1f} GiB, most of it {parts}; "
-            "raise tensor, pipeline or data parallelism, or set model.recompute = 'full'; --search looks for layouts that fit"
+            "raise tensor, pipeline or data parallelism, or recompute more (model.recompute); --search looks for what fits"
+        )
+    servers = result.servers
+    if servers and servers.sync > servers.room:
+        share = max(0.0, 1 - servers.sync / result.question.servers.gpu.memory)
+        found.append(
+            f"while weights arrive a server's GPU holds {servers.sync / gib:.1f} GiB of them beside what vLLM takes, and "
+            f"rollout.gpu_memory leaves {servers.room / gib:.1f} GiB; set it to {math.floor(share * 100) / 100:g} or less"
         )
     if result.servers and not result.servers.tokens:
         found.append(
@@ -305,14 +325,16 @@ def _unfit(result: Outlook) -> list[str]:
 def _doubts(result: Outlook) -> list[str]:
     question, found = result.question, []
     left = result.job.gpu.memory - result.fullest.total
-    if 0 <= left < _SPARE * result.job.gpu.memory:
+    if left >= 0 and not result.roomy:
         found.append(
             f"{left / 2**30:.1f} GiB are left of a GPU on pipeline rank {result.fullest.rank}, which a plan may be wrong by; "
-            "lower data.pack_length, or set model.recompute = 'full'"
+            "lower data.pack_length, or recompute more (model.recompute)"
         )
     parallel, gpu = question.settings.parallel, question.gpu
-    if parallel.tensor > gpu.per_node:
-        found.append(f"parallel.tensor = {parallel.tensor} spans nodes of {gpu.per_node} GPUs: its collectives take the network")
+    if parallel.tensor > gpu.domain:
+        found.append(
+            f"parallel.tensor = {parallel.tensor} spans more than the {gpu.domain} joined GPUs: its collectives take the network"
+        )
     known, longest = question.config.get("max_position_embeddings"), question.workload.longest
     if known and longest > known:
         found.append(f"sequences of {longest} tokens are longer than the model's max_position_embeddings = {known}")
@@ -326,14 +348,10 @@ def _doubts(result: Outlook) -> list[str]:
     empty = sum(not pack.lengths for packs in result.job.packs for pack in packs)
     if empty:
         found.append(f"{empty} micro-batches are empty: a step has too few sequences for this layout")
-    if question.settings.model.spec == "local":
-        found.append("model.spec = 'local': these layers keep more activations than Transformer Engine's, which are planned for")
     return found
 
 
-def with_layout(question: Question, parallel: ParallelSettings, recompute: str) -> Question:
-    """The same question under another layout."""
-    settings = question.settings.model_copy(
-        update={"parallel": parallel, "model": question.settings.model.model_copy(update={"recompute": recompute})}
-    )
-    return replace(question, settings=settings)
+def with_layout(question: Question, parallel: ParallelSettings, recompute: str | list[str], layers: int | None) -> Question:
+    """The same question under another layout, with something else recomputed."""
+    model = question.settings.model.model_copy(update={"recompute": recompute, "recompute_layers": layers})
+    return replace(question, settings=question.settings.model_copy(update={"parallel": parallel, "model": model}))

@@ -4,42 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tulu_mega.bridge.families import family_for
 from tulu_mega.config import ParallelSettings
+from tulu_mega.config.megatron_fields import ACTIVATION
 from tulu_mega.errors import UserError
 from tulu_mega.layout.flops import matmul_parameters
 from tulu_mega.plan.outlook import Outlook, Question, outlook, with_layout
 
 _CHUNKS = (1, 2, 3, 4, 5, 8)
+_MOST = 16
+_PARTS = 8
+"""Numbers of whole layers that are tried."""
 _SMALLEST_SHARE = 1024
 """Tokens of a micro-batch below which a context-parallel rank's share is not worth looking at."""
 
 
 def search(question: Question) -> list[Outlook]:
     """Every layout that fits, fastest first: tensor parallelism within a node, pipelines that divide the GPUs, interleaved or
-    not, context parallelism where sequences are long; whole layers recomputed only where nothing fits without.
+    not, context parallelism where sequences are long; of each the least that has to be recomputed, whatever the file says of it.
 
     Micro-batches (`data.pack_length`), batch and everything else stay the file's. One sampled step decides.
 
     Raises:
         UserError: no layout fits.
     """
-    best: list[Outlook] = []
-    for recompute in dict.fromkeys((question.settings.model.recompute, "full")):
-        if best:
-            break
-        for parallel in layouts(question):
-            try:
-                found = outlook(with_layout(question, parallel, recompute), sampled=1)
-            except UserError:  # does not divide, or micro-batches do not come out
-                continue
-            if found.fits:
-                best.append(found)
+    best = [found for parallel in layouts(question) if (found := _leanest(question, parallel))]
     if not best:
         raise UserError(
             f"no layout of {question.gpus} {question.gpu.name} GPUs fits, even with model.recompute = 'full'; "
             "give more --gpus, or lower data.pack_length"
         )
     return sorted(best, key=lambda each: each.seconds)
+
+
+def _leanest(question: Question, parallel: ParallelSettings) -> Outlook | None:
+    """The fastest of the least that has to be recomputed under a layout for some memory to be left; where none of it is enough
+    for that, what fits just so, or None.
+    """
+    tight = None
+    for alike in _recomputing(question, parallel):
+        try:
+            found = [outlook(with_layout(question, parallel, *each), sampled=1) for each in alike]
+        except UserError:  # does not divide, or micro-batches do not come out
+            return None
+        if roomy := [each for each in found if each.fits and each.roomy]:
+            return min(roomy, key=lambda each: each.seconds)
+        tight = next((each for each in reversed(found) if each.fits), tight)
+    return tight
+
+
+def _recomputing(question: Question, parallel: ParallelSettings) -> Iterator[list[tuple[str | list[str], int | None]]]:
+    """What may be recomputed, and whole layers of each chunk: what costs little before what costs much, of which there are
+    several. What frees nothing here, or is refused, is left out."""
+    settings = question.settings
+    own = not ACTIVATION & settings.megatron.keys() and settings.precision.recipe != "delayed"
+    yield [("none", None)]
+    if own:
+        yield [(["activation"], None)]
+        if family_for(question.config).needs(question.config).norms != "after":
+            yield [(["layernorm", "activation"], None)]
+    longest = -(-question.config["num_hidden_layers"] // (parallel.pipeline * parallel.virtual_pipeline))
+    some = range(1, longest, -(-longest // _PARTS))
+    yield [(["mlp"], None), *(("full", layers) for layers in some), ("full", None)]
 
 
 def layouts(question: Question) -> Iterator[ParallelSettings]:
@@ -49,14 +75,15 @@ def layouts(question: Question) -> Iterator[ParallelSettings]:
     world = (question.gpus or given.model_parallel * (given.data or 1) + aside) - aside
     layers, groups = config["num_hidden_layers"], config.get("num_key_value_heads") or config["num_attention_heads"]
     matrices = matmul_parameters(config)
-    for tensor in (size for size in (1, 2, 4, 8) if size <= question.gpu.per_node and not groups % size and not world % size):
+    for tensor in (size for size in (1, 2, 4, 8) if size <= question.gpu.domain and not groups % size and not world % size):
         for context in (size for size in (1, 2, 4, 8) if not world % (tensor * size)):
             if context > 1 and question.workload.capacity / context < _SMALLEST_SHARE:
                 continue
             for pipeline in range(1, min(layers, world // (tensor * context)) + 1):
                 if world % (tensor * context * pipeline):
                     continue
-                for chunks in _CHUNKS if pipeline > 1 else (1,):
+                own = layers // pipeline if not layers % pipeline and layers // pipeline <= _MOST else 1  # chunks of a layer each
+                for chunks in sorted({*_CHUNKS, own}) if pipeline > 1 else (1,):
                     if pipeline * chunks > layers:
                         continue
                     shares = world // (tensor * pipeline)

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from tulu_mega.config.recompute import Recomputed
 from tulu_mega.layout.flops import matmul_parameters
 from tulu_mega.plan.model.calibration import RATES
 from tulu_mega.plan.model.parameters import model_parameters
@@ -24,6 +25,7 @@ _PARTS = {
     "tensor": "tensor parallel, exposed",
     "context": "context parallel, exposed",
     "pipeline": "pipeline transfers, exposed",
+    "host": "waiting for the host",
     "idle": "waiting",
     "data": "gradients and parameters, exposed",
     "optimizer": "optimizer",
@@ -35,6 +37,13 @@ def layout(result: Outlook) -> str:
     parallel = result.job.parallel
     sizes = dict(TP=parallel.tensor, PP=parallel.pipeline, VPP=parallel.virtual_pipeline, CP=parallel.context, DP=result.job.data)
     return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "DP"))
+
+
+def recomputed(what: Recomputed) -> str:
+    """What is computed again, in short."""
+    if what.layers == 0:
+        return "+".join(sorted(what.modules)) or "none"
+    return "full" if what.layers is None else f"{what.layers} a chunk"
 
 
 def as_json(result: Outlook) -> dict[str, Any]:
@@ -53,7 +62,7 @@ def as_json(result: Outlook) -> dict[str, Any]:
                 "virtual_pipeline": job.parallel.virtual_pipeline,
                 "context": job.parallel.context,
                 "data": job.data,
-                "recompute": job.recompute,
+                "recompute": recomputed(job.recompute),
                 "layers": list(job.layers),
             },
             "micro_batches": len(job.packs[0]),
@@ -136,7 +145,7 @@ def as_ranking(results: Sequence[Outlook], top: int) -> Table:
     for each in results[:top]:
         table.add_row(
             layout(each),
-            each.job.recompute,
+            recomputed(each.job.recompute),
             f"{len(each.job.packs[0])}",
             f"{each.fullest.total / _GIB:.1f}",
             f"{each.seconds:.2f}",
@@ -155,7 +164,7 @@ def _heading(result: Outlook) -> Text:
     aside = f" + {question.servers.gpus} that generate" if question.servers else ""
     return Text(
         f"{question.stage}: {question.settings.model.path}, {billions:.2f} billion parameters ({kind}) on {job.world}{aside} "
-        f"{job.gpu.name}, {layout(result)}, recompute {job.recompute}, {len(job.packs[0])} micro-batches a replica, "
+        f"{job.gpu.name}, {layout(result)}, recompute {recomputed(job.recompute)}, {len(job.packs[0])} micro-batches a replica, "
         f"{result.padding:.1%} padding"
     )
 
@@ -206,7 +215,8 @@ def _remarks(result: Outlook) -> list[Text]:
     if servers is not None:
         lines.append(
             f"a server's GPU: {servers.weights / gib:.1f} GiB weights, {max(0.0, servers.cache) / gib:.1f} GiB for keys and "
-            f"values of {servers.tokens:,} tokens, {servers.sync / gib:.2f} GiB of buckets while weights arrive"
+            f"values of {servers.tokens:,} tokens, {servers.sync / gib:.1f} GiB of "
+            f"weights as they arrive, beside these"
         )
     if result.hours is not None:
         before = f" (the reference's scoring {_duration(result.once / 3600)} of it)" if result.once else ""

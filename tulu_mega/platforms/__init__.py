@@ -27,7 +27,7 @@ def install(local_rank: int = 0) -> Platform:
     Args:
         local_rank: rank among this machine's processes; picks the CUDA device.
     """
-    from tulu_mega.platforms import adam, grad_norm, numa, weight_gradient
+    from tulu_mega.platforms import adam, grad_norm, no_fp8, numa, weight_gradient
 
     prepare_imports()
     if torch.cuda.is_available():
@@ -44,4 +44,5 @@ def install(local_rank: int = 0) -> Platform:
     adam.install()
     grad_norm.install()
     weight_gradient.install()
+    no_fp8.install()
     return platform

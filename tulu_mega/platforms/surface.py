@@ -44,6 +44,7 @@ _DIST = "torch.distributed.distributed_c10d"
 _C10D = "torch._C._distributed_c10d"
 _OPTIMIZER = "megatron.core.optimizer"
 _LAYERS = "megatron.core.tensor_parallel.layers"
+_RANDOM = "megatron.core.tensor_parallel.random"
 
 _TORCH = (
     Name("distributed/collectives.py", "torch.distributed.ProcessGroup._get_backend", "read",
@@ -140,6 +141,11 @@ _MEGATRON = (
          "apex's extension, for gradient_accumulation_fusion without apex"),
     Name("platforms/weight_gradient.py", f"{_LAYERS}._grad_accum_fusion_available", "replaced",
          "whether that extension was found at import"),
+    Name("platforms/no_fp8.py", f"{_RANDOM}.HAVE_TE", "read", "whether the three below were imported"),
+    Name("platforms/no_fp8.py", f"{_RANDOM}:FP8GlobalStateManager", "replaced",
+         "asked for whenever a norm is computed again, and there with Transformer Engine alone"),
+    Name("platforms/no_fp8.py", f"{_RANDOM}:activation_recompute_forward", "replaced", "as FP8GlobalStateManager"),
+    Name("platforms/no_fp8.py", f"{_RANDOM}:fp8_autocast", "replaced", "as FP8GlobalStateManager"),
     Name("platforms/cpu_speed/linear.py", f"{_LAYERS}.ColumnParallelLinear._forward_impl", "overridden",
          "the place where the layer multiplies; on a CPU oneDNN does"),
     Name("platforms/cpu_speed/linear.py", f"{_LAYERS}.RowParallelLinear._forward_impl", "overridden",
@@ -149,9 +155,14 @@ _MEGATRON = (
     Name("model/logprobs.py", f"{_LAYERS}:grad_added_to_main_grad", "set", "as in platforms/cpu_speed/linear.py"),
     Name("model/logprobs.py", "megatron.core.distributed.distributed_data_parallel:zero_out_wgrad", "read",
          "whether an embedding shares the weight"),
+    Name("model/messages.py", "megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator.send_forward_recv_forward",
+         "overridden", "keeps what is sent until the message is waited for: the interleaved schedule frees it before",
+         "NVIDIA/Megatron-LM#4047"),
     Name("model/messages.py", "megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator._communicate_shapes",
          "overridden", "all ranks know the shapes of a step's packs; sent ahead, the host would wait for each"),
     Name("model/gpt.py", f"{_LAYERS}.ColumnParallelLinear.forward", "overridden", "hands hidden states on"),
+    Name("model/lean_mlp.py", "megatron.core.transformer.mlp.MLP.forward", "overridden",
+         "a dense feed-forward's activation is computed again, which megatron-core does in mixtures of experts only"),
     Name("model/gpt.py", "megatron.core.models.gpt.gpt_model:rotary_pos_emb", "set",
          "GPTModel builds a rotary embedding of its own class; ours takes its place as the model is built"),
     Name("model/gpt.py", "megatron.core.models.gpt.gpt_model:output_layer", "set",
@@ -178,6 +189,11 @@ _MEGATRON = (
          "the state as torch's planner wants it; megatron-core's own `save` writes from processes that outlive a killed rank"),
     Name("train/optimizer.py", f"{_OPTIMIZER}.distrib_optimizer:data_parallel_group_gloo", "set",
          "get_megatron_optimizer takes this group from parallel_state alone, which has none where gloo carries everything"),
+    Name("train/optimizer.py", f"{_OPTIMIZER}.optimizer:optimizer", "set",
+         "the AdamW that keeps bf16 moments; megatron-core makes one of the class that it knows"),
+    Name("train/rounded_adam.py", "torch.optim.Optimizer.step", "overridden", "an optimizer, as torch wants one"),
+    Name("train/rounded_adam.py", "torch.optim.Optimizer.load_state_dict", "overridden",
+         "it would make moments of the parameters' type"),
     Name("train/optimizer.py", f"{_OPTIMIZER}.optimizer:init_state_fn", "set",
          "get_megatron_optimizer gives SGD without momentum None, yet loading a checkpoint calls it"),
     Name("train/optimizer.py", "megatron.core.optimizer_param_scheduler:num_steps", "set",

@@ -13,6 +13,8 @@ from tulu_mega.errors import UserError
 _NEW = ("data.rewritten", "rewards.math_accepts", "rewards.code_objects")
 """Settings that such runs did not know. The rows that the first speaks of could not be trained on then; that verifiers judge
 otherwise is told by the pin of their files."""
+_MOMENTS = "optim.moments"
+"""Were float32 always."""
 _TEMPLATE = "data.template"
 """Was Tulu's where nothing was said."""
 
@@ -27,6 +29,8 @@ def as_before(name: str, before: Mapping[str, Any], settings: RunSettings) -> bo
     """
     if name in _NEW:
         return name not in before
+    if name == _MOMENTS:
+        return name not in before and settings.optim.moments == "fp32"
     if name != _TEMPLATE or settings.data.template != "auto":
         return False
     data, model = settings.data, settings.model

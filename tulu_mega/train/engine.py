@@ -6,9 +6,9 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, SupportsFloat
+from typing import Any, Protocol, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ from tulu_mega.records import LossOutput, PackedBatch, Reads, TokenOutput, sent
 from tulu_mega.train.batch_loss import ReducedLoss, reduced, scalar
 from tulu_mega.train.finalize import finalize_gradients
 from tulu_mega.train.micro_batches import SentOnce, needed
-from tulu_mega.train.optimizer import Schedule, build_optimizer
+from tulu_mega.train.optimizer import Schedule, build_optimizer, decoupled_gradients
 
 _GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp_cp"]
 """What a schedule wants to be given where it is given what sends its messages."""
@@ -115,16 +115,25 @@ class Engine:
         attention = attention_of(self.hf, self.settings, self.topology, self.platform, self.shares)
         return self.topology.context == 1 and attention != "te"
 
-    def prepare_training(self, optim: OptimSettings, steps: int) -> None:
-        """Adds gradient buffers, optimizer and schedule. The weights are to be there already."""
+    def prepare_training(
+        self, optim: OptimSettings, steps: int, ddp: Mapping[str, Any] | None = None, optimizer: Mapping[str, Any] | None = None
+    ) -> None:
+        """Adds gradient buffers, optimizer and schedule. The weights are to be there already.
+
+        Args:
+            ddp, optimizer: further fields of megatron-core's configurations of these, the settings' tables of that name.
+
+        Raises:
+            UserError: when megatron-core refuses these.
+        """
         self.optim = optim
         for chunk in self.chunks:
             chunk.train()
         parallel = self.settings.parallel
         sharded = parallel.distributed_optimizer and optim.name == "adamw"  # SGD has no state to shard
-        self.ddp = wrap_for_training(self.chunks, parallel, sharded)
+        self.ddp = wrap_for_training(self.chunks, parallel, sharded, ddp or {})
         self.optimizer = build_optimizer(
-            optim, self.settings.model.dtype, self.ddp, sharded, gloo_groups=self.platform.backend == "nccl"
+            optim, self.settings.model.dtype, self.ddp, sharded, self.platform.backend == "nccl", optimizer or {}
         )
         self.schedule = Schedule(self.optimizer, optim, steps)
         config = self.chunks[0].config  # all chunks share it
@@ -184,7 +193,12 @@ class Engine:
             if self.optim.clip > 0:
                 parameters = self.optimizer_parameters()
                 if parameters:
-                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.optim.clip, total_norm=norm)
+                    clip_grad_by_total_norm_fp32(
+                        parameters,
+                        max_norm=self.optim.clip,
+                        total_norm=norm,
+                        use_decoupled_grad=decoupled_gradients(self.optimizer),
+                    )
             self.optimizer.step_with_ready_grads()
         return Update(norm, lr, applied, finite, known)
 
@@ -248,7 +262,8 @@ class Engine:
                 outputs.append(out)
                 if seen is not None:
                     shares.append((output[0] if isinstance(output, tuple) else output)[0].detach())
-                return out.loss_sum.float(), scalar(out.count, torch.int32, self.platform.device), {}
+                # a copy: a pipeline's schedule gives back the memory of what it is handed
+                return out.loss_sum.float().clone(), scalar(out.count, torch.int32, self.platform.device), {}
 
             return self._forward(model, batch), loss
 

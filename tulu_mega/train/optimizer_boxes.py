@@ -20,6 +20,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from tulu_mega.train.rounded_adam import Box
+
 FORM = "fully_reshardable"
 """megatron-core's name of the form."""
 _STATE = "optimizer.state."
@@ -33,17 +35,41 @@ def boxes_of(optimizer: DistributedOptimizer, model: dict[str, Any]) -> dict[str
     Args:
         model: parameters as megatron-core describes them for a checkpoint, all ranks' alike.
     """
-    kinds = (ShardedTensor, ShardedTensorFactory)
-    described = {held.data: held for held in nested_values(model) if isinstance(held, kinds)}
+    described = _described(model)
     boxes: list[ShardedTensor] = []
     for parameter, start, stop in _held(optimizer):
         group, place = optimizer.model_param_group_index_map[parameter]
         main = optimizer.optimizer.param_groups[group]["params"][place]
-        for name, value in {"param": main, **optimizer.optimizer.state[main]}.items():
+        held = {"param": main, **optimizer.optimizer.state[main]}
+        held["param"] = held.pop("master_param", main)  # a precision-aware optimizer's own
+        for name, value in held.items():
             if name != "step" and isinstance(value, Tensor) and value.numel() == stop - start:
                 whole = _whole(described[parameter], parameter, f"{_STATE}{name}.", value.dtype)
                 boxes += _boxes(whole, value.detach().flatten(), start)
     return {str(at): box for at, box in enumerate(boxes)}
+
+
+def places_of(optimizer: DistributedOptimizer, model: dict[str, Any]) -> dict[Tensor, list[Box]]:
+    """Where in the whole model's tensors the elements lie that this rank updates, of each main parameter.
+
+    Args:
+        model: as for `boxes_of`.
+    """
+    described = _described(model)
+    places: dict[Tensor, list[Box]] = {}
+    for parameter, start, stop in _held(optimizer):
+        group, place = optimizer.model_param_group_index_map[parameter]
+        blank = torch.empty(stop - start, device="meta")
+        boxes = _boxes(_whole(described[parameter], parameter, "", blank.dtype), blank, start)
+        places[optimizer.optimizer.param_groups[group]["params"][place]] = [
+            Box(box.key, tuple(box.global_shape), tuple(box.global_offset), tuple(box.data.shape)) for box in boxes
+        ]
+    return places
+
+
+def _described(model: dict[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    return {held.data: held for held in nested_values(model) if isinstance(held, kinds)}
 
 
 def _held(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, int, int]]:

@@ -117,9 +117,10 @@ class Run:
             )
         while found and not verified_or_set_aside(found.path, kept.before(self.checkpoints, found), self.session.engine.at):
             found = kept.newest(self.checkpoints)  # the damaged one has another name by now
-        self.session.engine.prepare_training(self.settings.optim, steps * updates)
+        tables = (self.settings.ddp, self.settings.optimizer)
+        self.session.engine.prepare_training(self.settings.optim, steps * updates, *tables)
         for each in self.beside.values():
-            each.session.engine.prepare_training(each.optim, steps * updates * each.updates)
+            each.session.engine.prepare_training(each.optim, steps * updates * each.updates, *tables)
         if found:
             if self.session.lead and (told := kept.advice(self.checkpoints, found)):
                 print(f"warning: {told}", file=sys.stderr, flush=True)

@@ -59,7 +59,7 @@ def report(
     )
     training, format = None, "reshardable"
     if workload:
-        engine.prepare_training(settings.optim, 1)
+        engine.prepare_training(settings.optim, 1, settings.ddp, settings.optimizer)
         format = settings.checkpoint.format
     saved = share(engine, format)
     if workload:

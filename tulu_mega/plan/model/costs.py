@@ -4,6 +4,8 @@ Matrix products run at a share of the GPU's peak and write their results at its 
 the products). Everything between them is bound by memory: its bytes are counted below. Attention's rate depends on the length.
 Collectives take the bytes that a rank sends over the rate of its link.
 
+A pass that the host takes longer to start than the GPU to run takes as long as the host: small micro-batches do.
+
 T tokens on this rank (those of a pack / CP)   t tensor parallel size   h hidden   f feed-forward   q, k channels of queries, keys
 """
 
@@ -23,7 +25,8 @@ class Rates:
     products: float
     """of the dense peak that matrix products reach. Fitted, see `calibration`"""
     tensor_exposed: float
-    """of the tensor-parallel collectives' time that is not hidden behind products. Fitted, see `calibration`"""
+    """of the tensor-parallel collectives' time that is not hidden behind products where they pass in pieces, through Transformer
+    Engine's user buffers. Fitted, see `calibration`. Without these all of it is exposed: products wait for them"""
     attention: float = 0.635
     """of the bf16 peak that attention reaches forward at great length. FlashAttention-3 on an H100, head size 128, gives
     430, 517, 566, 590, 614, 621 TFLOP/s at lengths 512 to 16,384 (pytorch/benchmark, pull request 2391): as 0.635 n / (n + 220)
@@ -36,6 +39,11 @@ class Rates:
     """of the memory's rate that kernels bound by it reach"""
     links: float = 0.8
     """of the links' rate that collectives of some megabytes reach"""
+    launch: float = 12e-6
+    """seconds in which the host starts a kernel: Python, torch's dispatch, autograd. An estimate, not measured here; the launch
+    alone is 3 to 5 microseconds"""
+    module: float = 80e-6
+    """seconds beside for each of Transformer Engine's modules, which are Python within. An estimate, not measured here"""
 
 
 @dataclass(frozen=True)
@@ -49,33 +57,52 @@ class Cost:
     """exposed tensor-parallel communication"""
     context: float = 0.0
     """exposed context-parallel communication"""
+    host: float = 0.0
+    """the GPU waits for the host"""
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.products + self.attention + self.elementwise + self.tensor + self.context
+        return sum(vars(self).values())
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.products + other.products,
-            self.attention + other.attention,
-            self.elementwise + other.elementwise,
-            self.tensor + other.tensor,
-            self.context + other.context,
-        )
+        return Cost(*(own + its for own, its in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def __mul__(self, factor: float) -> Cost:
-        return Cost(
-            self.products * factor,
-            self.attention * factor,
-            self.elementwise * factor,
-            self.tensor * factor,
-            self.context * factor,
-        )
+        return Cost(*(own * factor for own in vars(self).values()))
 
 
-def layer_cost(job: Job, pack: Pack, rates: Rates) -> tuple[Cost, Cost]:
-    """Forward and backward of a layer of mean kind (with and without a window), recomputation in the backward pass."""
+@dataclass(frozen=True)
+class LayerCost:
+    """What a layer of mean kind (with and without a window) costs, and what computing it again does."""
+
+    forward: Cost
+    backward: Cost
+    modules: Cost
+    """the modules that every layer computes again"""
+    launches: tuple[float, float, float]
+    """seconds of the host for the first three"""
+
+
+def stage_cost(layer: LayerCost, layers: int, whole: int, head: tuple[Cost, Cost] | None = None) -> tuple[Cost, Cost]:
+    """Forward and backward of a virtual stage.
+
+    Args:
+        layers: of it.
+        whole: of these, those that are computed again whole.
+        head: forward and backward of the head, if it is there.
+    """
+    ahead, back = layer.forward * layers, layer.backward * layers + layer.modules * (layers - whole) + layer.forward * whole
+    forward, backward, again = layer.launches
+    hosts = forward * layers, backward * layers + again * (layers - whole) + forward * whole
+    if head:
+        ahead, back = ahead + head[0], back + head[1]
+    ahead, back = (each + Cost(host=max(0.0, host - each.total)) for each, host in zip((ahead, back), hosts, strict=True))
+    return ahead, back
+
+
+def layer_cost(job: Job, pack: Pack, rates: Rates) -> LayerCost:
+    """A layer's passes over a micro-batch."""
     tokens = pack.tokens / job.parallel.context
     attention_forward, attention_backward = _attention(job, pack, rates)
     context_forward, context_backward = _context(job, pack, rates)
@@ -97,11 +124,48 @@ def layer_cost(job: Job, pack: Pack, rates: Rates) -> tuple[Cost, Cost]:
         tensor_backward,
         max(0.0, context_backward - attention_backward),
     )
-    if job.recompute == "full":
-        backward += forward
-    elif job.recompute == "selective":
-        backward += Cost(attention=forward.attention, context=forward.context)
-    return forward, backward
+    size, own = job.size, job.parallel.tensor if job.sequence else 1
+    again, started, item = Cost(), 0.0, job.itemsize
+    if "core_attn" in job.recompute.modules:
+        again, started = again + Cost(attention=forward.attention, context=forward.context), started + rates.launch
+    if "layernorm" in job.recompute.modules:
+        again += Cost(elementwise=4 * item * size.hidden / own * tokens / memory)
+        started += 2 * rates.launch
+    if "mlp" in job.recompute.modules:
+        columns = 3 * size.ffn / job.parallel.tensor
+        share = 2 * tokens * columns * size.hidden / product
+        moved = item * (3 * size.ffn / job.parallel.tensor + 2 * size.hidden / own)
+        again += Cost(forward.products * share, elementwise=moved * tokens / memory, tensor=forward.tensor / 2)
+        started += 5 * rates.launch + 2 * rates.module
+    elif "activation" in job.recompute.modules:
+        again += Cost(elementwise=item * 3 * size.ffn / job.parallel.tensor * tokens / memory)
+        started += rates.launch
+    return LayerCost(forward, backward, again, (*_launches(job, rates), started))
+
+
+def _launches(job: Job, rates: Rates) -> tuple[float, float]:
+    """Seconds of the host for a layer, forward and backward.
+
+    Kernels forward: two norms, four products, two additions, queries and values made contiguous, two rotations, attention with
+    two more around it, activation: 15; backward twice as many, for products and norms make two results each. Collectives under
+    tensor parallelism 4 and 6. What is not fused: 5 and 8 for the activation, 16 and 16 for rotations, 4 more backward for
+    weights' gradients. FP8 casts each product's operands: 10 and 14.
+    """
+    kernels, forward, backward = job.kernels, 15, 30
+    if job.parallel.tensor > 1:
+        forward, backward = forward + 4, backward + 6
+    if not kernels.activation:
+        forward, backward = forward + 4, backward + 7
+    if not kernels.rope:
+        forward, backward = forward + 14, backward + 14
+    if not kernels.weight_gradients:
+        backward += 4
+    if job.fp8:
+        forward, backward = forward + 10, backward + 14
+    if job.size.needs.qk_norm != "none":
+        forward, backward = (forward + 2, backward + 4) if job.size.needs.qk_norm == "head" else (forward + 16, backward + 24)
+    modules = 4 * rates.module if kernels.transformer_engine else 0.0
+    return forward * rates.launch + modules, backward * rates.launch + modules
 
 
 def head_cost(job: Job, pack: Pack, rates: Rates) -> tuple[Cost, Cost]:
@@ -131,7 +195,7 @@ def transfer(job: Job, tokens: float, rates: Rates) -> float:
     """Seconds to hand a micro-batch's hidden states to the neighbouring pipeline rank."""
     parallel = job.parallel
     share = parallel.tensor if job.sequence else 1
-    rate = job.gpu.nvlink if job.world <= job.gpu.per_node else job.gpu.network  # one hop of several nodes' sets the pace
+    rate = job.gpu.nvlink if job.world <= job.gpu.domain else job.gpu.network  # one hop of several nodes' sets the pace
     return tokens / parallel.context / share * job.size.hidden * job.itemsize / (rates.links * rate)
 
 
@@ -152,7 +216,9 @@ def _products(job: Job, tokens: float) -> tuple[float, float, float, float]:
     )
     weights = sum(wide * deep for wide, deep in shapes)
     results, gradients = (tokens * item * sum(shape[at] for shape in shapes) for at in (0, 1))
-    return 2 * tokens * weights, results, gradients, 2 * job.grad_bytes * weights
+    # where products do not add to what is accumulated, a gradient is written and read once more
+    accumulated = 2 * job.grad_bytes + (0 if job.kernels.weight_gradients else 2 * item)
+    return 2 * tokens * weights, results, gradients, accumulated * weights
 
 
 def _between(job: Job) -> tuple[float, float]:
@@ -162,13 +228,20 @@ def _between(job: Job) -> tuple[float, float]:
     Forward: two norms and two additions (10 h elements), rotation of queries and keys (2 each), SwiGLU (3 f). Backward: norms and
     additions (12 h), rotation, SwiGLU (5 f). FP8 products want operands with a scale taken from all of the tensor: 6 bytes an
     element (read for the largest, read, written plain and transposed) of h + q + h + f forward, (q + 2k) + h + 2f + h backward.
+
+    What is not fused: SwiGLU by megatron-core's chain goes over 7 f and 13 f elements (the gate's activation 2, a copy of the
+    other half 2, their product 3; backward 3 for each factor and for the activation, 4 to join them), a rotation over 10 for 2.
+    OLMo 2's norm of whole projections is a chain in float32: 32 bytes for each channel of queries and keys forward, 56 backward.
     """
     size, item, tensor = job.size, job.itemsize, job.parallel.tensor
     h, f, q, k = size.hidden, size.ffn, size.queries, size.keys
     own = tensor if job.sequence else 1  # without sequence parallelism every rank norms and adds all tokens
-    normed = 2 * (q + k) if size.needs.qk_norm != "none" else 0
-    forward = item * (10 * h / own + (2 * (q + k) + normed + 3 * f) / tensor)
-    backward = item * (12 * h / own + (2 * (q + k) + 2 * normed + 5 * f) / tensor)
+    normed = {"none": (0, 0), "head": (2 * item, 4 * item), "projection": (32, 56)}[size.needs.qk_norm]
+    rotated, (activated, activated_back) = (2, (3, 5) if job.kernels.activation else (7, 13))
+    if not job.kernels.rope:
+        rotated = 10
+    forward = item * (10 * h / own + (rotated * (q + k) + activated * f) / tensor) + normed[0] * (q + k) / tensor
+    backward = item * (12 * h / own + (rotated * (q + k) + activated_back * f) / tensor) + normed[1] * (q + k) / tensor
     if job.fp8:
         forward += 6 * (2 * h / own + (q + f) / tensor)
         backward += 6 * (2 * h / own + (q + 2 * k + 2 * f) / tensor)
@@ -204,7 +277,8 @@ def _tensor(job: Job, tokens: float, rates: Rates) -> tuple[float, float]:
     if t == 1:
         return 0.0, 0.0
     gathered = 1 if job.fp8 else job.itemsize
-    once = tokens * job.size.hidden * (t - 1) / t / (rates.links * link(job.gpu, t, 1)) * rates.tensor_exposed
+    exposed = rates.tensor_exposed if job.kernels.user_buffers else 1.0
+    once = tokens * job.size.hidden * (t - 1) / t / (rates.links * link(job.gpu, t, 1)) * exposed
     if not job.sequence:
         return (4 * job.itemsize * once,) * 2
     return once * 2 * (gathered + job.itemsize), once * 2 * (2 * gathered + job.itemsize)

@@ -10,10 +10,14 @@ from typing import Any, Literal
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.rules import LayerNeeds
 from tulu_mega.config import ParallelSettings
+from tulu_mega.config.recompute import Recomputed
 from tulu_mega.layout.flops import head_columns
 from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.stages import stage_layers
+from tulu_mega.plan.model.kernels import FUSED, Kernels
 from tulu_mega.plan.model.parameters import ITEMSIZE, Parameters, rank_parameters
+
+NOTHING = Recomputed()
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,12 @@ class Job:
         gpu: of the trainer's ranks.
         packs: micro-batches of each data-parallel replica.
         dtype: of parameters and activations.
-        recompute: as `model.recompute`.
+        recompute: what is computed again backward.
+        kernels: that the layers run with.
         fp8: the layers' matrix products are FP8, the head's and attention are not.
         fp8_weights: the parameters themselves are.
         grad_bytes: bytes of an accumulated gradient.
+        moment_bytes: bytes of each of the optimizer's two moments.
         fsdp: weights and gradients are sharded over the replicas too, and gathered layer by layer.
         full_logits: the head makes all logits of a micro-batch at once and keeps them.
         entropy: whether the objective asks for entropies.
@@ -53,10 +59,12 @@ class Job:
     gpu: Gpu
     packs: tuple[tuple[Pack, ...], ...]
     dtype: Literal["bf16", "fp32"] = "bf16"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recomputed = NOTHING
+    kernels: Kernels = FUSED
     fp8: bool = False
     fp8_weights: bool = False
     grad_bytes: int = 4
+    moment_bytes: int = 4
     fsdp: bool = False
     full_logits: bool = False
     entropy: bool = False
@@ -86,6 +94,17 @@ class Job:
     def itemsize(self) -> int:
         """Bytes of an activation."""
         return ITEMSIZE[self.dtype]
+
+    @cached_property
+    def whole(self) -> tuple[int, ...]:
+        """Layers of every virtual stage that are computed again whole."""
+        most = self.recompute.layers
+        return tuple(layers if most is None else min(layers, most) for layers in self.layers)
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of a parameter's optimizer state: a float32 main one, where the parameter is not, and two moments."""
+        return 4 * (self.dtype == "bf16") + 2 * self.moment_bytes
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

@@ -3,31 +3,35 @@
 Weights, gradients and optimizer: mixed precision with a distributed optimizer, 2 + 4 + 12 / (DP x CP) bytes a parameter (ZeRO
 stage 1, Rajbhandari et al., arXiv 1910.02054; megatron-core's docs/source/api-guide/dist_optimizer.md has the same table).
 
-Activations a layer keeps for its backward pass, in bytes a token; Korthikanti et al. (arXiv 2205.05198) count 34 h for a GPT
-under tensor and sequence parallelism with attention that keeps no scores. With two norms, SwiGLU and grouped keys it is, by
-Transformer Engine's layers in bf16:
+Activations: `kept` has what a layer keeps of a token, tensor by tensor. With everything fused and nothing recomputed it is, by
+Transformer Engine's layers in bf16, after Korthikanti et al. (arXiv 2205.05198), who count 34 h for a GPT under tensor and
+sequence parallelism with attention that keeps no scores,
 
-    (4 h + 2 q + 2 k + 3 f) x 2 + 4 heads      input, normed input, second residual, its norm; q, k, v; attention's result;
-                                               gate and up, their product; one float a head of attention's softmax
+    (4 h + 2 q + 2 k + 3 f) x 2 + 4 heads + 8  input, normed input, second residual, its norm; q, k, v; attention's result;
+                                               gate and up, their product; one float a head of attention's softmax and
+                                               one of each norm
 
-over t (under sequence parallelism; else only q, k, f and heads are) and CP. FP8 keeps normed inputs and the product in one
-byte, and one more byte of attention's result. `recompute = "full"` keeps a layer's input only, and one layer's whole activations
-at a time. How many micro-batches are kept at once is read off the schedule's order.
+over t (under sequence parallelism; else only q, k, f and heads are) and CP. A layer that is recomputed whole keeps its input
+only, and one layer's whole activations are there at a time. How many micro-batches are kept at once is read off the schedule.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from tulu_mega.layout.optimizer_state import PIECE, STATE_BYTES
+from tulu_mega.layout.optimizer_state import PIECE
 from tulu_mega.layout.schedule import peak_held
 from tulu_mega.plan.model.job import Job
+from tulu_mega.plan.model.kept import token_bytes
 from tulu_mega.weight_transfer.slots import SLOTS
 
 RESERVED = 3 * 2**30
 """Bytes beside torch's allocations: the CUDA context and its modules (0.5 GiB), NCCL's buffers for about ten groups (1.5 GiB),
-cuBLAS' and Transformer Engine's workspaces, and what the allocator cannot use. An estimate, not measured here."""
+cuBLAS' and Transformer Engine's workspaces. An estimate, not measured here."""
+UNUSABLE = 0.05
+"""Share of what comes and goes that the caching allocator reserves beyond what is allocated, with expandable segments. An
+estimate, not measured here: packs of every step have other lengths; without such segments it is several times that."""
 LOGITS = 512 * 2**20
 """Bytes of float32 logits that the log-prob step makes at a time, as `logprobs` does."""
 _WRITING = 6 * 2**20
@@ -50,12 +54,16 @@ class RankMemory:
     """head and log-probabilities, on the last stage"""
     pipeline: float
     """hidden states and gradients on their way between stages"""
+    outputs: float
+    """stages' results that stay until their backward pass, unless they are given back once sent"""
     communication: float
     """tensor-parallel gathers; the layers that FSDP has gathered"""
     beside: float
     """weights of further models: the reference of a policy, a reward model"""
     sync: float
     """buckets of weights on their way to servers, on tensor rank 0 of the first replica"""
+    allocator: float
+    """reserved over allocated"""
     reserved: float = RESERVED
 
     @property
@@ -88,27 +96,40 @@ def rank_memory(job: Job, rank: int, beside: int = 0, bucket: int = 0) -> RankMe
         weights += held.layers * (2 - job.itemsize)
     elif job.fp8:  # cast once a step, beside the parameters
         weights += 2 * held.layers
-    each = _layer_bytes(job)
+    left, everything, inputs = token_bytes(job)
+    item, size = job.itemsize, job.size
     last = rank == parallel.pipeline - 1
-    tallest = 0.0
+    stages = list(zip(job.layers, job.whole, strict=True))
+    by_stage = [whole * inputs + (layers - whole) * left for layers, whole in stages]
+    tallest = outputs = 0.0
     for packs in set(job.packs):
-        kept = [[pack.tokens * each.kept * layers for layers in job.layers] for pack in packs]
-        tallest = max(tallest, peak_held(rank, parallel.pipeline, parallel.virtual_pipeline, kept))
+        held_by = (parallel.pipeline, parallel.virtual_pipeline)
+        tallest = max(tallest, peak_held(rank, *held_by, [[pack.tokens * each for each in by_stage] for pack in packs]))
+        if parallel.pipeline > 1 and not job.kernels.deallocate:
+            sent = [[pack.tokens * inputs] * (len(stages) - 1) + [0.0] for pack in packs]
+            outputs = max(outputs, peak_held(rank, *held_by, sent))
     tokens = job.longest
-    hidden = tokens / parallel.context * job.size.hidden * job.itemsize
-    return RankMemory(
+    hidden = tokens / parallel.context * size.hidden * item
+    # gradients of gate, up and product, and of the layer's ends; of a module that is computed again what it made
+    grown = item * (3 * size.ffn / parallel.tensor + 2 * size.hidden / (parallel.tensor if job.sequence else 1))
+    again = everything if any(job.whole) else everything - left
+    made = RankMemory(
         rank=rank,
         weights=weights / sharded,
         gradients=held.total * job.grad_bytes / sharded,
-        optimizer=held.total * (STATE_BYTES if job.dtype == "bf16" else 8) / shards,
+        optimizer=held.total * (job.state_bytes + _copies(job)) / shards,
         activations=tallest,
-        working=tokens * each.working,
+        working=tokens * (again + grown / parallel.context),
         log_probs=_head_bytes(job) if last else 0.0,
         pipeline=4 * hidden / (parallel.tensor if job.sequence else 1) if parallel.pipeline > 1 else 0.0,
+        outputs=outputs,
         communication=(2 * hidden if job.sequence else 0.0) + _gathered(job, rank),
-        beside=beside * held.total * job.itemsize,
-        sync=SLOTS * max(bucket, _largest(job, rank) * job.itemsize) if bucket else 0.0,
+        beside=beside * held.total * item,
+        sync=SLOTS * max(bucket, _largest(job, rank) * item) if bucket else 0.0,
+        allocator=0.0,
     )
+    passing = made.activations + made.working + made.log_probs + made.pipeline + made.outputs + made.communication
+    return replace(made, allocator=UNUSABLE * passing)
 
 
 def memory_by_rank(job: Job, beside: int = 0, bucket: int = 0) -> list[RankMemory]:
@@ -133,9 +154,9 @@ def checkpoint_host_bytes(job: Job, format: str, asynchronous: bool) -> float:
     held = max(each.total for each in job.held)
     firsts = min(per_node, job.parallel.tensor * max(1, per_node // (job.parallel.tensor * job.shards)))  # copies come after them
     if not job.parallel.distributed_optimizer:  # these write all of it; of float32 parameters there is no other main one
-        return passing + firsts * held * ((STATE_BYTES if job.dtype == "bf16" else 8) + job.itemsize)
+        return passing + firsts * held * (job.state_bytes + job.itemsize)
     copied = 1.0 if format == "same_layout" else 1 - 1 / job.shards
-    return passing + held * (per_node * STATE_BYTES / job.shards + firsts * job.itemsize * copied)
+    return passing + held * (per_node * job.state_bytes / job.shards + firsts * job.itemsize * copied)
 
 
 def resume_host_bytes(job: Job) -> float:
@@ -153,36 +174,9 @@ def _passing(job: Job, rank: int) -> float:
     return _WRITING + max(4 * largest / math.ceil(largest / PIECE), job.itemsize * largest)
 
 
-@dataclass(frozen=True)
-class _LayerBytes:
-    """For each of a pack's tokens, on this rank."""
-
-    kept: float
-    """until the backward pass"""
-    working: float
-    """while the layer is computed"""
-
-
-def _layer_bytes(job: Job) -> _LayerBytes:
-    size, item, tensor, context = job.size, job.itemsize, job.parallel.tensor, job.parallel.context
-    own = tensor if job.sequence else 1
-    normed = 1 if job.fp8 else item
-    q, k, f, h = size.queries / tensor, size.keys / tensor, size.ffn / tensor, size.hidden / own
-    inputs = item * h
-    everything = (
-        2 * inputs
-        + 2 * normed * h
-        + item * (q + 2 * k)
-        + (item + (1 if job.fp8 else 0)) * q
-        + item * 2 * f
-        + normed * f
-        + (item * (q + k) if size.needs.qk_norm != "none" else 0)
-    )
-    softmax = 0 if job.recompute == "selective" else 4 * size.heads / tensor
-    grown = item * (3 * f + 2 * size.hidden)  # gradients of gate, up and product, and of the layer's ends
-    if job.recompute == "full":
-        return _LayerBytes(inputs / context, (everything + 4 * size.heads / tensor + grown) / context)
-    return _LayerBytes((everything + softmax) / context, grown / context)
+def _copies(job: Job) -> float:
+    """Bytes a parameter of float32 gradients that megatron-core's distributed optimizer makes of a rank's share of bf16 ones."""
+    return 4 if job.grad_bytes == 2 and job.dtype == "bf16" else 0
 
 
 def _head_bytes(job: Job) -> float:

@@ -16,7 +16,6 @@ from tulu_mega.layout.hardware import Gpu
 from tulu_mega.plan.model.costs import Rates
 from tulu_mega.plan.model.job import Job, sizes_of
 from tulu_mega.plan.model.parameters import model_parameters
-from tulu_mega.weight_transfer.slots import SLOTS
 
 STEP = 3e-3
 """Seconds a decoding step takes beside the GPU's work: scheduling, sampling, log-probabilities, HTTP."""
@@ -43,6 +42,8 @@ class Servers:
     """bytes of a bucket of weights"""
     fp8: bool = False
     """the layers' matrices take a byte an element"""
+    elsewhere: bool = False
+    """on other hosts than the trainer, or told to take weights as if"""
 
     @property
     def gpus(self) -> int:
@@ -59,21 +60,41 @@ class ServerMemory:
     """for keys and values: what is left; below 0 the model does not fit"""
     working: float
     sync: float
-    """buckets of weights as they arrive"""
+    """weights as they arrive, beside what vLLM takes: a buffer for each sender, and what waits until its layer is complete"""
+    room: float
+    """that vLLM leaves, for these"""
     tokens: int
     """whose keys and values the servers' GPUs together hold, of one server"""
 
 
-def server_memory(config: Mapping[str, Any], servers: Servers) -> ServerMemory:
+def server_memory(config: Mapping[str, Any], servers: Servers, job: Job | None = None) -> ServerMemory:
     """How a GPU's memory is shared out.
 
     Args:
         config: Hugging Face's config.json.
+        job: of the trainer that sends weights; None, none are sent.
     """
     weights = _weight_bytes(config, servers) / servers.tensor
-    sync = SLOTS * servers.bucket
-    cache = servers.share * servers.gpu.memory - weights - WORKING
-    return ServerMemory(weights, cache, WORKING, sync, max(0, int(cache // cache_bytes(config, servers))))
+    taken = servers.share * servers.gpu.memory
+    cache = taken - weights - WORKING
+    tokens = max(0, int(cache // cache_bytes(config, servers)))
+    sync = inbox_bytes(servers, job) if job else 0.0
+    return ServerMemory(weights, cache, WORKING, sync, servers.gpu.memory - taken, tokens)
+
+
+def inbox_bytes(servers: Servers, job: Job) -> float:
+    """Bytes on each of a server's GPUs while weights arrive. On one host the workers look into the senders' buffers. Elsewhere a
+    worker has a buffer for every sender, which are the pipeline's stages, as large as the largest bucket it had of it: a tensor
+    above the limit is a bucket of its own. And vLLM's loaders keep a projection's parts until all are there: gate and up whole,
+    or queries, keys and values, but for the last of them."""
+    matrix = 1 if servers.fp8 else servers.itemsize
+    size = job.size
+    waiting = matrix * size.hidden * max(size.ffn, size.queries + size.keys)
+    if not servers.elsewhere and job.world + servers.gpus <= job.gpu.per_node:
+        return waiting
+    largest = matrix * size.hidden * max(size.ffn, size.queries)
+    ends = [servers.itemsize * job.parallel.tensor * max(held.embedding, held.head) for held in job.held]
+    return waiting + sum(max(servers.bucket, largest, end) for end in ends)
 
 
 def cache_bytes(config: Mapping[str, Any], servers: Servers) -> float:
@@ -152,7 +173,7 @@ def sync_seconds(job: Job, servers: Servers, rates: Rates) -> float:
     """Weights to all servers: every pipeline stage sends its own, whole, from its first tensor rank; every worker takes all of
     them. Within a node over NVLink, else through one network card on either side."""
     gpu = job.gpu
-    near = job.world + servers.gpus <= gpu.per_node
+    near = not servers.elsewhere and job.world + servers.gpus <= gpu.domain
     rate = rates.links * (gpu.nvlink if near else gpu.network)
     whole = _weight_bytes(job.config, servers)
     each = whole / model_parameters(job.config)

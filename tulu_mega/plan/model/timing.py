@@ -9,12 +9,12 @@ from functools import lru_cache
 from tulu_mega.layout.flops import training_flops
 from tulu_mega.layout.hardware import link
 from tulu_mega.layout.schedule import Span, makespan, timeline
-from tulu_mega.plan.model.costs import Cost, Rates, head_cost, layer_cost, total, transfer
+from tulu_mega.plan.model.costs import Cost, Rates, head_cost, layer_cost, stage_cost, total, transfer
 from tulu_mega.plan.model.job import Job, Pack
 
-_UPDATE = 30
-"""Bytes moved for a parameter of a rank's share in Adam: gradient, main parameter and two moments read, the latter three written,
-and the parameter in bf16."""
+_UPDATE = 14
+"""Bytes moved for a parameter of a rank's share in Adam, beside its moments, which are read and written: gradient and main
+parameter read, the latter written, and the parameter in bf16."""
 _NORM = 12
 """And before that: gradients read for their norm, read and written to be clipped."""
 
@@ -31,6 +31,8 @@ class Step:
     context: float
     pipeline: float
     """transfers between pipeline ranks that are not hidden"""
+    host: float
+    """the GPU waits for its host to start kernels"""
     idle: float
     """waiting: the pipeline fills and drains, stages and micro-batches differ"""
     data: float
@@ -50,7 +52,7 @@ class Step:
     @property
     def parts(self) -> dict[str, float]:
         """By name."""
-        names = ("products", "attention", "elementwise", "tensor", "context", "pipeline", "idle", "data", "optimizer")
+        names = ("products", "attention", "elementwise", "tensor", "context", "pipeline", "host", "idle", "data", "optimizer")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -78,6 +80,7 @@ def train_step(job: Job, rates: Rates) -> Step:
         tensor=spent.tensor / ranks,
         context=spent.context / ranks,
         pipeline=waited / ranks,
+        host=spent.host / ranks,
         idle=max(0.0, spans[slowest] - (spent.total + waited) / ranks),
         data=_data(job, passes, rates),
         optimizer=_optimizer(job, rates),
@@ -113,15 +116,12 @@ class _Passes:
     def _costs(self, pack: Pack) -> list[tuple[Cost, Cost, float]]:
         """Forward and backward of every virtual stage, and what a transfer adds to either."""
         job = self._job
-        forward, backward = layer_cost(job, pack, self._rates)
-        head_forward, head_backward = head_cost(job, pack, self._rates)
+        layer, head = layer_cost(job, pack, self._rates), head_cost(job, pack, self._rates)
         sent = transfer(job, pack.tokens, self._rates) if job.parallel.pipeline > 1 else 0.0
-        by_layers = {layers: (forward * layers, backward * layers) for layers in set(job.layers)}
+        plain = {each: stage_cost(layer, *each) for each in set(zip(job.layers, job.whole, strict=True))}
         made = []
-        for stage, layers in enumerate(job.layers):
-            ahead, back = by_layers[layers]
-            if stage == self._stages - 1:
-                ahead, back = ahead + head_forward, back + head_backward
+        for stage, each in enumerate(zip(job.layers, job.whole, strict=True)):
+            ahead, back = plain[each] if stage < self._stages - 1 else stage_cost(layer, *each, head)
             # an interleaved schedule sends while it computes something else; the plain one waits
             made.append((ahead, back, max(0.0, sent - ahead.total) if job.parallel.virtual_pipeline > 1 else sent))
         return made
@@ -177,5 +177,5 @@ def _optimizer(job: Job, rates: Rates) -> float:
     held = max(each.total for each in job.held)
     own = held / job.shards if job.parallel.distributed_optimizer or job.fsdp else held
     buffers = own if job.fsdp else held
-    moved = 3 * job.grad_bytes * buffers + (_UPDATE + _NORM) * own
+    moved = 3 * job.grad_bytes * buffers + (_UPDATE + 4 * job.moment_bytes + _NORM + (6 if job.grad_bytes == 2 else 0)) * own
     return moved / (rates.memory * job.gpu.bandwidth)

@@ -1,0 +1,44 @@
+"""Which kernels a trainer's layers run with: on them depends what is kept for the backward pass, and how much memory passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tulu_mega.config import EngineSettings
+from tulu_mega.config.megatron_fields import ACTIVATION
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Of a layer, as the defaults have them on GPUs with Transformer Engine."""
+
+    transformer_engine: bool = True
+    """its layers, else the local ones"""
+    own_attention: bool = False
+    """FlashAttention's or torch's for packed rows, which take the values as they lie in the projection's result"""
+    activation: bool = True
+    """SwiGLU is one kernel that keeps its input alone"""
+    rope: bool = True
+    """the rotary embedding is one kernel"""
+    weight_gradients: bool = True
+    """products add weights' gradients to the accumulated ones"""
+    deallocate: bool = True
+    """a pipeline stage's result is given back once it is sent"""
+    user_buffers: bool = False
+    """tensor-parallel messages pass in pieces while products go on (`tp_comm_overlap`), which this trainer cannot"""
+
+
+FUSED = Kernels()
+
+
+def kernels_of(settings: EngineSettings) -> Kernels:
+    """The kernels that settings choose on GPUs; `model.spec = "auto"` is taken to find Transformer Engine there."""
+    table, local = settings.megatron, settings.model.spec == "local"
+    return Kernels(
+        transformer_engine=not local,
+        own_attention=local or settings.model.attention not in ("auto", "te"),
+        activation=bool(table.get("bias_activation_fusion", not ACTIVATION & table.keys())),
+        rope=bool(table.get("apply_rope_fusion", not local)),
+        weight_gradients=bool(table.get("gradient_accumulation_fusion", True)),
+        deallocate=bool(table.get("deallocate_pipeline_outputs", True)),
+    )
