@@ -102,6 +102,43 @@ def test_what_does_not_fit_is_an_error(capsys):
     assert "GiB of a GPU's 79.1 GiB, most of it optimizer" in said.err
 
 
+@pytest.mark.parametrize("columns", ["30", "80"])
+def test_no_number_is_cut_where_it_is_narrow(columns, capsys, monkeypatch):
+    """A table takes the width that it needs: a terminal goes on in the next line, a pipe has it whole."""
+    monkeypatch.setenv("COLUMNS", columns)
+    large = MODEL.replace("8b", "405b")
+    words = [str(RECIPES.parent / "405b/sft.toml"), "--model", large, "--explain"]
+    assert cli.main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    assert "…" not in said and "left of 79.1" in said
+    assert "gradients and parameters, exposed" in said
+
+
+def test_a_checkpoints_seconds_are_told():
+    """5.7 TB of 405B: 14 bytes a parameter, from 112 GPUs' weights and 224 GPUs' states. Asynchronously training waits for a
+    copy to main memory alone."""
+    words = dict(model=MODEL.replace("8b", "405b"), gpus=224, config=[str(RECIPES.parent / "405b/sft.toml")])
+    found = {}
+    for name in (False, True):
+        checkpoint = {"asynchronous": name, "format": "same_layout"}
+        found[name] = outlook(ask(PlanSettings(**words, checkpoint=checkpoint)), sampled=1).storage
+    at_once, behind = found[False], found[True]
+    assert at_once.size == pytest.approx(14 * 405.9e9, rel=2e-3)
+    assert at_once.waits == at_once.save == behind.save == pytest.approx(at_once.size / 20e9)
+    assert behind.waits < 2
+    faster = outlook(ask(PlanSettings(**words, storage=40.0)), sampled=1).storage
+    assert faster.save == pytest.approx(at_once.save / 2)
+    assert at_once.load > at_once.save
+
+
+def test_servers_that_do_not_fit_take_for_ever(capsys):
+    words = [str(RECIPES.parent / "405b/grpo.toml"), "--model", MODEL.replace("8b", "405b"), "--rollout.quantization", "none"]
+    assert cli.main(["plan", *words]) == 2
+    said = capsys.readouterr()
+    assert "for ever" in said.out and "nan" not in said.out and "inf" not in said.out
+    assert "while weights arrive a server's GPU holds 29.0 GiB" in said.err
+
+
 def test_search_ranks_what_fits():
     found = search(ask(asked("sft", gpus=4)))
     assert all(each.fits and each.job.world == 4 for each in found)
