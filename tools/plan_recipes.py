@@ -1,9 +1,9 @@
-"""What `tulu-mega plan` says of every recipe under examples/, as one table: memory, speed, what bounds it and what would change that.
+"""What `tulu-mega plan` says of every recipe under examples/: memory, speed, what bounds it and what would change that.
 
-    python tools/plan_recipes.py                              the table
-    python tools/plan_recipes.py --json > before.json         figures, of an older tree too
-    python tools/plan_recipes.py --before before.json         both, side by side
-    python tools/plan_recipes.py --before before.json --write docs/planned_recipes.md
+python tools/plan_recipes.py                              the table
+python tools/plan_recipes.py --json > before.json         figures, of an older tree too
+python tools/plan_recipes.py --before before.json         both, side by side
+python tools/plan_recipes.py --before before.json --write docs/planned_recipes.md
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def recipes() -> Iterator[Path]:
 def question_of(file: Path) -> Question:
     """What is asked about a recipe."""
     family, size = file.parts[-3], file.parts[-2]
-    model = ROOT / "examples/architectures" / f"{ {'tulu3': 'llama3.1', 'olmo2': 'olmo2'}[family]}_{size}"
+    model = ROOT / "examples/architectures" / f"{ {'tulu3': 'llama3.1', 'olmo2': 'olmo2'}[family] }_{size}"
     asked = dict(config=[str(file)], model=str(model), stage=file.stem.split("_")[0])
     if kind := _KIND.get(size, {}).get(file.stem):
         asked["rollout_gpu"] = kind
@@ -102,9 +102,10 @@ def switches(found: Outlook) -> dict[str, tuple[str, Callable[[], Question]]]:
     parallel, train = settings.parallel, settings.train
     made = {}
     if found.job.fp8:
-        made["products"] = ("precision.fp8 = 'none'", lambda: changed(question, precision={"fp8": "none"}))
+        made["products"] = ("precision.fp8 = 'off'", lambda: changed(question, precision={"fp8": "off"}))
     elif found.job.recompute.layers != 0 or "mlp" in found.job.recompute.modules:
-        made["products"] = ("model.recompute = 'none'", lambda: changed(question, model={"recompute": "none", "recompute_layers": None}))
+        nothing = {"recompute": "none", "recompute_layers": None}
+        made["products"] = ("model.recompute = 'none'", lambda: changed(question, model=nothing))
     else:
         made["products"] = ("precision.fp8 = 'tensorwise'", lambda: changed(question, precision={"fp8": "tensorwise"}))
     made["elementwise"] = ("parallel.grad_dtype = 'bf16'", lambda: changed(question, parallel={"grad_dtype": "bf16"}))
@@ -154,7 +155,7 @@ def _gain(found: Outlook, asked: Callable[[], Question]) -> str:
 def table(before: dict) -> str:
     """All recipes."""
     lines = [
-        "| recipe | GPUs | layout | computed again | GiB of 79.1 | step, s | TFLOP/s | of peak | where the time goes (switch: tokens/s with it) |",
+        "| recipe | GPUs | layout | computed again | GiB of 79.1 | step, s | TFLOP/s | of peak | where the time goes (switch: tokens/s) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for file in recipes():
@@ -196,7 +197,7 @@ def main() -> None:
         print(made, end="")
         return
     page = given.write.read_text()
-    begin, end = "<!-- generated: recipes -->\n", "<!-- end -->"
+    begin, end = "<!-- plans: tools/plan_recipes.py -->\n", "<!-- end -->"
     head, rest = page.split(begin, 1)
     given.write.write_text(f"{head}{begin}{made}{end}{rest.split(end, 1)[1]}")
 
