@@ -63,7 +63,7 @@ acceptance: $(INSTALLED) $(PEERS)  ## long end-to-end checks and measurements; l
 	for bench in tools/bench_*.py; do part "$$(basename "$$bench" .py)" $(BIN)/python "$$bench"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed; see $(ACCEPTANCE_LOGS)" >&2; exit 1; }
 
-gpu:  ## what needs a CUDA device, in ten minutes: make gpu PYTHON=python3 [GPU_PARTS="smoke fused training tests ipc kernels"]; logs under LOGS
+gpu:  ## what needs a CUDA device, in ten minutes: make gpu PYTHON=python3 [GPU_PARTS="smoke training unfused tests ipc kernels"]; logs under LOGS
 	@PYTHON=$(PYTHON) LOGS=$(or $(LOGS),gpu_logs) tools/gpu.sh $(GPU_PARTS)
 
 gpu-smoke:  ## train and score on a CUDA device with PYTHON's own packages: make gpu-smoke PYTHON=python3

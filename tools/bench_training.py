@@ -1,7 +1,7 @@
 """How fast layers of Llama 3.1 8B's shape train on one device: tokens/s, model FLOP/s, and both beside what the device can do.
 
     python3 tools/bench_training.py                                on a CUDA device (says so, and no more, where there is none)
-    python3 tools/bench_training.py --pack 8192 --set megatron.gradient_accumulation_fusion=true
+    python3 tools/bench_training.py --pack 8192 --set megatron.gradient_accumulation_fusion=false
     python3 tools/bench_training.py --pack 8192 --profile          and which kernels the time goes to
     python3 tools/bench_training.py --device cpu                   a small model, to see that it works
 

@@ -13,10 +13,10 @@ from tulu_mega.launch.launcher import resolve
 
 LENGTH = {"train.steps", "train.epochs"}
 EVERYWHERE = """
-    model.spec model.attention model.kernels model.recompute model.trust_remote_code
+    model.spec model.attention model.kernels model.recompute model.recompute_layers model.trust_remote_code
     parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.first_stage_layers parallel.last_stage_layers
     parallel.context parallel.data parallel.sequence parallel.distributed_optimizer parallel.overlap_grad_reduce
-    parallel.overlap_param_gather parallel.bucket_size
+    parallel.overlap_param_gather parallel.bucket_size parallel.grad_dtype ddp
     watchdog.timeout run_dir accept_changes
     checkpoint.every checkpoint.keep checkpoint.format checkpoint.asynchronous checkpoint.grace
     checkpoint.export checkpoint.export_dtype wandb.mode wandb.project wandb.name

@@ -51,11 +51,12 @@ def session(
     seed: int = 1,
     load: bool = True,
     precision: dict[str, Any] | None = None,
+    model_settings: dict[str, Any] | None = None,
 ) -> Iterator[Session]:
     """The engine a command would build, weights loaded by the bridge unless told otherwise."""
     settings = EngineSettings.model_validate(
         {
-            "model": {"path": model, "dtype": dtype, "recompute": recompute},
+            "model": {"path": model, "dtype": dtype, "recompute": recompute} | (model_settings or {}),
             "parallel": layout,
             "megatron": megatron or {},
             "precision": precision or {},
@@ -193,11 +194,13 @@ def series(
     dtype: str = "fp32",
     precision: dict[str, Any] | None = None,
     form: Format = "reshardable",
+    moments: str = "fp32",
+    optimizer: dict[str, Any] | None = None,
 ) -> list[tuple[float, float]]:
     """Losses and norms of steps `first` to `last` of one run; goes on from a checkpoint in the folder and leaves one there."""
     with session(directory, layout, dtype, precision=precision) as made:
         engine = made.engine
-        engine.prepare_training(OptimSettings(**_ADAMW), RUN)
+        engine.prepare_training(OptimSettings(**_ADAMW, moments=moments), RUN, None, optimizer)
         if layout.get("overlap_grad_reduce"):
             assert all(ddp.ddp_config.overlap_grad_reduce for ddp in engine.ddp)
             assert all(ddp.use_forward_hook == layout["overlap_param_gather"] for ddp in engine.ddp)

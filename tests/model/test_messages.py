@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 
 from tests.lib import jobs, world
 from tests.lib.layouts import size
@@ -66,6 +70,28 @@ def model(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("messages") / "model")
     world.run(1, make_model, directory)
     return directory
+
+
+class Begun:
+    """A message that is under way."""
+
+    waited = False
+
+    def wait(self):
+        self.waited = True
+
+
+def test_what_is_sent_stays_until_it_is_waited_for(monkeypatch):
+    """The schedule exchanges the output's memory for a scalar's in between."""
+    handle = Begun()
+    monkeypatch.setattr(P2PCommunicator, "send_forward_recv_forward", lambda *_args, **_options: (None, {"send_next": handle}))
+    output = torch.ones(1000)
+    memory = weakref.ref(output.untyped_storage())
+    _, handles = PackMessages.send_forward_recv_forward(object.__new__(PackMessages), output, False, None, overlap_p2p_comm=True)
+    deallocate_output_tensor(output, True)
+    assert output.numel() == 1 and memory() is not None and memory().nbytes() == 4000
+    handles["send_next"].wait()
+    assert handle.waited and memory() is None
 
 
 @pytest.mark.parametrize(

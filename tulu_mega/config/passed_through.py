@@ -31,6 +31,8 @@ class PassedThrough:
     """fields with which a run could not work, the value with which it can (None: with none), and why"""
     refused_with: Mapping[str, str] = field(default_factory=dict)
     """beginnings of names that mean something only with a field of `refused`"""
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """fields whose type TOML cannot write, and the words that stand for values of it"""
 
     def fields(self) -> dict[str, str]:
         """Name -> annotation of every field of the installed megatron-core; empty when it is not installed."""
@@ -50,8 +52,12 @@ class PassedThrough:
             elif why := self._refusal(name, value, known):
                 problems.append(f"{name} = {value!r} cannot work here: {why}; leave it out")
             elif known and name not in known:
-                near = nearest(name, known.keys() - self.owned.keys())
-                problems.append(f"{name} is not a field of megatron-core's {self.kind}{near}")
+                near = nearest(name, sorted(known))
+                owners = [f" ({each} is decided by {setting})" for each, setting in self.owned.items() if repr(each) in near]
+                problems.append(f"{name} is not a field of megatron-core's {self.kind}{near}{''.join(owners)}")
+            elif name in self.choices:
+                if value not in self.choices[name]:
+                    problems.append(f"{name} = {value!r}: expected {' or '.join(map(repr, self.choices[name]))}")
             elif known and not _accepts(known[name], value):
                 problems.append(f"{name} = {value!r}: megatron-core wants {known[name]}")
         if problems:

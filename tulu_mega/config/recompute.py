@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-Module = Literal["core_attn", "layernorm", "activation", "mlp"]
-MODULES: tuple[str, ...] = get_args(Module)
+from tulu_mega.errors import nearest
+
+MODULES = ("core_attn", "layernorm", "activation", "mlp")
+WHOLE = ("none", "selective", "full")
 
 
-def _names(value: Any) -> Any:
-    """``"layernorm,activation"``, or a module alone, as a list."""
-    if isinstance(value, str) and value not in ("none", "selective", "full"):
-        return [name.strip() for name in value.split(",") if name.strip()]
-    return value
+def _known(value: Any) -> Any:
+    """The value, a list of modules where it is a text that names them: ``"layernorm,activation"``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if value in WHOLE:
+        return value
+    names = value
+    if isinstance(value, str):
+        names = [name.strip() for name in value.split(",") if name.strip()]
+    expected = f"expected {', '.join(map(repr, WHOLE))}, or a list of some of {', '.join(MODULES)}"
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{value!r}: {expected}")
+    if unknown := [name for name in names if name not in MODULES]:
+        raise ValueError(f"{', '.join(unknown)}{nearest(unknown[0], [*MODULES, *WHOLE])}; {expected}")
+    if again := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(again)} more than once: {expected}, each once")
+    if not names:
+        raise ValueError(f"an empty list: {expected}")
+    if "mlp" in names and "activation" in names:
+        raise ValueError("'mlp' computes the activation again too; leave 'activation' out")
+    return names
 
 
-def _once_each(value: Any) -> Any:
-    if isinstance(value, list):
-        again = sorted({str(name) for name in value if value.count(name) > 1})
-        if again or not value:
-            raise ValueError(f"{', '.join(again) + ' more than once' if again else 'an empty list'}: expected some of "
-                             f"{', '.join(MODULES)}, each once; or 'none'")  # fmt: skip
-        if "mlp" in value and "activation" in value:
-            raise ValueError("'mlp' computes the activation again too; leave 'activation' out")
-    return value
-
-
-Recompute = Annotated[
-    Literal["none", "selective", "full"] | list[Module], BeforeValidator(_once_each), BeforeValidator(_names)
-]
+Recompute = Annotated[str | list[str], BeforeValidator(_known)]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tulu_mega.config.sections import (
     WandbSettings,
     WatchdogSettings,
 )
-from tulu_mega.config.training_fields import DDP, OPTIMIZER
+from tulu_mega.config.training_fields import DDP, MOMENTS, OPTIMIZER
 
 
 class EngineSettings(Section):
@@ -121,6 +121,21 @@ class RunSettings(EngineSettings):
             raise ValueError(
                 f"optim.moments = 'bf16' needs optim.name = 'adamw', got {self.optim.name!r}, and "
                 "parallel.distributed_optimizer; set them, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _moments_have_one_optimizer(self) -> RunSettings:
+        theirs = self.optimizer.get("use_precision_aware_optimizer", False)
+        if theirs and self.optim.moments == "bf16":
+            raise ValueError(
+                "optim.moments = 'bf16' is our own AdamW, [optimizer] use_precision_aware_optimizer Transformer Engine's; leave "
+                "either out"
+            )
+        if not theirs and (given := [name for name in MOMENTS if name in self.optimizer]):
+            raise ValueError(
+                f"[optimizer] {', '.join(given)}: only with use_precision_aware_optimizer = true; set it, or optim.moments "
+                "in their place"
             )
         return self
 

@@ -49,24 +49,21 @@ _OPTIM = {
     "adam_eps": "optim.eps",
     "clip_grad": "optim.clip",
     "optimizer": "optim.name",
-    "exp_avg_dtype": "optim.moments",
-    "exp_avg_sq_dtype": "optim.moments",
     "fp16": "model.dtype",
     "bf16": "model.dtype",
     "params_dtype": "model.dtype",
     "fp8_recipe": "precision.fp8",
     "use_distributed_optimizer": "parallel.distributed_optimizer",
     "overlap_param_gather": "parallel.overlap_param_gather",
+    "main_grads_dtype": "parallel.grad_dtype",
     "timers": "the engine",
 }
 _SCALE = "losses of bf16 and float32 are not scaled"
 _MUON = "optim.name has no muon"
-_FEWER = "checkpoints would not have main parameters and moments as they are; for moments of half the size set optim.moments"
+_MAIN = "checkpoints have main parameters in float32"
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "use_precision_aware_optimizer": (False, _FEWER),
-    "main_grads_dtype": (None, _FEWER),
-    "main_params_dtype": (None, _FEWER),
-    "store_param_remainders": (None, _FEWER),
+    "main_params_dtype": (None, _MAIN),
+    "store_param_remainders": (False, _MAIN),
     "optimizer_cpu_offload": (False, "a checkpoint would not have what is on the host"),
     "loss_scale": (None, _SCALE),
     "initial_loss_scale": (None, _SCALE),
@@ -82,6 +79,9 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "barrier_with_L1_time": (False, "there are no such timers"),
     "config_logger_dir": ("", "settings are in the run's directory"),
 }
+MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
+"""Types of the two moments, of Transformer Engine's AdamW (`use_precision_aware_optimizer`). Those that are scaled (fp16, FP8)
+would want their scales in checkpoints."""
 OPTIMIZER = PassedThrough(
     "optimizer",
     "OptimizerConfig",
@@ -89,4 +89,5 @@ OPTIMIZER = PassedThrough(
     _OPTIM,
     _REFUSED,
     {"muon_": "muon_momentum", "optimizer_offload_": "optimizer_cpu_offload", "pin_cpu_": "optimizer_cpu_offload"},
+    dict.fromkeys(MOMENTS, ("fp32", "bf16")),
 )

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
+
+
+class Underway:
+    """A message that was begun, and the memory it is sent from.
+
+    Args:
+        handle: torch's.
+        sent: another tensor of the same memory, which stays when that of the message's own is exchanged.
+    """
+
+    def __init__(self, handle: Work, sent: Tensor):
+        self._handle, self._sent = handle, sent
+
+    def wait(self) -> None:
+        """As torch's; lets go of the memory then."""
+        self._handle.wait()
+        self._sent = None
 
 
 class PackMessages(P2PCommunicator):
@@ -33,6 +51,21 @@ class PackMessages(P2PCommunicator):
         around = [rows_M[micro_batch] for micro_batch, chunk in passes if chunk < chunks - 1]
         self._from_before = iter(around if group.rank() == 0 else along)
         self._from_behind = iter(around if group.rank() == group.size() - 1 else along)
+
+    def send_forward_recv_forward(
+        self, output_tensor: Tensor | None, recv_prev: bool, tensor_shape: Any, overlap_p2p_comm: bool = False
+    ) -> Any:
+        """As P2PCommunicator's, but what is being sent stays in memory until its handle is waited for.
+
+        The interleaved schedule gives an output back (``deallocate_pipeline_outputs``) before it waits for the message, and torch
+        keeps a message's memory no longer by itself: what is computed next could be sent in its place.
+        """
+        if not overlap_p2p_comm:
+            return super().send_forward_recv_forward(output_tensor, recv_prev, tensor_shape)
+        received, handles = super().send_forward_recv_forward(output_tensor, recv_prev, tensor_shape, overlap_p2p_comm=True)
+        if output_tensor is not None:
+            handles["send_next"] = Underway(handles["send_next"], output_tensor.detach())
+        return received, handles
 
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool

@@ -33,7 +33,7 @@ from tulu_mega.model.packed import packed_seq_params
 from tulu_mega.model.reward import RewardModel
 from tulu_mega.platforms import Platform
 from tulu_mega.records import LossOutput, PackedBatch, Reads, TokenOutput, sent
-from tulu_mega.train.optimizer import Schedule, build_optimizer
+from tulu_mega.train.optimizer import Schedule, build_optimizer, decoupled_gradients
 
 _GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp_cp"]
 """What a schedule wants to be given where it is given what sends its messages."""
@@ -187,7 +187,12 @@ class Engine:
             if self.optim.clip > 0:
                 parameters = self.optimizer_parameters()
                 if parameters:
-                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.optim.clip, total_norm=norm)
+                    clip_grad_by_total_norm_fp32(
+                        parameters,
+                        max_norm=self.optim.clip,
+                        total_norm=norm,
+                        use_decoupled_grad=decoupled_gradients(self.optimizer),
+                    )
             self.optimizer.step_with_ready_grads()
         return Update(norm, lr, applied, finite)
 
@@ -250,7 +255,8 @@ class Engine:
                 outputs.append(out)
                 if seen is not None:
                     shares.append((output[0] if isinstance(output, tuple) else output)[0].detach())
-                return out.loss_sum.float(), _scalar(out.count, torch.int32, self.platform.device), {}
+                # a copy: a pipeline's schedule gives back the memory of what it is handed
+                return out.loss_sum.float().clone(), _scalar(out.count, torch.int32, self.platform.device), {}
 
             return self._forward(model, batch), loss
 

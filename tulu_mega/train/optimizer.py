@@ -13,7 +13,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from tulu_mega.config import OptimSettings
+from tulu_mega.config.training_fields import MOMENTS
 from tulu_mega.errors import UserError
+from tulu_mega.model.config import DTYPES
 from tulu_mega.train.optimizer_boxes import places_of
 from tulu_mega.train.rounded_adam import RoundedAdam
 
@@ -55,9 +57,11 @@ def build_optimizer(
         use_distributed_optimizer=sharded,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         fp8_recipe=chunks[0].config.fp8_recipe if chunks[0].config.fp8 else None,
+        store_param_remainders=False,  # main parameters are whole, as checkpoints have them
     )
+    fields |= {name: DTYPES[value] if name in MOMENTS else value for name, value in table.items()}
     try:
-        config = OptimizerConfig(**(fields | table))
+        config = OptimizerConfig(**fields)
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"[optimizer]: megatron-core refuses this: {error}") from None
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=gloo_groups)
@@ -69,8 +73,18 @@ def build_optimizer(
             part.data_parallel_group_gloo = part.data_parallel_group
         if part.init_state_fn is None:  # SGD without momentum has no state, yet loading a checkpoint calls this
             part.init_state_fn = lambda *_: None
-        part.init_state_fn(part.optimizer, part.config)  # a checkpoint may be due before any update: the first ones were skipped
+        # a checkpoint may be due before any update: the first ones were skipped
+        if config.use_precision_aware_optimizer:  # megatron-core's function leaves out an argument that Transformer Engine wants
+            for parameter in part.get_parameters():
+                part.optimizer.initialize_state(parameter, False)
+        else:
+            part.init_state_fn(part.optimizer, part.config)
     return optimizer
+
+
+def decoupled_gradients(optimizer: MegatronOptimizer) -> bool:
+    """Whether gradients are of another type than what is updated, and so lie beside autograd's."""
+    return optimizer.chained_optimizers[0].config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
 
 
 class Schedule:

@@ -40,7 +40,9 @@ def boxes_of(optimizer: DistributedOptimizer, model: dict[str, Any]) -> dict[str
     for parameter, start, stop in _held(optimizer):
         group, place = optimizer.model_param_group_index_map[parameter]
         main = optimizer.optimizer.param_groups[group]["params"][place]
-        for name, value in {"param": main, **optimizer.optimizer.state[main]}.items():
+        held = {"param": main, **optimizer.optimizer.state[main]}
+        held["param"] = held.pop("master_param", main)  # a precision-aware optimizer's own
+        for name, value in held.items():
             if name != "step" and isinstance(value, Tensor) and value.numel() == stop - start:
                 whole = _whole(described[parameter], parameter, f"{_STATE}{name}.", value.dtype)
                 boxes += _boxes(whole, value.detach().flatten(), start)

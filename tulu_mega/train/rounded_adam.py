@@ -51,7 +51,8 @@ class RoundedAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, param_groups: Sequence[Mapping[str, Any]], places: Mapping[Tensor, Sequence[Box]]):
-        super().__init__(param_groups, {})
+        super().__init__([{"params": []}], {})
+        self.param_groups = list(param_groups)  # past torch's check: of float32 models these are views of parameters
         self.places = places
         for group in self.param_groups:
             for p in group["params"]:

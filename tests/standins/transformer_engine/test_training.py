@@ -82,6 +82,33 @@ def test_a_run_goes_on(model, tmp_path, precision, before, after):
     np.testing.assert_allclose(done, stayed, rtol=2e-2 if precision else 5e-3)
 
 
+AWARE = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+"""Transformer Engine's AdamW with main parameters of its own and moments in bf16"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({**DATA, "grad_dtype": "bf16"}, {**DATA, "grad_dtype": "bf16"}),
+        pytest.param(BOTH, DATA, marks=MORE),
+        pytest.param(OVERLAP, {}, marks=MORE),
+    ],
+    ids=str,
+)
+def test_a_precision_aware_run_goes_on(model, tmp_path, before, after):
+    def aware(layout, first=0, last=jobs.RUN, folder=None):
+        form = "same_layout" if before == after else "reshardable"
+        arguments = (model, layout, first, last, folder, None, "bf16", OFF, form, "fp32", AWARE)
+        return world.run(size(layout), jobs.series, *arguments)[-1]
+
+    stayed, folder = aware(before), str(tmp_path)
+    np.testing.assert_allclose(stayed, run(before, OFF, model), rtol=1e-2)
+    done = aware(before, 0, 2, folder) + aware(after, 2, jobs.RUN, folder)
+    if before == after:
+        assert done == stayed
+    np.testing.assert_allclose(done, stayed, rtol=5e-3)
+
+
 def scales(directory: str, layout: dict[str, Any], folder: str, restored: bool) -> dict[str, list[float]]:
     """Delayed scaling's factors and largest magnitudes, by each layer's parts, after two steps or read from their checkpoint."""
     with jobs.session(directory, layout, "bf16", precision=DELAYED) as made:

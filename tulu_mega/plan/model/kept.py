@@ -16,9 +16,9 @@ cosines and sines for each of queries and keys. What two functions save is one t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tulu_mega.plan.model.job import Job
+from tulu_mega.plan.model.job import NOTHING, Job
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,20 @@ def layer_kept(job: Job) -> tuple[Kept, ...]:
             Kept("attention's result before its norm", "b h / s", b * h / s),
             Kept("residual between", "c h / s", c * h / s),
             Kept("feed-forward's result before its norm", "b h / s", b * h / s),
+            Kept("statistics of two norms", "8 / s", 8 / s),
         ]
     else:
         apart = not kernels.transformer_engine or "layernorm" in job.recompute.modules
+        second = "layernorm" if apart else "layernorm mlp"
         kept = [
             Kept("layer's input", "b h / s", b * h / s),
             Kept("normed input of attention", "c h / s", c * h / s, "layernorm"),
             Kept("residual between", "b h / s", b * h / s),
             # the input of a feed-forward that is computed again is kept, be it the residual or, where norms are apart, this
-            Kept("normed input of feed-forward", "c h / s", c * h / s, "layernorm" if apart else "layernorm mlp"),
+            Kept("normed input of feed-forward", "c h / s", c * h / s, second),
+            Kept("statistics of attention's norm", "4 / s", 4 / s, "layernorm"),
+            Kept("statistics of feed-forward's norm", "4 / s", 4 / s, second),
         ]
-    kept += [Kept("statistics of two norms", "8 / s", 8 / s)]
     match size.needs.qk_norm:
         case "head":
             kept += [
@@ -72,7 +75,7 @@ def layer_kept(job: Job) -> tuple[Kept, ...]:
             ]
     if not kernels.rope:
         kept += [Kept("cosines and sines for queries and keys", "4 b d", 4 * b * d)]
-    if kernels.own_attention:
+    if kernels.own_attention or "core_attn" in job.recompute.modules:  # a checkpoint keeps the values as it is handed them
         value = q + 2 * k
         kept += [Kept("values, within the projection's result", "b (q + 2 k) / t", b * value / t)]
     else:
@@ -94,6 +97,6 @@ def token_bytes(job: Job) -> tuple[float, float, float]:
     """Bytes of a token that a layer keeps over context parallelism: of which modules are computed again as the job says; of
     which nothing is; which is computed again whole, its input."""
     kept, own = layer_kept(job), job.parallel.tensor if job.sequence else 1
-    everything = sum(each.bytes for each in kept)
+    everything = sum(each.bytes for each in layer_kept(replace(job, recompute=NOTHING)))
     left = sum(each.bytes for each in kept if not job.recompute.modules & set(each.module.split()))
     return tuple(each / job.parallel.context for each in (left, everything, job.itemsize * job.size.hidden / own))
