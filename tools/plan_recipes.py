@@ -155,7 +155,8 @@ def _gain(found: Outlook, asked: Callable[[], Question]) -> str:
 def table(before: dict) -> str:
     """All recipes."""
     lines = [
-        "| recipe | GPUs | layout | computed again | GiB of 79.1 | step, s | TFLOP/s | of peak | where the time goes (switch: tokens/s) |",
+        "| recipe | GPUs | layout | computed again | GiB of 79.1 | step, s | TFLOP/s | of peak | "
+        "where the time goes (switch: tokens/s) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for file in recipes():

@@ -139,6 +139,24 @@ def test_servers_that_do_not_fit_take_for_ever(capsys):
     assert "while weights arrive a server's GPU holds 29.0 GiB" in said.err
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("gpus", [7, 256, 336])
+def test_what_a_hint_offers_is_taken(stage, gpus):
+    """Whichever of the numbers is given next is not refused in turn; with a number of replicas in the file and without."""
+    large = {"8b": "405b"} if gpus > 50 else {}
+    file = str(RECIPES / f"{stage}.toml").replace("8b", large.get("8b", "8b"))
+    model = MODEL.replace("8b", large.get("8b", "8b"))
+    with pytest.raises(UserError) as refused:
+        _ = ask(PlanSettings(config=[file], model=model, gpus=gpus)).trainers
+    (said,) = refused.value.problems
+    offers = said.split("; give ")[1].split(", or another")[0].split(" or ")
+    assert offers
+    for offer in offers:
+        number, _, data = offer.partition(" with --parallel.data ")
+        parallel = {"data": int(data)} if data else {}
+        assert ask(PlanSettings(config=[file], model=model, gpus=int(number), parallel=parallel)).trainers > 0
+
+
 def test_search_ranks_what_fits():
     found = search(ask(asked("sft", gpus=4)))
     assert all(each.fits and each.job.world == 4 for each in found)

@@ -19,7 +19,7 @@ from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.plan.model.calibration import RATES
 from tulu_mega.plan.model.job import Job, Pack
-from tulu_mega.plan.model.kernels import kernels_of
+from tulu_mega.plan.model.kernels import kernels_of, moment_bytes
 from tulu_mega.plan.model.memory import RankMemory, checkpoint_host_bytes, memory_by_rank, resume_host_bytes
 from tulu_mega.plan.model.parameters import ITEMSIZE
 from tulu_mega.plan.model.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
@@ -141,8 +141,9 @@ class Question:
             kernels=kernels_of(settings),
             fp8=settings.precision.recipe is not None,
             fp8_weights=settings.precision.fp8_param_gather,
-            grad_bytes=2 if settings.parallel.grad_dtype == "bf16" and settings.model.dtype == "bf16" else 4,
-            moment_bytes=0 if settings.optim.name == "sgd" else 2 if settings.optim.moments == "bf16" else 4,
+            grad_bytes=ITEMSIZE[settings.parallel.grad_dtype],
+            moment_bytes=moment_bytes(settings.optim, settings.optimizer),
+            grad_copies=not settings.optimizer.get("use_precision_aware_optimizer", False),
             entropy=workload.entropy,
         )
 

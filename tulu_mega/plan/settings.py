@@ -51,6 +51,9 @@ class PlanSettings(Section):
     train: dict[str, Any] = {}
     optim: dict[str, Any] = {}
     checkpoint: dict[str, Any] = {}
+    precision: str | dict[str, Any] = {}
+    ddp: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
     megatron: dict[str, Any] = {}
     rollout: dict[str, Any] = {}
     sampling: dict[str, Any] = {}

@@ -187,4 +187,4 @@ def _optimizer(job: Job, rates: Rates) -> float:
 
 def update_bytes(job: Job) -> int:
     """Bytes moved for a parameter of a rank's share: norm, clipping, Adam; of bf16 gradients float32 ones are made first."""
-    return _NORM + _UPDATE + 4 * job.moment_bytes + (6 if job.grad_bytes == 2 else 0)
+    return round(_NORM + _UPDATE + 4 * job.moment_bytes) + (6 if job.grad_copies and job.grad_bytes == 2 else 0)
