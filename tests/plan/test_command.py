@@ -13,6 +13,7 @@ import pytest
 from tulu_mega import cli
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import reward_fields
+from tulu_mega.config.recompute import Recomputed
 from tulu_mega.errors import UserError
 from tulu_mega.plan.outlook import outlook
 from tulu_mega.plan.run import ask
@@ -162,6 +163,9 @@ def test_search_ranks_what_fits():
     assert all(each.fits and each.job.world == 4 for each in found)
     assert [each.seconds for each in found] == sorted(each.seconds for each in found)
     assert len({each.job.parallel for each in found}) == len(found) > 2
+    assert all(each.roomy or each.job.recompute.layers is None for each in found)
+    recomputed = {each.job.recompute for each in found}
+    assert Recomputed() in recomputed and len(recomputed) > 1  # whatever the file says, of each layout what it needs
 
 
 def test_a_switch_needs_no_value(capsys):

@@ -66,7 +66,14 @@ class Cost:
         return sum(vars(self).values())
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(own + its for own, its in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Cost(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.elementwise + other.elementwise,
+            self.tensor + other.tensor,
+            self.context + other.context,
+            self.host + other.host,
+        )
 
     def __mul__(self, factor: float) -> Cost:
         return Cost(*(own * factor for own in vars(self).values()))
