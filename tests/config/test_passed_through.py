@@ -76,6 +76,10 @@ SFT = {"run_dir": "run", "data": {"train": "rows.jsonl"}}
         ({"optim": {"moments": "bf16"}, "parallel": {"distributed_optimizer": False}}, "parallel.distributed_optimizer"),
         ({"ddp": {"overlap_grad_reduce": True}}, "overlap_grad_reduce is decided by parallel.overlap_grad_reduce"),
         ({"optimizer": {"use_precision_aware_optimizer": True}, "optim": {"moments": "bf16"}}, "leave either out"),
+        (
+            {"optimizer": {"use_precision_aware_optimizer": True}, "checkpoint": {"format": "same_layout"}},
+            "could not be read again; choose 'reshardable'",
+        ),
         ({"optimizer": {"exp_avg_dtype": "bf16"}}, "exp_avg_dtype: only with use_precision_aware_optimizer = true"),
         ({"optimizer": {"exp_avg_sq_dtype": "fp8"}}, "exp_avg_sq_dtype = 'fp8': expected 'fp32' or 'bf16'"),
         ({"optimizer": {"main_grads_dtype": "bf16"}}, "main_grads_dtype is decided by parallel.grad_dtype"),

@@ -36,7 +36,10 @@ def test_the_quickstart_learns_as_well(tmp_path, seed):
         wanted = SftSettings.model_validate(
             {
                 "run_dir": str(run), "seed": seed, "model": {"path": str(tmp_path / "model"), "dtype": "fp32"},
-                "data": {"train": str(tmp_path / "train.jsonl"), "template": "tulu", "max_length": 512, "pack_length": 4096},
+                "data": {
+                    "train": str(tmp_path / "train.jsonl"), "template": "tulu", "max_length": 512, "pack_length": 4096,
+                    "cache": str(tmp_path / "cache"), "workers": 1,
+                },
                 "heldout": {"data": str(tmp_path / "heldout.jsonl"), "every": STEPS},
                 "train": {"steps": STEPS, "global_batch": 64, "reduction": "sum", "log_every": 50},
                 "optim": {"lr": 3e-3, "warmup": 0.03, "moments": moments},

@@ -61,7 +61,7 @@ class Watched:
             place, size = _memory(tensor), tensor.untyped_storage().nbytes()
             if tensor.dtype not in (torch.int32, torch.int64) and size and place not in self.ours | handed:
                 found.setdefault(place, (module, size))
-        if (torch.is_grad_enabled() and self.passes == 1) or not self.kept:
+        if self.passes == 1:
             self.kept = list(found.values())
         self._given = []
         return result

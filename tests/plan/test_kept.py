@@ -121,8 +121,8 @@ def test_recomputing_frees_what_the_module_keeps(model, tensor):
     for modules in (("core_attn",), ("layernorm",), ("activation",), ("mlp",), ("layernorm", "activation")):
         again = dataclasses.replace(plain, recompute=Recomputed(frozenset(modules)))
         left, everything, _ = token_bytes(again)
-        assert everything == token_bytes(plain)[0]
-        freed[modules] = everything - left
+        assert everything >= token_bytes(plain)[0]
+        freed[modules] = token_bytes(plain)[0] - left
         costs = [train_step(each, RATES).seconds for each in (plain, again)]
         assert costs[1] >= costs[0]
         assert memory_by_rank(again)[0].working >= memory_by_rank(plain)[0].working

@@ -132,6 +132,11 @@ class RunSettings(EngineSettings):
                 "optim.moments = 'bf16' is our own AdamW, [optimizer] use_precision_aware_optimizer Transformer Engine's; leave "
                 "either out"
             )
+        if theirs and self.checkpoint.format == "same_layout":  # megatron-core's form of it stumbles over marks of padding
+            raise ValueError(
+                "checkpoint.format = 'same_layout' does not go with [optimizer] use_precision_aware_optimizer, whose state "
+                "could not be read again; choose 'reshardable'"
+            )
         if not theirs and (given := [name for name in MOMENTS if name in self.optimizer]):
             raise ValueError(
                 f"[optimizer] {', '.join(given)}: only with use_precision_aware_optimizer = true; set it, or optim.moments "

@@ -81,7 +81,8 @@ def test_a_layer_keeps_what_is_planned_and_recomputation_changes_no_gradient(mod
     wrong = {}
     for case, seen in zip(cases, found, strict=True):
         kept, wanted = sum(size for _, size in seen["kept"]), planned(directory, layout, "bf16", case, seen["tokens"])
-        if kept != wanted:
+        scales = 64 if "precision" in case else 0  # a number for each tensor in FP8
+        if not 0 <= kept - wanted <= scales:
             each = [(module, size / seen["tokens"]) for module, size in seen["kept"]]
             wrong[str(case)] = (kept / seen["tokens"], wanted / seen["tokens"], each)
         if case.keys() <= {"recompute"}:

@@ -97,8 +97,7 @@ AWARE = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_av
 )
 def test_a_precision_aware_run_goes_on(model, tmp_path, before, after):
     def aware(layout, first=0, last=jobs.RUN, folder=None):
-        form = "same_layout" if before == after else "reshardable"
-        arguments = (model, layout, first, last, folder, None, "bf16", OFF, form, "fp32", AWARE)
+        arguments = (model, layout, first, last, folder, None, "bf16", OFF, "reshardable", "fp32", AWARE)
         return world.run(size(layout), jobs.series, *arguments)[-1]
 
     stayed, folder = aware(before), str(tmp_path)

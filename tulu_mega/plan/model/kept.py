@@ -16,9 +16,9 @@ cosines and sines for each of queries and keys. What two functions save is one t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from tulu_mega.plan.model.job import NOTHING, Job
+from tulu_mega.plan.model.job import Job
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def layer_kept(job: Job) -> tuple[Kept, ...]:
         case "projection":  # our own norm, in float32: the operands of both of its products
             kept += [
                 Kept("queries and keys before and within their norms", "8 (q + k) / t", 8 * (q + k) / t),
-                Kept("statistics of their norms", "16", 16),
+                Kept("statistics of their norms", "8", 8),
             ]
     if not kernels.rope:
         kept += [Kept("cosines and sines for queries and keys", "4 b d", 4 * b * d)]
@@ -86,8 +86,6 @@ def layer_kept(job: Job) -> tuple[Kept, ...]:
         Kept("attention's softmax", "4 n / t", 4 * n / t, "core_attn"),
         Kept("gate and up", "2 b f / t", 2 * b * f / t, "mlp"),
     ]
-    if job.fp8:
-        kept += [Kept("attention's result in FP8", "c q / t", c * q / t)]
     if not kernels.activation:
         kept += [Kept("gate's activation, and up once more", "2 b f / t", 2 * b * f / t, "activation mlp")]
     return (*kept, Kept("their product", "c f / t", c * f / t, "activation mlp"))
@@ -97,6 +95,6 @@ def token_bytes(job: Job) -> tuple[float, float, float]:
     """Bytes of a token that a layer keeps over context parallelism: of which modules are computed again as the job says; of
     which nothing is; which is computed again whole, its input."""
     kept, own = layer_kept(job), job.parallel.tensor if job.sequence else 1
-    everything = sum(each.bytes for each in layer_kept(replace(job, recompute=NOTHING)))
+    everything = sum(each.bytes for each in kept)
     left = sum(each.bytes for each in kept if not job.recompute.modules & set(each.module.split()))
     return tuple(each / job.parallel.context for each in (left, everything, job.itemsize * job.size.hidden / own))
