@@ -13,6 +13,7 @@ import pytest
 from tulu_mega import cli
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import reward_fields
+from tulu_mega.config.recompute import Recomputed
 from tulu_mega.errors import UserError
 from tulu_mega.plan.outlook import outlook
 from tulu_mega.plan.run import ask
@@ -102,11 +103,69 @@ def test_what_does_not_fit_is_an_error(capsys):
     assert "GiB of a GPU's 79.1 GiB, most of it optimizer" in said.err
 
 
+@pytest.mark.parametrize("columns", ["30", "80"])
+def test_no_number_is_cut_where_it_is_narrow(columns, capsys, monkeypatch):
+    """A table takes the width that it needs: a terminal goes on in the next line, a pipe has it whole."""
+    monkeypatch.setenv("COLUMNS", columns)
+    large = MODEL.replace("8b", "405b")
+    words = [str(RECIPES.parent / "405b/sft.toml"), "--model", large, "--explain"]
+    assert cli.main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    assert "…" not in said and "left of 79.1" in said
+    assert "gradients and parameters, exposed" in said
+
+
+def test_a_checkpoints_seconds_are_told():
+    """5.7 TB of 405B: 14 bytes a parameter, from 112 GPUs' weights and 224 GPUs' states. Asynchronously training waits for a
+    copy to main memory alone."""
+    words = dict(model=MODEL.replace("8b", "405b"), gpus=224, config=[str(RECIPES.parent / "405b/sft.toml")])
+    found = {}
+    for name in (False, True):
+        checkpoint = {"asynchronous": name, "format": "same_layout"}
+        found[name] = outlook(ask(PlanSettings(**words, checkpoint=checkpoint)), sampled=1).storage
+    at_once, behind = found[False], found[True]
+    assert at_once.size == pytest.approx(14 * 405.9e9, rel=2e-3)
+    assert at_once.waits == at_once.save == behind.save == pytest.approx(at_once.size / 20e9)
+    assert behind.waits < 2
+    faster = outlook(ask(PlanSettings(**words, storage=40.0)), sampled=1).storage
+    assert faster.save == pytest.approx(at_once.save / 2)
+    assert at_once.load > at_once.save
+
+
+def test_servers_that_do_not_fit_take_for_ever(capsys):
+    words = [str(RECIPES.parent / "405b/grpo.toml"), "--model", MODEL.replace("8b", "405b"), "--rollout.quantization", "none"]
+    assert cli.main(["plan", *words]) == 2
+    said = capsys.readouterr()
+    assert "for ever" in said.out and "nan" not in said.out and "inf" not in said.out
+    assert "while weights arrive a server's GPU holds 32.5 GiB" in said.err
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("gpus", [7, 256, 336])
+def test_what_a_hint_offers_is_taken(stage, gpus):
+    """Whichever of the numbers is given next is not refused in turn; with a number of replicas in the file and without."""
+    large = {"8b": "405b"} if gpus > 50 else {}
+    file = str(RECIPES / f"{stage}.toml").replace("8b", large.get("8b", "8b"))
+    model = MODEL.replace("8b", large.get("8b", "8b"))
+    with pytest.raises(UserError) as refused:
+        _ = ask(PlanSettings(config=[file], model=model, gpus=gpus)).trainers
+    (said,) = refused.value.problems
+    offers = said.split("; give ")[1].split(", or another")[0].split(" or ")
+    assert offers
+    for offer in offers:
+        number, _, data = offer.partition(" with --parallel.data ")
+        parallel = {"data": int(data)} if data else {}
+        assert ask(PlanSettings(config=[file], model=model, gpus=int(number), parallel=parallel)).trainers > 0
+
+
 def test_search_ranks_what_fits():
     found = search(ask(asked("sft", gpus=4)))
     assert all(each.fits and each.job.world == 4 for each in found)
     assert [each.seconds for each in found] == sorted(each.seconds for each in found)
     assert len({each.job.parallel for each in found}) == len(found) > 2
+    assert all(each.roomy or each.job.recompute.layers is None for each in found)
+    recomputed = {each.job.recompute for each in found}
+    assert Recomputed() in recomputed and len(recomputed) > 1  # whatever the file says, of each layout what it needs
 
 
 def test_a_switch_needs_no_value(capsys):

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tulu_mega.config import EngineSettings, ParallelSettings
+from tulu_mega.config import EngineSettings, OptimSettings, ParallelSettings
 from tulu_mega.config.recompute import Recomputed, recomputed
 from tulu_mega.layout.hardware import GPUS
 from tulu_mega.model.swiglu import Swiglu
 from tulu_mega.plan.model.calibration import RATES
 from tulu_mega.plan.model.job import Job, Pack
 from tulu_mega.plan.model.kept import layer_kept, token_bytes
-from tulu_mega.plan.model.kernels import Kernels, kernels_of
+from tulu_mega.plan.model.kernels import Kernels, kernels_of, moment_bytes
 from tulu_mega.plan.model.memory import memory_by_rank
 from tulu_mega.plan.model.timing import train_step
 
@@ -208,3 +208,24 @@ def test_bf16_gradients_and_moments_are_counted_to_the_byte():
 def test_kernels_are_those_that_the_settings_choose(model, megatron, wanted):
     settings = EngineSettings(model={"path": "x", **model}, megatron=megatron)
     assert kernels_of(settings) == wanted
+
+
+@pytest.mark.parametrize(
+    ("optim", "table", "wanted"),
+    [
+        ({}, {}, 4),
+        ({"moments": "bf16"}, {}, 2),
+        ({"name": "sgd"}, {}, 0),
+        ({}, {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16"}, 3),
+    ],
+)
+def test_moments_have_the_size_that_the_settings_choose(optim, table, wanted):
+    assert moment_bytes(OptimSettings(**optim), table) == wanted
+
+
+def test_a_precision_aware_optimizer_copies_no_gradients():
+    plain = job(grad_bytes=2)
+    without = dataclasses.replace(plain, grad_copies=False)
+    held = plain.held[0].total
+    assert memory_by_rank(plain)[0].optimizer - memory_by_rank(without)[0].optimizer == 4 * held
+    assert train_step(without, RATES).optimizer < train_step(plain, RATES).optimizer

@@ -175,12 +175,12 @@ def test_a_worker_has_a_buffer_for_each_sender():
     up. In FP8 matrices take half. Servers on the trainer's host look into its own buffers."""
     policy = job("llama3.1_405b", ParallelSettings(tensor=8, pipeline=14))
     matrix, end = 2 * 16384 * 53248, 2 * 16384 * 128256
-    apart = dataclasses.replace(servers(tensor=8), elsewhere=True)
-    assert server_memory(content("llama3.1_405b"), apart, policy).sync == pytest.approx(13 * matrix + 2 * end, rel=1e-3)
-    fp8 = dataclasses.replace(apart, fp8=True)
-    assert server_memory(content("llama3.1_405b"), fp8, policy).sync == pytest.approx(13 * matrix / 2 + 2 * end, rel=1e-3)
+    for fp8, share in ((False, 1), (True, 2)):
+        apart = dataclasses.replace(servers(tensor=8), elsewhere=True, fp8=fp8)
+        wanted = 13 * matrix / share + 2 * end + 14 * rollouts.COMMUNICATOR + rollouts.HASHING
+        assert server_memory(content("llama3.1_405b"), apart, policy).sync == pytest.approx(wanted, rel=1e-3)
     near = job("llama3.1_8b", ParallelSettings(tensor=4))
-    assert server_memory(content("llama3.1_8b"), servers(count=4), near).sync == 2 * 4096 * 14336
+    assert server_memory(content("llama3.1_8b"), servers(count=4), near).sync == 2 * 4096 * 14336 + rollouts.HASHING
 
 
 def test_generation_is_bound_by_memory_then_by_arithmetic():

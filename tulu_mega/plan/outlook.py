@@ -19,10 +19,11 @@ from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.plan.model.calibration import RATES
 from tulu_mega.plan.model.job import Job, Pack
-from tulu_mega.plan.model.kernels import kernels_of
+from tulu_mega.plan.model.kernels import kernels_of, moment_bytes
 from tulu_mega.plan.model.memory import RankMemory, checkpoint_host_bytes, memory_by_rank, resume_host_bytes
 from tulu_mega.plan.model.parameters import ITEMSIZE
 from tulu_mega.plan.model.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
+from tulu_mega.plan.model.storage import Storage, storage
 from tulu_mega.plan.model.timing import Step, score_seconds, train_step
 from tulu_mega.plan.model.workload import LABELLED, ROWS, draw_lengths, pack_step
 
@@ -46,6 +47,7 @@ class Question:
         rows: of the data, where it is known.
         mean_length, response_length: mean tokens, as in `PlanSettings`.
         rollout_gpu: of the servers; the trainers' kind when None.
+        storage: bytes/s of the file system for checkpoints.
     """
 
     stage: str
@@ -57,6 +59,7 @@ class Question:
     mean_length: int | None = None
     response_length: int | None = None
     rollout_gpu: Gpu | None = None
+    storage: float = 20e9
 
     @cached_property
     def workload(self) -> Workload:
@@ -138,8 +141,9 @@ class Question:
             kernels=kernels_of(settings),
             fp8=settings.precision.recipe is not None,
             fp8_weights=settings.precision.fp8_param_gather,
-            grad_bytes=2 if settings.parallel.grad_dtype == "bf16" and settings.model.dtype == "bf16" else 4,
-            moment_bytes=0 if settings.optim.name == "sgd" else 2 if settings.optim.moments == "bf16" else 4,
+            grad_bytes=ITEMSIZE[settings.parallel.grad_dtype],
+            moment_bytes=moment_bytes(settings.optim, settings.optimizer),
+            grad_copies=not settings.optimizer.get("use_precision_aware_optimizer", False),
             entropy=workload.entropy,
         )
 
@@ -183,6 +187,8 @@ class Outlook:
     """bytes of a node's main memory that a save takes"""
     resume: float
     """and that going on from it takes, until the first step"""
+    storage: Storage
+    """seconds of a checkpoint"""
     once: float
     """seconds before the first step: the reference's log-probabilities"""
     padding: float
@@ -260,6 +266,7 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         servers=server_memory(question.config, servers, job) if servers else None,
         host=checkpoint_host_bytes(job, settings.checkpoint.format, settings.checkpoint.asynchronous),
         resume=resume_host_bytes(job),
+        storage=storage(job, question.storage, settings.checkpoint.asynchronous),
         once=forward * question.steps / settings.train.epochs if scores_once else 0.0,
         padding=1 - sum(step.tokens for step in made) / positions,
     )

@@ -7,12 +7,13 @@ import json
 from tulu_mega.config.stages import STAGES
 from tulu_mega.errors import UserError
 from tulu_mega.layout.hardware import gpu_named
+from tulu_mega.plan.explained import explained, explanation
 from tulu_mega.plan.outlook import Outlook, Question, outlook
 from tulu_mega.plan.picture import draw
 from tulu_mega.plan.search import search
 from tulu_mega.plan.settings import PlanSettings
 from tulu_mega.plan.source import read_architecture, read_stage
-from tulu_mega.plan.table import as_json, as_ranking, as_table
+from tulu_mega.plan.table import as_json, as_ranking, as_tables
 
 
 def run(settings: PlanSettings) -> None:
@@ -52,20 +53,24 @@ def ask(settings: PlanSettings) -> Question:
         settings.mean_length,
         settings.response_length,
         rollout_gpu,
+        settings.storage * 1e9,
     )
 
 
 def _print(settings: PlanSettings, results: list[Outlook]) -> None:
     if settings.format == "json":
-        made = [as_json(each) for each in results[: settings.top]]
+        made = [{**as_json(each), **(explained(each) if settings.explain else {})} for each in results[: settings.top]]
         print(json.dumps(made if settings.search else made[0], indent=2, allow_nan=False))
         return
     from rich.console import Console
+    from rich.table import Table
 
     from tulu_mega.data.tools.tables import print_table
 
     console = Console(soft_wrap=False)
-    if settings.search:
-        print_table(as_ranking(results, settings.top), console)
-    else:
-        console.print(as_table(results[0]))
+    shown = [as_ranking(results, settings.top)] if settings.search else as_tables(results[0])
+    for each in [*shown, *(explanation(results[0]) if settings.explain else [])]:
+        if isinstance(each, Table):  # at the width that it takes: numbers are not to be cut where a terminal is narrow
+            print_table(each, console)
+        else:
+            console.print(each, soft_wrap=not console.is_terminal)

@@ -38,19 +38,26 @@ def search(question: Question) -> list[Outlook]:
 
 
 def _leanest(question: Question, parallel: ParallelSettings) -> Outlook | None:
-    """The fastest of the least that has to be recomputed under a layout for some memory to be left; where none of it is enough
-    for that, what fits just so, or None.
+    """The fastest of the least that has to be recomputed under a layout for some memory to be left; where nothing less is
+    enough for that, all of it, which may fit just so; None where that does not fit either.
     """
-    tight = None
+    most = _tried(question, parallel, ("full", None))
+    if not most:
+        return None
     for alike in _recomputing(question, parallel):
-        try:
-            found = [outlook(with_layout(question, parallel, *each), sampled=1) for each in alike]
-        except UserError:  # does not divide, or micro-batches do not come out
-            return None
-        if roomy := [each for each in found if each.fits and each.roomy]:
+        found = [each for what in alike if (each := _tried(question, parallel, what))]
+        if roomy := [each for each in found if each.roomy]:
             return min(roomy, key=lambda each: each.seconds)
-        tight = next((each for each in reversed(found) if each.fits), tight)
-    return tight
+    return most
+
+
+def _tried(question: Question, parallel: ParallelSettings, what: tuple[str | list[str], int | None]) -> Outlook | None:
+    """A layout with something recomputed; None where that does not fit, does not divide, or micro-batches do not come out."""
+    try:
+        found = outlook(with_layout(question, parallel, *what), sampled=1)
+    except UserError:
+        return None
+    return found if found.fits else None
 
 
 def _recomputing(question: Question, parallel: ParallelSettings) -> Iterator[list[tuple[str | list[str], int | None]]]:
@@ -65,7 +72,7 @@ def _recomputing(question: Question, parallel: ParallelSettings) -> Iterator[lis
             yield [(["layernorm", "activation"], None)]
     longest = -(-question.config["num_hidden_layers"] // (parallel.pipeline * parallel.virtual_pipeline))
     some = range(1, longest, -(-longest // _PARTS))
-    yield [(["mlp"], None), *(("full", layers) for layers in some), ("full", None)]
+    yield [(["mlp"], None), *(("full", layers) for layers in some)]
 
 
 def layouts(question: Question) -> Iterator[ParallelSettings]:

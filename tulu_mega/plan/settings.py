@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from tulu_mega.config.sections import PositiveInt, Section
 from tulu_mega.config.stages import STAGES
@@ -20,19 +20,23 @@ class PlanSettings(Section):
     gpus: PositiveInt | None = None
     """GPUs of the whole run, those that generate among them; what the layout takes when unset."""
     gpu: str = "h100"
-    """Kind of GPU: a100 (80 GB), h100, h200 or b200, eight to a node. Runs on CPUs are not planned."""
+    """Kind of GPU: a100 (80 GB), h100, h200 or b200, eight to a node; gb200 (NVL72); rtx4090. Runs on CPUs are not planned."""
     rollout_gpu: str | None = None
     """Kind of GPU that generates, where it is another."""
     search: bool = False
     """Rank layouts of these GPUs by predicted time instead of planning the file's own."""
     dry_run: bool = False
     """Build every distinct rank without memory and check that together they are the model, instead of planning."""
+    explain: bool = False
+    """Print each term of memory and time as well: its formula, and the formula with its numbers."""
     top: PositiveInt = 10
     """Layouts shown by `search`."""
     format: Literal["table", "json"] = "table"
     """What is written to standard output."""
     picture: str | None = None
     """PNG file to draw memory by rank and a step's timeline into."""
+    storage: Annotated[float, Field(gt=0)] = 20.0
+    """GB/s of the file system that all nodes share, for the seconds of checkpoints: an assumption, to be replaced by yours."""
     rows: PositiveInt | None = None
     """Rows of the data (conversations, pairs, prompts), for the time of the whole stage; known for Tulu 3's own sets."""
     mean_length: PositiveInt | None = None
@@ -47,6 +51,9 @@ class PlanSettings(Section):
     train: dict[str, Any] = {}
     optim: dict[str, Any] = {}
     checkpoint: dict[str, Any] = {}
+    precision: str | dict[str, Any] = {}
+    ddp: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
     megatron: dict[str, Any] = {}
     rollout: dict[str, Any] = {}
     sampling: dict[str, Any] = {}

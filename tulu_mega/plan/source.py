@@ -18,7 +18,10 @@ from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import resolve
 from tulu_mega.plan.settings import PlanSettings
 
-_OVERLAID = ("model", "parallel", "data", "train", "optim", "checkpoint", "megatron", "rollout", "sampling", "policy")
+_OVERLAID = (
+    *("model", "parallel", "data", "train", "optim", "checkpoint", "precision"),
+    *("megatron", "ddp", "optimizer", "rollout", "sampling", "policy"),
+)
 
 
 def read_stage(asked: PlanSettings) -> tuple[str, RunSettings]:

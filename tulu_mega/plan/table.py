@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -83,6 +82,7 @@ def as_json(result: Outlook) -> dict[str, Any]:
                 "step": result.seconds,
                 "before": result.once,
             },
+            "checkpoint": vars(result.storage),
             "tokens_per_second_per_gpu": result.step.tokens / result.seconds / result.gpus,
             "tflops_per_gpu": result.step.flops_per_gpu / 1e12,
             "steps": result.question.steps,
@@ -123,9 +123,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_table(result: Outlook) -> Group:
+def as_tables(result: Outlook) -> list[Text | Table]:
     """One outlook."""
-    return Group(_heading(result), _memory(result), _time(result), *_remarks(result))
+    return [_heading(result), _memory(result), _time(result), *_remarks(result)]
 
 
 def as_ranking(results: Sequence[Outlook], top: int) -> Table:
@@ -197,9 +197,10 @@ def _time(result: Outlook) -> Table:
     rows = {_PARTS[name]: seconds for name, seconds in result.step.parts.items()} | further
     for name, seconds in rows.items():
         if seconds:
-            table.add_row(name, f"{seconds:.3f}", f"{seconds / result.seconds:.1%}")
+            share = f"{seconds / result.seconds:.1%}" if math.isfinite(result.seconds) else ""
+            table.add_row(name, f"{seconds:.3f}" if math.isfinite(seconds) else "for ever", share)
     table.add_section()
-    table.add_row("all", f"{result.seconds:.3f}", "")
+    table.add_row("all", f"{result.seconds:.3f}" if math.isfinite(result.seconds) else "for ever", "")
     return table
 
 
@@ -210,7 +211,10 @@ def _remarks(result: Outlook) -> list[Text]:
     lines = [
         f"{result.step.tokens / result.seconds / result.gpus:,.0f} tokens/s/GPU; while training "
         f"{result.step.flops_per_gpu / 1e12:.0f} TFLOP/s/GPU, {result.step.flops_per_gpu / peak:.0%} of the {kind} peak",
-        f"a save takes {_size(result.host)} of a node's main memory, going on from it {_size(result.resume)}",
+        f"a save takes {_size(result.host)} of a node's main memory, going on from it {_size(result.resume)}; "
+        f"{result.storage.size / 1e9:,.0f} GB: {_duration(result.storage.save / 3600)} to be written at "
+        f"{result.question.storage / 1e9:g} GB/s (--storage), of which training waits {_duration(result.storage.waits / 3600)}, "
+        f"{_duration(result.storage.load / 3600)} to be read",
     ]
     if servers is not None:
         lines.append(
@@ -218,11 +222,11 @@ def _remarks(result: Outlook) -> list[Text]:
             f"values of {servers.tokens:,} tokens, {servers.sync / gib:.1f} GiB of "
             f"weights as they arrive, beside these"
         )
-    if result.hours is not None:
+    if result.hours is not None and math.isfinite(result.hours):
         before = f" (the reference's scoring {_duration(result.once / 3600)} of it)" if result.once else ""
         whole = f"{_duration(result.hours)}, {_duration(result.hours * result.gpus, 'GPU-')}{before}"
         lines.append(f"{result.question.steps:,} steps: {whole}, without start, saves and evaluations")
-    else:
+    elif result.hours is None:
         lines.append("how long the whole stage takes is not known: give --rows, the rows of its data")
     lines.append(
         f"{6 * matmul_parameters(result.question.config) / 1e9:,.1f} GFLOP a token and attention; lengths drawn, not read"

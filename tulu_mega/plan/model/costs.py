@@ -66,7 +66,14 @@ class Cost:
         return sum(vars(self).values())
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(own + its for own, its in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Cost(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.elementwise + other.elementwise,
+            self.tensor + other.tensor,
+            self.context + other.context,
+            self.host + other.host,
+        )
 
     def __mul__(self, factor: float) -> Cost:
         return Cost(*(own * factor for own in vars(self).values()))
@@ -107,9 +114,9 @@ def layer_cost(job: Job, pack: Pack, rates: Rates) -> LayerCost:
     attention_forward, attention_backward = _attention(job, pack, rates)
     context_forward, context_backward = _context(job, pack, rates)
     tensor_forward, tensor_backward = _tensor(job, tokens, rates)
-    product, result_forward, result_backward, accumulated = _products(job, tokens)
-    speed, memory = rates.products * _peak(job), rates.memory * job.gpu.bandwidth
-    between_forward, between_backward = (each * tokens / memory for each in _between(job))
+    product, result_forward, result_backward, accumulated = layer_products(job, tokens)
+    speed, memory = rates.products * peak(job), rates.memory * job.gpu.bandwidth
+    between_forward, between_backward = (each * tokens / memory for each in bytes_between(job))
     forward = Cost(
         product / speed,
         attention_forward,
@@ -168,6 +175,13 @@ def _launches(job: Job, rates: Rates) -> tuple[float, float]:
     return forward * rates.launch + modules, backward * rates.launch + modules
 
 
+def head_passes(job: Job) -> tuple[int, int]:
+    """How often the head's product runs, and bytes that a logit moves, forward and backward together."""
+    if job.full_logits:
+        return 3, 14
+    return 4, 58 + 24 * job.entropy
+
+
 def head_cost(job: Job, pack: Pack, rates: Rates) -> tuple[Cost, Cost]:
     """Forward and backward of the head and the log-probabilities, which look only at labelled tokens.
 
@@ -199,13 +213,14 @@ def transfer(job: Job, tokens: float, rates: Rates) -> float:
     return tokens / parallel.context / share * job.size.hidden * job.itemsize / (rates.links * rate)
 
 
-def _peak(job: Job) -> float:
+def peak(job: Job) -> float:
+    """FLOP/s of the layers' products at best."""
     if job.dtype == "fp32":
         return job.gpu.fp32
     return job.gpu.fp8 if job.fp8 else job.gpu.bf16
 
 
-def _products(job: Job, tokens: float) -> tuple[float, float, float, float]:
+def layer_products(job: Job, tokens: float) -> tuple[float, float, float, float]:
     """FLOPs of the four forward products; bytes of their results, of backward results, and of the weights' gradients."""
     size, t, item = job.size, job.parallel.tensor, job.itemsize
     shapes = (  # columns of result and of operand on this rank
@@ -221,7 +236,7 @@ def _products(job: Job, tokens: float) -> tuple[float, float, float, float]:
     return 2 * tokens * weights, results, gradients, accumulated * weights
 
 
-def _between(job: Job) -> tuple[float, float]:
+def bytes_between(job: Job) -> tuple[float, float]:
     """Bytes that a token moves between a layer's matrix products, forward and backward, all of it shared by tensor ranks under
     sequence parallelism.
 
@@ -256,12 +271,12 @@ def _attention(job: Job, pack: Pack, rates: Rates) -> tuple[float, float]:
     flops = 0.0
     for length in pack.lengths:
         share = length / parallel.context
-        flops += _pairs(job, length) * (share + rates.attention_half) / share
+        flops += pairs(job, length) * (share + rates.attention_half) / share
     forward = 4 * size.queries * flops / (parallel.tensor * parallel.context) / (rates.attention * peak)
     return forward, 2.5 * forward / rates.attention_backward
 
 
-def _pairs(job: Job, length: int) -> float:
+def pairs(job: Job, length: int) -> float:
     """Queries times the keys they see, mean over the layers."""
     needs, full = job.size.needs, length**2 / 2
     if needs.window is None or length <= needs.window or not needs.windowed:
@@ -269,19 +284,30 @@ def _pairs(job: Job, length: int) -> float:
     return full - sum(needs.windowed) / len(needs.windowed) * (length - needs.window) ** 2 / 2
 
 
-def _tensor(job: Job, tokens: float, rates: Rates) -> tuple[float, float]:
-    """Exposed seconds of tensor-parallel collectives (Korthikanti et al., arXiv 2205.05198): forward, all-gather before and
-    reduce-scatter after each of attention and feed-forward; backward the mirror image, and the inputs gathered once more for
-    the weights' gradients. Without sequence parallelism two all-reduces each way. FP8 gathers a byte an element."""
-    t = job.parallel.tensor
-    if t == 1:
-        return 0.0, 0.0
-    gathered = 1 if job.fp8 else job.itemsize
-    exposed = rates.tensor_exposed if job.kernels.user_buffers else 1.0
-    once = tokens * job.size.hidden * (t - 1) / t / (rates.links * link(job.gpu, t, 1)) * exposed
+def collective_bytes(job: Job) -> tuple[int, int]:
+    """Bytes an element of the hidden states that a layer's tensor-parallel collectives gather and scatter forward and backward
+    (Korthikanti et al., arXiv 2205.05198): forward, an all-gather before and a reduce-scatter after attention and feed-forward;
+    backward the mirror image, and the inputs gathered once more for the weights' gradients. Without sequence parallelism two
+    all-reduces each way. FP8 gathers a byte an element."""
+    if job.parallel.tensor == 1:
+        return 0, 0
     if not job.sequence:
-        return (4 * job.itemsize * once,) * 2
-    return once * 2 * (gathered + job.itemsize), once * 2 * (2 * gathered + job.itemsize)
+        return (4 * job.itemsize,) * 2
+    gathered = 1 if job.fp8 else job.itemsize
+    return 2 * (gathered + job.itemsize), 2 * (2 * gathered + job.itemsize)
+
+
+def tensor_exposed(job: Job, rates: Rates) -> float:
+    """Share of these collectives' time that products wait for."""
+    return rates.tensor_exposed if job.kernels.user_buffers else 1.0
+
+
+def _tensor(job: Job, tokens: float, rates: Rates) -> tuple[float, float]:
+    """Exposed seconds of tensor-parallel collectives."""
+    t = job.parallel.tensor
+    once = tokens * job.size.hidden * (t - 1) / t / (rates.links * link(job.gpu, t, 1)) * tensor_exposed(job, rates)
+    forward, backward = collective_bytes(job)
+    return once * forward, once * backward
 
 
 def _context(job: Job, pack: Pack, rates: Rates) -> tuple[float, float]:

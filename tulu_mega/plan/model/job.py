@@ -47,7 +47,8 @@ class Job:
         fp8: the layers' matrix products are FP8, the head's and attention are not.
         fp8_weights: the parameters themselves are.
         grad_bytes: bytes of an accumulated gradient.
-        moment_bytes: bytes of each of the optimizer's two moments.
+        moment_bytes: bytes of the optimizer's two moments, the mean.
+        grad_copies: a rank's share of bf16 gradients is copied to float32 for the update.
         fsdp: weights and gradients are sharded over the replicas too, and gathered layer by layer.
         full_logits: the head makes all logits of a micro-batch at once and keeps them.
         entropy: whether the objective asks for entropies.
@@ -64,7 +65,8 @@ class Job:
     fp8: bool = False
     fp8_weights: bool = False
     grad_bytes: int = 4
-    moment_bytes: int = 4
+    moment_bytes: float = 4
+    grad_copies: bool = True
     fsdp: bool = False
     full_logits: bool = False
     entropy: bool = False

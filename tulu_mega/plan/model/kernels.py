@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from tulu_mega.config import EngineSettings
+from tulu_mega.config import EngineSettings, OptimSettings
 from tulu_mega.config.megatron_fields import ACTIVATION
+from tulu_mega.config.training_fields import MOMENTS
+from tulu_mega.plan.model.parameters import ITEMSIZE
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,14 @@ def kernels_of(settings: EngineSettings) -> Kernels:
         weight_gradients=bool(table.get("gradient_accumulation_fusion", True)),
         deallocate=bool(table.get("deallocate_pipeline_outputs", True)),
     )
+
+
+def moment_bytes(optim: OptimSettings, optimizer: dict[str, Any]) -> float:
+    """Bytes of each of the optimizer's two moments, the mean.
+
+    Args:
+        optimizer: the `[optimizer]` table, which may say it of Transformer Engine's AdamW.
+    """
+    if optim.name == "sgd":
+        return 0
+    return sum(ITEMSIZE[optimizer.get(name, optim.moments)] for name in MOMENTS) / len(MOMENTS)

@@ -176,7 +176,7 @@ def _passing(job: Job, rank: int) -> float:
 
 def _copies(job: Job) -> float:
     """Bytes a parameter of float32 gradients that megatron-core's distributed optimizer makes of a rank's share of bf16 ones."""
-    return 4 if job.grad_bytes == 2 and job.dtype == "bf16" else 0
+    return 4 if job.grad_copies and job.grad_bytes == 2 and job.dtype == "bf16" else 0
 
 
 def _head_bytes(job: Job) -> float:

@@ -24,6 +24,11 @@ COLLECTIVE = 15e-6
 WORKING = 4 * 2**30
 """Bytes that vLLM's profiling run finds for activations, logits and CUDA graphs."""
 
+COMMUNICATOR = 2**30 // 5
+"""Bytes of NCCL's buffers for a group of one sender and a server's workers: 0.1 to 0.3 GiB by its channels."""
+HASHING = 7 * 2**30 // 10
+"""Bytes that a GPU takes to hash a piece of 16 MiB of elements as integers of 64 bits, with what torch makes on the way."""
+
 
 @dataclass(frozen=True)
 class Servers:
@@ -86,15 +91,15 @@ def inbox_bytes(servers: Servers, job: Job) -> float:
     """Bytes on each of a server's GPUs while weights arrive. On one host the workers look into the senders' buffers. Elsewhere a
     worker has a buffer for every sender, which are the pipeline's stages, as large as the largest bucket it had of it: a tensor
     above the limit is a bucket of its own. And vLLM's loaders keep a projection's parts until all are there: gate and up whole,
-    or queries, keys and values, but for the last of them."""
+    or queries, keys and values, but for the last of them. Communicators and hashes come on top."""
     matrix = 1 if servers.fp8 else servers.itemsize
     size = job.size
-    waiting = matrix * size.hidden * max(size.ffn, size.queries + size.keys)
+    waiting = HASHING + matrix * size.hidden * max(size.ffn, size.queries + size.keys)
     if not servers.elsewhere and job.world + servers.gpus <= job.gpu.per_node:
         return waiting
     largest = matrix * size.hidden * max(size.ffn, size.queries)
     ends = [servers.itemsize * job.parallel.tensor * max(held.embedding, held.head) for held in job.held]
-    return waiting + sum(max(servers.bucket, largest, end) for end in ends)
+    return waiting + sum(COMMUNICATOR + max(servers.bucket, largest, end) for end in ends)
 
 
 def cache_bytes(config: Mapping[str, Any], servers: Servers) -> float:

@@ -90,6 +90,11 @@ def train_step(job: Job, rates: Rates) -> Step:
     )
 
 
+def slowest_replica(job: Job, rates: Rates) -> tuple[Pack, ...]:
+    """The micro-batches of the replica that the others wait for."""
+    return max(set(job.packs), key=_Passes(job, rates).span)
+
+
 def score_seconds(job: Job, rates: Rates) -> float:
     """Seconds of a forward pass over the step's micro-batches by every replica: the slowest's pipeline, filled once."""
     passes = _Passes(job, rates)
@@ -177,5 +182,9 @@ def _optimizer(job: Job, rates: Rates) -> float:
     held = max(each.total for each in job.held)
     own = held / job.shards if job.parallel.distributed_optimizer or job.fsdp else held
     buffers = own if job.fsdp else held
-    moved = 3 * job.grad_bytes * buffers + (_UPDATE + 4 * job.moment_bytes + _NORM + (6 if job.grad_bytes == 2 else 0)) * own
-    return moved / (rates.memory * job.gpu.bandwidth)
+    return (3 * job.grad_bytes * buffers + update_bytes(job) * own) / (rates.memory * job.gpu.bandwidth)
+
+
+def update_bytes(job: Job) -> int:
+    """Bytes moved for a parameter of a rank's share: norm, clipping, Adam; of bf16 gradients float32 ones are made first."""
+    return round(_NORM + _UPDATE + 4 * job.moment_bytes) + (6 if job.grad_copies and job.grad_bytes == 2 else 0)
