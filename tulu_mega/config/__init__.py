@@ -20,6 +20,7 @@ _DEFINED = {
     "sections": (
         "CheckpointSettings",
         "DataSettings",
+        "FormName",
         "HeldOutSettings",
         "ModelSettings",
         "OptimSettings",

@@ -12,6 +12,8 @@ from tulu_mega.errors import UserError
 
 _NEW = ("data.rewritten",)
 """Settings that such runs did not know; the rows they speak of could not be trained on then."""
+_FORMAT = "data.format"
+"""Such runs read rows of messages and tokens alone, which `auto` takes first."""
 _TEMPLATE = "data.template"
 """Was Tulu's where nothing was said."""
 
@@ -26,6 +28,8 @@ def as_before(name: str, before: Mapping[str, Any], settings: RunSettings) -> bo
     """
     if name in _NEW:
         return name not in before
+    if name == _FORMAT:
+        return name not in before and settings.data.format == "auto"
     if name != _TEMPLATE or settings.data.template != "auto":
         return False
     data, model = settings.data, settings.model
