@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.lib.chat_templates import KINDS, tokenizer_of
-from tulu_mega.config import DataInspectSettings, DataSettings, ModelSettings, PreferenceDataSettings
+from tulu_mega.config import DataInspectSettings, DataSettings, ModelSettings, PreferenceDataSettings, SftSettings
 from tulu_mega.data.encoding import PairEncoding
 from tulu_mega.data.forms.rated import Useless
 from tulu_mega.data.forms.reading import any_messages, read
@@ -17,6 +17,7 @@ from tulu_mega.data.sources import load_rows
 from tulu_mega.data.tools.decontaminate import row_texts
 from tulu_mega.data.tools.row_kind import of_its_kind, stages_of
 from tulu_mega.errors import UserError
+from tulu_mega.preflight.earlier_defaults import as_before
 
 
 def user(text):
@@ -173,6 +174,10 @@ def test_a_form_that_is_named_is_the_only_one():
         read({"messages": ONE}, "conversation", "alpaca")
     with pytest.raises(ValueError, match="'hh', which are pairs: rm and dpo train on them; expected one of auto, tokens"):
         read({"messages": ONE}, "conversation", "hh")
+    with pytest.raises(ValueError, match=r"chosen is '3' .str.; expected a dialogue that begins with 'Human: '"):
+        read(SIDES, "pair", "hh")
+    with pytest.raises(ValueError, match=r"rejected is 4 .int.; expected a dialogue"):
+        read({"chosen": DIALOGUE, "rejected": 4}, "pair", "hh")
     with pytest.raises(ValueError, match="chosen: messages is '3'"):
         PairEncoding(None, "tulu", 100, form="messages")(SIDES)
 
@@ -241,5 +246,14 @@ def test_decontamination_reads_the_messages_of_any_form():
     assert row_texts(CONVERSATIONS["sharegpt"][0], ["messages"], ["user"]) == ["2+1?"]
     assert row_texts(PAIRS["hh"][0], ["messages"], ["user", "assistant"]).count("+1?") == 2
     assert [message["content"] for message in any_messages(PAIRS["trl's explicit prompt as text"][0])] == ["2+1?", "3", "4"]
+    tied = {"instruction": "2+1?", "completions": RATED[:1] * 2}
+    assert row_texts(tied, ["messages"], ["user"]) == ["2+1?"]
     with pytest.raises(ValueError, match="has question; expected messages"):
         row_texts({"question": "a"}, ["messages"], ["user"])
+
+
+@pytest.mark.parametrize(("form", "same"), [("auto", True), ("messages", False)])
+def test_runs_of_before_there_were_forms_go_on(form, same):
+    settings = SftSettings(model=ModelSettings(path="m"), data=DataSettings(train="a.jsonl", format=form), run_dir="run")
+    assert as_before("data.format", {"data.train": "a.jsonl"}, settings) is same
+    assert not as_before("data.format", {"data.format": "alpaca"}, settings)

@@ -75,8 +75,8 @@ def any_messages(row: Row) -> list:
             continue
         try:
             made = read(row, kind).row
-        except Useless as error:
-            raise ValueError(str(error)) from None
+        except Useless:  # it has a prompt all the same
+            continue
         names = ("prompt", "chosen", "rejected") if kind == "pair" else ("messages",)
         return [message for name in names if isinstance(made.get(name), list) for message in made[name]]
     raise ValueError(_refusal(row, "conversation", "auto"))

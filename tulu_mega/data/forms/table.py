@@ -75,7 +75,13 @@ def _answers_to(row: Row, columns: list[str]) -> Row:
 
 
 def _dialogues(row: Row, columns: list[str]) -> Row:
-    return {name: parsed(joined(row.get("prompt"), row[name])) for name in _SIDES}
+    made: Row = {}
+    for name in _SIDES:
+        try:
+            made[name] = parsed(joined(row.get("prompt"), row[name]))
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    return made
 
 
 def _instructed_pair(row: Row, columns: list[str]) -> Row:
