@@ -87,6 +87,10 @@ PAIRS = {
     "sharegpt": (
         {"conversations": TALK[1:2], "chosen": TALK[2], "rejected": speaks("gpt", "4"), "id": 1}, "sharegpt", ONE, OTHER, ["id"]
     ),
+    "sharegpt with one prompt too many": (
+        {"conversations": TALK[1:2], "prompt": "Hm?", "chosen": TALK[2], "rejected": speaks("gpt", "4")}, "sharegpt", ONE, OTHER,
+        ["prompt"],
+    ),
     "sharegpt, whole": ({"chosen": TALK[1:], "rejected": [TALK[1], speaks("gpt", "4")]}, "sharegpt", ONE, OTHER, []),
     "openai's turns": ({"messages": ONE[:1], "chosen": ONE[1], "rejected": OTHER[1]}, "sharegpt", ONE, OTHER, []),
     "hh": (

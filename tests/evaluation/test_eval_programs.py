@@ -52,15 +52,13 @@ def test_programs_earn_a_point_where_all_tests_pass():
         (HELPED, "    return x // 2\n", 1),
         (HELPED, "    return x\n", 0),
     ]
-    problems = [humaneval.read(row) for row, _, _ in cases]
+    answers = {"def add(a, b):\n    return a + b\n```\nDone.": 1, "def add(a, b):\n    return 3 if a else 0\n": 0, "": 0}
+    cases += [(MBPP_ROW, response, right) for response, right in answers.items()]  # all assertions or none
+    problems = [(mbpp if row is MBPP_ROW else humaneval).read(row) for row, _, _ in cases]
     check(TASKS["humaneval"], problems, {})
+    # together: a pool of verifiers takes a second to start, and the tasks' verifier is the same
     judged = judge(TASKS["humaneval"], problems, [[response] for _, response, _ in cases], {})
     assert [one.values["pass@1"] for (one,) in judged] == [(float(right), 1) for _, _, right in cases]
-    answers = {"def add(a, b):\n    return a + b\n```\nDone.": 1, "def add(a, b):\n    return 3 if a else 0\n": 0, "": 0}
-    problem = mbpp.read(MBPP_ROW)
-    check(TASKS["mbpp"], [problem], {})
-    (judged,) = judge(TASKS["mbpp"], [problem], [list(answers)], {})
-    assert [one.values["pass@1"] for one in judged] == [(float(right), 1) for right in answers.values()], "all assertions or none"
 
 
 def test_what_is_asked_and_how_answers_begin(tmp_path):

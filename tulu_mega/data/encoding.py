@@ -190,8 +190,8 @@ class PairEncoding(Encoding):
             pair = [self._tokenised(row, side, told) for side in ("chosen_", "rejected_")]
         else:
             sides, given, prompted = _sides(row)
-            if prompted:
-                told.pop("column prompt", None)
+            if prompted:  # another one that nobody looks at may be told, too
+                told -= Counter({"column prompt": 1})
             pair = [one for messages in sides for one in self._rendered(messages, given, self.turns, told)]
             told["rewritten rows"] = min(told["rewritten rows"], 1)
         chosen, rejected = pair
