@@ -47,7 +47,7 @@ def prompts_of(tmp_path, rows, tokenizer, **options) -> PromptSet:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in rows), encoding="utf-8")
     options = {"template": "tulu", "max_prompt": 64, "malformed": "error", **options}
-    return read_prompts(load_rows(str(file), any_columns=True), tokenizer, judgeable=Judge().check, **options)
+    return read_prompts(load_rows(str(file)), tokenizer, judgeable=Judge().check, **options)
 
 
 class Answers:
@@ -284,7 +284,7 @@ BAD = [
     ({**row(1), "dataset": "gsm9k"}, "line 2: unknown verifier 'gsm9k'; did you mean 'gsm8k'?"),
     ({**row(1), "ground_truth": None}, "line 2: ground_truth for 'gsm8k': not given"),
     ({"ground_truth": "1", "dataset": "gsm8k"}, "line 2: has ground_truth, dataset; expected messages, the prompt as a list"),
-    ({"prompt": "Say 1.", "messages": None}, "line 2: has prompt; expected messages, the prompt as a list"),
+    ({"text": "Say 1.", "messages": None}, "line 2: has text; expected messages, the prompt as a list"),
     ({**row(1), "messages": [{"role": "assistant", "content": "1"}]}, "line 2: its last message is the assistant's"),
 ]
 

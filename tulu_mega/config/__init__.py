@@ -28,6 +28,7 @@ _DEFINED = {
     "sections": (
         "CheckpointSettings",
         "DataSettings",
+        "FormName",
         "HeldOutSettings",
         "ModelSettings",
         "OptimSettings",

@@ -7,17 +7,20 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tulu_mega.config.run import EngineSettings
-from tulu_mega.config.sections import AskedTemplate, ModelSettings, PositiveInt, Section
+from tulu_mega.config.sections import AskedTemplate, FormName, ModelSettings, PositiveInt, Section
 
 
 class ScoreSettings(EngineSettings):
     """`tulu-mega score`: per-token log-probabilities of given texts, or a reward model's scores."""
 
     input: str
-    """JSONL; rows of `messages`, `text` or `input_ids`, with an optional `id`."""
+    """JSONL (also under gzip or zstd); rows of `messages`, `text` or `input_ids`, with an optional `id`; or conversations of
+    another form (see `format`)."""
     output: str
     """JSONL to write, in input order: `id`, `input_ids`, `logprobs` (natural log, tokens 2..n), `sum`; of a reward model `id`,
     `input_ids`, `score` (at the last token)."""
+    format: FormName = "auto"
+    """Form of rows that have none of these columns, such as `sharegpt` or `alpaca`; `auto` tells each row's by its columns."""
     template: AskedTemplate = "auto"
     tokenizer: str | None = None
     """Directory or hub name of the tokenizer; the model's own when unset."""
@@ -30,8 +33,10 @@ class GenerateSettings(Section):
 
     model: ModelSettings
     input: str | None = None
-    """JSONL; rows of `messages` (a `prompt` that is a list of messages is the same), of `prompt` text, or of `input_ids`.
-    Unset: an interactive prompt."""
+    """JSONL (also under gzip or zstd); rows of `messages` (a `prompt` that is a list of messages is the same), of `prompt` text,
+    of `input_ids`, or prompts of another form (see `format`). Unset: an interactive prompt."""
+    format: FormName = "auto"
+    """Form of rows that have none of these columns, such as `sharegpt` or `alpaca`; `auto` tells each row's by its columns."""
     prompts: Literal["raw", "chat"] = "raw"
     """How rows of `prompt` text are asked: `raw` as they are, for the model to go on with, no template around them and no BOS
     before them; `chat` as a user's message under the template."""

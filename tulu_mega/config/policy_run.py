@@ -12,6 +12,7 @@ from tulu_mega.config.rollout import PolicyLossSettings, RolloutSettings, Sampli
 from tulu_mega.config.run import RunSettings
 from tulu_mega.config.sections import (
     AskedTemplate,
+    FormName,
     Fraction,
     OptimSettings,
     PositiveInt,
@@ -30,12 +31,16 @@ MEAN_LENGTH = 200
 class PromptDataSettings(Section):
     alone: ClassVar[str] = "train"
     train: Annotated[Sources, Effect.CONTENT]
-    """JSONL or Parquet file(s), or hub data set names; rows of `messages`, `ground_truth` and `dataset` (the verifier, or a list
-    of them). As a table, each with its amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
+    """JSONL (also under gzip or zstd) or Parquet file(s), or hub data set names; rows of `messages` (or a prompt of another form,
+    see `format`), `ground_truth` and `dataset` (the verifier, or a list of them). As a table, each with its amount: 500 is a
+    count of rows, 0.5 half of them, 3.0 three times all of them."""
     split: Annotated[str | dict[str, str], Effect.CONTENT] = "train"
     """Split of hub data sets; a table names the split of some, the others' is `train`."""
     seed: int = 42
     """Decides which rows are drawn where `train` gives amounts."""
+    format: FormName = "auto"
+    """Form of the prompts: `messages`, `sharegpt`, `alpaca` (its instruction), `prompt` (TRL's: a text is the user's message);
+    `auto` tells each row's by its columns."""
     template: AskedTemplate = "auto"
     tokenizer: Annotated[str | None, Effect.CONTENT] = None
     """Directory or hub name of the tokenizer; the model's own when unset. Its eos token ends a response, and the exported model

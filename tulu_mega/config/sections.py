@@ -38,6 +38,8 @@ AskedTemplate = Annotated[
     Field(description="Chat template: Tulu's, the one the tokenizer ships, or that and Tulu's where it ships none (`auto`)."),
 ]
 """Of every command: a model is asked under the template that it was trained with."""
+FormName = Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "hh", "ultrafeedback", "tokens"]
+"""Forms of rows, as public data sets have them."""
 
 
 class Section(BaseModel):
@@ -91,12 +93,16 @@ class DataSettings(Section):
     pairs: ClassVar[bool] = False
     """Whether rows are pairs of a chosen and a rejected response."""
     train: Annotated[Sources, Effect.CONTENT]
-    """JSONL or Parquet file(s), or hub data set names; rows of `messages`, or of `input_ids` and `labels`. As a table, each with
-    its amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
+    """JSONL (also under gzip or zstd) or Parquet file(s), or hub data set names; rows of `messages`, of `input_ids` and `labels`,
+    or of another form (see `format`). As a table, each with its amount: 500 is a count of rows, 0.5 half of them, 3.0 three times
+    all of them."""
     split: Annotated[str | dict[str, str], Effect.CONTENT] = "train"
     """Split of hub data sets; a table names the split of some, the others' is `train`."""
     seed: int = 42
     """Decides which rows are drawn where `train` gives amounts."""
+    format: FormName = "auto"
+    """Form of the rows: `messages` (OpenAI's and Tulu's), `sharegpt`, `alpaca`, `prompt` (TRL's, with a completion, or with
+    chosen and rejected), `hh` (HH-RLHF), `ultrafeedback`, `tokens`; `auto` tells each row's by its columns."""
     template: AskedTemplate = "auto"
     tokenizer: Annotated[str | None, Effect.CONTENT] = None
     """Directory or hub name of the tokenizer; the model's own when unset. The exported model has it."""
@@ -123,10 +129,10 @@ class DataSettings(Section):
 class PreferenceDataSettings(DataSettings):
     pairs: ClassVar[bool] = True
     train: Annotated[Sources, Effect.CONTENT]
-    """JSONL or Parquet file(s), or hub data set names; rows of `chosen` and `rejected`, each a list of messages that part at
-    the last one (messages or a text in `prompt` come before both where they do not begin with it), or of `chosen_input_ids`,
-    `chosen_labels`, `rejected_input_ids`, `rejected_labels`. As a table, each with its amount: 500 is a count of rows, 0.5 half
-    of them, 3.0 three times all of them."""
+    """JSONL (also under gzip or zstd) or Parquet file(s), or hub data set names; rows of `chosen` and `rejected`, each a list of
+    messages that part at the last one (messages or a text in `prompt` come before both where they do not begin with it), of
+    `chosen_input_ids`, `chosen_labels`, `rejected_input_ids`, `rejected_labels`, or of another form (see `format`). As a table,
+    each with its amount: 500 is a count of rows, 0.5 half of them, 3.0 three times all of them."""
     max_length: PositiveInt = 2048
     """Longest sequence in tokens, prompt and response."""
     pack_length: Annotated[PositiveInt | None, Effect.NONE] = None

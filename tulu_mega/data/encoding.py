@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from tulu_mega.config import FormName
 from tulu_mega.data.chat import Sequence, Template, Turns, encodings
+from tulu_mega.data.forms.rated import Useless
+from tulu_mega.data.forms.reading import read
+from tulu_mega.data.forms.table import Kind
 from tulu_mega.data.messages import PROMPT_COLUMNS, Given, Messages, conversation_of, short
 from tulu_mega.records import IGNORE
 
@@ -39,10 +42,6 @@ class EncodedRow(NamedTuple):
     """what of it is not used or changed: how often, by the names of `data.told`"""
 
 
-class Useless(Exception):
-    """A row in order that nothing can be learned from; its text is the reason."""
-
-
 @dataclass(frozen=True)
 class Encoding(ABC):
     """How rows become tokens, and which rows are left out."""
@@ -55,6 +54,8 @@ class Encoding(ABC):
     malformed: Literal["error", "reject"] = "error"
     rewritten: Literal["leave", "split"] = "leave"
     """what becomes of a turn that the template writes otherwise once more follows"""
+    form: FormName = "auto"
+    """of the rows"""
     width: ClassVar[int]
     """sequences that belong together: a row gives as many, or rows of that many each"""
     token_columns: ClassVar[tuple[str, ...]]
@@ -81,9 +82,23 @@ class Encoding(ABC):
         """Whether the row has tokens already, which are taken as they are: no tokenizer is needed."""
         return all(row.get(name) is not None for name in cls.token_columns)
 
+    def _read(self, row: dict[str, Any], kind: Kind, used: tuple[str, ...]) -> tuple[dict[str, Any], Counter[str], bool]:
+        """The row in the form that is encoded, what of it nobody looks at, and whether it has tokens already.
+
+        Args:
+            used: columns that are looked at beside those of the form.
+        """
+        made = read(row, kind, self.form)
+        tokenised = made.form == "tokens"
+        told = self._told(made.row, (self.token_columns + self.mask_columns if tokenised else self.chat_columns) + used)
+        told.update(f"column {name}" for name in made.unused)
+        if made.form not in ("messages", "tokens"):
+            told[f"form {made.form}"] += 1
+        return made.row, told, tokenised
+
     def key(self) -> list[Any]:
         """What the tokens depend on beside rows and tokenizer, for JSON."""
-        return [self.template, self.max_length, self.overlong, self.malformed, self.rewritten]
+        return [self.template, self.max_length, self.overlong, self.malformed, self.rewritten, self.form]
 
     def margin(self, row: dict[str, Any]) -> float:
         """By how much the row's first sequence is to be better than its second."""
@@ -129,7 +144,8 @@ class Encoding(ABC):
 
 @dataclass(frozen=True)
 class ConversationEncoding(Encoding):
-    """Rows of ``messages``, or of ``input_ids`` and ``labels``, which are taken as they are and win where both are given.
+    """Rows of ``messages``, of another form that is read as such (:mod:`tulu_mega.data.forms`), or of ``input_ids`` and
+    ``labels``, which are taken as they are and win where both are given.
 
     A row gives one sequence, or with ``rewritten = "split"`` further ones: a turn that the template writes otherwise once more
     follows is the last of a sequence of its own.
@@ -141,12 +157,9 @@ class ConversationEncoding(Encoding):
     chat_columns: ClassVar[tuple[str, ...]] = ("messages", *PROMPT_COLUMNS)
 
     def __call__(self, row: dict[str, Any]) -> EncodedRow:
-        if self.tokenised(row):
-            told = self._told(row, self.token_columns + self.mask_columns)
+        row, told, tokenised = self._read(row, "conversation", ())
+        if tokenised:
             return EncodedRow([self._tokenised(row, "", told)], told)
-        if row.get("messages") is None:
-            raise ValueError(f"has {_keys(row)}; expected messages, or input_ids and labels")
-        told = self._told(row, self.chat_columns)
         messages, given = conversation_of(row, row["messages"], training=True)
         return EncodedRow(self._rendered(messages, given, "all", told), told)
 
@@ -172,14 +185,13 @@ class PairEncoding(Encoding):
     def __call__(self, row: dict[str, Any]) -> EncodedRow:
         """The chosen sequence, then the rejected one."""
         margin = () if self.margin_column is None else (self.margin_column,)
-        if self.tokenised(row):
-            told = self._told(row, self.token_columns + self.mask_columns + margin)
+        row, told, tokenised = self._read(row, "pair", margin)
+        if tokenised:
             pair = [self._tokenised(row, side, told) for side in ("chosen_", "rejected_")]
         else:
-            told = self._told(row, self.chat_columns + margin)
             sides, given, prompted = _sides(row)
-            if prompted:
-                told.pop("column prompt", None)
+            if prompted:  # another one that nobody looks at may be told, too
+                told -= Counter({"column prompt": 1})
             pair = [one for messages in sides for one in self._rendered(messages, given, self.turns, told)]
             told["rewritten rows"] = min(told["rewritten rows"], 1)
         chosen, rejected = pair
@@ -209,8 +221,6 @@ def _sides(row: dict[str, Any]) -> tuple[list[Messages], Given, bool]:
     """Both conversations, what the row gives beside them, and whether its ``prompt`` is part of them."""
     sides, prompted = [], False
     for side in ("chosen", "rejected"):
-        if row.get(side) is None:
-            raise ValueError(f"has {_keys(row)}; expected chosen and rejected, each a list of messages")
         try:
             given_messages, with_prompt = _behind_prompt(row.get("prompt"), row[side])
             messages, given = conversation_of(row, given_messages, training=True)
@@ -282,10 +292,6 @@ def _check_unshifted(ids: np.ndarray, labels: np.ndarray, ids_name: str, labels_
 def supervised(labels: np.ndarray) -> int:
     """Tokens that are predicted and trained; the first token of a sequence is never predicted."""
     return int(np.count_nonzero(labels[1:] != IGNORE))
-
-
-def _keys(row: dict[str, Any]) -> str:
-    return ", ".join(islice((str(key) for key, value in row.items() if value is not None), 8)) or "nothing"
 
 
 def _tokens(row: dict[str, Any], name: str, least: int) -> np.ndarray:

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from tulu_mega.config import DataSettings, ModelSettings
 from tulu_mega.data.chat import template_of
-from tulu_mega.data.encoding import ConversationEncoding, Encoded, Encoding, PairEncoding, Useless, supervised
+from tulu_mega.data.encoding import ConversationEncoding, Encoded, Encoding, PairEncoding, supervised
+from tulu_mega.data.forms.rated import Useless
 from tulu_mega.data.sources import Rows, load_rows
 from tulu_mega.data.store import REJECTS, VERSION, Reject, RejectKind, TokenStore, growing, new_directory, refuse_strangers
 from tulu_mega.data.tokenizer import load_tokenizer
@@ -80,7 +81,7 @@ def prepare(
     kind = PairEncoding if data.pairs else ConversationEncoding
     try:
         split_setting = f"{setting.rpartition('.')[0]}.split"
-        rows = load_rows(data.train, data.split, data.seed, setting, any_columns=data.pairs, split_setting=split_setting)
+        rows = load_rows(data.train, data.split, data.seed, setting, split_setting=split_setting)
         if seen:
             seen(rows)
     except UserError as error:
@@ -88,12 +89,12 @@ def prepare(
     try:
         tokenizer = load_tokenizer(model.path, data.tokenizer, data.template, model.trust_remote_code)
     except UserError as error:
-        if data.tokenizer or rows is None or not _all_tokenised(rows, kind):
+        if data.tokenizer or rows is None or data.format not in ("auto", "tokens") or not _all_tokenised(rows, kind):
             problems += error.problems
     if rows is None or problems:
         raise UserError(problems)
     template = template_of(tokenizer, data.template)
-    how = (tokenizer, template, data.max_length, data.overlong, data.malformed, data.rewritten)
+    how = (tokenizer, template, data.max_length, data.overlong, data.malformed, data.rewritten, data.format)
     encoding = kind(*how, data.turns, data.margin) if data.pairs else kind(*how)
     key = content_key(rows, encoding)
     directory = Path(directory)

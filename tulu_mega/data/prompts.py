@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from tulu_mega.config import FormName
 from tulu_mega.data.chat import Template, prompt_of
+from tulu_mega.data.forms.reading import read
 from tulu_mega.data.loader import epoch_order
 from tulu_mega.data.messages import PROMPT_COLUMNS, conversation_of
 from tulu_mega.data.sources import Rows
@@ -61,6 +63,7 @@ def read_prompts(
     malformed: str,
     judgeable: Callable[[dict[str, Any]], list[str]],
     setting: str = "data.train",
+    form: FormName = "auto",
 ) -> PromptSet:
     """
     Args:
@@ -68,6 +71,7 @@ def read_prompts(
         malformed: ``error`` or ``reject``, for rows that cannot be read, rendered or judged.
         judgeable: the problems of a row's ``dataset`` and ``ground_truth``.
         setting: where the rows are named, for messages.
+        form: of the rows.
 
     Raises:
         UserError: rows that cannot be used, the first 20 of them by file and line; or none that can.
@@ -77,7 +81,8 @@ def read_prompts(
     for index in range(len(rows)):
         where = rows.where(index)
         try:
-            row = rows.row(index)
+            made = read(rows.row(index), "prompt", form)
+            row = made.row
             prompt, unread = _prompt(row, where, tokenizer, template)
             if found := judgeable(row):
                 raise ValueError("; ".join(found))
@@ -94,6 +99,9 @@ def read_prompts(
         prompts.append(prompt)
         told.update(f"field {name}" for name in unread)
         told.update(f"column {name}" for name, value in row.items() if value is not None and name not in _COLUMNS)
+        told.update(f"column {name}" for name in made.unused)
+        if made.form != "messages":
+            told[f"form {made.form}"] += 1
     if wrong and malformed == "error":
         problems.append(
             f"{setting}: {wrong} of {len(rows)} rows cannot be used; correct or remove them, "
@@ -116,9 +124,6 @@ def _prompt(
     Raises:
         ValueError: a row of another form.
     """
-    if row.get("messages") is None:
-        there = ", ".join(str(key) for key, value in row.items() if value is not None) or "nothing"
-        raise ValueError(f"has {there}; expected messages, the prompt as a list of turns")
     messages, given = conversation_of(row, row["messages"], training=False)
     if messages[-1]["role"] == "assistant":
         raise ValueError("its last message is the assistant's, so there is nothing to answer; leave that message out")

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega.config import ScoreSettings
+from tulu_mega.config import FormName, ScoreSettings
 from tulu_mega.data.chat import Template, conversation_ids, template_of
+from tulu_mega.data.forms.reading import read as read_form
 from tulu_mega.data.messages import conversation_of
 from tulu_mega.data.sources import JsonLines
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
+
+_AS_IT_IS = ("text", "input_ids")
+_COLUMNS = ("messages", *_AS_IT_IS)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,6 +44,11 @@ def read(file: str) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
+def needs_reading(row: dict[str, Any], form: FormName) -> bool:
+    """Whether a row is of another form than those that are scored as they are."""
+    return form not in ("auto", "tokens") or all(row.get(name) is None for name in _COLUMNS)
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A row to the tokens that are scored.
@@ -51,13 +60,17 @@ class Encoder:
     tokenizer: PreTrainedTokenizerFast | None
     template: Template
     vocab_size: int | None = None
+    form: FormName = "auto"
+    """of rows that have none of these columns, or of all where it is named"""
 
     def __call__(self, row: dict[str, Any]) -> list[int]:
         """
         Raises:
             ValueError: the row has nothing to score, or tokens that the model does not have.
         """
-        given = [name for name in ("messages", "text", "input_ids") if row.get(name) is not None]
+        if needs_reading(row, self.form):
+            row = self._read(row)
+        given = [name for name in _COLUMNS if row.get(name) is not None]
         if len(given) != 1:
             raise ValueError(f"has {', '.join(given) or 'none'} of messages, text and input_ids; expected exactly one")
         if given == ["input_ids"]:
@@ -77,6 +90,14 @@ class Encoder:
             raise ValueError(f"holds token {max(ids)}, but the model's vocabulary has {self.vocab_size} entries")
         return ids
 
+    def _read(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            made = read_form(row, "conversation", self.form).row
+        except ValueError as error:
+            nothing = all(row.get(name) is None for name in _COLUMNS)
+            raise ValueError(f"has none of messages, text and input_ids: {error}" if nothing else str(error)) from None
+        return {name: value for name, value in made.items() if name not in _AS_IT_IS}
+
 
 def encoder(settings: ScoreSettings, rows: list[dict[str, Any]], vocab_size: int | None) -> Encoder:
     """The encoder for these rows, with a tokenizer if any of them needs one.
@@ -85,9 +106,9 @@ def encoder(settings: ScoreSettings, rows: list[dict[str, Any]], vocab_size: int
         UserError: the tokenizer cannot be loaded.
     """
     tokenizer, template = None, "tulu"
-    if any(row.get("messages") is not None or row.get("text") is not None for row in rows):  # null is a column of another row
+    if any(needs_reading(row, settings.format) or row.get("input_ids") is None for row in rows):
         model = settings.model
         asked = (model.path, settings.tokenizer, settings.template, model.trust_remote_code)
         tokenizer = load_tokenizer(*asked, setting="tokenizer")
         template = template_of(tokenizer, settings.template)
-    return Encoder(tokenizer, template, vocab_size)
+    return Encoder(tokenizer, template, vocab_size, settings.format)

@@ -15,12 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tulu_mega.data import compressed
 from tulu_mega.data.file_digests import directory_sha256, sha256
 from tulu_mega.data.json_text import json_line, strict_line
 from tulu_mega.data.mixing import Amount, draw
 from tulu_mega.errors import UserError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+_COMPRESSED = tuple(f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in compressed.SUFFIXES)
 
 
 class Part(Protocol):
@@ -56,17 +58,23 @@ class Part(Protocol):
 
 
 class JsonLines:
-    """A JSONL file, read line by line where it lies.
+    """A JSONL file, read line by line where it lies; one that is compressed where its text is put for the time.
 
     No schema is inferred over the file, so rows may differ in their keys, and a broken line spoils nothing but itself.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: it cannot be unpacked.
     """
 
     unit = "line"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | str):
         self.name = str(path)
+        self._unpacked = compressed.unpacked(Path(path))
+        self._text = self._unpacked.name if self._unpacked else self.name
         digest, lines, starts, at = hashlib.sha256(), [], [], 0
-        with open(path, "rb") as file:
+        with open(self._text, "rb") as file:
             for number, line in enumerate(file, 1):
                 digest.update(line)
                 if line.strip():
@@ -81,10 +89,10 @@ class JsonLines:
 
     @cached_property
     def _file(self):
-        return open(self.name, "rb")
+        return open(self._text, "rb")
 
     def __getstate__(self) -> dict[str, Any]:  # an open file does not cross to a worker process
-        return {name: value for name, value in vars(self).items() if name != "_file"}
+        return {name: value for name, value in vars(self).items() if name not in ("_file", "_unpacked")}
 
     def raw(self, index: int, changed: Counter[str] | None = None) -> bytes:
         return strict_line(self._line(index), changed)
@@ -250,11 +258,10 @@ def load_rows(
     split: str | Mapping[str, str] = "train",
     seed: int = 42,
     setting: str = "data.train",
-    any_columns: bool = False,
     split_setting: str = "data.split",
 ) -> Rows:
-    """Opens rows: of ``.jsonl``, ``.json`` and ``.parquet`` files, or of data sets of the hub
-    (``owner/name``, or ``owner/name:configuration``).
+    """Opens rows: of ``.jsonl``, ``.json`` and ``.parquet`` files (the former two also under gzip or zstd), or of data sets of
+    the hub (``owner/name``, or ``owner/name:configuration``).
 
     Rows of JSONL are parsed when they are asked for; :meth:`Rows.row` raises for a broken line.
 
@@ -263,11 +270,10 @@ def load_rows(
         split: split of hub data sets; or that of some of them, ``train`` for the others.
         seed: decides which rows an amount draws.
         setting, split_setting: where the sources and their split are named, for messages.
-        any_columns: take tables of any columns, instead of asking for ``messages``, or ``input_ids`` and ``labels``.
 
     Raises:
-        UserError: with every file or data set that is missing, unreadable or empty, a table without the columns, an amount that
-            cannot be drawn, or a split of a source that is not there.
+        UserError: with every file or data set that is missing, unreadable or empty, an amount that cannot be drawn, or a split
+            of a source that is not there.
     """
     names = [train] if isinstance(train, str) else list(train)
     if not names:
@@ -280,7 +286,7 @@ def load_rows(
     for name in names:
         try:
             own_split = split if isinstance(split, str) else splits.get(name, "train")
-            part = _open(name, own_split, setting, any_columns, split_setting)
+            part = _open(name, own_split, setting, split_setting)
             if not len(part):
                 raise UserError(f"{name}: no rows; expected at least one")
             if isinstance(train, Mapping):
@@ -295,40 +301,43 @@ def load_rows(
     return Rows(parts)
 
 
-def _open(name: str, split: str, setting: str, any_columns: bool, split_setting: str) -> Part:
+def _open(name: str, split: str, setting: str, split_setting: str) -> Part:
     path = Path(name).expanduser()
     if path.is_file():
-        match path.suffix.lower():
-            case ".jsonl":
+        match "".join(path.suffixes[-2:] if path.suffix.lower() in compressed.SUFFIXES else path.suffixes[-1:]).lower():
+            case ".jsonl" | ".jsonl.gz" | ".jsonl.zst":
                 return JsonLines(path)
-            case ".json":
+            case ".json" | ".json.gz" | ".json.zst":
                 return _json(path)
             case ".parquet":
-                return _table(name, "parquet", data_files=str(path), fingerprint=sha256(path), any_columns=any_columns)
-        raise UserError(f"{name}: file type {path.suffix or 'without suffix'!r} is not known; expected {', '.join(SUFFIXES)}")
+                return _table(name, "parquet", data_files=str(path), fingerprint=sha256(path))
+            case suffix:
+                known = ", ".join(SUFFIXES + _COMPRESSED)
+                raise UserError(f"{name}: file type {suffix or 'without suffix'!r} is not known; expected {known}")
     if path.is_dir():
         fingerprint = directory_sha256(path, split)
-        return _table(
-            name, str(path), split=split, fingerprint=fingerprint, any_columns=any_columns, split_setting=split_setting
-        )
-    if path.suffix.lower() in SUFFIXES or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return _table(name, str(path), split=split, fingerprint=fingerprint, split_setting=split_setting)
+    if path.suffix.lower() in SUFFIXES + compressed.SUFFIXES or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such file; correct {setting}")
-    return _table(name, *name.split(":", 1), split=split, any_columns=any_columns, split_setting=split_setting)
+    return _table(name, *name.split(":", 1), split=split, split_setting=split_setting)
 
 
 def _json(path: Path) -> Part:
     """`.json` holds one list by custom, yet often it is JSONL by another name."""
-    with open(path, "rb") as file:
-        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if first != b"[":
-        return JsonLines(path)
+    unpacked = compressed.unpacked(path)
+    with unpacked or open(path, "rb") as file:
+        file.seek(0)
+        if file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
+            return JsonLines(path)
+        file.seek(0)
+        text = file.read()
     try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
+        items = json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg} at character {error.colno}") from None
-    return JsonArray(str(path), items, sha256(path))
+    return JsonArray(str(path), items, hashlib.sha256(text).hexdigest())
 
 
 def _table(
@@ -339,7 +348,6 @@ def _table(
     split: str = "train",
     data_files: str | None = None,
     fingerprint: str | None = None,
-    any_columns: bool = False,
     split_setting: str = "data.split",
 ) -> Table:
     import datasets
@@ -359,9 +367,6 @@ def _table(
             known = f"; give a JSONL or Parquet file, a data set of the hub, and its split in {split_setting}"
             hint = "" if data_files else known
             raise UserError(f"{name}: {what}: {lines[0]}{hint}") from None
-    columns = set(data.column_names)
-    if not any_columns and "messages" not in columns and not {"input_ids", "labels"} <= columns:
-        raise UserError(f"{name}: has the columns {', '.join(sorted(columns))}; expected messages, or input_ids and labels")
     return Table(name, data, fingerprint or f"{name}:{split}:{data._fingerprint}")
 
 

@@ -16,7 +16,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.launch.run_dir import make_private
 from tulu_mega.records import TokenizedRow
 
-VERSION = 4
+VERSION = 5
 """Raised whenever the same rows would give other tokens or another layout of the files."""
 
 REJECTS = "rejects.jsonl"

@@ -30,14 +30,15 @@ def lines(
 ) -> list[str]:
     """
     Args:
-        told: how often what happened: ``column NAME`` and ``field NAME`` (rows in which nobody looks at them), ``rewritten``
-            (turns that the template writes otherwise once more follows), ``rewritten rows``, ``altered`` (turns whose text it
-            changes), ``padding`` (sequences).
+        told: how often what happened: ``form NAME`` (rows of another form than messages), ``column NAME`` and ``field NAME``
+            (rows in which nobody looks at them), ``rewritten`` (turns that the template writes otherwise once more follows),
+            ``rewritten rows``, ``altered`` (turns whose text it changes), ``padding`` (sequences).
         ends: how many trained turns end with which token.
         template: of the conversations.
         rewritten: `data.rewritten`.
     """
     found = [
+        _names("rows of another form than messages, read by its columns", told, "form "),
         _names("columns that are not used", told, "column "),
         _names("fields of messages that the chat template does not use", told, "field "),
     ]

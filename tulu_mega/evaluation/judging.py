@@ -74,7 +74,10 @@ def judge(task: Task, problems: list[Problem], responses: list[list[str]], custo
     pairs = [(problem, text) for problem, texts in zip(problems, responses, strict=True) for text in texts]
     names = {name for problem in problems for name in _names(problem)}
     with VerifierPool(RewardSpec.as_published(custom=dict(custom)), names=sorted(names)) as pool:
-        verdicts = pool.judge(VerifierInput(text, problem.verifier, problem.answer, problem.messages) for problem, text in pairs)
+        verdicts = pool.judge(
+            VerifierInput(problem.program(text) if problem.program else text, problem.verifier, problem.answer, problem.messages)
+            for problem, text in pairs
+        )
     each = iter(verdicts)
     return [[_verdict(task.metrics[0], next(each)) for _ in texts] for texts in responses]
 

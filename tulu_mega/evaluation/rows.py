@@ -107,7 +107,7 @@ def _open(names: str | list[str], split: str, setting: str, split_setting: str) 
         files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.suffix == ".json" and path.is_file() else []
         examples = [part for file in files if (part := _examples(file)) is not None]
         try:
-            parts += examples or load_rows(name, split, setting=setting, any_columns=True, split_setting=split_setting).parts
+            parts += examples or load_rows(name, split, setting=setting, split_setting=split_setting).parts
         except UserError as error:
             problems += error.problems
     if problems:

@@ -188,6 +188,8 @@ def _prepare(
         try:
             conversation = _conversation(problem, rows.chosen(available, count, problem.group), settings.system)
             ids = prompt_ids(conversation, tokenizer, settings.template)
+            if problem.begin:
+                ids = [*ids, *tokenizer(problem.begin, add_special_tokens=False)["input_ids"]]
             vllm.check_ids(ids, longest, vocabulary)
         except ValueError as error:
             hint = f" (tasks.{task.name}.shots = {count}: fewer make it shorter)" if count else ""
@@ -254,7 +256,8 @@ def _judged(asked: Asked, settings: EvalSettings) -> dict[str, Any]:
             for one, judgement in zip(given, judged, strict=True)
         ]
         group = {"group": problem.group} if problem.group else {}
-        known = {"key": name, "problem": problem.row, **group, "messages": messages}
+        begin = {"begin": problem.begin} if problem.begin else {}
+        known = {"key": name, "problem": problem.row, **group, "messages": messages, **begin}
         records.append({**known, "answer": problem.answer, "responses": several})
     asked.file.replace(records)
     return {

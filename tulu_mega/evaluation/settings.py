@@ -39,8 +39,8 @@ class EvalSettings(Section):
     output: str
     """Directory of the results: results.json and samples/TASK.jsonl. What was answered there is not asked again."""
     tasks: dict[str, TaskSettings]
-    """Table of tasks by name (gsm8k, math, ifeval, mmlu, bbh, rlvr), each with settings of its own or its file alone:
-    `--tasks.gsm8k test.jsonl`."""
+    """Table of tasks by name (gsm8k, math, ifeval, mmlu, bbh, humaneval, mbpp, rlvr), each with settings of its own or its file
+    alone: `--tasks.gsm8k test.jsonl`."""
     template: AskedTemplate = "auto"
     system: str | None = None
     """System message put before every conversation that has none."""

@@ -23,6 +23,10 @@ class Problem:
     """subject or sub-task, for averages by group and for demonstrations of the same kind"""
     verifier: str | list[str] | None = None
     """names the verifier that judges the response, where the task's own judge does not"""
+    begin: str = ""
+    """what the answer begins with: given to the model, which goes on with it"""
+    program: Callable[[str], str] | None = None
+    """a response as the verifier reads it, where that is not the response itself"""
     row: int | None = None
     """its place among the rows of the data, counted from 0, whichever of them are asked; None where it is of no data"""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from tulu_mega.config import GenerateSettings
 from tulu_mega.data.chat import prompt_ids, template_of
+from tulu_mega.data.forms.reading import read
 from tulu_mega.data.json_text import json_line
 from tulu_mega.data.messages import Messages, conversation_of
 from tulu_mega.data.places import check_writable
@@ -28,6 +29,8 @@ from tulu_mega.inference.progress import progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_ASKED = ("messages", "prompt", "input_ids")
+"""Columns that are asked as they are."""
 MAX_PROBLEMS = 10
 """Bad rows that are told at once."""
 
@@ -122,7 +125,7 @@ def prepared(settings: GenerateSettings) -> Prepared:
 
 def how_taken(rows: Sequence[dict[str, Any]], settings: GenerateSettings) -> str:
     """In words, how many rows are asked as what."""
-    counts = Counter(_kind(row, settings) for row in rows)
+    counts = Counter(_kind(_as_asked(row, settings), settings) for row in rows)
     template = {"tulu": "Tulu's template", "tokenizer": "the model's own template"}[settings.template]
     unused = ", and without the system message" if settings.system is not None else ""
     said = {
@@ -184,15 +187,31 @@ def _lines(file: str) -> JsonLines:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
+def _as_asked(row: dict[str, Any], settings: GenerateSettings) -> dict[str, Any]:
+    """A row with messages, where it has another form than the columns that are asked as they are.
+
+    Raises:
+        ValueError: it is of no known form.
+    """
+    if settings.format in ("auto", "prompt") and any(row.get(name) is not None for name in _ASKED):
+        return row
+    try:
+        made = read(row, "prompt", settings.format).row
+    except ValueError as error:
+        nothing = all(row.get(name) is None for name in _ASKED)
+        raise ValueError(f"has no messages, prompt or input_ids: {error}" if nothing else str(error)) from None
+    return {name: value for name, value in made.items() if name == "messages" or name not in _ASKED}
+
+
 def _kind(row: dict[str, Any], settings: GenerateSettings) -> Literal["conversation", "text", "tokens"]:
     """What a row is asked as.
 
     Raises:
         ValueError: it has not exactly one of the fields.
     """
-    given = [name for name in ("messages", "prompt", "input_ids") if row.get(name) is not None]
+    given = [name for name in _ASKED if row.get(name) is not None]
     if len(given) != 1:
-        raise ValueError(f"has {' and '.join(given) or 'no messages, prompt or input_ids'}; expected exactly one of the three")
+        raise ValueError(f"has {' and '.join(given)}; expected exactly one of {', '.join(_ASKED)}")
     match given[0]:
         case "prompt" if isinstance(row["prompt"], list) or settings.prompts == "chat":
             return "conversation"
@@ -202,6 +221,7 @@ def _kind(row: dict[str, Any], settings: GenerateSettings) -> Literal["conversat
 
 def _prompt(row: dict[str, Any], settings: GenerateSettings, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """A row's prompt as token ids: a conversation under the template, a raw text or the ids themselves."""
+    row = _as_asked(row, settings)
     match _kind(row, settings):
         case "conversation":
             given = row.get("messages") if row.get("messages") is not None else row["prompt"]

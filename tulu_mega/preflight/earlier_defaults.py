@@ -15,6 +15,8 @@ _NEW = ("data.rewritten", "rewards.math_accepts", "rewards.code_objects")
 otherwise is told by the pin of their files."""
 _MOMENTS = "optim.moments"
 """Were float32 always."""
+_FORMAT = "data.format"
+"""Such runs read rows of messages and tokens alone, which `auto` takes first."""
 _TEMPLATE = "data.template"
 """Was Tulu's where nothing was said."""
 
@@ -31,6 +33,8 @@ def as_before(name: str, before: Mapping[str, Any], settings: RunSettings) -> bo
         return name not in before
     if name == _MOMENTS:
         return name not in before and settings.optim.moments == "fp32"
+    if name == _FORMAT:
+        return name not in before and settings.data.format == "auto"
     if name != _TEMPLATE or settings.data.template != "auto":
         return False
     data, model = settings.data, settings.model

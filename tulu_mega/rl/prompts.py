@@ -74,9 +74,10 @@ def read(settings: PolicyRunSettings) -> Prompts:
     for setting, sources, split in wanted:
         try:
             split_setting = f"{setting.rpartition('.')[0]}.split"
-            rows = load_rows(sources, split, data.seed, setting, any_columns=True, split_setting=split_setting)
+            rows = load_rows(sources, split, data.seed, setting, split_setting=split_setting)
             drawn[setting] = rows.sources()
-            sets[setting] = read_prompts(rows, tokenizer, template, data.max_prompt, data.malformed, judgeable, setting)
+            how = (data.max_prompt, data.malformed, judgeable, setting, data.format)
+            sets[setting] = read_prompts(rows, tokenizer, template, *how)
         except UserError as error:
             problems += error.problems
     if problems:

@@ -21,6 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tulu_mega.config import DecontaminateSettings
+from tulu_mega.data import compressed
+from tulu_mega.data.forms.reading import any_messages
 from tulu_mega.data.json_text import told
 from tulu_mega.data.sources import Rows, load_rows
 from tulu_mega.data.tools.decontamination_report import MATCHES, REPORT, print_report
@@ -123,7 +125,8 @@ def row_words(row: dict[str, Any], fields: Sequence[str], roles: Sequence[str]) 
 
 
 def row_texts(row: dict[str, Any], fields: Sequence[str], roles: Sequence[str]) -> list[str]:
-    """Each text in some fields of a row: text, lists of text, or the messages of some roles.
+    """Each text in some fields of a row: text, lists of text, or the messages of some roles. A row of another form than messages
+    has those that it is read as, a pair those of its prompt and of both answers.
 
     Raises:
         ValueError: a field is missing or something else.
@@ -131,6 +134,8 @@ def row_texts(row: dict[str, Any], fields: Sequence[str], roles: Sequence[str]) 
     texts = []
     for name in fields:
         value = row.get(name)
+        if value is None and name == "messages":
+            value = any_messages(row)
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict) and isinstance(item.get("role"), str):
                 if item["role"] not in roles:
@@ -245,11 +250,11 @@ def opened(settings: DecontaminateSettings) -> tuple[list[Rows], Rows]:
     for name in settings.evaluations:
         try:
             where = {"setting": "evaluations", "split_setting": "evaluation_split"}
-            evaluations.append(load_rows(name, settings.evaluation_split, any_columns=True, **where))
+            evaluations.append(load_rows(name, settings.evaluation_split, **where))
         except UserError as error:
             problems += error.problems
     try:
-        train = load_rows(settings.train, settings.split, setting="train", any_columns=True, split_setting="split")
+        train = load_rows(settings.train, settings.split, setting="train", split_setting="split")
     except UserError as error:
         problems += error.problems
     if problems or train is None:
@@ -287,7 +292,8 @@ def _targets(train: Rows, output: Path) -> list[Path]:
     taken: dict[str, int] = defaultdict(int)
     targets = []
     for part in train.parts:
-        stem = Path(part.name).stem
+        path = Path(part.name)
+        stem = (path.with_suffix("") if path.suffix.lower() in compressed.SUFFIXES else path).stem
         taken[stem] += 1
         target = output / (f"{stem}.clean.jsonl" if taken[stem] == 1 else f"{stem}.{taken[stem]}.clean.jsonl")
         if target.absolute() in read:

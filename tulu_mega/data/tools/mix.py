@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from tulu_mega.config import DataMixSettings
+from tulu_mega.data.forms.reading import form_name
 from tulu_mega.data.json_text import told
 from tulu_mega.data.sources import Rows, load_rows
 from tulu_mega.data.tools.row_kind import of_its_kind
@@ -27,12 +28,13 @@ def mix(settings: DataMixSettings) -> None:
     rows = drawn(settings)
     partial = output.with_name(f".{output.name}.partial")
     changed: Counter[str] = Counter()
+    forms: Counter[str] = Counter()
     try:
         try:
             with open(partial, "wb") as file:
                 for index in range(len(rows)):
                     try:
-                        rows.row(index)
+                        forms[form_name(rows.row(index), "pair" if settings.pairs else "conversation", data.format)] += 1
                         line = rows.raw(index, changed)
                     except ValueError as error:
                         raise UserError(f"{rows.where(index)}: {error}") from None
@@ -48,6 +50,8 @@ def mix(settings: DataMixSettings) -> None:
     for source in rows.sources():
         amount = "all" if source["amount"] is None else source["amount"]
         print(f"{source['source']}: {source['drawn']:,} rows ({amount} of {source['rows']:,})")
+    if forms.keys() != {"messages"}:
+        print(f"forms of rows: {', '.join(f'{name} ({count:,} rows)' for name, count in forms.most_common())}")
     for what in told(changed):
         print(f"warning: {what}", file=sys.stderr)
     print(f"{output}: {len(rows):,} rows")
@@ -60,7 +64,7 @@ def drawn(settings: DataMixSettings) -> Rows:
         UserError: sources or amounts are not to be used.
     """
     data = settings.data
-    return load_rows(data.train, data.split, data.seed, any_columns=settings.pairs)
+    return load_rows(data.train, data.split, data.seed)
 
 
 def check(rows: Rows) -> None:

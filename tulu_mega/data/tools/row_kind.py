@@ -6,8 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tulu_mega.config import DataInspectSettings, DataMixSettings, DataSettings, PreferenceDataSettings
-from tulu_mega.data.encoding import ConversationEncoding, PairEncoding
+from tulu_mega.config import DataInspectSettings, DataMixSettings, DataSettings, FormName, PreferenceDataSettings
+from tulu_mega.data.forms.reading import is_of, read
 from tulu_mega.data.sources import load_rows
 from tulu_mega.errors import UserError
 
@@ -37,13 +37,14 @@ def stages_of(table: Any) -> list[str]:
     """
     with suppress(ValueError):  # pydantic's included
         named = table if isinstance(table, dict) else {"train": table}
-        settings = DataSettings.model_validate({name: named[name] for name in ("train", "split") if name in named})
+        settings = DataSettings.model_validate({name: named[name] for name in ("train", "split", "format") if name in named})
         row = _first(settings) if _here(settings) else None
         if row is None:
             return []
-        if _is_pair(row):
+        if _is_pair(row, settings.format):
             return ["rm", "dpo"]
-        messages = row.get("messages")
+        kind = "conversation" if is_of(row, "conversation", settings.format) else "prompt"
+        messages = read(row, kind, settings.format).row.get("messages")
         answered = isinstance(messages, list) and messages and isinstance(messages[-1], dict)
         if row.get("ground_truth") is not None and not (answered and messages[-1].get("role") == "assistant"):
             return ["grpo"]
@@ -53,7 +54,7 @@ def stages_of(table: Any) -> list[str]:
 
 def _begins_with_a_pair(data: DataSettings) -> bool:
     row = _first(data)
-    return row is not None and _is_pair(row)
+    return row is not None and _is_pair(row, data.format)
 
 
 def _here(data: DataSettings) -> bool:
@@ -66,14 +67,12 @@ def _first(data: DataSettings) -> dict[str, Any] | None:
     first = data.train if isinstance(data.train, str) else next(iter(data.train), "")
     split = data.split if isinstance(data.split, str) else data.split.get(first, "train")
     with suppress(UserError):
-        rows = load_rows(first, split, any_columns=True)
+        rows = load_rows(first, split)
         for index in range(min(len(rows), _LOOKED_AT)):
             with suppress(ValueError):
                 return rows.row(index)
     return None
 
 
-def _is_pair(row: dict[str, Any]) -> bool:
-    if row.get("messages") is not None or ConversationEncoding.tokenised(row):
-        return False
-    return PairEncoding.tokenised(row) or None not in (row.get("chosen"), row.get("rejected"))
+def _is_pair(row: dict[str, Any], form: FormName) -> bool:
+    return is_of(row, "pair", form) and not is_of(row, "conversation", form)

@@ -1,6 +1,7 @@
 """The tasks by name. Each is a table in a file of its own."""
 
 from tulu_mega.evaluation.task import Task
-from tulu_mega.evaluation.tasks import bbh, gsm8k, ifeval, math, mmlu, rlvr
+from tulu_mega.evaluation.tasks import bbh, gsm8k, humaneval, ifeval, math, mbpp, mmlu, rlvr
 
-TASKS: dict[str, Task] = {task.name: task for task in (gsm8k.TASK, math.TASK, ifeval.TASK, mmlu.TASK, bbh.TASK, rlvr.TASK)}
+_ALL = (gsm8k, math, ifeval, mmlu, bbh, humaneval, mbpp, rlvr)
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _ALL}

@@ -11,8 +11,9 @@ def read(row: Row) -> Problem:
         ValueError: a row of another form.
     """
     from tulu_mega.data.chat import check_messages  # brings torch along
+    from tulu_mega.data.forms.reading import read as read_form
 
-    messages = check_messages(row.get("messages"), training=False)
+    messages = check_messages(read_form(row, "prompt").row["messages"], training=False)
     if messages[-1]["role"] == "assistant":
         raise ValueError("its last message is the assistant's, so there is nothing to answer; leave that message out")
     names = row.get("dataset")
