@@ -8,11 +8,11 @@ key, and a route without one would tell every process of the machine that someth
 from __future__ import annotations
 
 import hmac
-import json
 import os
 import sys
 from typing import Any
 
+from tulu_mega.json_input import read_json_text
 from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, answer, body, refuse
 
 KEY = "TULU_MEGA_ROLLOUT_KEY"
@@ -77,9 +77,9 @@ def _incarnation() -> int:
 async def _end(receive: Receive, send: Send) -> None:
     """Ends this process at once: its keeper sees to the rest of the session."""
     try:
-        asked = json.loads(await body(receive))
+        asked = read_json_text(await body(receive))
         incarnation, why = int(asked["incarnation"]), str(asked["why"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # JSON has Infinity here, which is no integer
+    except (ValueError, KeyError, TypeError, OverflowError):  # JSON has Infinity here, which is no integer
         await refuse(send, 400, 'expected {"incarnation": NUMBER, "why": TEXT}', "BadRequest")
         return
     if incarnation != _incarnation():
