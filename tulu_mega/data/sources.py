@@ -19,6 +19,7 @@ from tulu_mega.data.file_digests import directory_sha256, sha256
 from tulu_mega.data.json_text import json_line, strict_line
 from tulu_mega.data.mixing import Amount, draw
 from tulu_mega.errors import UserError, nearest
+from tulu_mega.json_input import read_json_text
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -95,13 +96,13 @@ class JsonLines:
 
     def row(self, index: int) -> dict[str, Any]:
         try:
-            row = json.loads(self._line(index))
+            row = read_json_text(self._line(index))
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1} of the line") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"not valid JSON: {error.msg} at character {error.colno}") from None
-        except RecursionError:
-            raise ValueError("not valid JSON: nested too deeply") from None
+        except ValueError as error:
+            raise ValueError(f"not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"expected a JSON object on each line, got {type(row).__name__}")
         return row
@@ -308,9 +309,7 @@ def _open(name: str, split: str, setting: str, any_columns: bool, split_setting:
         raise UserError(f"{name}: file type {path.suffix or 'without suffix'!r} is not known; expected {', '.join(SUFFIXES)}")
     if path.is_dir():
         fingerprint = directory_sha256(path, split)
-        return _table(
-            name, str(path), split=split, fingerprint=fingerprint, any_columns=any_columns, split_setting=split_setting
-        )
+        return _table(name, str(path), split=split, fingerprint=fingerprint, any_columns=any_columns, split_setting=split_setting)
     if path.suffix.lower() in SUFFIXES or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such file; correct {setting}")
     return _table(name, *name.split(":", 1), split=split, any_columns=any_columns, split_setting=split_setting)
@@ -323,11 +322,13 @@ def _json(path: Path) -> Part:
     if first != b"[":
         return JsonLines(path)
     try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
+        items = read_json_text(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg} at character {error.colno}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     return JsonArray(str(path), items, sha256(path))
 
 
