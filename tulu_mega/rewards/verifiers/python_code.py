@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from tulu_mega.json_input import read_json_text
 from tulu_mega.rewards.fences import fenced_blocks
 from tulu_mega.rewards.reasoning import answer_of
 from tulu_mega.rewards.sandbox import DEFAULT_LIMITS, CodeLimits, require_protections, run_program
@@ -75,7 +75,7 @@ def _tests(ground_truth: Any) -> list[dict[str, str]]:
     tests = ground_truth
     if isinstance(tests, str):
         try:
-            tests = json.loads(tests)
+            tests = read_json_text(tests)
         except ValueError:
             tests = [tests]  # one statement
     if not isinstance(tests, list) or not tests:
