@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
 
 import pytest
@@ -101,6 +103,29 @@ def test_the_process_is_anothers_after_a_fork_and_gone_with_its_owner():
     process = limits._worker._process
     limits._worker.close()
     assert process.poll() is not None and limits.rendered("z", GIVEN, False)[0] == "z"
+
+
+def test_a_process_that_has_gone_for_want_of_work_is_started_again():
+    """Whether its end is seen before it is asked, or after."""
+    for stopped in (False, True):
+        limits.rendered("x", GIVEN, False)
+        process = limits._worker._process
+        if stopped:
+            os.kill(process.pid, signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+        os.kill(process.pid, signal.SIGALRM)
+        if stopped:
+            threading.Timer(0.3, os.kill, (process.pid, signal.SIGCONT)).start()
+        else:
+            process.wait()
+        assert limits.rendered("y", GIVEN, False)[0] == "y" and limits._worker._process.pid != process.pid
+
+
+def test_a_tokenizer_leaves_no_process_behind(tmp_path):
+    directory = files_of(tmp_path / "tokenizer")
+    limits._worker.close()
+    load_tokenizer(str(directory))
+    assert not limits._worker.works
 
 
 def test_the_variables_of_a_row_are_not_the_conversation():

@@ -1,6 +1,7 @@
 """The process behind `limits`: does one piece of work after the other, each within its limits, until nobody asks any more.
 
-It ends by itself when its input does, and by the kernel's hand when a piece of work takes too long: nothing has to watch it.
+It ends by itself when its input does, and by the kernel's hand when a piece of work takes too long, or nobody asks for a minute:
+nothing has to watch it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tulu_mega.data.limits import LENGTH
 
 MOST_TEXT = 1 << 26
 """Characters of a conversation."""
+IDLE_SECONDS = 60
 _PROBE = "The  quick, 1234 Größen!\n\n    def f(x): # 😀\n" * 8 + "a" * 400 + " " * 400 + "=" * 400 + "1" * 400 + "é" * 400
 """Text that expressions which go back and forth over the same letters take long for."""
 
@@ -99,9 +101,15 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGPROF,))
-    while len(head := questions.read(LENGTH.size)) == LENGTH.size:
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGPROF, signal.SIGALRM))
+    while True:
+        signal.alarm(IDLE_SECONDS)  # whose signal ends the process
+        head = questions.read(LENGTH.size)
+        signal.alarm(0)
+        if len(head) < LENGTH.size:
+            break
         work, seconds, nbytes, arguments = pickle.loads(questions.read(LENGTH.unpack(head)[0]))  # noqa: S301 of who started us
         with open("/proc/self/statm") as told:
             before = int(told.read().split()[0]) * resource.getpagesize()

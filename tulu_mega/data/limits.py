@@ -3,14 +3,13 @@
 Jinja's sandbox keeps a template from files and Python, not from looping or from taking memory, and neither transformers nor vLLM
 limits either. A thread cannot be stopped within a multiplication of texts, nor can memory be limited for a part of a process that
 holds a model. So templates are rendered by a process of their own, one for each process that renders, which the kernel ends; an
-exchange with it takes less time than most renderings. It starts when it is first needed.
+exchange with it takes a tenth of a millisecond. It starts when it is first needed and ends when it is not asked for a minute.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import pickle
 import signal
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import read_json_text
 
 LENGTH = struct.Struct("<Q")
 _MOST = 1 << 30
@@ -73,24 +73,41 @@ class _Worker:
         """
         content = pickle.dumps((work, limits.seconds, limits.nbytes, arguments))
         with self._lock:
-            try:
-                process = self._started()
-                process.stdin.write(LENGTH.pack(len(content)) + content)
-                process.stdin.flush()
-                (length,) = LENGTH.unpack(_exactly(process.stdout, LENGTH.size))
-                told = json.loads(_exactly(process.stdout, min(length, _MOST)))
-            except (OSError, EOFError, ValueError, RecursionError):  # whatever it says after it was taken over is no answer
-                raise Exceeded(self._ended(limits)) from None
-            except BaseException:  # an answer to come would be taken for the next one's
-                self.close()
-                raise
+            told = self._told(content, limits) or self._told(content, limits)  # it may go just when it is asked
+        if told is None:
+            raise Exceeded("its process cannot be kept")
         if "exceeded" in told:
             raise Exceeded(f"it took more than {limits}")
         if "refused" in told:
             raise Refused(told["refused"])
         return told["done"]
 
+    def _told(self, content: bytes, limits: Limits) -> dict[str, Any] | None:
+        """The answer to a question; None where the process had gone for want of any.
+
+        Raises:
+            Exceeded: the process ended over it.
+        """
+        try:
+            process = self._started()
+            process.stdin.write(LENGTH.pack(len(content)) + content)
+            process.stdin.flush()
+            (length,) = LENGTH.unpack(_exactly(process.stdout, LENGTH.size))
+            return read_json_text(_exactly(process.stdout, min(length, _MOST)))
+        except (OSError, EOFError, ValueError):  # whatever it says after a template took it over is no answer
+            if (status := self._ended()) == -signal.SIGALRM:
+                return None
+            if status == -signal.SIGPROF:
+                raise Exceeded(f"it took more than {limits}") from None
+            told = signal.Signals(-status).name if status < 0 else f"status {status}"
+            raise Exceeded(f"its process ended by {told}; it may take {limits}") from None
+        except BaseException:  # an answer to come would be taken for the next one's
+            self.close()
+            raise
+
     def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is not None:
+            self._ended()
         if self._process is None or self._owner != os.getpid():  # a fork of the process that started it has none
             inherited = {name: value for name, value in os.environ.items() if not name.startswith("TULU_MEGA_")}
             self._process = subprocess.Popen(
@@ -103,22 +120,30 @@ class _Worker:
             self._owner = os.getpid()
         return self._process
 
-    def _ended(self, limits: Limits) -> str:
-        """Why the process is gone, which it is afterwards."""
+    def _ended(self) -> int:
+        """Exit status of the process, which is gone afterwards."""
         process, self._process = self._process, None
+        if process is None:
+            return 0
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)  # where its end was seen before its status is there
         process.kill()
         status = process.wait()
         for each in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):
                 each.close()
-        if -status == signal.SIGPROF:
-            return f"it took more than {limits}"
-        return f"its process ended by {signal.Signals(-status).name if status < 0 else f'status {status}'}; it may take {limits}"
+        return status
+
+    @property
+    def works(self) -> bool:
+        """Whether there is a process."""
+        return self._process is not None and self._owner == os.getpid() and self._process.poll() is None
 
     def close(self) -> None:
         """Ends the process."""
         if self._process is not None and self._owner == os.getpid():
-            self._ended(TEMPLATE)
+            self._process.kill()
+            self._ended()
 
 
 _worker = _Worker()
@@ -163,10 +188,14 @@ def tried(tokenizer: str) -> None:
     Raises:
         ValueError: it cannot be loaded, or takes more than `TOKENIZER`.
     """
+    worked = _worker.works
     try:
         _worker.do("try_tokenizer", TOKENIZER, path=tokenizer)
     except Exceeded as error:
         raise ValueError(f"it is not to be used: {error}") from None
+    finally:
+        if not worked:  # a large vocabulary leaves much memory behind
+            _worker.close()
 
 
 def _exactly(stream: Any, count: int) -> bytes:
