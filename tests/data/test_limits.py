@@ -170,6 +170,13 @@ def test_a_tokenizers_files_are_looked_at_before_they_are_loaded(tmp_path, littl
         assert time.monotonic() - start < 30, name
 
 
+def test_a_tokenizer_of_a_relative_name_is_found_wherever_the_process_began(tmp_path, monkeypatch):
+    limits.rendered("x", GIVEN, False)
+    files_of(tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer("./tokenizer").eos_token
+
+
 def test_a_tokenizer_is_tried_once(tmp_path, monkeypatch):
     directory, tried = files_of(tmp_path / "tokenizer"), []
     monkeypatch.setattr(limits, "tried", tried.append)

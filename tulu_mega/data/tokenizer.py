@@ -113,7 +113,7 @@ def _check_files(directory: Path) -> None:
             if size > limit:
                 raise ValueError(f"it has {size} bytes, at most {limit} are read")
             if file.name == "tokenizer.json":
-                _try_once(str(file), stamp(file))
+                _try_once(str(file.absolute()), stamp(file))  # the process may have another working directory
         except (OSError, ValueError) as error:
             raise ValueError(f"{file.name}: {error}") from None
 
