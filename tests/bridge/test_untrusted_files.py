@@ -20,8 +20,9 @@ from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.bridge.files.hf_files import INDEX, SINGLE, HfCheckpoint
 from tulu_mega.bridge.files.megatron_files import MegatronCheckpoint
 from tulu_mega.bridge.files.megatron_index import read_index, screen
-from tulu_mega.bridge.files.untrusted import open_plain, parse_json
+from tulu_mega.bridge.files.untrusted import open_plain
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import parse_json
 
 DEEP = b"[" * 200_000
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tulu_mega.data.chat import TULU_CHAT_TEMPLATE, check_messages, encode, prompt_ids, render_tulu, template_of, tulu_prompt
+from tulu_mega.data.chat import check_messages, encode, prompt_ids, render_tulu, template_of, tulu_prompt
 from tulu_mega.data.messages import Given
+from tulu_mega.data.tulu_template import TULU_CHAT_TEMPLATE
 from tulu_mega.records import IGNORE
 
 EOS = "<|end_of_text|>"

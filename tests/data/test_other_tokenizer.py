@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.lib import world
 from tests.lib.tokenizers import byte_tokenizer
 from tulu_mega.config import CheckpointSettings, DpoSettings, RmSettings, SftSettings
-from tulu_mega.data.chat import TULU_CHAT_TEMPLATE
+from tulu_mega.data.tulu_template import TULU_CHAT_TEMPLATE
 from tulu_mega.launch.launcher import World
 from tulu_mega.preflight import check
 from tulu_mega.quickstart import task, tiny_model

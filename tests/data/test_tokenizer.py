@@ -9,8 +9,9 @@ import tiktoken
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from tulu_mega.data import tokenizer as tokenizer_module
-from tulu_mega.data.chat import TULU_CHAT_TEMPLATE, encode
+from tulu_mega.data.chat import encode
 from tulu_mega.data.tokenizer import load_tokenizer
+from tulu_mega.data.tulu_template import TULU_CHAT_TEMPLATE
 from tulu_mega.errors import UserError
 from tulu_mega.records import IGNORE
 

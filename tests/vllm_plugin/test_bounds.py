@@ -66,7 +66,6 @@ def sampling(**changes: object) -> dict:
         (ROUTE, {"prompts": []}),
         (ROUTE, sampling(temperature=0, top_p=None, stop_token_ids=[1, 2])),
         (GENERATE, {"token_ids": [1], "sampling_params": {"max_tokens": 2, "temperature": 0.0}}),
-        ("/collective_rpc", {"method": "weights_status", "timeout": 60}),
         ("/update_weights", {"update_info": {"begin": {}}}),
         ("/pause", b""),
     ],
@@ -74,6 +73,26 @@ def sampling(**changes: object) -> dict:
 def test_what_a_trainer_asks_reaches_the_server_as_it_is(path, asked):
     content = asked if isinstance(asked, bytes) else json.dumps(asked).encode()
     assert ask("POST", path, content, parts=4) == (200, content)
+
+
+def test_weights_are_looked_at_and_not_reset():
+    """vLLM's checker has an action that makes them random, of which the gate is not told."""
+    assert post("/weight_checker", {"action": "checksum"})[0] == 200
+    for asked in (
+        {"action": "reset"},
+        {"action": "compare", "baseline": {}},
+        {"action": "checksum", "baseline": {}},
+        {},
+        ["reset"],
+    ):
+        assert post("/weight_checker", asked)[0] == 400
+
+
+@pytest.mark.parametrize("timeout", [{}, {"timeout": 0}, {"timeout": 60}, {"timeout": None}])
+def test_a_call_of_the_workers_has_no_time_out_within_the_engine(timeout):
+    """vLLM takes the reply that comes too late for that of the next call, and its engine ends."""
+    status, told = post("/collective_rpc", {"method": "weights_status", **timeout})
+    assert (status, json.loads(told)) == (200, {"method": "weights_status"})
 
 
 BROKEN = {

@@ -80,15 +80,27 @@ def _kind(annotation: Any) -> str:
     return {str: "text"}.get(annotation, annotation.__name__)
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """What TOML says.
+
+    Raises:
+        ValueError: it is no TOML, is nested more deeply than Python's parser goes, or has a number of thousands of digits.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+
+
 def _read_toml(file: str) -> dict[str, Any]:
     path = Path(file)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give the path of a TOML file with the settings") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as text: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{file}: not valid TOML: {error}") from None
 
 
@@ -136,8 +148,8 @@ def _section_at(settings: type[BaseModel], parts: Sequence[str]) -> type[BaseMod
 def _parse(settings: type[BaseModel], dotted: str, text: str) -> Any:
     """A flag's text as the value TOML would give it, or as plain text where the setting takes text."""
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
     field = _field(settings, dotted)
     if field is None or isinstance(value, str | list | dict):
@@ -192,4 +204,13 @@ def _explain(settings: type[BaseModel], error: dict[str, Any]) -> str:
             told = str(error["ctx"]["error"])
             return f"{where}: {told}" if where else told  # of the command's settings as a whole
         case _:
-            return f"{where}: {error['msg'].lower()}, got {error['input']!r} ({type(error['input']).__name__})"
+            return f"{where}: {error['msg'].lower()}, got {_shown(error['input'])} ({type(error['input']).__name__})"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, no longer than a message should be."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        return "one that is too long to be shown"
+    return text if len(text) <= 500 else f"{text[:500]}..."

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tulu_mega.config.source import load
+from tulu_mega.config.source import load, parse_toml
 from tulu_mega.config.stages import DEFAULT, STAGES
 from tulu_mega.errors import UserError
 
@@ -45,7 +44,7 @@ def command_told(
         UserError: several commands take the file, and nothing tells which one is meant.
     """
     try:
-        content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        content = parse_toml(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return DEFAULT  # `load` says what is wrong with the file
     taking = [name for name, kind in kinds.items() if not _unknown(kind(), file, flags)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from tulu_mega.bridge.files.disk import tensor_bytes
 from tulu_mega.bridge.files.hf_writer import write_durably
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import read_json_text
 
 NAME = "manifest.json"
 _HASHES = {"blake3": blake3, "sha256": hashlib.sha256}
@@ -74,9 +75,9 @@ def write_record(directory: Path, record: FileRecord) -> None:
 def read_record(directory: Path, file: str) -> FileRecord | None:
     """The record of a file that is there in the size it says; None otherwise."""
     try:
-        record = _record(json.loads(record_path(directory, file).read_text()))
+        record = _record(read_json_text(record_path(directory, file).read_text()))
         return record if (directory / file).stat().st_size == record.size else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -100,10 +101,10 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, FileRecord]] | None
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = read_json_text(path.read_text())
         records = [_record(each) for each in content["files"]]
         return content["plan"], {record.file: record for record in records}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error!r}); remove it to go without hashes, or convert again") from None
 
 

@@ -35,6 +35,7 @@ from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.convert.sources import HfSource, MegatronSource, Source
 from tulu_mega.convert.targets import HfTarget, MegatronTarget, Target
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import taken
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -230,7 +231,7 @@ def _clear_other_plans(job: Job) -> None:
     """Files of another source or other settings go; those of this plan stay."""
     path = job.partial / _PLAN
     with contextlib.suppress(OSError, ValueError):
-        if json.loads(path.read_text()) == job.plan:
+        if read_json_text(path.read_text()) == job.plan:
             return
     for each in job.partial.iterdir():
         if each.name != _LOCK:

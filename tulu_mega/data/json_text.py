@@ -46,11 +46,18 @@ def json_line(value: Any, changed: Counter[str] | None = None) -> bytes:
 
 
 def strict_line(line: bytes, changed: Counter[str] | None = None) -> bytes:
-    """A line that Python reads as JSON, as it lies; written anew where it has NaN or an infinity, which others do not read."""
+    """A line that Python reads as JSON, as it lies; written anew where it has NaN or an infinity, which others do not read.
+
+    Raises:
+        ValueError: Python does not read it.
+    """
     if not any(word in line for word in (b"NaN", b"Infinity")):
         return line
     found: list[str] = []
-    value = json.loads(line, parse_constant=lambda word: found.append(word) or math.nan)
+    try:
+        value = json.loads(line, parse_constant=lambda word: found.append(word) or math.nan)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
     return json_line(value, changed) if found else line  # else it is text
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tulu_mega.json_input import read_json_text
+
 ROLES = ("system", "user", "assistant")
 FURTHER_ROLES = ("tool", "developer", "function", "ipython", "environment")
 """Roles that some of the tokenizers' templates know."""
@@ -129,8 +131,8 @@ def _with_arguments(number: int, call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, str):
         return {**call, "arguments": _there(arguments)} if arguments is not None else call
     try:
-        parsed = json.loads(arguments)
-    except (ValueError, RecursionError):
+        parsed = read_json_text(arguments)
+    except ValueError:
         raise ValueError(f"message {number} has tool_calls with the arguments {short(arguments)}; expected JSON") from None
     return {**call, "arguments": parsed}
 
@@ -146,10 +148,10 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     """Tools from a list of schemas, or from JSON text of it, as tables of fixed columns hold them."""
     given = tools
     try:
-        parsed = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
+        parsed = read_json_text(tools) if isinstance(tools, str) and tools.strip() else tools or None
         if isinstance(parsed, list):
-            parsed = [json.loads(tool) if isinstance(tool, str) else tool for tool in parsed]
-    except (ValueError, RecursionError):
+            parsed = [read_json_text(tool) if isinstance(tool, str) else tool for tool in parsed]
+    except ValueError:
         raise ValueError(f"tools is {short(given)}; expected a list of JSON schemas") from None
     if parsed is None or parsed == "":
         return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega.bridge.files.companions import CONFIG, GENERATION, TOKENIZER, OtherTokenizer, as_json, found
+from tulu_mega.bridge.files.companions import CONFIG, TOKENIZER, OtherTokenizer, as_json, found
+from tulu_mega.bridge.files.config_json import read_generation
 from tulu_mega.bridge.rules import Config
 from tulu_mega.errors import UserError
 
@@ -51,7 +51,7 @@ def other_tokenizer(
         own = load_tokenizer(str(model), trust_remote_code=trust_remote_code)
     except UserError:  # the model needs none of its own
         own = None
-    generation = json.loads(found(model, (GENERATION,)).get(GENERATION, "{}"))
+    generation = read_generation(model)
     ends = {"eos_token_id": generation.get("eos_token_id", config.get("eos_token_id"))}
     differing = _special_tokens(config, tokenizer, own, vocabulary)
     generating = _special_tokens({**generation, **ends}, tokenizer, own, vocabulary)

@@ -20,6 +20,7 @@ from tulu_mega.data.file_digests import directory_sha256, sha256
 from tulu_mega.data.json_text import json_line, strict_line
 from tulu_mega.data.mixing import Amount, draw
 from tulu_mega.errors import UserError, nearest
+from tulu_mega.json_input import read_json_text
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _COMPRESSED = tuple(f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in compressed.SUFFIXES)
@@ -103,13 +104,13 @@ class JsonLines:
 
     def row(self, index: int) -> dict[str, Any]:
         try:
-            row = json.loads(self._line(index))
+            row = read_json_text(self._line(index))
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1} of the line") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"not valid JSON: {error.msg} at character {error.colno}") from None
-        except RecursionError:
-            raise ValueError("not valid JSON: nested too deeply") from None
+        except ValueError as error:
+            raise ValueError(f"not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"expected a JSON object on each line, got {type(row).__name__}")
         return row
@@ -332,11 +333,13 @@ def _json(path: Path) -> Part:
         file.seek(0)
         text = file.read()
     try:
-        items = json.loads(text.decode("utf-8-sig"))
+        items = read_json_text(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg} at character {error.colno}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     return JsonArray(str(path), items, hashlib.sha256(text).hexdigest())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from tulu_mega.bridge.files.companions import CONFIG, GENERATION
 from tulu_mega.data.chat import Template
 from tulu_mega.data.messages import NOTHING
 from tulu_mega.data.template_form import form_of
+from tulu_mega.json_input import read_json_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,7 +47,7 @@ def _named(model: str) -> list[int]:
     for name in (GENERATION, CONFIG):
         file = path / name
         try:
-            content: Any = json.loads(file.read_text(encoding="utf-8")) if path.is_dir() else _of_hub(model, name)
+            content: Any = read_json_text(file.read_text(encoding="utf-8")) if path.is_dir() else _of_hub(model, name)
             ends = content.get("eos_token_id")
         except (OSError, ValueError, AttributeError):  # not there; what else is wrong with it is seen when the model is loaded
             continue
@@ -58,4 +58,4 @@ def _named(model: str) -> list[int]:
 def _of_hub(model: str, name: str) -> Any:
     from huggingface_hub import hf_hub_download
 
-    return json.loads(Path(hf_hub_download(model, name)).read_text(encoding="utf-8"))
+    return read_json_text(Path(hf_hub_download(model, name)).read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import make_private
 from tulu_mega.records import TokenizedRow
 
@@ -101,7 +101,7 @@ class TokenStore:
         """The rows that are not used, in order."""
         with open(self.directory / REJECTS, encoding="utf-8") as file:
             for line in file:
-                yield Reject(**json.loads(line))
+                yield Reject(**read_json_text(line))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -120,7 +120,7 @@ class TokenStore:
         """
         path = Path(directory)
         try:
-            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            meta = read_json_text((path / "meta.json").read_text(encoding="utf-8"))
             if meta["version"] != VERSION:
                 raise ValueError(f"version {meta['version']}, expected {VERSION}")
             arrays = [np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("tokens", "labels")]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from jinja2 import Environment, nodes
-from jinja2.ext import Extension
-
+from tulu_mega.data import limits
+from tulu_mega.data.limited_work import names, render, told
 from tulu_mega.data.messages import TRAINING_FIELDS, Given, Message, Messages
+from tulu_mega.data.tulu_template import TULU_CHAT_TEMPLATE
+from tulu_mega.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -21,10 +21,12 @@ ONE, OTHER = "xylem", "quartz"
 """Texts of a probe. They differ in their first letters and in their last, so that what two renderings share ends at them."""
 _ASK = {"role": "user", "content": "probe"}
 _OF_THE_RENDERER = {
-    "conversations", "tools", "documents", "chat_template", "return_assistant_tokens_mask", "continue_final_message",
+    "conversations", "messages", "tools", "documents", "chat_template", "return_assistant_tokens_mask", "continue_final_message",
     "add_generation_prompt",
 }  # fmt: skip
 """Arguments of transformers' own function, which a row's variables must not become."""
+_OWN = (TULU_CHAT_TEMPLATE,)
+"""Templates that are ours: they are rendered in this process, without limits."""
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -57,25 +59,25 @@ def rendered(
 
     Raises:
         ValueError: the template refuses or cannot do it, whatever it is that it raises.
+        UserError: it takes too long, or too much memory.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     if taken := sorted(given.options.keys() & _OF_THE_RENDERER):
         raise ValueError(f"chat_template_kwargs has {', '.join(taken)}, which is no variable of a template; leave it out")
-    shown = [{name: value for name, value in message.items() if name not in TRAINING_FIELDS} for message in messages]
+    arguments = {
+        **tokenizer.special_tokens_map,
+        **given.options,
+        "messages": [{name: value for name, value in message.items() if name not in TRAINING_FIELDS} for message in messages],
+        "tools": given.tools,
+        "add_generation_prompt": prompt,
+    }
     try:
-        texts, spans = render_jinja_template(
-            [shown],
-            tools=given.tools,
-            chat_template=tokenizer.get_chat_template(tools=given.tools),
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=prompt,
-            **{**tokenizer.special_tokens_map, **given.options},
-        )
+        template = tokenizer.get_chat_template(tools=given.tools)
+        return (render if template in _OWN else limits.rendered)(template, arguments, marks)
+    except UserError:
+        raise
     except Exception as error:  # a template is a program: what it does not expect in a row raises anything
-        what = str(error) if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: {error}"
+        what = str(error) if isinstance(error, limits.Refused) else told(error)
         raise ValueError(f"the tokenizer's chat template refuses this conversation: {' '.join(what.split())}") from None
-    return texts[0], [(start, end) for start, end in spans[0]] if marks else []
 
 
 _known: WeakKeyDictionary[PreTrainedTokenizerFast, dict[str, Form]] = WeakKeyDictionary()
@@ -107,7 +109,7 @@ def _shared(one: str, other: str) -> str:
 
 def _found(template: str, tokenizer: PreTrainedTokenizerFast, given: Given) -> Form:
     marked = bool(_GENERATION_MARK.search(template))
-    variables, fields = _names(template)
+    variables, fields = names(template) if template in _OWN else limits.names(template)
     answer = {"role": "assistant", "content": ""}
     plain = Given(given.tools)
     try:
@@ -145,25 +147,3 @@ def _ending(tail: str, tokenizer: PreTrainedTokenizerFast) -> str:
         return tail[: start - length]
     word = re.match(r"\s*\S+", tail)
     return word[0] if word else ""
-
-
-class _Generation(Extension):
-    """Reads ``{% generation %}`` as transformers does, for looking at a template's code."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=16)
-def _names(template: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Variables that the template's code names, and fields; not the text that it writes."""
-    try:
-        tree = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(template)
-    except Exception:  # it cannot be rendered either, which is told then
-        return frozenset(), frozenset()
-    fields = {node.attr for node in tree.find_all(nodes.Getattr)}
-    fields |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return frozenset(node.name for node in tree.find_all(nodes.Name)), frozenset(fields)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -11,10 +13,17 @@ from typing import Literal
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from tulu_mega.bridge.files.companions import CONFIG, TOKENIZER
+from tulu_mega.bridge.files.untrusted import MAX_JSON_BYTES, open_plain, read_json
+from tulu_mega.data import limits
 from tulu_mega.data.chat import Template
 from tulu_mega.errors import UserError
+from tulu_mega.pins.digest import Stamp, stamp
 
 _VOCABULARY = "tokenizer.model"
+_SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json", CONFIG)
+"""Files that Python parses, whatever they hold."""
+_MOST_BYTES = {".jinja": 16 << 20}
 _PROBE = "<|user|>\nThe  quick, 1234 Größen!\n\n    def f(x): # 😀\n"
 """Text of which conversions that go wrong make other tokens: blanks in a row, lines, digits, characters of several bytes."""
 
@@ -52,9 +61,14 @@ def load_tokenizer(
     if kind and not find_spec(kind):
         raise UserError(f"{named}: {_VOCABULARY} needs the package {kind!r}; install it, or give tokenizer.json")
     try:
+        if path.is_dir():
+            _check_files(path)
         with _quiet():  # a list of ranks is first taken for a sentencepiece model, with a warning
             loaded = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # OSError, ValueError, ImportError, KeyError or tokenizers' own, whatever is wrong with the files
+            loaded(_PROBE, add_special_tokens=False, verbose=False)  # of a tokenizer whose fields do not go together
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever is wrong with the files; what Rust panics come as is no Exception
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         if path.is_dir() and not (path / "tokenizer.json").is_file():
             reason = f"{_VOCABULARY} is not to be used ({reason})" if kind else "no tokenizer.json there"
@@ -77,6 +91,36 @@ def load_tokenizer(
     if problems:
         raise UserError(problems)
     return loaded
+
+
+def _check_files(directory: Path) -> None:
+    """Looks at a tokenizer's files before anybody loads them.
+
+    Raises:
+        OSError: one is no plain file.
+        ValueError: one is too large or no JSON, or loading it takes more than it may.
+    """
+    for file in (directory / name for name in (*TOKENIZER, CONFIG)):
+        if not file.exists():
+            continue
+        limit = _MOST_BYTES.get(file.suffix, MAX_JSON_BYTES)
+        try:
+            if file.name in _SMALL:
+                read_json(file, _MOST_BYTES[".jinja"])
+                continue
+            with open_plain(file) as content:
+                size = os.fstat(content.fileno()).st_size
+            if size > limit:
+                raise ValueError(f"it has {size} bytes, at most {limit} are read")
+            if file.name == "tokenizer.json":
+                _try_once(str(file.absolute()), stamp(file))  # the process may have another working directory
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file.name}: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _try_once(file: str, stamp: Stamp) -> None:
+    limits.tried(file)
 
 
 def _vocabulary_kind(path: Path) -> Literal["sentencepiece", "tiktoken"] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.evaluation.choice import even
 from tulu_mega.evaluation.settings import TaskSettings
 from tulu_mega.evaluation.task import Problem, Shot, Task
+from tulu_mega.json_input import read_json_text
 
 MAX_PROBLEMS = 5
 """Bad rows that are told at once."""
@@ -118,7 +118,7 @@ def _open(names: str | list[str], split: str, setting: str, split_setting: str) 
 def _examples(file: Path) -> JsonArray | None:
     """The rows of a file of the form ``{"examples": [...]}``, each with the file's name as `task`; None for other files."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = read_json_text(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return None
     rows = content.get("examples") if isinstance(content, dict) else None
@@ -135,7 +135,11 @@ def _cot_prompts(directory: Path) -> list[Shot]:
     """
     found = []
     for file in sorted(directory.glob("*.txt")):
-        text = file.read_text(encoding="utf-8").replace("\r\n", "\n").partition("\n-----\n")[2]
+        try:
+            content = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as text: {error}") from None
+        text = content.replace("\r\n", "\n").partition("\n-----\n")[2]
         task, *blocks = ("\n" + text).split("\nQ:")
         opening = f"{task.strip()}\n\n" if task.strip() else ""
         for block in blocks:

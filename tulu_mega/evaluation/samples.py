@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from tulu_mega.data.json_text import json_line
 from tulu_mega.data.places import check_writable
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import read_json_text
 
 Record = dict[str, Any]
 _SYNC_SECONDS = 1.0
@@ -104,7 +105,7 @@ class SampleFile:
         records = []
         for line in self.path.read_bytes().splitlines():
             try:
-                record = json.loads(line)
+                record = read_json_text(line)
             except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("key"), str) and isinstance(record.get("responses"), list):

@@ -26,6 +26,7 @@ import httpx
 
 from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import read_json_text
 from tulu_mega.vllm_plugin.auth import KEY, RESTART
 from tulu_mega.weight_transfer.counterpart import ABOUT
 from tulu_mega.weight_transfer.server import ServerAddress
@@ -77,9 +78,12 @@ def write_record(folder: Path, number: int, record: ServerRecord) -> None:
 def read_record(folder: Path, number: int) -> ServerRecord | None:
     """None when the launcher has not said anything yet."""
     try:
-        return ServerRecord(**json.loads((folder / f"server_{number}.json").read_text(encoding="utf-8")))
+        told = read_json_text((file := folder / f"server_{number}.json").read_text(encoding="utf-8"))
+        return ServerRecord(**told)
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: is no record of a server ({error}); start the run again") from None
 
 
 def key_from_environment() -> str | None:

@@ -17,6 +17,7 @@ from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference.reply import parsed, responses
 from tulu_mega.inference.sampling import Sampling
+from tulu_mega.json_input import read_json_text
 from tulu_mega.records import Response
 from tulu_mega.vllm_plugin.auth import ABOUT
 from tulu_mega.vllm_plugin.batch_route import ROUTE
@@ -294,7 +295,7 @@ class RolloutClient:
         try:
             async with self._session.get(address.url + ABOUT, headers=_headers(address), timeout=patience) as response:
                 text = await response.text()
-                about = json.loads(text)
+                about = read_json_text(text)
                 return int(about["longest"]), int(about["vocabulary"])
         except TimeoutError:
             raise ServerFailure(address.url, f"GET {ABOUT}: no answer within {CONNECT_SECONDS:g} s") from None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 from tulu_mega.inference.sampling import Sampling
+from tulu_mega.json_input import read_json_text
 from tulu_mega.records import Response
 
 FINISHED = ("stop", "length")
@@ -21,7 +21,7 @@ def parsed(line: bytes) -> dict[str, Any]:
         ValueError: it is not what a server sends, or says that something went wrong there.
     """
     try:
-        answer = json.loads(line)
+        answer = read_json_text(line)
     except ValueError:
         raise ValueError(f"not JSON: {line[:100]!r}") from None
     if not isinstance(answer, dict):
@@ -102,6 +102,6 @@ def _versions(choice: dict[str, Any], length: int, version: int) -> list[int]:
         end = span["end"]
     if end != length:
         raise ValueError(f"weight_versions {spans!r} do not cover {length} tokens")
-    if other := [span["version"] for span in spans if span.get("version") != str(version)]:
+    if other := [span.get("version") for span in spans if span.get("version") != str(version)]:
         raise ValueError(f"tokens of weights {other[0]!r}, expected {str(version)!r}")
     return [version] * length

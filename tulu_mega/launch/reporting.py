@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.errors import Stopped
+from tulu_mega.json_input import read_json_text
 
 LAUNCHER_PID = "TULU_MEGA_LAUNCHER_PID"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun gives one to each of its ranks and shows what is in it; so do we
@@ -200,6 +201,7 @@ def _agent() -> int:
 def read_record(file: Path) -> dict[str, Any]:
     """What a rank noted in its error file; empty where there is none, or where the rank's death cut it off."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = read_json_text(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -26,8 +26,8 @@ def load_config(model: ModelSettings) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except json.JSONDecodeError as error:
         raise UserError(f"{path / 'config.json'}: not valid JSON: {error}") from None
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of transformers and huggingface_hub, whatever they find wrong with a field
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"model.path = {model.path}: cannot be loaded as a Hugging Face model: {reason}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,14 @@ def _weights(directory: Path) -> Iterable[str]:
     """The index and the files that it names, or the one file; whether they are sound is seen elsewhere."""
     try:
         named = read_json(directory / INDEX)["weight_map"].values()
-        return [INDEX, *sorted({glob.escape(name) for name in named if name and Path(name).name == name})]
+        return [INDEX, *sorted({glob.escape(name) for name in named if name and Path(name).name == name and _possible(name)})]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [INDEX, SINGLE]
+
+
+def _possible(name: str) -> bool:
+    """Whether a file can be called so."""
+    return "\0" not in name and len(os.fsencode(name)) < 256
 
 
 @dataclass(frozen=True)

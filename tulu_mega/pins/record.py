@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import make_private
 from tulu_mega.launch.run_files import write_whole
 from tulu_mega.pins.digest import Stamp
@@ -64,7 +65,7 @@ class Pins:
         """
         file = run_dir / PINS
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
+            told = read_json_text(file.read_text(encoding="utf-8"))
             if told["version"] != VERSION:
                 raise ValueError(f"version {told['version']}, expected {VERSION}")
             return cls({name: _pin(each) for name, each in told["pins"].items()}, list(told["accepted"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.bridge.files.hub import config_directory
 from tulu_mega.config import ModelSettings, RunSettings, load
+from tulu_mega.config.source import parse_toml
 from tulu_mega.config.stages import DEFAULT, STAGES
 from tulu_mega.config.told import stages_told
 from tulu_mega.errors import UserError
@@ -61,7 +61,7 @@ def read_architecture(model: ModelSettings, reward: bool) -> dict[str, Any]:
 def _told(file: str) -> str:
     """By sections and settings that only one command has, else by the file's name."""
     try:
-        content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        content = parse_toml(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = {}  # `load` says what is wrong with the file
     if told := stages_told(content, file):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.inference.for_run import device_obstacles, server_options
 from tulu_mega.inference.generate import how_taken, prepared
 from tulu_mega.inference.offline import check_vllm
+from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import CONFIG
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import any_model_problems
@@ -49,7 +49,7 @@ def score_problems(settings: ScoreSettings, findings: Findings) -> None:
 def _generating(path: str) -> None:
     """A model for vLLM: what its config.json says; the rest is seen by the command itself before vLLM starts."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        config = json.loads((model_directory(path) / CONFIG).read_text())
+        config = read_json_text((model_directory(path) / CONFIG).read_text())
         check_language_model(path, config.get("architectures"))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from tulu_mega.config import RunSettings
+from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import CONFIG, DATA, HELDOUT
 from tulu_mega.pins import code, directories, rows
 from tulu_mega.pins.compare import Pinning
@@ -83,7 +83,7 @@ def _of_stores(run_dir: Path) -> dict[str, Pin]:
     found = {}
     for setting, name in (("data.train", DATA), ("heldout.data", HELDOUT)):
         try:
-            found[setting] = rows.pin(json.loads((run_dir / name / "meta.json").read_text(encoding="utf-8"))["sources"])
+            found[setting] = rows.pin(read_json_text((run_dir / name / "meta.json").read_text(encoding="utf-8"))["sources"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found

@@ -11,6 +11,7 @@ from tulu_mega.config import RunSettings
 from tulu_mega.config.effects import Effect, decides
 from tulu_mega.config.stages import STAGES
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.launcher import resolve
 from tulu_mega.launch.run_dir import CONFIG
 from tulu_mega.pins.record import Pins
@@ -32,7 +33,9 @@ def same_run(settings: RunSettings, short_batches: bool = False) -> None:
     if not file.exists():
         return
     try:
-        before = json.loads(file.read_text())
+        before = read_json_text(file.read_text())
+        if not isinstance(before, dict):
+            raise ValueError("no object")
     except (OSError, ValueError):
         raise UserError(f"{file}: cannot be read; choose another run_dir, or remove this one") from None
     there, here = before, json.loads(settings.model_dump_json())

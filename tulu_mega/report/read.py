@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import read_json_text
 from tulu_mega.report.profiles import Profile, read_profiles
+from tulu_mega.report.shapes import finite, is_step, shows_rollout, shows_sample, shows_task
 
 METRICS, CONFIG, RESULTS = "metrics.jsonl", "config.json", "results.json"
 
@@ -50,7 +50,8 @@ class Run:
     @property
     def kind(self) -> str:
         """What its loss is of, for people: losses of different kinds are not compared. Empty where nothing tells."""
-        policy, preference, train = (self.settings.get(name) or {} for name in ("policy", "preference", "train"))
+        sections = (self.settings.get(name) for name in ("policy", "preference", "train"))
+        policy, preference, train = (each if isinstance(each, dict) else {} for each in sections)
         if policy or "reward" in self._names:
             method = "ppo" if self.settings.get("value") or "value_loss" in self._names else "grpo"
             return " ".join(filter(None, [method, _unlike("grpo", policy.get("loss"))]))
@@ -69,7 +70,7 @@ class Run:
     def column(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was reported as a finite number."""
         known = ((row["step"], row.get(name)) for row in ({"step": 0, **self.start}, *self.steps))
-        pairs = [(step, float(value)) for step, value in known if isinstance(value, int | float) and math.isfinite(value)]
+        pairs = [(step, number) for step, value in known if (number := finite(value)) is not None]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
@@ -148,10 +149,10 @@ def _steps(content: bytes) -> tuple[list[dict[str, Any]], int]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = read_json_text(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and is_step(row.get("step")):
             found[row["step"]] = row
         else:
             torn += 1
@@ -160,7 +161,7 @@ def _steps(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 def _json(file: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json_text(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
@@ -177,7 +178,7 @@ def _start(directory: Path) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, AttributeError, TypeError):
-            line = json.loads(text)
+            line = read_json_text(text)
             failed = line.get("error") is not None
             figures = {
                 "heldout_solve_rate": all(score >= 1 for score in line["scores"].values()) if line.get("scores") else None,
@@ -187,37 +188,38 @@ def _start(directory: Path) -> dict[str, float]:
             }
             for name, value in figures.items():
                 judged = name in ("heldout_solve_rate", "heldout_score")
-                if value is not None and not (failed and judged):
-                    found.setdefault(name, []).append(float(value))
+                if (number := finite(value)) is not None and not (failed and judged):
+                    found.setdefault(name, []).append(number)
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _rollouts(directory: Path, last: int, count: int) -> list[dict[str, Any]]:
     """Responses of the newest step, spread over its prompts; files of later steps are of a run that was put back."""
-    for step in range(last, 0, -1):
-        file = directory / "rollouts" / f"step_{step:06}.jsonl"
-        if not file.is_file():
-            continue
-        found = []
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append({"step": step, **json.loads(line)})
-        return found[:: max(1, len(found) // max(count, 1))][:count] if count else []
-    return []
+    files = {int(file.stem[5:]): file for file in (directory / "rollouts").glob("step_*.jsonl") if file.stem[5:].isdecimal()}
+    step = max((step for step in files if 0 < step <= last), default=None)
+    if step is None or not count:
+        return []
+    found = []
+    for line in files[step].read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            if shows_rollout(record := read_json_text(line)):
+                found.append({"step": step, **record})
+    return found[:: max(1, len(found) // max(count, 1))][:count]
 
 
 def _evaluation(directory: Path, tasks: dict[str, Any], samples: int) -> Evaluation:
     shown: dict[str, list[dict[str, Any]]] = {}
-    for task in tasks:
+    known = {name: task for name, task in tasks.items() if shows_task(task)}
+    for task in known:
         file = directory / f"samples/{task}.jsonl"
         if not file.is_file():
             continue
         with file.open(encoding="utf-8", errors="replace") as lines:
             for line in islice(lines, samples):
                 try:
-                    record = json.loads(line)
+                    record = read_json_text(line)
                 except ValueError:
                     continue
-                if isinstance(record, dict) and record.get("messages") and record.get("responses"):
+                if shows_sample(record):
                     shown.setdefault(task, []).append(record)
-    return Evaluation(directory.name, tasks, shown)
+    return Evaluation(directory.name, known, shown)

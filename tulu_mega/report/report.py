@@ -7,10 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tulu_mega import __version__
 from tulu_mega.errors import UserError
@@ -18,6 +19,9 @@ from tulu_mega.report.curves import Drawing, constants, draw
 from tulu_mega.report.profiles import Profile
 from tulu_mega.report.read import Run, read_runs
 from tulu_mega.report.settings import ReportSettings
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PAGE, PICTURES = "report.html", "report"
 
@@ -53,13 +57,9 @@ def page(runs: Sequence[Run], drawings: Sequence[Drawing], directory: Path) -> s
     Args:
         directory: where it will lie; it refers to nothing but traces of profiles, which are too large to be inside.
     """
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = resources.files("tulu_mega.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     flat = [_flat(run.settings) for run in runs]
     names = list(dict.fromkeys(name for one in flat for name in one))
-    return environment.from_string(template).render(
+    return _template().render(
         title=f"Training report: {', '.join(run.name for run in runs)}",
         made=f"tulu_mega {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         notes=[f"{run.name}: {note}" for run in runs for note in run.notes],
@@ -73,6 +73,14 @@ def page(runs: Sequence[Run], drawings: Sequence[Drawing], directory: Path) -> s
         differences=[(name, [one.get(name, "") for one in flat]) for name in names if len({one.get(name) for one in flat}) > 1],
         settings=[{"name": run.name, "rows": list(one.items())} for run, one in zip(runs, flat, strict=True)],
     )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(resources.files("tulu_mega.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
 
 
 def summary(run: Run) -> dict[str, str]:

@@ -302,7 +302,7 @@ def read_constraint(ground_truth: Any) -> Constraint:
         hint = " (an 'instruction_id' belongs to the newer IFEval-G form)" if "instruction_id" in str(ground_truth) else ""
         raise ValueError(f"expected a JSON object with 'func_name', such as {_EXAMPLE}, got {str(ground_truth)[:80]!r}{hint}")
     name = ground_truth["func_name"]
-    if name not in CONSTRAINTS:
+    if not isinstance(name, str) or name not in CONSTRAINTS:
         raise ValueError(f"unknown func_name {name!r}{nearest(str(name), CONSTRAINTS)}; known: {', '.join(sorted(CONSTRAINTS))}")
     arguments = {}
     for argument, reader in _readers(name).items():

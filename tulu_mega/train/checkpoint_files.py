@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tulu_mega.distributed.collectives import gathered, together
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import read_json_text
 from tulu_mega.pins.digest import digest
 
 MANIFEST = "training.json"
@@ -71,7 +71,7 @@ def damaged(checkpoints: Path) -> list[str]:
             continue
         try:
             recorded = _recorded(path)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             found.append(f"{path / MANIFEST}: cannot be read: {error}")
             continue
         found += _odd(path, recorded)
@@ -115,8 +115,12 @@ def verified_or_set_aside(path: Path, before: str | None, at: Callable[[str], No
 
 
 def _recorded(path: Path) -> dict[str, str]:
-    """By file; empty for a checkpoint of before."""
-    return json.loads((path / MANIFEST).read_text()).get("digests", {})
+    """By file; empty for a checkpoint of before. Raises ValueError where the manifest is none."""
+    told = read_json_text((path / MANIFEST).read_text())
+    found = told.get("digests", {}) if isinstance(told, dict) else None
+    if not isinstance(found, dict) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in found):
+        raise ValueError("it has no digests of files beside it")
+    return found
 
 
 def _odd(path: Path, recorded: Mapping[str, str]) -> list[str]:
@@ -126,7 +130,7 @@ def _odd(path: Path, recorded: Mapping[str, str]) -> list[str]:
             if digest(path / name) != wanted:
                 what = "holds other bytes than were written (a disk's or memory's error, or somebody wrote there)"
                 found.append(f"{path / name}: {what}")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name that no file can have
             found.append(f"{path / name}: cannot be read: {error}")
     return found
 

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tulu_mega.config import RunSettings, WandbSettings
 from tulu_mega.errors import Stopped
+from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_files import Lines, write_whole
 from tulu_mega.layout.hardware import named_peak
 
@@ -209,7 +210,7 @@ def cut_after(file: Path, step: int) -> None:
 def step_of(line: bytes) -> int | None:
     """The step of a line of metrics.jsonl; None for a line that is torn or is no step's."""
     try:
-        step = json.loads(line)["step"]
+        step = read_json_text(line)["step"]
     except (ValueError, TypeError, KeyError):
         return None
     return step if line.endswith(b"\n") and isinstance(step, int) else None

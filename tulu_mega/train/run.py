@@ -12,8 +12,9 @@ from pathlib import Path
 from tulu_mega.bridge.files.companions import OtherTokenizer
 from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.config import OptimSettings, RunSettings
-from tulu_mega.data.chat import TULU_CHAT_TEMPLATE, Template
+from tulu_mega.data.chat import Template
 from tulu_mega.data.other_tokenizer import other_tokenizer
+from tulu_mega.data.tulu_template import TULU_CHAT_TEMPLATE
 from tulu_mega.distributed import topology
 from tulu_mega.distributed.collectives import together
 from tulu_mega.errors import UserError

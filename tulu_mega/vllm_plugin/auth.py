@@ -8,12 +8,12 @@ key, and a route without one would tell every process of the machine that someth
 from __future__ import annotations
 
 import hmac
-import json
 import os
 import secrets
 import sys
 from typing import Any
 
+from tulu_mega.json_input import read_json_text
 from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, answer, body, refuse
 from tulu_mega.weight_transfer.counterpart import ABOUT, Model, shape, told
 
@@ -82,9 +82,9 @@ def _incarnation() -> int:
 async def _end(receive: Receive, send: Send) -> None:
     """Ends this process at once: its keeper sees to the rest of the session."""
     try:
-        asked = json.loads(await body(receive))
+        asked = read_json_text(await body(receive))
         incarnation, why = int(asked["incarnation"]), str(asked["why"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # JSON has Infinity here, which is no integer
+    except (ValueError, KeyError, TypeError, OverflowError):  # JSON has Infinity here, which is no integer
         await refuse(send, 400, 'expected {"incarnation": NUMBER, "why": TEXT}', "BadRequest")
         return
     if incarnation != _incarnation():

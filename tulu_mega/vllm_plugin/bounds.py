@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tulu_mega.json_input import read_json_text
 from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, body, refuse
 from tulu_mega.vllm_plugin.batch_route import ASKED, MAX_BODY, ROUTE
 
@@ -19,7 +20,7 @@ METHODS = frozenset(("weights_status", "arrived_checksums"))
 MAX_OTHER = 1 << 26
 """Bytes of any other request. The longest says which tensors an update has: some megabytes."""
 MAX_SAMPLES, MAX_SEED, MAX_IDS = 4096, 1 << 62, 1 << 20
-GENERATE = "/inference/v1/generate"
+GENERATE, RPC = "/inference/v1/generate", "/collective_rpc"
 
 Problem = str | None
 Check = Callable[[Any, Scope], Problem]
@@ -51,6 +52,8 @@ class Bounds:
         if problem is not None:
             await refuse(send, 400, f"{asked[1]}: {problem}", "BadRequest")
             return
+        if asked == ("POST", RPC):
+            content = json.dumps({"method": said["method"]}).encode()  # see `_method`
         await self._app({**scope, ASKED: said}, _again(content, receive), send)
 
 
@@ -59,9 +62,7 @@ def _read(content: bytes, check: Check | None, scope: Scope) -> tuple[Any, Probl
     if not content:
         return None, None if check is None else "the body is empty, expected JSON"
     try:
-        asked = json.loads(content.decode("utf-8"))
-    except RecursionError:
-        return None, "brackets are nested too deeply"
+        asked = read_json_text(content.decode("utf-8"))
     except ValueError as error:
         return None, f"expected JSON ({str(error)[:200]})"
     return asked, check(asked, scope) if check is not None else None
@@ -163,6 +164,11 @@ SAMPLING: dict[str, Callable[[Any, int, int], bool]] = {
 
 
 def _method(asked: Any, _scope: Scope) -> Problem:
+    """A time-out may be given, as older trainers do, and is not handed on: who asks stops waiting by itself.
+
+    vLLM's executor leaves the reply of a call whose time is over in its queue, takes it for the next call's, and soon for that of
+    a forward pass, which ends the engine (`MultiprocExecutor.collective_rpc`).
+    """
     if type(asked) is not dict or type(asked.get("method")) is not str or asked["method"] not in METHODS:
         return f"expected a method that is one of {', '.join(sorted(METHODS))}"
     timeout = asked.get("timeout")
@@ -193,12 +199,15 @@ ROUTES: dict[tuple[str, str], Check | None] = {
     ("POST", "/reset_prefix_cache"): None,
     ("POST", "/abort_requests"): lambda asked, _scope: None if asked == {} else "expected {}, which ends all requests",
     ("POST", "/update_weight_version"): _holds("new_version", str),
-    ("POST", "/weight_checker"): _holds("action", str),
+    # its other action, "reset", gives the model random weights, of which nobody is told
+    ("POST", "/weight_checker"): lambda asked, _scope: (
+        None if asked == {"action": "checksum"} else 'expected {"action": "checksum"}, which changes nothing'
+    ),
     ("POST", "/init_weight_transfer_engine"): _holds("init_info", dict),
     ("POST", "/start_weight_update"): None,
     ("POST", "/update_weights"): _holds("update_info", dict),
     ("POST", "/finish_weight_update"): _holds("weight_version", str),
-    ("POST", "/collective_rpc"): _method,
+    ("POST", RPC): _method,
     ("POST", GENERATE): _generate,
     ("POST", ROUTE): _batch,
 }

@@ -6,6 +6,7 @@ middleware, in the server's process, so it holds whoever calls.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -43,15 +44,12 @@ class WeightsGate:
         if scope["type"] == "http":
             path = scope["path"]
             refusal = None
-            if scope["method"] == "POST":
-                engine = scope["app"].state.engine_client
-                if path == "/start_weight_update":
-                    refusal = await self._may_start(engine)
-                elif path == "/finish_weight_update":
-                    refusal = await _unless_all(engine, "committed")
-                elif path == "/resume":
-                    refusal = await _unless_all(engine, "whole")
-                    self._updating = self._updating and refusal is not None
+            try:
+                if scope["method"] == "POST":
+                    refusal = await self._refusal(path, scope["app"].state.engine_client)
+            except TimeoutError:
+                await refuse(send, 503, f"the workers of this server have not answered for {ASK_SECONDS:g} s; ask another", KIND)
+                return
             if self._updating and path.startswith(SERVING):
                 why = "the weights of this server are being updated, or an update of them broke; ask another"
                 await refuse(send, 503, why, KIND)
@@ -60,6 +58,18 @@ class WeightsGate:
                 await refuse(send, 409, refusal, KIND)
                 return
         await self._app(scope, receive, send)
+
+    async def _refusal(self, path: str, engine: Any) -> str | None:
+        """Why a request is not handed on."""
+        if path == "/start_weight_update":
+            return await self._may_start(engine)
+        if path == "/finish_weight_update":
+            return await _unless_all(engine, "committed")
+        if path == "/resume":
+            refusal = await _unless_all(engine, "whole")
+            self._updating = self._updating and refusal is not None
+            return refusal
+        return None
 
     async def _may_start(self, engine: Any) -> str | None:
         if not await engine.is_paused():
@@ -71,7 +81,12 @@ class WeightsGate:
 
 
 async def _status(engine: Any) -> list[dict[str, Any]]:
-    return await engine.collective_rpc("weights_status", timeout=ASK_SECONDS)
+    """
+    Raises:
+        TimeoutError: the workers do not answer.
+    """
+    # the engine itself goes on waiting for their replies: it would take those that come too late for other calls'
+    return await asyncio.wait_for(engine.collective_rpc("weights_status"), ASK_SECONDS)
 
 
 async def _unless_all(engine: Any, state: str) -> str | None:

@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 
 from tulu_mega.vllm_plugin.loading import ModelLoader, reason
 from tulu_mega.weight_transfer.ledger import Ledger
-from tulu_mega.weight_transfer.protocol import Bucket, checksum, read_begin, read_bucket, view
+from tulu_mega.weight_transfer.protocol import Bucket, checksum, read_begin, read_bucket, read_commit, view
 from tulu_mega.weight_transfer.transports import Inbox, named
 
 logger = init_logger("vllm.tulu_mega")  # vLLM shows its own loggers only
@@ -113,7 +113,7 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
         elif update_info.bucket is not None:
             self._bucket(*read_bucket(update_info.bucket))
         elif update_info.commit is not None:
-            self._commit(update_info.commit["version"], update_info.commit["checksums"])
+            self._commit(*read_commit(update_info.commit))
         elif update_info.abandon is not None:
             self._ledger.wrong(update_info.abandon["reason"])
 

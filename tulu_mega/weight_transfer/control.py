@@ -66,15 +66,24 @@ class ServerControl:
 
     def world_size(self) -> int:
         """Workers that hold a part of the model."""
-        return int(self._ask("GET", "/get_world_size")["world_size"])
+        told = self._ask("GET", "/get_world_size").get("world_size")
+        if type(told) is not int or told < 1:
+            raise ServerFailure(self.url, f"GET /get_world_size: {str(told)[:200]!r} workers")
+        return told
 
     def weights_status(self) -> list[dict[str, Any]]:
         """Each worker's state, as `vllm_plugin.worker.WeightsReport` describes it."""
-        return self.call_workers("weights_status")
+        found = self.call_workers("weights_status")
+        if all(_texts(each.get(kind)) for each in found for kind in ("problems", "unattached")):
+            return found
+        raise ServerFailure(self.url, f"weights_status: expected lists of problems from each worker, got {str(found)[:200]}")
 
     def arrived_checksums(self) -> list[dict[str, str]]:
         """For each worker: Hugging Face name -> hash of the bytes that arrived in the last update."""
-        return self.call_workers("arrived_checksums")
+        found = self.call_workers("arrived_checksums")
+        if all(_texts(list(each.values())) for each in found):
+            return found
+        raise ServerFailure(self.url, f"arrived_checksums: expected hashes by name from each worker, got {str(found)[:200]}")
 
     def check_workers(self, kind: str = "problems") -> None:
         """Raises `ServerFailure` with what the workers found wrong.
@@ -103,9 +112,12 @@ class ServerControl:
         """Closes an update; the server refuses unless all workers committed it. From here on responses bear the version."""
         self._ask("POST", "/finish_weight_update", json={"weight_version": weight_version})
 
-    def call_workers(self, method: str) -> list[Any]:
-        """Calls a method of the workers and returns what each of them answers."""
-        return self._ask("POST", "/collective_rpc", json={"method": method, "timeout": self._timeout})["results"]
+    def call_workers(self, method: str) -> list[dict[str, Any]]:
+        """Calls a method of the workers and returns what each of them answers, an object."""
+        found = self._ask("POST", "/collective_rpc", json={"method": method}).get("results")
+        if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+            raise ServerFailure(self.url, f"{method}: expected an object from each worker, got {str(found)[:200]}")
+        return found
 
     def _ask(self, verb: str, path: str, **arguments: Any) -> dict[str, Any]:
         what = f"{verb} {path}"
@@ -117,7 +129,7 @@ class ServerControl:
             raise ServerFailure(self.url, f"{what}: {str(error) or type(error).__name__}") from None
         try:
             body = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if response.status_code != 200:
             raise ServerFailure(self.url, f"{what}: status {response.status_code}: {_message(body, response.text)}")
@@ -143,6 +155,10 @@ def each_server(controls: Iterable[ServerControl], action: Callable[[ServerContr
                 except ServerFailure as failure:
                     failed[control.url] = failure.reason
     return results, failed
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _message(body: Any, text: str) -> str:

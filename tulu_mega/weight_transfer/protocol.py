@@ -20,6 +20,8 @@ ALIGNMENT = 64
 """Bytes that a tensor's place in a bucket is a multiple of."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
 """Types on the wire."""
+_LARGEST = 1 << 63
+"""Extents, offsets and sizes are below."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,37 @@ def begin_message(version: int, manifest: Manifest, load: bool) -> dict[str, Any
     return {"begin": {"version": version, "load": load, "manifest": {name: asdict(each) for name, each in manifest.items()}}}
 
 
-def read_begin(message: Mapping[str, Any]) -> tuple[int, bool, dict[str, Expected]]:
-    """Version, whether to load, manifest."""
-    expected = {name: Expected(tuple(each["shape"]), each["dtype"], each["sender"]) for name, each in message["manifest"].items()}
-    return message["version"], message["load"], expected
+def read_begin(message: Any) -> tuple[int, bool, dict[str, Expected]]:
+    """Version, whether to load, manifest.
+
+    Raises:
+        ValueError: it is no such message.
+    """
+    version, load, manifest = _fields(message, version=int, load=bool, manifest=dict)
+    return version, load, {name: _expected(name, each) for name, each in manifest.items()}
+
+
+def _expected(name: str, told: Any) -> Expected:
+    shape, dtype, sender = _fields(told, shape=list, dtype=str, sender=int)
+    if dtype not in DTYPES or not all(type(extent) is int and 0 <= extent < _LARGEST for extent in shape):
+        raise ValueError(
+            f"{name[:100]} is of {str(shape)[:100]} and {dtype[:100]!r}, expected whole numbers and one of {list(DTYPES)}"
+        )
+    return Expected(tuple(shape), dtype, sender)
+
+
+def _fields(message: Any, **kinds: type) -> list[Any]:
+    """The fields of a message, which has these and no other.
+
+    Raises:
+        ValueError: one is missing, another is there, or one is of another type.
+    """
+    if type(message) is not dict or message.keys() != kinds.keys():
+        raise ValueError(f"expected an object of {', '.join(kinds)}, got {str(message)[:100]}")
+    if wrong := [name for name, kind in kinds.items() if type(message[name]) is not kind]:
+        told = ", ".join(f"{name} = {str(message[name])[:100]} (expected {kinds[name].__name__})" for name in wrong)
+        raise ValueError(f"a message has {told}")
+    return [message[name] for name in kinds]
 
 
 def bucket_message(version: int, bucket: Bucket) -> dict[str, Any]:
@@ -87,14 +116,43 @@ def bucket_message(version: int, bucket: Bucket) -> dict[str, Any]:
     return {"bucket": {"version": version, "sender": bucket.sender, "slot": bucket.slot, "places": places}}
 
 
-def read_bucket(message: Mapping[str, Any]) -> tuple[int, Bucket]:
-    """Version, bucket."""
-    places = tuple(Place(*each) for each in message["places"])
-    return message["version"], Bucket(message["sender"], message["slot"], places)
+def read_bucket(message: Any) -> tuple[int, Bucket]:
+    """Version, bucket.
+
+    Raises:
+        ValueError: it is no such message.
+    """
+    version, sender, slot, places = _fields(message, version=int, sender=int, slot=int, places=list)
+    if not 0 <= slot < SLOTS:
+        raise ValueError(f"slot {slot} of {SLOTS} buffers")
+    return version, Bucket(sender, slot, tuple(map(_place, places)))
+
+
+def _place(told: Any) -> Place:
+    if (
+        type(told) is not list
+        or [type(each) for each in told] != [str, int, int]
+        or min(told[1:]) < 0
+        or max(told[1:]) >= _LARGEST
+    ):
+        raise ValueError(f"expected a tensor's name, its offset and its bytes, got {str(told)[:100]}")
+    return Place(*told)
 
 
 def commit_message(version: int, checksums: Mapping[str, str]) -> dict[str, Any]:
     return {"commit": {"version": version, "checksums": dict(checksums)}}
+
+
+def read_commit(message: Any) -> tuple[int, dict[str, str]]:
+    """Version, checksums by name.
+
+    Raises:
+        ValueError: it is no such message.
+    """
+    version, checksums = _fields(message, version=int, checksums=dict)
+    if not all(type(each) is str for each in checksums.values()):
+        raise ValueError("a commit has checksums that are no text")
+    return version, checksums
 
 
 def abandon_message(reason: str) -> dict[str, Any]:

@@ -21,10 +21,10 @@ def family_for(config: Config) -> Family:
         UserError: naming what is supported, when the model is of another family.
     """
     named = config.get("architectures") or []
-    for architecture in named:
-        if found := FAMILIES.get(architecture) or REWARD_FAMILIES.get(architecture):
+    for architecture in named if isinstance(named, list | tuple) else ():
+        if isinstance(architecture, str) and (found := FAMILIES.get(architecture) or REWARD_FAMILIES.get(architecture)):
             return found
     raise UserError(
-        f"config.json: architectures = {named!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}, "
+        f"config.json: architectures = {str(named)[:200]} is not supported; expected one of {', '.join(sorted(FAMILIES))}, "
         "or ...ForSequenceClassification of these for a reward model"
     )

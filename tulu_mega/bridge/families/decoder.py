@@ -64,6 +64,8 @@ FINAL = (
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Scalings of rotary embeddings that the model knows."""
+_LARGEST, _MOST = 1 << 31, {"num_hidden_layers": 10_000}
+"""What sizes may be: whatever is larger is a damaged file, over which loops would run for years."""
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -80,9 +82,9 @@ def sizes(config: Config, written: Iterable[str] = ()) -> dict[str, int]:
     given = {name: config.get(name) for name in (*_SIZES, *written)}
     given |= {name: config[name] for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None}
     wrong = [
-        f"config.json: {name} = {value!r}, expected a whole number from 1"
+        f"config.json: {name} = {str(value)[:100]}, expected a whole number from 1 to {_MOST.get(name, _LARGEST)}"
         for name, value in given.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+        if type(value) is not int or not 1 <= value <= _MOST.get(name, _LARGEST)
     ]
     wrong += [
         f"config.json: {name} = true is not supported; only models without these biases are"
@@ -141,7 +143,10 @@ def attention_types(config: Config, otherwise: Iterable[str]) -> tuple[str, ...]
     Raises:
         UserError: for other types, or not one for each layer.
     """
-    types = tuple(config.get("layer_types") or otherwise)
+    given = config.get("layer_types")
+    if given is not None and not isinstance(given, list | tuple):
+        raise UserError(f"config.json: layer_types = {str(given)[:100]}, expected a list")
+    types = tuple(given or otherwise)
     layers = config["num_hidden_layers"]
     if len(types) != layers:
         raise UserError(f"config.json: layer_types names {len(types)} layers, expected num_hidden_layers = {layers}")
@@ -156,6 +161,6 @@ def window(size: object) -> int:
     Raises:
         UserError: when it is no length.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise UserError(f"config.json: sliding_window = {size!r}, expected a whole number of tokens from 1")
+    if type(size) is not int or not 1 <= size <= _LARGEST:
+        raise UserError(f"config.json: sliding_window = {str(size)[:100]}, expected a whole number of tokens from 1")
     return size

@@ -7,12 +7,15 @@ from functools import partial
 
 from tulu_mega.bridge.families import decoder
 from tulu_mega.bridge.rules import Config, Family, LayerNeeds
+from tulu_mega.errors import UserError
 
 
 def windows(config: Config) -> LayerNeeds:
     """The sliding windows of Qwen 2 and 3. Raises UserError for layers they do not have."""
     used = config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
     first = config.get("max_window_layers", 28)
+    if used and type(first) is not int:
+        raise UserError(f"config.json: max_window_layers = {str(first)[:100]}, expected a whole number")
     by_rule = ("sliding_attention" if used and i >= first else "full_attention" for i in range(config["num_hidden_layers"]))
     windowed = tuple(kind == "sliding_attention" for kind in decoder.attention_types(config, by_rule))
     if not used or not any(windowed):  # a layer of that type without a window attends to everything

@@ -59,7 +59,7 @@ def check_language_model(path: str, architectures: Iterable[str] | None) -> None
     Raises:
         UserError: it is a reward model, or another classifier.
     """
-    named = [each for each in architectures or () if each.endswith(_CLASSIFIER)]
+    named = [each for each in architectures or () if str(each).endswith(_CLASSIFIER)]
     if named:
         raise UserError(
             f"model.path = {path}: is a {named[0]}, whose head gives scores instead of tokens; "
@@ -69,6 +69,8 @@ def check_language_model(path: str, architectures: Iterable[str] | None) -> None
 
 def _sizes(family: Family, config: Config) -> Sizes:
     labels = config.get("id2label")
+    if labels is not None and not isinstance(labels, dict):
+        raise UserError(f"config.json: id2label = {str(labels)[:100]}, expected an object of labels by number")
     count = len(labels) if labels is not None else config.get("num_labels", 2)  # where nothing is said transformers takes two
     if count != 1:
         raise UserError(

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tulu_mega.bridge.files.config_json import GENERATION, read_generation
 from tulu_mega.bridge.files.hf_writer import sync_directory, write_durably
 from tulu_mega.bridge.rules import Config
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG = "config.json"
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -61,24 +62,26 @@ def write_companions(
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     written = {**config, **dict.fromkeys(keys, dtype_name), **(tokenizer.config if tokenizer else {})}
     files = dict(tokenizer.files) if tokenizer else found(source, TOKENIZER)
-    if any(each.endswith("ForCausalLM") for each in config.get("architectures") or ()):
+    if any(str(each).endswith("ForCausalLM") for each in config.get("architectures") or ()):
         files |= found(source, (GENERATION,))
+        generation = read_generation(source)
         if tokenizer:
-            files[GENERATION] = as_json(json.loads(files.get(GENERATION, "{}")) | dict(tokenizer.generation))
-        files |= _stopping(files.get(GENERATION), written, ends)
+            generation |= tokenizer.generation
+            files[GENERATION] = as_json(generation)
+        files |= _stopping(generation if GENERATION in files else None, written, ends)
     files[CONFIG] = as_json(written)
     files |= {each: text.encode() for each, text in (extra_files or {}).items()}
     for each, content in files.items():
         write_durably(directory / each, content)
 
 
-def _stopping(generation: bytes | None, config: Config, ends: Sequence[int]) -> dict[str, bytes]:
+def _stopping(generation: Config | None, config: Config, ends: Sequence[int]) -> dict[str, bytes]:
     """generation_config.json with further tokens that end an answer; nothing where it names them all.
 
     A model without that file generates by its config.json, whose special tokens go over.
     """
     special = {each: config[each] for each in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(each) is not None}
-    content = json.loads(generation) if generation else special
+    content = special if generation is None else generation
     named = content.get("eos_token_id", special.get("eos_token_id"))
     named = named if isinstance(named, list) else [] if named is None else [named]
     if missing := [each for each in ends if each not in named]:

@@ -1,4 +1,4 @@
-"""A model's config.json as it stands: what families read, without transformers."""
+"""A model's config.json and generation_config.json as they stand: what families read, without transformers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from tulu_mega.bridge.files.untrusted import read_json
 from tulu_mega.errors import UserError
+
+GENERATION = "generation_config.json"
 
 
 def read_config(directory: Path, hint: str = "give the directory of a Hugging Face model") -> dict[str, Any]:
@@ -28,3 +30,22 @@ def read_config(directory: Path, hint: str = "give the directory of a Hugging Fa
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds {type(config).__name__}, expected a JSON object")
     return config
+
+
+def read_generation(directory: Path) -> dict[str, Any]:
+    """generation_config.json of a directory; empty where there is none.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    path = directory / GENERATION
+    try:
+        found = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}; download or export it again, or remove it") from None
+    if not isinstance(found, dict):
+        told = f"{path}: holds {type(found).__name__}, expected a JSON object"
+        raise UserError(f"{told}; download or export it again, or remove it")
+    return found

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega.bridge.box import Box
-from tulu_mega.bridge.files.untrusted import open_plain, parse_json, read_json
+from tulu_mega.bridge.files.config_json import read_generation
+from tulu_mega.bridge.files.untrusted import open_plain, read_json
 from tulu_mega.bridge.rules import Shape
 from tulu_mega.errors import UserError
+from tulu_mega.json_input import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +69,10 @@ class HfCheckpoint:
             raise UserError(f"{directory}: no such directory; expected a Hugging Face model (config.json and *.safetensors)")
         problems: list[str] = []
         config = _read_json(directory / "config.json", problems)
+        try:
+            read_generation(directory)  # which goes with the trained model: it is too late for that when a run has ended
+        except UserError as error:
+            problems += error.problems
         problems += _two_models(directory)
         if (directory / INDEX).exists():
             tensors = _read_shards(directory, problems)

@@ -1,17 +1,16 @@
 """Files of unknown origin: opened only where they are plain files, parsed within bounds, `ValueError` for all that is wrong.
 
-What Python's own functions do with a hostile file: `open` waits for ever on a FIFO and reads a device without end, `json` ends in
-a RecursionError where brackets are nested deeply, and takes the last of two entries of one name.
+What Python's own functions do with a hostile file: `open` waits for ever on a FIFO and reads a device without end.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from tulu_mega.json_input import parse_json
 
 MAX_JSON_BYTES = 256 << 20
 """Of a JSON file. The index of a model of 405B parameters, the largest that is read so, has a quarter of a megabyte."""
@@ -46,32 +45,10 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
 
     Raises:
         OSError: as `open_plain`.
-        ValueError: it is larger than the limit, or no JSON; see `parse_json`.
+        ValueError: it is larger than the limit, or no JSON; see `json_input.parse_json`.
     """
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise ValueError(f"it has {size} bytes, at most {limit} are read")
         return parse_json(file.read(limit))
-
-
-def parse_json(data: bytes) -> Any:
-    """What JSON in UTF-8 says.
-
-    Raises:
-        ValueError: it is no JSON, is nested more deeply than Python's parser goes, has a number of thousands of digits, or an
-            object has a name twice.
-    """
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_object)
-    except RecursionError:
-        raise ValueError("brackets are nested too deeply") from None
-
-
-def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"it has {name[:100]!r} twice")
-        found[name] = value
-    return found

@@ -1,0 +1,60 @@
+"""The gate before a server's routes, with an engine that is none."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from tulu_mega.vllm_plugin import gate
+
+WORKER = {"worker": 0, "open": False, "committed": True, "whole": True, "problems": [], "broken": None}
+
+
+class Engine:
+    """Answers with the workers' state, after some seconds."""
+
+    def __init__(self, seconds: float = 0.0, **state: object):
+        self._seconds, self._state, self.calls = seconds, WORKER | state, []
+
+    async def is_paused(self) -> bool:
+        return True
+
+    async def collective_rpc(self, *arguments: object, **named: object) -> list[dict]:
+        self.calls.append((arguments, named))
+        await asyncio.sleep(self._seconds)
+        return [self._state]
+
+
+def ask(engine: Engine, path: str) -> int:
+    """Status of the answer; 200 of the server itself."""
+    said = []
+
+    async def send(message: dict) -> None:
+        said.append(message)
+
+    async def server(_scope, _receive, send) -> None:
+        await send({"status": 200})
+
+    scope = {"type": "http", "method": "POST", "path": path, "app": SimpleNamespace(state=SimpleNamespace(engine_client=engine))}
+    asyncio.run(gate.WeightsGate(server)(scope, None, send))
+    return said[0]["status"]
+
+
+@pytest.mark.parametrize("path", ["/start_weight_update", "/finish_weight_update", "/resume"])
+def test_workers_are_asked_without_a_time_out_within_the_engine(path):
+    """vLLM takes the reply that comes too late for that of the next call, and its engine ends."""
+    engine = Engine()
+    assert ask(engine, path) == 200 and engine.calls == [(("weights_status",), {})]
+
+
+@pytest.mark.parametrize("path", ["/start_weight_update", "/finish_weight_update", "/resume"])
+def test_whoever_waits_for_workers_that_do_not_answer_is_told(path, monkeypatch):
+    monkeypatch.setattr(gate, "ASK_SECONDS", 0.05)
+    assert ask(Engine(seconds=30), path) == 503
+
+
+def test_what_is_not_whole_is_refused():
+    assert ask(Engine(committed=False), "/finish_weight_update") == 409
+    assert ask(Engine(whole=False, broken="torn"), "/resume") == 409
