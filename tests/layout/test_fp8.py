@@ -63,6 +63,14 @@ def test_layers_in_bf16():
     assert kept == [0, 1, config.num_layers - 1]
 
 
+def test_a_dry_run_of_fp8_that_recomputes_norms_is_built():
+    """Without Transformer Engine there is no version of it for megatron-core to compare."""
+    from tulu_mega.model.config import transformer_config
+
+    asked = settings(precision__fp8="tensorwise", model__recompute=["layernorm", "activation"])
+    assert transformer_config(LlamaConfig(**LLAMA_405B), asked, transformer_engine=False).recompute_granularity is None
+
+
 def test_weights_kept_in_fp8():
     from tulu_mega.model.config import transformer_config
 

@@ -66,7 +66,7 @@ def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transform
         use_te_activation_func=not ACTIVATION & settings.megatron.keys(),  # the slot that holds our Swiglu
         apply_rope_fusion=transformer_engine,  # only Transformer Engine has such a kernel
         gradient_accumulation_fusion=adds_weight_gradients(transformer_engine),
-        **settings.model.recomputed.megatron,
+        **_recompute(settings, transformer_engine),
         **_pipeline(hf, parallel),
     )
     try:
@@ -84,6 +84,12 @@ def adds_weight_gradients(transformer_engine: bool) -> bool:
 def _leave(weight: torch.Tensor) -> None:
     """Initialises nothing: every weight comes from a checkpoint. (`perform_initialization=False` would also leave out the
     marks by which megatron-core knows a sharded parameter.)"""
+
+
+def _recompute(settings: EngineSettings, transformer_engine: bool) -> dict:
+    """What is computed again. FP8 without Transformer Engine is a dry run, which computes nothing; megatron-core would compare
+    that library's version, which there is none of."""
+    return {} if settings.precision.recipe and not transformer_engine else settings.model.recomputed.megatron
 
 
 def _pipeline(hf: PretrainedConfig, parallel: ParallelSettings) -> dict:
