@@ -1,7 +1,7 @@
 """The quickstart's SFT with moments in bf16 learns as with float32's.
 
-Its 200 steps magnify rounding: float32's own held-out loss is another one when the same rows lie in other packs. The difference is
-held against that one.
+Its 200 steps magnify rounding: float32's own held-out loss is another one when the same rows lie in other packs. The difference
+is held against that one.
 """
 
 from __future__ import annotations
