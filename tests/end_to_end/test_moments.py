@@ -1,7 +1,7 @@
-"""The quickstart's SFT with moments in bf16 learns as with float32's.
+"""The quickstart's SFT with moments in bf16 learns as with float32's, at a third of its rate.
 
-Its 200 steps magnify rounding: float32's own held-out loss is another one when the same rows lie in other packs. The difference
-is held against that one.
+At the quickstart's own rate, 3e-3, 200 steps magnify rounding: float32's held-out loss is 3% another one when the same rows lie in
+other packs, and no single run could show 1%.
 """
 
 from __future__ import annotations
@@ -35,27 +35,26 @@ def test_the_quickstart_learns_as_well(tmp_path, seed):
     task.write_jsonl(islice(task.demonstrations(seed), ROWS), tmp_path / "train.jsonl")
     task.write_jsonl(islice(task.demonstrations(1000 + seed), HELDOUT), tmp_path / "heldout.jsonl")
     losses = {}
-    for name, moments, pack_length in (("fp32", "fp32", 4096), ("packed", "fp32", 2048), ("bf16", "bf16", 4096)):
-        run = tmp_path / name
+    for moments in ("fp32", "bf16"):
+        run = tmp_path / moments
         wanted = SftSettings.model_validate(
             {
                 "run_dir": str(run), "seed": seed, "model": {"path": str(tmp_path / "model"), "dtype": "fp32"},
                 "data": {
-                    "train": str(tmp_path / "train.jsonl"), "template": "tulu", "max_length": 512, "pack_length": pack_length,
+                    "train": str(tmp_path / "train.jsonl"), "template": "tulu", "max_length": 512, "pack_length": 4096,
                     "cache": str(tmp_path / "cache"), "workers": 1,
                 },
                 "heldout": {"data": str(tmp_path / "heldout.jsonl"), "every": STEPS},
                 "train": {"steps": STEPS, "global_batch": 64, "reduction": "sum", "log_every": 50},
-                "optim": {"lr": 3e-3, "warmup": 0.03, "moments": moments},
+                "optim": {"lr": 1e-3, "warmup": 0.03, "moments": moments},
                 "checkpoint": {"export": False},
             }
         )  # fmt: skip
         check.ready(wanted)
         world.run(1, learn, wanted, timeout=500)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        losses[name] = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
-    before, plain = losses["fp32"]
-    packed, rounded = losses["packed"][-1], losses["bf16"][-1]
-    print(f"\nseed {seed}: held-out loss {before:.4f} -> fp32 {plain:.4f}, in other packs {packed:.4f}, bf16 {rounded:.4f}")
+        losses[moments] = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
+    (before, plain), (_, rounded) = losses["fp32"], losses["bf16"]
+    print(f"\nseed {seed}: held-out loss {before:.4f} -> fp32 {plain:.5f}, bf16 {rounded:.5f}")
     assert plain < 0.3 * before  # something was learnt
-    assert abs(rounded / plain - 1) < 0.01 + 2 * abs(packed / plain - 1)
+    assert rounded == pytest.approx(plain, rel=0.01)
