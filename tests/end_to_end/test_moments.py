@@ -1,6 +1,6 @@
 """The quickstart's SFT with moments in bf16 learns as with float32's, at a third of its rate.
 
-At the quickstart's own rate, 3e-3, 200 steps magnify rounding: float32's held-out loss is 3% another one when the same rows lie in
+At the quickstart's own rate, 3e-3, 200 steps magnify rounding: float32's held-out loss differs by 3% where the same rows lie in
 other packs, and no single run could show 1%.
 """
 
