@@ -1,4 +1,8 @@
-"""The quickstart's SFT with moments in bf16 learns as with float32's."""
+"""The quickstart's SFT with moments in bf16 learns as with float32's, at a third of its rate.
+
+At the quickstart's own rate, 3e-3, 200 steps magnify rounding: float32's held-out loss differs by 3% where the same rows lie in
+other packs, and no single run could show 1%.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,7 @@ def test_the_quickstart_learns_as_well(tmp_path, seed):
                 },
                 "heldout": {"data": str(tmp_path / "heldout.jsonl"), "every": STEPS},
                 "train": {"steps": STEPS, "global_batch": 64, "reduction": "sum", "log_every": 50},
-                "optim": {"lr": 3e-3, "warmup": 0.03, "moments": moments},
+                "optim": {"lr": 1e-3, "warmup": 0.03, "moments": moments},
                 "checkpoint": {"export": False},
             }
         )  # fmt: skip
@@ -50,6 +54,7 @@ def test_the_quickstart_learns_as_well(tmp_path, seed):
         world.run(1, learn, wanted, timeout=500)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses[moments] = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
-    print(f"\nseed {seed}: held-out loss", losses, "bf16 / fp32:", losses["bf16"][-1] / losses["fp32"][-1])
-    assert losses["fp32"][-1] < 0.3 * losses["fp32"][0]  # something was learnt
-    assert losses["bf16"][-1] == pytest.approx(losses["fp32"][-1], rel=0.01)
+    (before, plain), (_, rounded) = losses["fp32"], losses["bf16"]
+    print(f"\nseed {seed}: held-out loss {before:.4f} -> fp32 {plain:.5f}, bf16 {rounded:.5f}")
+    assert plain < 0.3 * before  # something was learnt
+    assert rounded == pytest.approx(plain, rel=0.01)
