@@ -90,6 +90,6 @@ while [ ${#runs[@]} -gt 0 ]; do
       end
     fi
   done
-  sleep 0.3 & wait $! || true  # a signal of ours ends the wait
+  (end; exec sleep 0.3) & wait $! || true  # a signal of ours ends the wait; the machines' inputs are not for it to hold open
 done
 exit "$status"
