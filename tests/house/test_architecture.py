@@ -13,7 +13,7 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOP = {"__init__", "__main__", "agent", "cli", "errors", "process", "records"}
+TOP = {"__init__", "__main__", "agent", "cli", "errors", "json_input", "process", "records"}
 LONGEST = 400
 """Lines of a Python file."""
 ELEMENT = 2
