@@ -11,6 +11,7 @@ import pytest
 from tests.fuzz import answers, messages, model_files, rows, run_files
 from tests.fuzz.model_files import LLAMA, OLMO, QWEN
 from tests.fuzz.run_files import METRICS, RESULTS, ROLLOUT, SAMPLE
+from tulu_mega.data.store import VERSION
 
 DEEP = b"[" * 5000
 DIGITS = b"9" * 5000
@@ -46,6 +47,8 @@ FOUND = {
         {"file": "x", "size": 4, "tensors": {"a": {"hash": 3, "dtype": "x", "shape": [], "place": None}}})),
     "responses: no version": (messages, "a server's line of responses", told({"choices": [
         {**choice, "weight_versions": [{"start": 0, "end": 2}]} for choice in messages.ANSWER["choices"]]})),
+    "responses: a log-probability too large": (messages, "a server's line of responses", told({"choices": [
+        {**choice, "logprobs": [-(10**400), -1]} for choice in messages.ANSWER["choices"]]})),
     "responses: deep": (messages, "a server's line of responses", DEEP),
     "control: deep": (messages, "a server's answers to its control", b"\0" + DEEP),
     "control: no results": (messages, "a server's answers to its control", b'\0{"results": null, "world_size": "x"}'),
@@ -87,6 +90,10 @@ FOUND = {
     "a server's record: a list": (run_files, "server_N.json", b"[1]"),
     "a rank's error: deep": (run_files, "a rank's error file", DEEP),
     "a checkpoint's digests: a list": (run_files, "training.json: digests", b'{"digests": [1]}'),
+    "a store's sources: no unit": (run_files, "tokenised rows: meta.json", told({
+        "version": VERSION, "key": "k", "width": 1, "rejected": {}, "template": "tulu", "told": [], "ends": [], "max_token": 9,
+        "tokens": 3, "sources": [{"source": "x"}]})),
+    "a store's array: half a header": (run_files, "tokenised rows: tokens.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<i4', ("),
     "a store's rows: a list": (run_files, "tokenised rows: meta.json", b"[1]"),
 }  # fmt: skip
 

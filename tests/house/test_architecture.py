@@ -13,7 +13,7 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOP = {"__init__", "__main__", "agent", "cli", "errors", "process", "records", "versions"}
+TOP = {"__init__", "__main__", "agent", "cli", "errors", "json_input", "process", "records", "versions"}
 LONGEST = 400
 """Lines of a Python file."""
 ELEMENT = 2

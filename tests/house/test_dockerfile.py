@@ -69,7 +69,7 @@ def test_it_imports_what_ranks_and_servers_import(monkeypatch):
     (points,) = (lines for name, lines in setup()["entry_points"].items() if name == "vllm.general_plugins")
     plugin = {line.partition("=")[2].partition(":")[0].strip() for line in points}
     own = started | {Generator.__module__.replace("offline", "engine"), COMMANDS["serve"].run.partition(":")[0]}
-    assert len(ranks) == 5 and len(plugged) == 5 and len(started) == len(plugin) == 1
+    assert len(ranks) == 6 and len(plugged) == 5 and len(started) == len(plugin) == 1
     assert imports() == ranks | plugged | plugin | own | imported_by("tulu_mega/vllm_plugin/api_server.py")
 
 

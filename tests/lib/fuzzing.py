@@ -105,8 +105,8 @@ def _fed(parser: Parser, data: bytes) -> tuple[BaseException | None, float]:
 
 def _shortened(parser: Parser, data: bytes, known: str, kind: Callable[[BaseException], str]) -> bytes:
     """An input without parts that the finding does not need."""
-    size = len(data) // 2
-    while size:
+    size, until = len(data) // 2, time.monotonic() + 10 * PATIENCE
+    while size and time.monotonic() < until:
         for at in range(0, len(data), size):
             error, _ = _fed(parser, shorter := data[:at] + data[at + size :])
             if error is not None and not isinstance(error, parser.refuses) and kind(error) == known:

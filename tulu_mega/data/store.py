@@ -130,11 +130,17 @@ class TokenStore:
             whole = len(tokens) == len(labels) == offsets[-1] == meta["tokens"]
             if not whole or any(len(array) != len(offsets) - 1 for array in each):
                 raise ValueError("files of different lengths")
+            known = [type(each["source"]) is type(each["unit"]) is str for each in meta["sources"]]
+            if not all(known) or not all(type(count) is int for count in meta["rejected"].values()):
+                raise ValueError("sources or rejects of another form")
+            origins = arrays[5]
+            if offsets.ndim != 1 or origins.shape != (len(offsets) - 1, 2) or not np.all(origins[:, 0] < len(known)):
+                raise ValueError("rows of no source")
             return cls(path, meta, *arrays)
         except FileNotFoundError as error:
             missing = Path(error.filename).name
             raise UserError(f"{path}: no tokenised data here, {missing} is missing; tokenise again") from None
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except Exception as error:  # numpy reads its files' headers as Python
             raise UserError(f"{path}: not tokenised data of this version ({error}); delete it and tokenise again") from None
 
 

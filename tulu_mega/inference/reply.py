@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from tulu_mega.inference.sampling import Sampling
@@ -10,6 +10,7 @@ from tulu_mega.json_input import read_json_text
 from tulu_mega.records import Response
 
 FINISHED = ("stop", "length")
+_LARGEST = sys.float_info.max
 ROUNDING = 1e-4
 """By how much float32 or bfloat16 may put a sure token's log-probability above 0."""
 
@@ -86,7 +87,7 @@ def _log_probabilities(choice: dict[str, Any], ids: list[int]) -> list[float]:
         got = len(values) if isinstance(values, list) else None
         raise ValueError(f"{got} log-probabilities for {len(ids)} tokens")
     for at, value in enumerate(values):
-        if type(value) not in (int, float) or not math.isfinite(value) or value > ROUNDING:
+        if type(value) not in (int, float) or not -_LARGEST <= value <= ROUNDING:  # NaN is in no range
             raise ValueError(f"the log-probability of token {at} is {value!r}")
     return [min(float(value), 0.0) for value in values]
 
