@@ -30,7 +30,7 @@ COPY examples examples
 RUN pip install ".[gpu,report,wandb]"
 
 # What ranks, `tulu-mega serve` and vLLM's processes import; no GPU is needed for it.
-RUN python -c "import tulu_mega.recipes.sft, tulu_mega.recipes.rm, tulu_mega.recipes.dpo, tulu_mega.recipes.grpo, \
+RUN python -c "import tulu_mega.recipes.sft, tulu_mega.recipes.rm, tulu_mega.recipes.dpo, tulu_mega.recipes.grpo, tulu_mega.recipes.ppo, \
 tulu_mega.recipes.score, tulu_mega.inference.serve, tulu_mega.inference.engine, tulu_mega.vllm_plugin.api_server, \
 tulu_mega.vllm_plugin.auth, tulu_mega.vllm_plugin.batch_route, tulu_mega.vllm_plugin.bounds, tulu_mega.vllm_plugin.gate, \
 tulu_mega.vllm_plugin.plugin, tulu_mega.vllm_plugin.worker, vllm.entrypoints.launchers.api_server.entry, vllm.v1.engine.core"
