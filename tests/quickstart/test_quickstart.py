@@ -115,7 +115,7 @@ def story(tmp_path, monkeypatch, tokenizer):
             yield from enumerate([Completion(tokenizer.encode(text), "stop")] for text in said)
 
     settings = QuickstartSettings(run_dir=str(tmp_path / "quick"))
-    monkeypatch.setattr("tulu_mega.inference.offline.check_vllm", lambda: None)
+    monkeypatch.setattr("tulu_mega.inference.offline.check_vllm", lambda *_: None)
     monkeypatch.setattr("tulu_mega.inference.offline.Generator", Answers)
     monkeypatch.setattr(demo, "_ran", train)
     return settings, done
