@@ -118,7 +118,7 @@ def test_nothing_unpickles_or_trusts_remote_code_by_itself():
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
         found = {"pickle", "dill", "cloudpickle", "shelve"} & imported(ast.parse(text))
-        # the first makes objects of a list of classes and calls nothing; the second writes to the process that it starts, the third
+        # the first makes objects of a list of classes and calls nothing; the second writes to the third, which it starts
         allowed = {"megatron_index.py": "pickle.load" not in text, "limits.py": "pickle.load" not in text}
         assert not found or allowed.get(path.name, path.name == "limited_work.py"), path
         assert "trust_remote_code=True" not in text, path
