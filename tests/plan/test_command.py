@@ -31,6 +31,11 @@ def asked(stage: str, **values) -> PlanSettings:
     return PlanSettings(config=[str(RECIPES / f"{stage}.toml")], **{"model": MODEL, "gpus": 8, **values})
 
 
+def test_a_value_model_is_said_not_to_be_planned():
+    with pytest.raises(UserError, match="stage ppo: a value model that trains beside the policy is not planned yet"):
+        ask(PlanSettings(config=["examples/tulu3/8b/ppo.toml"], model="examples/architectures/llama3.1_8b"))
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "grpo"])
 def test_the_recipes_of_8b_fit_a_node(stage):
     settings = asked(stage)

@@ -175,12 +175,13 @@ class PolicyRunSettings(RunSettings):
         return self.data.max_prompt + self.sampling.max_tokens
 
 
-def sampled(settings: PolicyRunSettings, scorings: int, other_models: int) -> Workload:
+def sampled(settings: PolicyRunSettings, scorings: int, other_models: int, value: bool = False) -> Workload:
     """Prompts, to which servers sample groups of responses.
 
     Args:
         scorings: times a step that log-probabilities, or values, are computed without training.
         other_models: held beside.
+        value: whether a value model trains beside.
     """
     data, sampling, policy, train = settings.data, settings.sampling, settings.policy, settings.train
     return Workload(
@@ -195,6 +196,7 @@ def sampled(settings: PolicyRunSettings, scorings: int, other_models: int) -> Wo
         scorings=scorings,
         reference=policy.reads_reference,
         other_models=other_models,
+        value=value,
         entropy=policy.entropy > 0,
         rollout=settings.rollout,
     )

@@ -91,4 +91,4 @@ def workload(settings: PpoSettings) -> Workload:
     """Prompts, to which servers sample responses; the old weights' log-probabilities and values are scored, and the reference's
     log-probabilities where the reward compares with it."""
     scorings = 2 + settings.policy.reads_reference
-    return sampled(settings, scorings, 1 + (settings.rewards.model is not None))
+    return sampled(settings, scorings, int(settings.rewards.model is not None), value=True)

@@ -45,6 +45,8 @@ class Workload:
     """the initial weights are held beside those that are trained"""
     other_models: int = 0
     """further models of the same size that are held beside, such as a reward model"""
+    value: bool = False
+    """a value model trains beside, of an architecture of its own"""
     entropy: bool = False
     """the loss has the entropy in it, whose gradient takes memory"""
     rollout: RolloutSettings | None = None

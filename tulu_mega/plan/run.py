@@ -43,7 +43,7 @@ def ask(settings: PlanSettings) -> Question:
     gpu = gpu_named(settings.gpu)
     rollout_gpu = gpu_named(settings.rollout_gpu) if settings.rollout_gpu else None
     config = read_architecture(said.model, reward=STAGES[stage].reward)
-    return Question(
+    question = Question(
         stage,
         said,
         config,
@@ -55,6 +55,12 @@ def ask(settings: PlanSettings) -> Question:
         rollout_gpu,
         settings.storage * 1e9,
     )
+    if question.workload.value:
+        raise UserError(
+            f"stage {stage}: a value model that trains beside the policy is not planned yet: its memory and time would be missing; "
+            "plan the policy alone with the settings of grpo"
+        )
+    return question
 
 
 def _print(settings: PlanSettings, results: list[Outlook]) -> None:
