@@ -33,7 +33,7 @@ def asked(stage: str, **values) -> PlanSettings:
 
 def test_a_value_model_is_said_not_to_be_planned():
     with pytest.raises(UserError, match="stage ppo: a value model that trains beside the policy is not planned yet"):
-        ask(PlanSettings(config=["examples/tulu3/8b/ppo.toml"], model="examples/architectures/llama3.1_8b"))
+        ask(PlanSettings(config=[str(RECIPES / "ppo.toml")], model=MODEL))
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "grpo"])
