@@ -165,7 +165,7 @@ def test_check_and_a_start_tell_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": WHOLE["chosen"], "source": "here"}) + "\n")
     data, model = DataSettings(train=str(tmp_path / "rows.jsonl")), ModelSettings(path=str(tmp_path / "model"))
 
-    def found(*_: object) -> Findings:
+    def found(*_: object, **__: object) -> Findings:
         return Findings(rows=[Rows("data.train", data, model, tmp_path / "run/data")])
 
     monkeypatch.setattr(preflight, "findings_of", found)

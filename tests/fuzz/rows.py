@@ -64,6 +64,10 @@ EVALUATED = {
     "mmlu": {"question": "2+2?", "choices": ["1", "2", "3", "4"], "answer": 3, "subject": "x"},
     "bbh": {"input": "2+2?", "target": "(A)", "task": "x", "cot": "So the answer is (A)."},
     "rlvr": {"messages": TALK[:1], "ground_truth": "4", "dataset": "gsm8k"},
+    "humaneval": {"task_id": "x/0", "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n",
+                  "test": "def check(candidate):\n    assert candidate(1) == 1\n"},
+    "mbpp": {"task_id": 1, "text": "Write f.", "code": "def f(x): return x", "test_list": ["assert f(1) == 1"],
+             "test_setup_code": "", "challenge_test_list": []},
 }  # fmt: skip
 
 
@@ -127,7 +131,7 @@ def data(place: Path) -> dict[str, Parser]:
 
     def over(name: str, use: Callable[[dict], object]) -> Callable[[bytes], object]:
         def read() -> None:
-            rows = load_rows(str(place / name), any_columns=True)
+            rows = load_rows(str(place / name))
             for index in range(len(rows)):
                 with contextlib.suppress(ValueError):
                     use(rows.row(index))

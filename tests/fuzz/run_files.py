@@ -66,7 +66,7 @@ def reports(place: Path) -> dict[str, Parser]:
         def read(data: bytes) -> object:
             for other, content in sound.items():
                 (run / other).write_bytes(data if other == name else content)
-            return page([read_run(run, "run", 3)], [])
+            return page([read_run(run, "run", 3)], [], run)
 
         seeds = [sound[name], json.dumps(json.loads(sound[name].splitlines()[0])).encode()]
         return Parser(read, seeds, (UserError,))

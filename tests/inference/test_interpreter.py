@@ -134,6 +134,7 @@ def test_check_looks_at_it_for_every_command_that_starts_vllm(run, saying, tmp_p
     absent = str(tmp_path / "absent")
     (problem,) = check(GrpoSettings.model_validate({**run, "rollout": {"python": absent}}))
     assert problem.startswith(f"rollout.python = {absent!r}: no such file")
+    monkeypatch.setattr("tulu_mega.preflight.policy.look", lambda rollout: ({}, {}))  # nobody is there
     urls = {"python": absent, "urls": ["http://10.0.0.5:8000"]}
     assert check(GrpoSettings.model_validate({**run, "rollout": urls})) == [], "servers elsewhere have a Python of their own"
     model = ["--model", run["model"]["path"], "--model.dtype", "fp32"]

@@ -156,7 +156,7 @@ def test_ranks_die_with_the_launcher(tmp_path, number, status):
     """Also where a signal comes again at once: two of a terminal that closes, or an impatient Ctrl-C."""
     script = write_rank(tmp_path, f"open(f'{tmp_path}/pid{{world.rank}}', 'w').write(f'{{os.getpid()}}.'); time.sleep(120)")
     (tmp_path / "launch.py").write_text(textwrap.dedent(LAUNCHER))
-    process = subprocess.Popen([sys.executable, str(tmp_path / "launch.py"), str(script)])
+    process = subprocess.Popen([sys.executable, str(tmp_path / "launch.py"), str(script)], preexec_fn=as_from_a_terminal)
     files = [tmp_path / f"pid{rank}" for rank in range(2)]
     try:
         wait_until(lambda: process.poll() is not None or all(f.exists() and f.read_text().endswith(".") for f in files), 90)
@@ -210,6 +210,7 @@ def test_a_terminal_that_is_closed_asks_the_run_to_end(tmp_path, reader):
     (tmp_path / "launch.py").write_text(textwrap.dedent(HUNG_UP))
     process, terminal = pty.fork()
     if process == 0:
+        as_from_a_terminal()
         os.environ["READY"] = str(tmp_path / "ready")
         words = shlex.join([sys.executable, str(tmp_path / "launch.py"), str(tmp_path / "run"), SAVES])
         os.execv("/bin/bash", ["bash", "-c", f"{words}{reader}" if reader else f"exec {words}"])
@@ -285,6 +286,12 @@ def test_a_rank_whose_neighbour_is_gone_says_so_in_a_line(monkeypatch):
     assert caught("CUDA out of memory") == ""
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert caught(gloo) == ""
+
+
+def as_from_a_terminal() -> None:
+    """Signals that these tests' own parent ignores, as under nohup, are not ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
 
 
 def wait_until(condition, seconds: float) -> None:

@@ -27,6 +27,9 @@ from tulu_mega.preflight import check
 FLAGS = {"model": "dir", "run_dir": "run", "data.train": "a.jsonl"}
 H100 = Machine(capability=(9, 0), cuda=(12, 9), engine=(2, 8, 0))
 
+UNFUSED = {"megatron__apply_rope_fusion": "false"}
+"""Transformer Engine's kernel, which is not installed beside these tests."""
+
 
 def settings(**flags) -> SftSettings:
     given = {**FLAGS, **{name.replace("__", "."): str(value) for name, value in flags.items()}}
@@ -44,7 +47,7 @@ def test_megatron_core_gets_the_recipe(recipe, format):
     from tulu_mega.model.config import transformer_config
 
     hf = LlamaConfig(**LLAMA_405B)
-    config = transformer_config(hf, settings(precision=recipe), transformer_engine=True)
+    config = transformer_config(hf, settings(precision=recipe, **UNFUSED), transformer_engine=True)
     assert (config.fp8, config.fp8_recipe, config.fp8_param, config.bf16) == (format, recipe, False, True)
     assert not config.first_last_layers_bf16
     assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (
@@ -57,7 +60,7 @@ def test_layers_in_bf16():
 
     from tulu_mega.model.config import transformer_config
 
-    asked = settings(precision__fp8="tensorwise", precision__first_bf16=2, precision__last_bf16=1)
+    asked = settings(precision__fp8="tensorwise", precision__first_bf16=2, precision__last_bf16=1, **UNFUSED)
     config = transformer_config(LlamaConfig(**LLAMA_405B), asked, transformer_engine=True)
     kept = [layer for layer in range(config.num_layers) if is_first_last_bf16_layer(config, layer)]
     assert kept == [0, 1, config.num_layers - 1]
@@ -74,7 +77,7 @@ def test_a_dry_run_of_fp8_that_recomputes_norms_is_built():
 def test_weights_kept_in_fp8():
     from tulu_mega.model.config import transformer_config
 
-    asked = settings(precision__fp8="blockwise", precision__fp8_param_gather="true")
+    asked = settings(precision__fp8="blockwise", precision__fp8_param_gather="true", **UNFUSED)
     assert transformer_config(LlamaConfig(**LLAMA_405B), asked, transformer_engine=True).fp8_param
     gather = dict(precision__fp8_param_gather="true")
     assert "needs precision.fp8 = 'tensorwise' or 'blockwise', got 'off'" in problems(**gather)

@@ -10,10 +10,8 @@ from tests.lib.layouts import LAYOUTS, size, weights
 
 pytestmark = pytest.mark.ranks
 
-CASES = [
-    ("TP1", True), ("TP2", True), ("TP2 without SP", False), ("PP2", True), ("PP2xVPP2", False), ("DP2", True), ("CP2", False),
-    ("TP2xPP2", True),
-]  # fmt: skip
+CASES = [("TP2", True), ("PP2xVPP2", False), ("DP2", True), ("CP2", False)]
+MORE = [("TP1", True), ("TP2 without SP", False), ("PP2", True), ("TP2xPP2", True), ("DP2xTP2", True), ("TP4", False)]
 """layout, whether prompts are shared"""
 
 
@@ -24,7 +22,9 @@ def truth(tmp_path_factory):
     return directory, world.run(1, ppo_jobs.hugging_face, directory)[0]
 
 
-@pytest.mark.parametrize(("name", "share"), CASES)
+@pytest.mark.parametrize(
+    ("name", "share"), [*CASES, *(pytest.param(*case, marks=pytest.mark.acceptance) for case in MORE)]
+)
 def test_layout_equals_autograd(truth, tmp_path, name, share):
     directory, want = truth
     layout = LAYOUTS[name]

@@ -190,7 +190,7 @@ def test_real_wandb_offline(tmp_path, monkeypatch, capsys):
         ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 3090", None),
     ],
 )
 def test_peaks_by_name(name, bf16):

@@ -89,7 +89,8 @@ def test_a_save_takes_no_more_than_it_must(tmp_path, ranks):
         assert found["at once"]["peak"] < ALLOWED + largest
         assert found["resume"]["peak"] < ALLOWED + largest
         copies = own + (2 * found["held"] if ranks > 1 and rank == 0 else 0)  # alone it has the main parameters of all weights
-        assert 0.9 * copies < found["behind"]["peak"] < ALLOWED + largest + copies
+        # pages that were freed before count as taken already, so less than all copies may be seen
+        assert 0.7 * copies < found["behind"]["peak"] < ALLOWED + largest + copies
         assert all(found[name]["stays"] < ALLOWED for name in ("at once", "behind", "resume"))
         assert [each.step for each in found["told"]] == ([] if rank else [1, 2, 3])
         if rank == 0:  # the run's own figures are those that the kernel has, of the rank that has most

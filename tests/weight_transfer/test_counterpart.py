@@ -96,7 +96,7 @@ def attached_to(url: str) -> tuple[list[str], float]:
 def test_attaching_compares():
     answers = ready(model=Model("OTHER", "float32", shape({**CONFIG, "hidden_size": 32}))) | {
         "/get_world_size": (200, {"world_size": 1}),
-        "/collective_rpc": (200, {"results": [{"fp8": False}]}),
+        "/collective_rpc": (200, {"results": [{"fp8": False, "problems": [], "unattached": []}]}),
     }
     with answering(answers) as url:
         ((problems, seconds),) = world.run(1, attached_to, url)

@@ -57,8 +57,8 @@ def ask(settings: PlanSettings) -> Question:
     )
     if question.workload.value:
         raise UserError(
-            f"stage {stage}: a value model that trains beside the policy is not planned yet: its memory and time would be missing; "
-            "plan the policy alone with the settings of grpo"
+            f"stage {stage}: a value model that trains beside the policy is not planned yet: its memory and time would be "
+            "missing; plan the policy alone with the settings of grpo"
         )
     return question
 

@@ -105,6 +105,7 @@ def _fields(message: Any, **kinds: type) -> list[Any]:
     """
     if type(message) is not dict or message.keys() != kinds.keys():
         raise ValueError(f"expected an object of {', '.join(kinds)}, got {str(message)[:100]}")
+    message = {name: list(value) if type(value) is tuple else value for name, value in message.items()}  # as they are within vLLM
     if wrong := [name for name, kind in kinds.items() if type(message[name]) is not kind]:
         told = ", ".join(f"{name} = {str(message[name])[:100]} (expected {kinds[name].__name__})" for name in wrong)
         raise ValueError(f"a message has {told}")

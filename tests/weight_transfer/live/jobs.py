@@ -120,7 +120,7 @@ def push_in_small_buckets(
 ) -> tuple[SyncReport, float]:
     """As `push`, with buckets smaller than a layer."""
     sender._SMALL_BUCKET = 1  # a model has at least eight buckets
-    return push(directory, {}, servers, version, dtype, export)
+    return push(directory, {}, servers, version, dtype, export, {"dtype": "fp32"})
 
 
 def push_through_vllm(directory: str, server: ServerAddress, version: int) -> tuple[str, list[list[str]], SyncReport]:

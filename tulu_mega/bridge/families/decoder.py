@@ -82,7 +82,7 @@ def sizes(config: Config, written: Iterable[str] = ()) -> dict[str, int]:
     given = {name: config.get(name) for name in (*_SIZES, *written)}
     given |= {name: config[name] for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None}
     wrong = [
-        f"config.json: {name} = {str(value)[:100]}, expected a whole number from 1 to {_MOST.get(name, _LARGEST)}"
+        f"config.json: {name} = {repr(value)[:100]}, expected a whole number from 1 to {_MOST.get(name, _LARGEST)}"
         for name, value in given.items()
         if type(value) is not int or not 1 <= value <= _MOST.get(name, _LARGEST)
     ]
