@@ -62,7 +62,10 @@ def check(truth, family, name, micro_batches):
             assert 0 <= metrics["accuracy"] <= 1
 
 
-@pytest.mark.parametrize(("family", "layout", "micro_batches"), PAIRWISE)
+@pytest.mark.parametrize(
+    ("family", "layout", "micro_batches"),
+    [*PAIRWISE[:8], *(pytest.param(*case, marks=pytest.mark.acceptance) for case in PAIRWISE[8:])],
+)
 def test_layout_equals_autograd(truth, family, layout, micro_batches):
     check(truth, family, layout, micro_batches)
 

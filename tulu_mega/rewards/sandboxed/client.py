@@ -32,6 +32,8 @@ class Client:
         self._given: list[Any] = []
         self._exceptions: dict[str, type[BaseException]] = {}
         self._instances: dict[int, Instance] = {}
+        self.asked = 0
+        """Questions that may have changed what the program holds: all but those for a name."""
         self.trouble: tuple[str, str] | None = None
         """Kind and words of the first thing that ends the test, whatever the test makes of it."""
 
@@ -62,6 +64,7 @@ class Client:
         Args:
             kept: the containers among the arguments, which get the contents that the program left them with.
         """
+        self.asked += question[0] != "name"
         try:
             self._say(question)
             while (answer := self._answer(kept))[0] == "ask":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import time
 from typing import Any
 
 from .client import Client
 from .stubs import Over, Stub
+
+_LOOK_SECONDS = 1.0
 
 
 class Names(dict):
@@ -21,6 +24,7 @@ class Names(dict):
         super().__init__(__name__="__main__", __builtins__=builtins)
         self._client, self._objects = client, objects
         self._stubs: dict[str, Any] = {}
+        self._looks: dict[str, tuple[int, float, Any]] = {}
         for name in theirs:
             self[name] = self._of_program(name)
 
@@ -28,11 +32,20 @@ class Names(dict):
         if name in builtins.__dict__ or name.startswith("__"):
             raise KeyError(name)
         if name not in self._stubs:
-            found = self._of_program(name)
+            found = self._seen(name)
             if not isinstance(found, (Stub, type)):
                 return found  # data, which may change
             self._stubs[name] = found
         return self._stubs[name]
+
+    def _seen(self, name: str) -> Any:
+        """What the name stands for: the same at each look until something is called, so that no thread of the program shows one
+        look this and the next that; a test that waits for a change sees it after a while."""
+        asked, until, found = self._looks.get(name, (-1, 0.0, None))
+        if asked != self._client.asked or time.monotonic() > until:
+            found = self._of_program(name)
+            self._looks[name] = self._client.asked, time.monotonic() + _LOOK_SECONDS, found
+        return found
 
     def _of_program(self, name: str) -> Any:
         match self._client.ask(["name", name]):
