@@ -49,10 +49,7 @@ def truth(tmp_path_factory):
     return Truths.of_training(tmp_path_factory, families.make_model, LR)
 
 
-@pytest.mark.parametrize(
-    ("family", "layout", "micro_batches", "reduction", "recompute"),
-    [*PAIRWISE[:20], *(pytest.param(*case, marks=pytest.mark.acceptance) for case in PAIRWISE[20:])],
-)
+@pytest.mark.parametrize(("family", "layout", "micro_batches", "reduction", "recompute"), PAIRWISE)
 def test_family_equals_hugging_face(truth, tmp_path, family, layout, micro_batches, reduction, recompute):
     check(truth, tmp_path, layout, family, micro_batches, reduction, recompute, LR, FEW)
 
