@@ -158,7 +158,10 @@ def of_the_policys_tokens(
     """
     model = settings.model.model_copy(update={"path": path})
     parts = dict(parallel=settings.parallel, precision=settings.precision, megatron=settings.megatron)
-    config = model_config(EngineSettings(model=model, **parts))
+    try:
+        config = model_config(EngineSettings(model=model, **parts))
+    except UserError as error:  # which knows the model by the name of the setting that it mostly has
+        raise UserError([problem.replace("model.path = ", f"{name} = ") for problem in error.problems]) from None
     if advice is not None and not family_for(config).reward:
         advice = f"; {advice}" if advice else ""
         raise UserError(f"{name} = {path}: a language model; expected what tulu-mega rm makes{advice}")
