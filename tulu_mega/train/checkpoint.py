@@ -83,7 +83,7 @@ def find(directory: Path) -> list[Checkpoint]:
     for path in sorted(directory.glob("step_*")) if directory.is_dir() else []:
         if not _NAME.fullmatch(path.name):
             continue
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             manifest = read_json(path / MANIFEST)
             if all((path / name).stat().st_size == size for name, size in manifest["files"].items()):
                 others = {name: _saved(path / name, each) for name, each in manifest.get("engines", {}).items()}
