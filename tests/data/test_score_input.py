@@ -56,6 +56,7 @@ def test_tokens_need_no_tokenizer(loaded, row):
         ({"input_ids": None}, "has none of messages, text and input_ids"),
         ({"input_ids": [1], "text": "a"}, "has text, input_ids of"),
         ({"text": 5}, "text is int"),
+        ({"text": "\ud800"}, "text has a lone surrogate in it"),
         ({"text": ""}, "has no tokens"),
         ({"input_ids": [1.5]}, "a list of whole numbers"),
         ({"input_ids": [True]}, "a list of whole numbers"),

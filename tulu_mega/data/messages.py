@@ -50,7 +50,7 @@ def conversation_of(row: Mapping[str, Any], messages: Any, *, training: bool) ->
     if system is not None and not isinstance(system, str):
         raise ValueError(f"system is {short(system)}; expected text, the system message")
     if system:
-        _check_unicode("system", system)
+        check_unicode("system", system)
         if checked[0]["role"] != "system":
             checked = [{"role": "system", "content": system}, *checked]
         elif checked[0]["content"] != system:
@@ -100,7 +100,7 @@ def _checked(number: int, message: Any) -> Message:
     if not isinstance(content, str) and not (content is None and "tool_calls" in kept):
         raise ValueError(f"message {number} has content {short(content)}; expected text")
     _check_training(number, role, kept)
-    _check_unicode(f"message {number}", kept)
+    check_unicode(f"message {number}", kept)
     return kept
 
 
@@ -157,11 +157,16 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
         raise ValueError(f"tools is {short(given)}; expected a list of JSON schemas")
-    _check_unicode("tools", parsed)
+    check_unicode("tools", parsed)
     return parsed or None
 
 
-def _check_unicode(name: str, value: Any) -> None:
+def check_unicode(name: str, value: Any) -> None:
+    """What the value holds is text that a tokenizer takes.
+
+    Raises:
+        ValueError: it has a lone surrogate, which only an escape of JSON can write, or is nested too deeply.
+    """
     if isinstance(value, dict) and len(value) == 2 and isinstance(value.get("content"), str):
         value = value["content"]  # role is one of ours
     try:

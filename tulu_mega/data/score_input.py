@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tulu_mega.config import FormName, ScoreSettings
 from tulu_mega.data.chat import Template, conversation_ids, template_of
 from tulu_mega.data.forms.reading import read as read_form
-from tulu_mega.data.messages import conversation_of
+from tulu_mega.data.messages import check_unicode, conversation_of
 from tulu_mega.data.sources import JsonLines
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
@@ -80,6 +80,7 @@ class Encoder:
         elif given == ["text"]:
             if not isinstance(row["text"], str):
                 raise ValueError(f"text is {type(row['text']).__name__}; expected a string")
+            check_unicode("text", row["text"])
             ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
         else:
             messages, beside = conversation_of(row, row["messages"], training=False)
