@@ -46,11 +46,15 @@ def of_package(name: str) -> str | None:
     return None
 
 
-def code_digest() -> str:
-    """What this program's modules are, in twelve hexadecimal digits: the same release may be of different checkouts."""
-    digest, here = hashlib.sha256(), Path(__file__).parent
-    for file in sorted(here.rglob("*.py")):
-        digest.update(file.relative_to(here).as_posix().encode() + b"\0" + file.read_bytes())
+def code_digest(package: Path = Path(__file__).parent) -> str:
+    """What a package's modules are, in twelve hexadecimal digits: the same release may be of different checkouts.
+
+    Args:
+        package: its directory; this program's own where none is given.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega import __version__
-from tulu_mega.versions import of_package
+from tulu_mega.versions import code_digest, of_package
 
 if TYPE_CHECKING:
     from tulu_mega.config import Section
@@ -35,9 +35,9 @@ def of_program() -> dict[str, str]:
     """By name, what this process would compute with: Python, packages, this project's code, variables that decide."""
     same = {"Python": ".".join(platform.python_version_tuple()[:2]), "tulu_mega": __version__}
     same |= {f"package {name}": version for name in _PACKAGES if (version := of_package(name)) is not None}
-    same["tulu_mega's code"] = digest(sorted(CODE.rglob("*.py")))
+    same["tulu_mega's code"] = code_digest(CODE)
     if kernels := importlib.util.find_spec("tulu_kernels"):
-        same["tulu_kernels' code"] = digest(sorted(Path(kernels.origin).parent.rglob("*.py")))
+        same["tulu_kernels' code"] = code_digest(Path(kernels.origin).parent)
     for name in sorted(os.environ):
         if name in _DECIDE or name.startswith("NVTE_"):
             same[f"variable {name}"] = os.environ[name]
