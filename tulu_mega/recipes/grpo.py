@@ -8,7 +8,6 @@ from tulu_mega.config import GrpoSettings
 from tulu_mega.launch.launcher import World
 from tulu_mega.objectives.advantages import ESTIMATORS, AdvantageEstimator
 from tulu_mega.objectives.policy import PolicyObjective
-from tulu_mega.process import Collections
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl.learner import PolicyLearner, Trained
 from tulu_mega.rl.policy_run import opened_policy
@@ -27,21 +26,7 @@ def run(settings: GrpoSettings, world: World) -> None:
         Stopped: on every rank, when one was asked to end.
     """
     with opened_policy(settings, world, Grpo(settings)) as policy:
-        policy.sync(policy.done)
-        policy.evaluate(policy.done)
-        with policy.guards, Collections(every=1) as collections:
-            for step in range(policy.done, policy.steps):
-                with policy.profiler.step(step + 1):
-                    with policy.saving_where_cut_off(step):
-                        collected = policy.collect(step)
-                    learned = policy.learn(step, collected)
-                    with policy.saving_where_cut_off(step + 1, collected, learned):
-                        sync = policy.sync(step + 1)
-                        heldout = policy.evaluate(step + 1)
-                    policy.report(step + 1, collected, learned, sync, heldout)
-                    policy.save(step + 1, learned)
-                collections.after_step(step + 1)
-        policy.finish()
+        policy.train()
 
 
 class Grpo:

@@ -18,6 +18,7 @@ from tulu_mega.launch.launcher import World
 from tulu_mega.launch.run_dir import CONFIG
 from tulu_mega.objectives.advantages import AdvantageEstimator
 from tulu_mega.objectives.policy import PolicyObjective
+from tulu_mega.process import Collections
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl import journal
 from tulu_mega.rl.collector import Collected, Collector
@@ -79,6 +80,30 @@ class Policy:
     """Rank 0's."""
     saves: SaveSchedule
     profiler: StepProfiler
+
+    def train(self) -> None:
+        """Make the steps that are left: collect responses, learn from them, give the servers the new weights,
+        evaluate, report, save. Export what was learned at the end.
+
+        Raises:
+            UserError: on every rank, for whatever the user can mend.
+            Stopped: on every rank, when one was asked to end.
+        """
+        self.sync(self.done)
+        self.evaluate(self.done)
+        with self.guards, Collections(every=1) as collections:
+            for step in range(self.done, self.steps):
+                with self.profiler.step(step + 1):
+                    with self.saving_where_cut_off(step):
+                        collected = self.collect(step)
+                    learned = self.learn(step, collected)
+                    with self.saving_where_cut_off(step + 1, collected, learned):
+                        sync = self.sync(step + 1)
+                        heldout = self.evaluate(step + 1)
+                    self.report(step + 1, collected, learned, sync, heldout)
+                    self.save(step + 1, learned)
+                collections.after_step(step + 1)
+        self.finish()
 
     def collect(self, step: int) -> Collected:
         """Collect the step's responses, judged, of the newest weights; every rank gets those that are trained on."""
