@@ -97,12 +97,14 @@ CHARTS = (
     Chart("kl_reward", "Divergence in the reward", "mean of a response's sum", (("kl_reward", "penalty"),)),
     Chart("value_loss", "Loss of the value model", "as the recipe reduces it", (("value_loss", "loss"),), zero=True),
     Chart("explained_variance", "Explained variance", "of the returns, by the values", (("explained_variance", "share"),)),
-    Chart("returns", "Returns and values", "mean of the states", (("returns", "returns"), ("values", "values"))),
+    Chart("returns", "Returns", "mean of the states", (("returns", "returns"),)),
+    Chart("values", "Values", "mean of the states, before the step's updates", (("values", "values"),)),
     Chart(
         "advantages",
-        "Advantages before whitening",
-        "of the tokens",
-        (("advantage", "mean"), ("advantage_deviation", "deviation")),
+        "Spread of the advantages",
+        "standard deviation of the tokens, before whitening",
+        (("advantage_deviation", "deviation"),),
+        zero=True,
     ),
     Chart(
         "value_grad_norm",
