@@ -98,7 +98,7 @@ CHARTS = (
     Chart("value_loss", "Loss of the value model", "as the recipe reduces it", (("value_loss", "loss"),), zero=True),
     Chart("explained_variance", "Explained variance", "of the returns, by the values", (("explained_variance", "share"),)),
     Chart("returns", "Returns", "mean of the states", (("returns", "returns"),)),
-    Chart("values", "Values", "mean of the states, before the step's updates", (("values", "values"),)),
+    Chart("values", "Values", "mean of the states", (("values", "values"),)),
     Chart(
         "advantages",
         "Spread of the advantages",
