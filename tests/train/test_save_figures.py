@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -84,12 +85,46 @@ def test_a_disk_that_is_full_leaves_the_lines_as_they_were(tmp_path, capsys, mon
     assert "warning: step 1: what its save took cannot be added" in capsys.readouterr().err
 
 
-def test_the_watch_sees_what_is_there_for_a_moment():
-    if save_figures.resident_memory() is None:
-        pytest.skip("the system does not tell")
+class Process:
+    """A process whose memory is what a test says, told to every look at it."""
+
+    def __init__(self, memory: int | None):
+        self.memory, self.looks = memory, 0
+        self.looked = threading.Condition()
+
+    def __call__(self) -> int | None:
+        with self.looked:
+            self.looks += 1
+            self.looked.notify_all()
+            return self.memory
+
+    def holds(self, memory: int) -> None:
+        """Holds it until the watch has looked once more."""
+        with self.looked:
+            self.memory, seen = memory, self.looks
+            assert self.looked.wait_for(lambda: self.looks > seen, timeout=60)
+
+
+def test_the_watch_keeps_the_peak_and_the_seconds_that_training_waited(monkeypatch):
+    process = Process(1000)
+    monkeypatch.setattr(save_figures, "resident_memory", process)
     watch = SaveWatch()
     with watch.waiting():
-        np.ones(8 * 2**20)  # 64 MiB
+        process.holds(1064)
+    process.holds(900)
     seconds, waited, memory = watch.end()
     assert 0 < waited <= seconds
-    assert 32 * 2**20 < memory < 128 * 2**20
+    assert memory == 64
+
+
+def test_where_the_system_tells_no_memory_the_watch_says_so(monkeypatch):
+    monkeypatch.setattr(save_figures, "resident_memory", Process(None))
+    assert SaveWatch().end()[2] == -1
+
+
+def test_resident_memory_is_what_the_process_holds():
+    before = save_figures.resident_memory()
+    if before is None:
+        pytest.skip("the system does not tell")
+    held = np.ones(64 * 2**20)  # 512 MiB
+    assert save_figures.resident_memory() - before > held.nbytes / 2
