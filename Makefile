@@ -37,9 +37,10 @@ $(LOCKED): requirements/cpu.txt
 $(PEERS): requirements/peers.txt
 	$(call locked_environment,$<,.venv-peers,1.5 GB)
 
-$(INSTALLED): setup.py requirements/te.txt $(LOCKED)
+$(INSTALLED): setup.py requirements/te.txt requirements/oracles.txt $(LOCKED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@rm -rf .venv/te; $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/te -r requirements/te.txt
+	@for part in te oracles; do rm -rf .venv/$$part; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/$$part -r requirements/$$part.txt; done
 	@touch $@
 
 quickstart: $(INSTALLED)  ## the recipe on a tiny model made here: train, generate, compare (a few minutes on 2 cores)

@@ -40,7 +40,14 @@ INDIFFERENT = {
     "grpo": ROLLOUTS,
     "ppo": ROLLOUTS,
 }
-FURTHER = {"grpo": {"rewards.model", "rewards.custom"}, "ppo": {"rewards.model", "rewards.custom", "value.path"}}
+ADAPTERS = {"lora.adapter"}
+FURTHER = {
+    "sft": ADAPTERS,
+    "rm": ADAPTERS,
+    "dpo": ADAPTERS,
+    "grpo": {"rewards.model", "rewards.custom"},
+    "ppo": {"rewards.model", "rewards.custom", "value.path"},
+}
 """Content that a stage names besides."""
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tests.lib.checkpoints import save
 from tulu_mega.bridge.fp8 import in_fp8
 from tulu_mega.config import EngineSettings, OptimSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.data.batch import pack, pack_prefix_groups
 from tulu_mega.data.packing import plan_step
 from tulu_mega.data.prefix_sharing import plan_prefix_groups
@@ -52,6 +53,7 @@ def session(
     load: bool = True,
     precision: dict[str, Any] | None = None,
     model_settings: dict[str, Any] | None = None,
+    lora: LoraSettings | None = None,
 ) -> Iterator[Session]:
     """The engine a command would build, weights loaded by the bridge unless told otherwise."""
     settings = EngineSettings.model_validate(
@@ -63,7 +65,8 @@ def session(
         }
     )
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with opened(settings, World(rank, size, rank, size, size // settings.parallel.model_parallel), seed, reward) as made:
+    world = World(rank, size, rank, size, size // settings.parallel.model_parallel)
+    with opened(settings, world, seed, reward, lora=lora) as made:
         if load:
             made.load_weights()
         yield made

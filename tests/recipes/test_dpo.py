@@ -335,3 +335,34 @@ def test_beta_is_the_loss_s_own_unless_given(material, tmp_path):
 
     assert (beta(), beta(loss="dpo"), beta(loss="simpo"), beta(loss="dpo", beta=0.5)) == (5.0, 0.1, 2.0, 0.5)
     assert (beta(loss="ipo"), beta(loss="orpo"), beta(loss="apo_zero")) == (0.1, 0.1, 0.1)
+
+
+def test_adapters_that_a_run_begins_with_are_in_its_reference(material, tmp_path):
+    """Whose log-probabilities are other ones than the bare model's, and are not taken for these."""
+    cache = str(tmp_path / "cache")
+    lora = {"optim": {"lr": 1e-2}, "reference": {"cache": cache}, "checkpoint": {"every": 2, "export": True}}
+    first = settings(material, tmp_path / "first", **lora, lora={"rank": 4}, train={"steps": 3})
+    found = ran(first)
+    assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and found[-1]["loss"] < found[0]["loss"]
+    adapter = {"adapter": str(tmp_path / "first" / "adapter")}
+    then = settings(material, tmp_path / "then", **lora, lora=adapter, parallel={"tensor": 2}, train={"steps": 3})
+    assert ran(then)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(list(Path(cache).iterdir())) == 4  # of two references, rows to train on and held-out ones
+    weights = json.loads((tmp_path / "then" / "pins.json").read_text())
+    assert "lora.adapter" in json.dumps(weights)
+    shutil.copy(tmp_path / "first" / "adapter" / "adapter_model.safetensors", tmp_path / "kept")
+    shutil.copy(tmp_path / "then" / "adapter" / "adapter_model.safetensors", tmp_path / "first" / "adapter")
+    with pytest.raises(UserError, match=r"lora\.adapter"):
+        check.ready(settings(material, tmp_path / "then", **lora, lora=adapter, parallel={"tensor": 2}, train={"steps": 4}))
+
+
+def test_adapters_of_another_model_are_refused(material, tmp_path):
+    lora = {"checkpoint": {"every": 2, "export": True}}
+    ran(settings(material, tmp_path / "run", **lora, lora={"rank": 2, "targets": ["q_proj"]}, train={"steps": 1}))
+    adapter = tmp_path / "run" / "adapter"
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(told | {"r": 3}))
+    with pytest.raises(UserError) as error:
+        check.ready(settings(material, tmp_path / "then", **lora, lora={"adapter": str(adapter)}))
+    assert "adapter_config.json asks for [3, " in str(error.value)
+    assert "does not belong to the model" in str(error.value)

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor
 from tulu_mega.bridge.files.companions import OtherTokenizer, put_in_place, write_companions
 from tulu_mega.bridge.files.hf_files import HfCheckpoint, TensorInfo
 from tulu_mega.bridge.files.hf_writer import ShardWriter, plan_files, write_index
+from tulu_mega.bridge.files.peft import write_adapters
 from tulu_mega.bridge.fp8 import unrounded
 from tulu_mega.bridge.rules import Piece
 from tulu_mega.bridge.shards import ModelShard, Outbound, announced, copy_in_slabs, exportable, gather, outbound, send
@@ -41,7 +43,7 @@ def load_hf(shard: ModelShard, checkpoint: HfCheckpoint, leave: Collection[str] 
     family, config, grid = shard.family, shard.config, shard.grid
     problems = checkpoint.check(family.hf_shapes(config), family.ignorable(config))
     plan: list[tuple[Tensor, list[Piece]]] = []
-    for name, parameter in (each for chunk in shard.chunks for each in exportable(chunk)):
+    for name, parameter in (each for chunk in shard.chunks for each in exportable(chunk, family.adapters)):
         if name in leave:
             continue
         try:
@@ -51,9 +53,8 @@ def load_hf(shard: ModelShard, checkpoint: HfCheckpoint, leave: Collection[str] 
             problems += error.problems
             continue
         if tuple(parameter.shape) != shape:
-            problems.append(
-                f"{name}: the model's shard is {list(parameter.shape)}, config.json and TP {grid.tensor} ask for {list(shape)}"
-            )
+            held, wanted = list(parameter.shape), list(shape)
+            problems.append(f"{name}: the model's shard is {held}, {checkpoint.asks} and TP {grid.tensor} ask for {wanted}")
     if problems:
         raise UserError(problems)
     nbytes = 0
@@ -128,6 +129,46 @@ def export_hf(
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         raise
+
+
+@torch.no_grad()
+def export_adapters(shard: ModelShard, directory: str | os.PathLike, dtype: torch.dtype, config: Mapping[str, Any]) -> None:
+    """Writes low-rank adapters as PEFT does, in one file, which the first stage's first rank gathers. Every rank calls it.
+
+    Args:
+        shard: of the family of the adapters (`bridge.adapters`).
+        directory: the final directory; one of adapters is replaced.
+        dtype: of what is written.
+        config: content of adapter_config.json.
+
+    Raises:
+        UserError: on every rank, when the place cannot be used or written; what was there before is untouched then.
+    """
+    final = Path(directory).absolute()
+    grid = shard.grid
+    with together(f"the adapters could not be written to {final}"):
+        if grid.first_copy:
+            mine = _gathered(outbound(shard), dtype, shard)
+            stages = [mine]
+            if grid.gives_whole_tensors and grid.pipeline > 1:
+                first = grid.pipeline_rank == 0
+                stages = [None] * grid.pipeline if first else None
+                dist.gather_object(mine, stages, group=shard.pipeline_group, group_dst=0)
+            if grid.gives_whole_tensors and grid.pipeline_rank == 0:
+                write_adapters(final, {name: each for stage in stages for name, each in stage.items()}, config)
+
+
+def _gathered(items: Sequence[Outbound], dtype: torch.dtype, shard: ModelShard) -> dict[str, Tensor]:
+    """On TP rank 0: the stage's whole tensors, by name."""
+    shapes = shard.family.hf_shapes(shard.config)
+    wholes = {}
+    for item in items:
+        if shard.grid.gives_whole_tensors:
+            wholes[item.hf_name] = torch.empty(shapes[item.hf_name], dtype=dtype)
+            gather([item], [wholes[item.hf_name]], shard)
+        else:
+            send([item], dtype, shard)
+    return wholes
 
 
 def _write_stage(

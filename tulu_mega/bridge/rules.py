@@ -112,6 +112,8 @@ class Family:
     versions of transformers stored; they follow from config.json, which alone is read, as transformers and vLLM do"""
     reward: bool = False
     """its head gives a score instead of logits, and so is never the embedding"""
+    adapters: bool = False
+    """its tensors are low-rank adapters beside a model's weights, not these"""
 
     def is_tied(self, config: Config) -> bool:
         """Whether the head is the embedding."""
@@ -164,7 +166,7 @@ class Family:
 
     def _plan(self, megatron_name: str, config: Config, tp_rank: int, tp_size: int) -> tuple[Shape, list[Piece]]:
         sizes = self.sizes(config)
-        rule, layer = self._rule(megatron_name, config)
+        rule, layer = self.rule(megatron_name, config)
         duplicate = self.head in rule.hf and self.is_tied(config)
         patterns = [self.embedding] if duplicate else list(rule.hf)
         full = [tuple(sizes[each] for each in dims) for dims in rule.hf.values()]
@@ -179,7 +181,8 @@ class Family:
             at += stop - start
         return full[0][:axis] + (size,) + full[0][axis + 1 :], made
 
-    def _rule(self, megatron_name: str, config: Config) -> tuple[Rule, int]:
+    def rule(self, megatron_name: str, config: Config) -> tuple[Rule, int]:
+        """The row about a parameter, and its layer (0 outside of layers). Arguments and errors of `pieces`."""
         number = _NUMBER.search(megatron_name)
         layer = int(number[1]) if number else 0
         pattern = _NUMBER.sub(".{i}", megatron_name, count=1)

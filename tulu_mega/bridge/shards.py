@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tulu_mega.bridge.adapters import ROOT
 from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.files.hf_files import TensorInfo
 from tulu_mega.bridge.files.hf_writer import tensor_info
@@ -42,14 +43,16 @@ class ModelShard:
     """as `tensor_group`"""
 
 
-def exportable(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def exportable(chunk: nn.Module, adapters: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """All of a chunk that has a Hugging Face name, under its name in the whole model.
 
-    Loading, export, the stream to servers, checkpoints' weights and the dry run take what they move from here. Today it is the
-    parameters; what is to be exported merged with another tensor, or under another name, is yielded so here.
+    Loading, export, the stream to servers, checkpoints' weights and the dry run take what they move from here.
+
+    Args:
+        adapters: what trains beside frozen weights is meant, low-rank adapters and a reward model's head, instead of the model.
     """
     for name, parameter in chunk.named_parameters():
-        if is_weight(name):
+        if is_weight(name) and (parameter.requires_grad if adapters else not name.startswith(ROOT)):
             yield global_name(chunk, name), parameter
 
 
@@ -75,7 +78,7 @@ def outbound(shard: ModelShard) -> list[Outbound]:
     """The tensors that the rank's chunks are made of, in one order on every rank of the tensor group. Not collective."""
     items = []
     for chunk in shard.chunks:
-        for name, parameter in exportable(chunk):
+        for name, parameter in exportable(chunk, shard.family.adapters):
             per_rank = shard.family.pieces_by_rank(name, shard.config, shard.grid)
             if any(piece.duplicate for pieces in per_rank for piece in pieces):
                 continue

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tulu_mega.config.effects import Effect
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.config.megatron_fields import ACTIVATION, MEGATRON
 from tulu_mega.config.precision import PrecisionSettings
 from tulu_mega.config.sections import (
@@ -150,8 +151,16 @@ class StageSettings(RunSettings):
 
     data: DataSettings
     train: TrainSettings = TrainSettings()
+    lora: LoraSettings | None = None
+    """Train low-rank adapters beside the frozen weights; unset, all weights are trained."""
     heldout: Annotated[HeldOutSettings | None, Effect.NONE] = None
     """Rows to evaluate on while training."""
+
+    @model_validator(mode="after")
+    def _adapters_lie_beside_plain_weights(self) -> StageSettings:
+        if self.lora and self.precision.fp8_param_gather:
+            raise ValueError("[lora] does not go with precision.fp8_param_gather: frozen weights are gathered once; leave it out")
+        return self
 
 
 class OnePass(TrainSettings):

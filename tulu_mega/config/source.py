@@ -192,11 +192,9 @@ def _explain(settings: type[BaseModel], error: dict[str, Any]) -> str:
         case "extra_forbidden":
             section = _section_at(settings, [str(part) for part in error["loc"][:-1]])
             names = list((section or settings).model_fields)
-            hint = nearest(str(error["loc"][-1]), names)
-            if not hint:
-                dotted = [row[0] for row in describe(settings)]
-                same = [name for name in dotted if name.split(".")[-1] == error["loc"][-1]]
-                hint = f"; did you mean {same[0]!r}?" if same else f"; known here: {', '.join(names)}"
+            same = [row[0] for row in describe(settings) if row[0].split(".")[-1] == error["loc"][-1]]
+            hint = f"; did you mean {same[0]!r}?" if same else nearest(str(error["loc"][-1]), names)
+            hint = hint or f"; known here: {', '.join(names)}"
             return f"{where}: unknown setting{hint}"
         case "missing":
             return f"{where}: required, but not given; set it in the file or with --{where}"

@@ -47,6 +47,8 @@ class Workload:
     """further models of the same size that are held beside, such as a reward model"""
     value: bool = False
     """a value model trains beside, of an architecture of its own"""
+    adapters: bool = False
+    """low-rank adapters train, beside frozen weights"""
     entropy: bool = False
     """the loss has the entropy in it, whose gradient takes memory"""
     rollout: RolloutSettings | None = None
@@ -82,6 +84,7 @@ def of_rows(settings: StageSettings, mean_length: int, sides: int = 1, scores_on
         pack_length=settings.data.pack_length,
         micro_batches=settings.train.micro_batches,
         scores_once=scores_once,
+        adapters=settings.lora is not None,
     )
 
 

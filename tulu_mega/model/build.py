@@ -29,6 +29,7 @@ def build_model(
     platform: Platform,
     reward: bool = False,
     shares: bool = False,
+    apart: bool = False,
 ) -> list[PolicyModel] | list[RewardModel]:
     """The layers, embedding and head this rank holds, a model for each of its virtual pipeline stages (VPP; else one).
 
@@ -37,6 +38,7 @@ def build_model(
     Args:
         reward: whether the head gives a score for each token instead of log-probabilities.
         shares: whether sequences are to share prefixes within a pack.
+        apart: whether norms are to be modules of their own in Transformer Engine's layers, too.
 
     Raises:
         UserError: when the model cannot be built under this layout.
@@ -46,7 +48,7 @@ def build_model(
     attention = attention_of(hf, settings, topology, platform, shares)
     stages = [None] if topology.virtual == 1 else range(topology.virtual)
     return [
-        _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model, stage)
+        _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model, apart, stage)
         for stage in stages
     ]
 
@@ -85,11 +87,12 @@ def _chunk(
     platform: Platform,
     reward: bool,
     model: ModelSettings,
+    apart: bool,
     vp_stage: int | None,
 ) -> PolicyModel | RewardModel:
     arguments = dict(
         config=config,
-        transformer_layer_spec=block_spec(config, hf, transformer_engine, attention, model.recomputed.modules, vp_stage),
+        transformer_layer_spec=block_spec(config, hf, transformer_engine, attention, model.recomputed.modules, vp_stage, apart),
         vocab_size=padded_vocab(hf.vocab_size, topology.tensor),
         max_sequence_length=hf.max_position_embeddings,
         pre_process=topology.first_stage and not vp_stage,

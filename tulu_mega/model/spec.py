@@ -48,16 +48,18 @@ def block_spec(
     attention: Attention,
     modules: frozenset[str] = frozenset(),
     vp_stage: int | None = None,
+    apart: bool = False,
 ) -> TransformerBlockSubmodules:
     """Layers and final norm of this pipeline stage, or of the chunk `vp_stage` of it.
 
     Args:
         modules: which are computed again backward; see `Recomputed.modules`.
+        apart: whether norms are to be modules of their own in Transformer Engine's layers, too.
 
     Raises:
         UserError: when the family's layers have none of those.
     """
-    layer, norm = layer_spec(config, hf, transformer_engine, attention, modules)
+    layer, norm = layer_spec(config, hf, transformer_engine, attention, modules, apart)
     return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
 
 
@@ -67,12 +69,13 @@ def layer_spec(
     transformer_engine: bool,
     attention: Attention,
     modules: frozenset[str] = frozenset(),
+    apart: bool = False,
 ) -> tuple[ModuleSpec, type]:
     """A layer as the model's family needs it, and the class of its norms.
 
     Args:
         attention: of `choose_attention`.
-        modules: as for `block_spec`.
+        modules, apart: as for `block_spec`.
 
     Raises:
         UserError: when the family's layers have none of those.
@@ -93,7 +96,7 @@ def layer_spec(
             TEColumnParallelLinear,
         )
         layer.submodules.mlp.submodules.activation_func = Swiglu
-        if "layernorm" in modules:
+        if apart or "layernorm" in modules:
             _apart(layer.submodules, TENorm, TEColumnParallelLinear)
     else:
         plain_linear, cut_by_columns = linear_layers()

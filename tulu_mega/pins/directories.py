@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tulu_mega.bridge.files import peft
 from tulu_mega.bridge.files.companions import CONFIG, GENERATION, TOKENIZER
 from tulu_mega.bridge.files.hf_files import INDEX, SINGLE
 from tulu_mega.bridge.files.hub import is_megatron, model_directory
@@ -23,13 +24,15 @@ _MEGATRON = ("*.distcp", ".metadata", "metadata.json", "common.pt")
 
 
 def files(directory: Path, weights: bool = True, code: bool = False) -> dict[str, Path]:
-    """The files that decide what a model or a tokenizer is, by name.
+    """The files that decide what a model, a tokenizer or a directory of low-rank adapters is, by name.
 
     Args:
         weights: of a model; those of a tokenizer alone otherwise.
         code: Python modules count.
     """
     wanted = [*TOKENIZER, *_MORE, CONFIG, *(["*.py"] if code else [])]
+    if (directory / peft.CONFIG).exists() and not (directory / CONFIG).exists():
+        wanted, weights = [peft.CONFIG, peft.WEIGHTS], False
     if weights:
         wanted += [GENERATION, *(_MEGATRON if is_megatron(directory) else _weights(directory))]
     found = (file for pattern in wanted for file in directory.glob(pattern) if file.is_file())

@@ -60,6 +60,11 @@ def ask(settings: PlanSettings) -> Question:
             f"stage {stage}: a value model that trains beside the policy is not planned yet: its memory and time would be "
             "missing; plan the policy alone with the settings of grpo"
         )
+    if question.workload.adapters:
+        raise UserError(
+            f"stage {stage}: a run with [lora] is not planned yet, though frozen weights have neither gradients nor moments; "
+            "plan it without [lora] for an upper bound"
+        )
     return question
 
 

@@ -11,7 +11,7 @@ from tulu_mega.data.store import TokenStore
 from tulu_mega.errors import UserError
 from tulu_mega.launch.run_dir import DATA, HELDOUT
 from tulu_mega.layout.schedule import Pipeline
-from tulu_mega.preflight import profile, run
+from tulu_mega.preflight import adapters, profile, run
 from tulu_mega.preflight.findings import Findings, Rows
 
 
@@ -22,6 +22,7 @@ def problems(settings: StageSettings, findings: Findings, reward: bool = False) 
         reward: it trains a reward model.
     """
     run.problems(settings, findings, reward, short_batches=True)
+    adapters.problems(settings, findings, reward)
     findings.collect(lambda: _schedulable(settings))
     run_dir = Path(settings.run_dir)
     if settings.heldout:

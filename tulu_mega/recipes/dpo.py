@@ -36,7 +36,7 @@ def run(settings: DpoSettings, world: World) -> None:
     with opened_run(settings, world, reward=False) as training:
         columns, first = (lambda store: None), None
         if settings.preference.reads_reference:
-            weights = reference_cache.weights_digest(training.session.source, known(training.run_dir, "model.path"))
+            weights = _digest(training)
             columns = functools.partial(_reference, training, weights)
             first = functools.partial(check_first_loss, settings, objective)
         loader = training.loader(columns(training.store))
@@ -44,6 +44,15 @@ def run(settings: DpoSettings, world: World) -> None:
         evaluated = training.heldout(heldout, objective, columns(heldout)) if heldout else None
         if not settings.reference.only:
             training.fit(objective, loader, evaluated, first)
+
+
+def _digest(training: DatasetRun) -> str:
+    """Of the weights that the run begins with, the reference's: the model's, and those of adapters that it begins with."""
+    places, lora = [("model.path", training.session.source)], training.settings.lora
+    if lora and lora.adapter:
+        places.append(("lora.adapter", Path(lora.adapter)))
+    found = (reference_cache.weights_digest(place, known(training.run_dir, setting)) for setting, place in places)
+    return "-".join(found)
 
 
 def _reference(training: DatasetRun, weights: str, store: TokenStore) -> dict[str, np.ndarray]:

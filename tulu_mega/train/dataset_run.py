@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from tulu_mega.bridge.adapters import adapter_family
+from tulu_mega.bridge.families import family_for
 from tulu_mega.config import DataSettings, StageSettings, TrainSettings
 from tulu_mega.data.loader import PackedLoader
 from tulu_mega.data.store import REJECTS, TokenStore
@@ -72,6 +75,7 @@ class DatasetRun(Run):
         found = self.weights(loader.steps)
         start = found.step if found else 0
         config = self.session.engine.hf.to_dict()
+        worked = 2 / 3 if self.settings.lora else 1.0  # frozen weights have no gradients of their own
         with contextlib.ExitStack() as stack:
             log = None
             if self.session.lead:
@@ -86,7 +90,7 @@ class DatasetRun(Run):
                 guards=guards,
                 saves=self.saves(loader.steps, guards),
                 where=self.store.where,
-                flops=lambda data: training_flops(config, self.store.lengths[data.rows]),
+                flops=lambda data: worked * training_flops(config, self.store.lengths[data.rows]),
                 log=log,
                 profiler=self.profiler(start),
                 heldout=heldout,
@@ -119,7 +123,16 @@ class DatasetRun(Run):
         dropped = f" ({store.dropped:,} rows not used: {store.directory / REJECTS})" if store.dropped else ""
         at = f", going on after step {start}" if start else ""
         kept = f"{rows} of {int(store.lengths.sum()):,} tokens{dropped}"
-        return f"{self.session.topology} · {self.settings.model.path} · {kept} · {loader.steps:,} steps{at}"
+        return f"{self.session.topology} · {self.settings.model.path} · {self._adapters()}{kept} · {loader.steps:,} steps{at}"
+
+    def _adapters(self) -> str:
+        lora, config = self.session.engine.lora, self.session.engine.hf.to_dict()
+        if lora is None:
+            return ""
+        model = family_for(config)
+        thin = adapter_family(model, lora.names, lora.rank)
+        trained, whole = (sum(map(math.prod, family.hf_shapes(config).values())) for family in (thin, model))
+        return f"adapters of rank {lora.rank}, {trained:,} weights beside {whole:,} frozen ({trained / whole:.2%}) · "
 
 
 @contextlib.contextmanager
@@ -132,7 +145,7 @@ def opened_run(settings: StageSettings, world: World, reward: bool = False) -> I
     Raises:
         UserError: on every rank, for whatever the user can mend.
     """
-    with opened_session(settings, world, reward) as session:
+    with opened_session(settings, world, reward, lora=settings.lora) as session:
         with together("the tokenised data could not be opened"):
             store = TokenStore.open(Path(settings.run_dir, DATA))
         same_everywhere(f"the data in {store.directory}", store.key)

@@ -24,11 +24,14 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from tulu_mega.bridge.families import family_for
 from tulu_mega.config import EngineSettings, OptimSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.distributed.topology import Topology
 from tulu_mega.layout.context import context_rows, context_share
 from tulu_mega.model.build import attention_of, build_model, wrap_for_training
 from tulu_mega.model.gpt import PolicyModel
+from tulu_mega.model.lora import attach
 from tulu_mega.model.messages import PackMessages
 from tulu_mega.model.packed import packed_seq_params
 from tulu_mega.model.reward import RewardModel
@@ -86,6 +89,7 @@ class Engine:
         temperature: logits are divided by it, in training and in scoring: of policies, that which responses are drawn at.
         at: called with what this rank does whenever it makes progress; see `watchdog.Watchdog.at`.
         shares: whether sequences are to share prefixes within a pack, where the layout lets them (:attr:`whole_packs`).
+        lora: low-rank adapters, which alone are trained then.
     """
 
     def __init__(
@@ -98,10 +102,15 @@ class Engine:
         temperature: float = 1.0,
         at: Callable[[str], None] = lambda _doing: None,
         shares: bool = False,
+        lora: LoraSettings | None = None,
     ):
         self.hf, self.settings, self.topology, self.platform, self.reward = hf, settings, topology, platform, reward
-        self.chunks: list[PolicyModel] | list[RewardModel] = build_model(hf, settings, topology, platform, reward, shares)
+        chunks = build_model(hf, settings, topology, platform, reward, shares, apart=lora is not None)
+        self.chunks: list[PolicyModel] | list[RewardModel] = chunks
         """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
+        self.lora = lora
+        if lora:
+            attach(chunks, lora, family_for(hf.to_dict()), hf.to_dict(), topology)
         self.temperature, self.at, self.shares = temperature, at, shares
         self.ddp: list[DistributedDataParallel] = []
         """each chunk in its gradient buffers; empty, as the three below are None, until :meth:`prepare_training`"""

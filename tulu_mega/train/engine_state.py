@@ -79,7 +79,7 @@ def load_state(engine: Engine, directory: Path, format: Format, random: Kept | N
         wanted["rng"] = held_state(engine.topology, engine.platform.device, random)
     loaded = dist_checkpointing.load(wanted, str(directory))
     for name, chunk in _chunks(engine).items():
-        chunk.load_state_dict(loaded[name])
+        chunk.load_state_dict(loaded[name], strict=engine.lora is None)
     if boxes:  # main parameters and moments were read into their places
         loaded["optimizer"].pop("param_state", None)
     engine.optimizer.load_state_dict(loaded["optimizer"])
@@ -160,7 +160,15 @@ def _chunks(engine: Engine) -> dict[str, torch.nn.Module]:
 
 
 def _model(engine: Engine) -> dict[str, Any]:
-    return {name: chunk.sharded_state_dict(metadata=dict(_METADATA)) for name, chunk in _chunks(engine).items()}
+    """All parameters, or of a model with adapters those that train: the others are where they were read."""
+    described = {name: chunk.sharded_state_dict(metadata=dict(_METADATA)) for name, chunk in _chunks(engine).items()}
+    if engine.lora is None:
+        return described
+    trained = {name: dict(exportable(chunk, adapters=True)) for name, chunk in _chunks(engine).items()}
+    return {
+        name: {key: value for key, value in held.items() if global_name(_chunks(engine)[name], key) in trained[name]}
+        for name, held in described.items()
+    }
 
 
 def _written(state: dict[str, Any]) -> list[ShardedTensor]:

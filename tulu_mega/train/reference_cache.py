@@ -121,12 +121,13 @@ def content_key(weights: str, dtype: str, megatron: dict, store: TokenStore) -> 
 
 
 def weights_digest(model: Path, known: Mapping[str, str]) -> str:
-    """Digest of a model directory's weights and config.json; every rank calls it, each hashes some of the files.
+    """Digest of the weights and the configuration in a directory of a model or of adapters; every rank calls it, each hashes
+    some of the files.
 
     Args:
         known: digests by file, of what has been read already.
     """
-    files = sorted(file for pattern in ("*.safetensors", "*.distcp", "config.json") for file in model.glob(pattern))
+    files = sorted(file for pattern in ("*.safetensors", "*.distcp", "config.json", "adapter_config.json") for file in model.glob(pattern))
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = [(file.name, known.get(file.name) or digest(file)) for file in files[rank::size]]
     return hashlib.sha256(json.dumps(sorted(pair for part in gathered(mine) for pair in part)).encode()).hexdigest()

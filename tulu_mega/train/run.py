@@ -12,6 +12,7 @@ from pathlib import Path
 from tulu_mega.bridge.files.companions import OtherTokenizer
 from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.config import OptimSettings, RunSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.data.chat import Template
 from tulu_mega.data.other_tokenizer import other_tokenizer
 from tulu_mega.data.tulu_template import TULU_CHAT_TEMPLATE
@@ -33,6 +34,9 @@ from tulu_mega.train.save_figures import tell
 from tulu_mega.train.save_schedule import SaveSchedule
 from tulu_mega.train.saver import Saver
 from tulu_mega.train.session import Session, opened
+
+ADAPTER = "adapter"
+"""Directory in the run directory that low-rank adapters are exported to."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,9 @@ class Run:
             UserError: on every rank, when more steps are done than the run is to have, or no checkpoint's weights are finite.
         """
         found = kept.newest(self.checkpoints)
-        if found is None:
+        if found is None or self.session.engine.lora:  # frozen weights are in no checkpoint
             self.initial_weights()
-        elif found.step > steps:
+        if found and found.step > steps:
             raise UserError(
                 f"run_dir = {self.settings.run_dir} has {found.step:,} steps done, the settings ask for {steps:,}; raise "
                 "train.steps (or train.epochs), or choose another run_dir"
@@ -212,6 +216,11 @@ class Run:
             return
         dtype = DTYPES[self.settings.model.dtype if wanted.export_dtype == "model" else wanted.export_dtype]
         beside = {"chat_template.jinja": TULU_CHAT_TEMPLATE} if template == "tulu" else {}
+        if self.session.engine.lora:
+            self.session.export_adapters(self.run_dir / ADAPTER, dtype)
+            if self.session.lead:
+                print(f"adapters in PEFT's format: {self.run_dir / ADAPTER}", flush=True)
+            self.session.merge_adapters()
         directory = self.run_dir / "hf"
         self.session.export(directory, dtype, beside, self._tokenizer, ends)
         if self.session.lead:
@@ -224,7 +233,12 @@ class Run:
 
 @contextlib.contextmanager
 def opened_session(
-    settings: RunSettings, world: World, reward: bool, temperature: float = 1.0, shares: bool = False
+    settings: RunSettings,
+    world: World,
+    reward: bool,
+    temperature: float = 1.0,
+    shares: bool = False,
+    lora: LoraSettings | None = None,
 ) -> Iterator[Session]:
     """Lock the run directory on rank 0, join the world and build the model; then all see whether the inputs are the run's.
 
@@ -232,6 +246,7 @@ def opened_session(
         reward: whether the model has a scalar head.
         temperature: that which a policy's responses are drawn at.
         shares: whether sequences are to share prefixes within a pack.
+        lora: low-rank adapters, which alone are trained then.
 
     Raises:
         UserError: on every rank, for whatever the user can mend.
@@ -239,6 +254,6 @@ def opened_session(
     with contextlib.ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(locked(Path(settings.run_dir)))
-        session = stack.enter_context(opened(settings, world, settings.seed, reward, temperature, shares))
+        session = stack.enter_context(opened(settings, world, settings.seed, reward, temperature, shares, lora))
         pinned.settle(Path(settings.run_dir), settings.accept_changes, world.local_rank, session.watch.at)
         yield session

@@ -5,24 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from tulu_mega import platforms
+from tulu_mega.bridge.adapters import adapter_family
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import check_language_model, reward_fields
 from tulu_mega.bridge.files.companions import OtherTokenizer
 from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.bridge.files.hf_files import HfCheckpoint
 from tulu_mega.bridge.files.hub import is_megatron, model_directory
-from tulu_mega.bridge.live import export_hf, load_hf
+from tulu_mega.bridge.files.peft import adapter_config, open_adapter, settings_of
+from tulu_mega.bridge.live import export_adapters, export_hf, load_hf
 from tulu_mega.bridge.rules import Config
 from tulu_mega.bridge.shards import ModelShard
 from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import EngineSettings, RolloutSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.distributed import topology
 from tulu_mega.distributed.topology import Topology
 from tulu_mega.errors import Stopped, UserError
@@ -32,6 +35,7 @@ from tulu_mega.layout.alignment import Alignment
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.layout.schedule import Pipeline
 from tulu_mega.model.hf_config import load_config
+from tulu_mega.model.lora import draw
 from tulu_mega.model.reward import HEAD
 from tulu_mega.platforms import Platform
 from tulu_mega.resilience.watchdog import Watchdog
@@ -88,6 +92,21 @@ class Session:
         if drawn:
             for chunk in self.engine.chunks:
                 chunk.initialise_head(self.seed)
+        if self.engine.lora:
+            self._begin_adapters(self.engine.lora)
+
+    def _begin_adapters(self, lora: LoraSettings) -> None:
+        config = self.engine.hf.to_dict()
+        if lora.adapter is None:
+            draw(self.engine.chunks, lora, family_for(config), config, self.topology, self.seed)
+            return
+        with contextlib.closing(open_adapter(lora.adapter)[1]) as files:
+            load_hf(self._thin(config), files)
+
+    def _thin(self, config: Config) -> ModelShard:
+        """This rank's part of the adapters."""
+        lora, shard = self.engine.lora, self.shard(config)
+        return replace(shard, family=adapter_family(shard.family, lora.names, lora.rank))
 
     def shard(self, config: Config) -> ModelShard:
         """This rank's part of the model.
@@ -161,6 +180,25 @@ class Session:
             config |= reward_fields(family_for(config), config)
         export_hf(self.shard(config), directory, dtype, self.source, extra_files, tokenizer, ends)
 
+    def export_adapters(self, directory: Path, dtype: torch.dtype) -> None:
+        """Writes the adapters as PEFT does; every rank calls it.
+
+        Raises:
+            UserError: the directory cannot be used.
+        """
+        engine, config = self.engine, self.engine.hf.to_dict()
+        engine.at("export")
+        engine.settle()
+        lora = engine.lora
+        told = adapter_config(self.settings.model.path, lora.rank, lora.alpha, lora.rslora, lora.names, engine.reward)
+        export_adapters(self._thin(config), directory, dtype, told)
+
+    def merge_adapters(self) -> None:
+        """Adds the adapters to the weights, for the export of a model that needs none. It trains no further."""
+        self.engine.settle()
+        for chunk in self.engine.chunks:
+            chunk.adapters.merge()
+
 
 @contextlib.contextmanager
 def opened(
@@ -170,6 +208,7 @@ def opened(
     reward: bool | None = None,
     temperature: float = 1.0,
     shares: bool = False,
+    lora: LoraSettings | None = None,
 ) -> Iterator[Session]:
     """Joins the world, builds this rank's part of the model, and leaves the world at the end.
 
@@ -178,6 +217,7 @@ def opened(
         reward: whether to build a reward model, which a language model's directory is enough for; None does as config.json says.
         temperature: that which a policy's responses are drawn at.
         shares: whether sequences are to share prefixes within a pack.
+        lora: low-rank adapters, which alone are trained then.
 
     Raises:
         UserError: the model cannot be had or built, or is a reward model where a language model is wanted.
@@ -186,7 +226,7 @@ def opened(
     place = topology.start(settings.parallel, platform, seed, _patience(settings.watchdog.timeout))
     with Watchdog(settings.watchdog.timeout) as watch:
         try:
-            yield _session(settings, place, platform, seed, reward, watch, temperature, shares)
+            yield _session(settings, place, platform, seed, reward, watch, temperature, shares, lora)
         except Stopped:  # on every rank
             topology.stop()
             raise
@@ -207,6 +247,7 @@ def _session(
     watch: Watchdog,
     temperature: float,
     shares: bool,
+    lora: LoraSettings | None = None,
 ) -> Session:
     source = model_directory(settings.model.path)
     hf = load_config(settings.model.model_copy(update={"path": str(source)}))
@@ -216,7 +257,9 @@ def _session(
     if reward or family.reward:
         hf.update(reward_fields(family, hf.to_dict()))
     rewards = family.reward if reward is None else reward
-    engine = Engine(hf, settings, place, platform, rewards, temperature, at=watch.at, shares=shares)
+    if lora and lora.adapter:
+        lora = settings_of(lora.adapter).model_copy(update={"adapter": lora.adapter})
+    engine = Engine(hf, settings, place, platform, rewards, temperature, at=watch.at, shares=shares, lora=lora)
     return Session(settings, place, engine, source, seed, watch)
 
 

@@ -55,6 +55,8 @@ class HfCheckpoint:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    asks: str = "config.json"
+    """name of the file that says which tensors are to be there"""
     _open_files: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -77,7 +79,7 @@ class HfCheckpoint:
         if (directory / INDEX).exists():
             tensors = _read_shards(directory, problems)
         elif (directory / SINGLE).exists():
-            tensors = _read_header(directory / SINGLE, problems)
+            tensors = read_header(directory / SINGLE, problems)
         else:
             problems.append(_no_weights(directory))
         if problems:
@@ -91,7 +93,7 @@ class HfCheckpoint:
             expected: name -> shape.
             ignore: shell patterns of tensors that may be there without being expected.
         """
-        held = self.tensors
+        held, asks = self.tensors, self.asks
         missing = [name for name in expected if name not in held]
         extra = [name for name in held if name not in expected and not any(fnmatchcase(name, each) for each in ignore)]
         both = [name for name in expected if name in held]
@@ -99,9 +101,9 @@ class HfCheckpoint:
         typed = [name for name in both if held[name].dtype not in _LOADED]
         at = {name: f"{self.path / info.file}: tensor {name}" for name, info in held.items()}
         return [
-            *_first(f"{self.path}: tensor {name} is missing; config.json asks for it" for name in missing),
-            *_first(f"{at[name]} is left over; config.json has no place for it" for name in extra),
-            *_first(f"{at[name]} is {list(held[name].shape)}, config.json asks for {list(expected[name])}" for name in shaped),
+            *_first(f"{self.path}: tensor {name} is missing; {asks} asks for it" for name in missing),
+            *_first(f"{at[name]} is left over; {asks} has no place for it" for name in extra),
+            *_first(f"{at[name]} is {list(held[name].shape)}, {asks} asks for {list(expected[name])}" for name in shaped),
             *_first(f"{at[name]} is of type {held[name].dtype}, expected one of {', '.join(_LOADED)}" for name in typed),
         ]
 
@@ -193,7 +195,7 @@ def _read_shards(directory: Path, problems: list[str]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values())):
         before = len(problems)
-        held = _read_header(directory / file, problems)
+        held = read_header(directory / file, problems)
         tensors.update({name: info for name, info in held.items() if weight_map.get(name) == file})
         if len(problems) == before:
             absent = [name for name, where in weight_map.items() if where == file and name not in held]
@@ -216,8 +218,12 @@ def _naturals(values: Any, count: int | None = None) -> Shape:
     return tuple(values)
 
 
-def _read_header(path: Path, problems: list[str]) -> dict[str, TensorInfo]:
-    """The tensors of one file, if its header is sound and the file as long as the header says."""
+def read_header(path: Path, problems: list[str]) -> dict[str, TensorInfo]:
+    """The tensors of one file, if its header is sound and the file as long as the header says.
+
+    Args:
+        problems: gets what is wrong with it.
+    """
     try:
         with open_plain(path) as file:
             actual = os.fstat(file.fileno()).st_size

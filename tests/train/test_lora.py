@@ -1,0 +1,214 @@
+"""Low-rank adapters against PEFT beside transformers, under layouts; the frozen weights stay what they are to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tests.lib import lora_jobs, world
+from tests.lib.layouts import LAYOUTS, size, weights
+from tulu_mega.bridge.files.peft import open_adapter, settings_of
+from tulu_mega.config import SftSettings
+from tulu_mega.errors import UserError
+
+pytestmark = pytest.mark.ranks
+
+HOW = {
+    "r3": {"r": 3, "lora_alpha": 6, "target_modules": "all-linear"},
+    "r8 rslora, some": {"r": 8, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj", "o_proj"]},
+}
+FEW = [  # kind, layout, adapters, recompute
+    ("Llama", "TP2", "r3", "none"),
+    ("Qwen 2", "TP2xPP2", "r8 rslora, some", "none"),
+    ("OLMo 2", "TP2 without SP", "r3", "full"),
+    ("Llama", "PP2xVPP2", "r8 rslora, some", "full"),
+]
+FAMILIES = ("Llama", "Llama tied", "Qwen 2", "Qwen 3", "Mistral", "OLMo 2", "OLMo 3")
+GRID = [
+    (kind, layout, how, "none")
+    for kind in FAMILIES
+    for layout in ("TP1", "TP2", "TP2 without SP", "TP4", "PP2", "PP2xVPP2", "CP2", "DP2", "TP2xPP2")
+    for how in HOW
+]
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    made = {}
+
+    def of(kind: str, how: str, optimizer: str = "sgd") -> tuple[Path, dict]:
+        if (kind, how, optimizer) not in made:
+            root = tmp_path_factory.mktemp("peft")
+            seen = world.run(1, lora_jobs.peft_truth, kind, str(root), HOW[how], optimizer)[0]
+            made[kind, how, optimizer] = root, seen
+        return made[kind, how, optimizer]
+
+    return of
+
+
+def check(truth, out: Path, kind: str, layout: str, how: str, recompute: str, optimizer: str = "sgd", bound: float = 1e-5):
+    root, want = truth(kind, how, optimizer)
+    lora = {"adapter": str(root / "adapter")}
+    ranks = world.run(
+        size(LAYOUTS[layout]), lora_jobs.trained, str(root / "model"), LAYOUTS[layout], lora, str(out), optimizer,
+        lora_jobs.STEPS, recompute,
+    )  # fmt: skip
+    for rank in ranks:
+        np.testing.assert_allclose(rank["losses"][0], want["losses"][0], rtol=1e-6)
+        np.testing.assert_allclose(rank["norms"][0], want["norms"][0], rtol=1e-5)
+    same(out / "adapter", root / "trained", bound)
+    same(out / "hf", root / "merged", bound)
+
+
+def same(ours: Path, theirs: Path, bound: float) -> None:
+    have, want = weights(ours), weights(theirs)
+    assert have.keys() == want.keys()
+    for name, value in want.items():
+        assert np.linalg.norm(have[name].astype(np.float64) - value) < bound * np.linalg.norm(value.astype(np.float64)), name
+
+
+@pytest.mark.parametrize(("kind", "layout", "how", "recompute"), FEW)
+def test_adapters_are_pefts(truth, tmp_path, kind, layout, how, recompute):
+    check(truth, tmp_path, kind, layout, how, recompute)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(("kind", "layout", "how", "recompute"), GRID)
+def test_every_family_under_every_layout(truth, tmp_path, kind, layout, how, recompute):
+    check(truth, tmp_path, kind, layout, how, recompute)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "DP2"])
+def test_adamw(truth, tmp_path, layout):
+    check(truth, tmp_path, "Llama", layout, "r3", "none", "adamw", 1e-4)
+
+
+def test_new_adapters_and_their_run_are_the_same_under_every_layout_and_go_on_under_another(truth, tmp_path):
+    model = str(truth("Llama", "r3")[0] / "model")
+    lora = {"rank": 3, "targets": ["q_proj", "k_proj", "down_proj"]}
+
+    def run(name: str, layout: str, steps: int, first: int = 0, folder: str | None = None) -> list[float]:
+        arguments = (LAYOUTS[layout], lora, str(tmp_path / name), "adamw", steps, "none", folder, first)
+        return world.run(size(LAYOUTS[layout]), lora_jobs.trained, model, *arguments)[0]["losses"]
+
+    folder = str(tmp_path / "checkpoints")
+    run("drawn", "TP1", 0)
+    drawn = weights(tmp_path / "drawn" / "adapter")
+    assert sum(not value.any() for value in drawn.values()) == len(drawn) / 2  # B
+    bound = max(abs(value).max() * value.shape[1] ** 0.5 for name, value in drawn.items() if "lora_A" in name)
+    assert 0.9 < bound <= 1
+    whole = run("whole", "TP1", 3)
+    parts = run("first", "TP2xPP2", 2, folder=folder)
+    same(tmp_path / "first" / "adapter", tmp_path / "first" / "adapter", 1e-6)
+    parts += run("then", "DP2", 3, 2, folder)
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
+    same(tmp_path / "then" / "adapter", tmp_path / "whole" / "adapter", 1e-4)
+    held = FileSystemReader(max(Path(folder).glob("step_*"))).read_metadata().state_dict_metadata
+    shapes = {name: tuple(each.size) for name, each in held.items() if isinstance(each, TensorStorageMetadata)}
+    # of each its parameter, main parameter and two moments
+    assert sum(map(np.prod, shapes.values())) == 4 * sum(value.size for value in drawn.values())
+    assert all("adapters." in name for name in shapes)  # no frozen weights
+
+
+def test_adapters_go_in_and_out_bit_for_bit_and_the_weights_stay(truth, tmp_path):
+    root = truth("Llama", "r3")[0]
+    for name, layout in (("one", "TP1"), ("four", "TP2xPP2")):
+        how = (LAYOUTS[layout], {"adapter": str(root / "adapter")}, str(tmp_path / name), "sgd", 0)
+        world.run(size(LAYOUTS[layout]), lora_jobs.trained, str(root / "model"), *how)
+        have, want = weights(tmp_path / name / "adapter"), weights(root / "adapter")
+        assert have.keys() == want.keys()
+        for tensor, value in want.items():
+            np.testing.assert_array_equal(have[tensor], value, err_msg=tensor)
+    places = (tmp_path / "four" / "adapter", root / "adapter")
+    written, given = (json.loads((each / "adapter_config.json").read_text()) for each in places)
+    shared = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "bias", "lora_dropout")
+    assert {name: written[name] for name in shared} == {name: given[name] for name in shared}
+    assert sorted(written["target_modules"]) == sorted(given["target_modules"])
+
+
+def test_a_reward_models_head_trains_beside_its_adapters(tmp_path):
+    """And goes with them, where PEFT and transformers find it; whatever the layout, the same."""
+    model = str(tmp_path / "model")
+    world.run(1, lora_jobs.families.make_language_model, model, "Llama")
+    scored = [
+        world.run(size(LAYOUTS[layout]), lora_jobs.trained_reward, model, LAYOUTS[layout], str(tmp_path / layout))
+        for layout in ("TP1", "TP2xPP2")
+    ]
+    same(tmp_path / "TP2xPP2" / "adapter", tmp_path / "TP1" / "adapter", 1e-5)
+    theirs = world.run(1, lora_jobs.peft_scores, model, str(tmp_path / "TP1" / "adapter"))[0]
+    for ranks in scored:
+        np.testing.assert_allclose(next(filter(None, ranks)), theirs, rtol=1e-5, atol=1e-5)
+
+
+def adapter(directory: Path, **changes) -> Path:
+    """A directory of adapters of one matrix."""
+    directory.mkdir()
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"} | changes
+    (directory / "adapter_config.json").write_text(json.dumps(told))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: np.zeros((2, 8), np.float32)}, directory / "adapter_model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"peft_type": "IA3"}, "peft_type = 'IA3', expected 'LORA'"),
+        ({"use_dora": True}, "use_dora = True is not had here; expected False"),
+        ({"rank_pattern": {"k_proj": 4}}, "rank_pattern = {'k_proj': 4} is not had here"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not had here"),
+        ({"bias": "all"}, "bias = all is not had here; expected 'none'"),
+        ({"r": 0}, "r = 0"),
+        ({"r": "8"}, "r = '8'"),
+        ({"lora_alpha": -1}, "lora_alpha = -1"),
+        ({"target_modules": ["c_attn"]}, "c_attn: expected 'all-linear' or some of q_proj"),
+        ({"target_modules": None}, "target_modules"),
+    ],
+    ids=str,
+)
+def test_adapters_that_are_not_had_are_refused_by_name(tmp_path, changes, told):
+    with pytest.raises(UserError) as error:
+        settings_of(adapter(tmp_path / "adapter", **changes))
+    assert told in str(error.value)
+
+
+def test_directories_that_are_no_adapters(tmp_path):
+    for damage, told in (
+        (lambda made: shutil.rmtree(made), "no such directory"),
+        (lambda made: (made / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
+        (lambda made: (made / "adapter_config.json").write_text("[]"), "holds list, expected a JSON object"),
+        (lambda made: (made / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda made: (made / "adapter_model.safetensors").unlink(), "safe_serialization=True"),
+        (lambda made: (made / "adapter_model.safetensors").write_bytes(b"12"), "too short for its header"),
+    ):
+        made = adapter(tmp_path / "adapter")
+        damage(made)
+        with pytest.raises(UserError, match=told):
+            open_adapter(made)
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("lora", "told"),
+    [
+        ({"rank": 0}, "greater than or equal to 1"),
+        ({"alpha": 0}, "greater than 0"),
+        ({"targets": ["qproj"]}, "qproj: expected 'all-linear' or some of q_proj"),
+        ({"targets": []}, "expected 'all-linear'"),
+        ({"targets": ["q_proj", "q_proj"]}, "q_proj: named more than once"),
+        ({"adapter": "somewhere", "rank": 4}, "decides about rank, too"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(lora, told):
+    settings = {"model": {"path": "m"}, "run_dir": "r", "data": {"train": "d"}, "lora": lora}
+    with pytest.raises(ValueError, match=told):
+        SftSettings.model_validate(settings)

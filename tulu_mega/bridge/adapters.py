@@ -1,0 +1,77 @@
+"""The table of a model's low-rank adapters, as PEFT names and cuts them; it follows from the model's own.
+
+Of a matrix [out, in] that tensor parallelism cuts along its rows, A [rank, in] is copied and B [out, rank] cut; of one that it
+cuts along its columns, A is cut and B copied. So a pair lies where its matrix does, whatever the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from tulu_mega.bridge.rules import Config, Cut, Family, Rule
+
+ROOT = "adapters."
+"""What the names of adapters in a Megatron model begin with; what follows is the Hugging Face matrix and `A` or `B`."""
+A, B = ".lora_A", ".lora_B"
+PEFT_ROOT = "base_model.model."
+"""What PEFT's names begin with, before the matrix."""
+_WEIGHT = ".weight"
+
+
+def adapter_family(family: Family, names: Sequence[str], rank: int) -> Family:
+    """The adapters of a family as a family of its own: everything that moves weights moves them by it. The head of a reward
+    model, which trains beside them, is one of its tensors.
+
+    Args:
+        names: matrices that have adapters, by the last part of their names without ``.weight``.
+        rank: of all of them.
+    """
+    rules = tuple(
+        row
+        for rule in family.rules
+        for hf, dims in rule.hf.items()
+        if has_adapter(hf, names)
+        for row in _rows(hf, dims, rule.cut)
+    )
+    if family.reward:
+        rules += (Rule(("output_layer.weight",), {PEFT_ROOT + family.head: _head(family)}, Cut.COPY),)
+    return replace(family, rules=rules, sizes=lambda config: {**family.sizes(config), "rank": rank}, leftovers=(), adapters=True)
+
+
+def has_adapter(hf_name: str, names: Sequence[str]) -> bool:
+    """Whether a Hugging Face tensor is a matrix that has an adapter."""
+    return hf_name.endswith(tuple(f".{name}{_WEIGHT}" for name in names))
+
+
+def adapter_name(hf_name: str) -> str:
+    """What the names of a matrix's two adapter parameters in a Megatron model begin with: `A` or `B` follows."""
+    return ROOT + hf_name.removesuffix(_WEIGHT)
+
+
+def rows_of(family: Family, megatron_name: str, config: Config, grid) -> Mapping[str, list[tuple[int, int, int]]]:
+    """Where the rows of a parameter's shard come from: for each matrix in it, (its row, row of the shard, how many).
+
+    Args:
+        family: the model's, not the adapters'.
+        megatron_name, config, grid: as of `Family.pieces`.
+    """
+    found: dict[str, list[tuple[int, int, int]]] = {}
+    for piece in family.pieces(megatron_name, config, grid):
+        (first, last), (at, _) = piece.hf_box[0], piece.local_box[0]
+        found.setdefault(piece.hf_name, []).append((first, at, last - first))
+    return found
+
+
+def _head(family: Family) -> tuple[str, ...]:
+    return next(rule.hf[family.head] for rule in family.rules if family.head in rule.hf)
+
+
+def _rows(hf: str, dims: tuple[str, ...], cut: Cut) -> tuple[Rule, Rule]:
+    out, into = dims
+    name, peft = adapter_name(hf), PEFT_ROOT + hf.removesuffix(_WEIGHT)
+    by_columns = cut is Cut.ROW
+    return (
+        Rule((name + A,), {f"{peft}{A}{_WEIGHT}": ("rank", into)}, Cut.ROW if by_columns else Cut.COPY),
+        Rule((name + B,), {f"{peft}{B}{_WEIGHT}": (out, "rank")}, Cut.COPY if by_columns else Cut.COLUMN),
+    )

@@ -1,0 +1,153 @@
+"""Directories of low-rank adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from tulu_mega.bridge.files.companions import as_json, put_in_place
+from tulu_mega.bridge.files.hf_files import HfCheckpoint, read_header
+from tulu_mega.bridge.files.hf_writer import ShardWriter, tensor_info, write_durably
+from tulu_mega.bridge.files.untrusted import read_json
+from tulu_mega.config.lora import LoraSettings
+from tulu_mega.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HEAD = ["score"]
+"""What is saved whole beside a reward model's adapters."""
+_PLAIN: Mapping[str, Any] = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "exclude_modules": None,
+    "megatron_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+}
+"""What an adapter's configuration may say about things that are not had here, beside nothing: that they are not there."""
+
+
+def adapter_config(base: str, rank: int, alpha: float, rslora: bool, targets: Sequence[str], reward: bool) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Args:
+        base: directory or hub name of the model that the adapters are for.
+        targets: last parts of the names of the matrices.
+        reward: whether the model is a reward model.
+    """
+    whole = int(alpha) if float(alpha).is_integer() else alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if reward else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": whole,
+        "use_rslora": rslora,
+        "target_modules": sorted(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": HEAD if reward else None,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def open_adapter(path: str | Path) -> tuple[dict[str, Any], HfCheckpoint]:
+    """The configuration of a directory of adapters, and its tensors.
+
+    Raises:
+        UserError: with everything that is wrong with the directory, or is not had here.
+    """
+    directory, problems = Path(path), []
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; expected adapters as PEFT saves them ({CONFIG}, {WEIGHTS})")
+    try:
+        config = read_json(directory / CONFIG)
+    except FileNotFoundError:
+        raise UserError(f"{directory / CONFIG}: no such file; expected a directory of adapters as PEFT saves them") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / CONFIG}: cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{directory / CONFIG}: holds {type(config).__name__}, expected a JSON object")
+    if config.get("peft_type") != "LORA":
+        problems.append(f"{directory / CONFIG}: peft_type = {config.get('peft_type')!r}, expected 'LORA'")
+    problems += [
+        f"{directory / CONFIG}: {name} = {str(config[name])[:80]} is not had here; expected {plain!r}"
+        for name, plain in _PLAIN.items()
+        if config.get(name) not in (plain, None, {}, [])
+    ]
+    head, saved = HEAD if config.get("task_type") == "SEQ_CLS" else [], config.get("modules_to_save") or []
+    if saved not in ([], head):
+        problems.append(f"{directory / CONFIG}: modules_to_save = {str(saved)[:80]} is not had here; expected {head}")
+    if not (directory / WEIGHTS).exists():
+        problems.append(f"{directory / WEIGHTS}: no such file; save the adapters with safe_serialization=True")
+    tensors = {} if problems else read_header(directory / WEIGHTS, problems)
+    if problems:
+        raise UserError(problems)
+    return config, HfCheckpoint(directory, config, tensors, asks=CONFIG)
+
+
+def settings_of(directory: str | Path) -> LoraSettings:
+    """What a directory of adapters says of itself.
+
+    Raises:
+        UserError: as `open_adapter`; or it is of matrices that are not known here.
+    """
+    config, files = open_adapter(directory)
+    targets = config.get("target_modules")
+    names = [targets] if isinstance(targets, str) and targets != "all-linear" else targets
+    try:
+        return LoraSettings(
+            rank=config.get("r"),
+            alpha=config.get("lora_alpha"),
+            rslora=config.get("use_rslora", False),
+            targets=names if isinstance(names, str) else sorted({str(each).rpartition(".")[2] for each in names or ()}),
+        )
+    except ValidationError as error:
+        theirs = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "targets": "target_modules"}
+        wrong = [f"{theirs[each['loc'][0]]} = {each['input']!r}: {each['msg']}" for each in error.errors()]
+        raise UserError([f"{files.path / CONFIG}: {each}" for each in wrong]) from None
+
+
+def write_adapters(final: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Writes a directory of adapters whole or not at all.
+
+    Raises:
+        UserError: something else lies at that place.
+        OSError: it cannot be written.
+    """
+    if final.exists() and not (final.is_dir() and ((final / CONFIG).exists() or not any(final.iterdir()))):
+        raise UserError(f"{final}: exists and is no directory of adapters; it is not replaced, choose another name")
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with ShardWriter(
+            partial, {WEIGHTS: {name: tensor_info(each.shape, each.dtype) for name, each in tensors.items()}}
+        ) as out:
+            for name, each in tensors.items():
+                out.add(name, each)
+        write_durably(partial / CONFIG, as_json(config))
+        put_in_place(partial, final)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,237 @@
+"""Low-rank adapters beside the frozen linear layers of a model (LoRA, Hu et al., arXiv 2106.09685).
+
+    y = W x + scale B A x        A [rank, in], B [out, rank]
+
+One pair for each Hugging Face matrix, as PEFT has it, also where megatron-core keeps several matrices in one parameter. A pair is
+cut as its matrix is (`bridge.adapters`), so that between tensor ranks nothing wider than the rank is sent. Pairs lie in
+a tree of their own under the model, named as PEFT names them; a linear layer's output gets its pairs' on the way out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from tulu_mega.bridge.adapters import ROOT, A, B, adapter_family, adapter_name, has_adapter, rows_of
+from tulu_mega.bridge.rules import Config, Cut, Family
+from tulu_mega.bridge.shards import exportable, global_name
+from tulu_mega.config.lora import LoraSettings
+from tulu_mega.distributed.topology import Topology
+
+
+class Pair(nn.Module):
+    """This rank's part of the two thin matrices beside one matrix, not initialised.
+
+    Args:
+        a_shape, b_shape: [rank, in] and [out, rank] of the part.
+        by_columns: whether the matrix is cut along its columns.
+        beside: the matrix's parameter, for type and device.
+        sequence_parallel: whether the tensor ranks share the tokens.
+    """
+
+    def __init__(self, a_shape: Sequence[int], b_shape: Sequence[int], by_columns: bool, beside: Tensor, sequence_parallel: bool):
+        super().__init__()
+        self.lora_A, self.lora_B = (
+            nn.Parameter(torch.empty(*shape, dtype=beside.dtype, device=beside.device)) for shape in (a_shape, b_shape)
+        )
+        cut, copied = (self.lora_A, self.lora_B) if by_columns else (self.lora_B, self.lora_A)
+        set_tensor_model_parallel_attributes(cut, is_parallel=True, dim=1 if by_columns else 0, stride=1)
+        set_tensor_model_parallel_attributes(copied, is_parallel=False, dim=-1, stride=1)
+        copied.sequence_parallel = sequence_parallel  # it sees its own tokens alone: megatron-core sums the gradients
+
+
+@dataclass(frozen=True)
+class _Layout:
+    scale: float
+    sequence_parallel: bool
+    group: ProcessGroup
+
+
+@dataclass(frozen=True)
+class _CutByRows:
+    """The pairs of a column-parallel layer: A x is made of the tokens at hand, then every rank multiplies its rows of B."""
+
+    pairs: tuple[Pair, ...]
+    parts: tuple[tuple[int | None, int, int], ...]
+    """what the layer's output is made of: which pair (None: a matrix without), first row of its B, rows"""
+    layout: _Layout
+
+    def __call__(self, _linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]):
+        into, (product, bias) = self.layout, output
+        narrow = F.linear(inputs[0], torch.cat([pair.lora_A for pair in self.pairs])) * into.scale
+        if into.sequence_parallel:  # backward: reduce-scatter of the ranks' partial gradients
+            narrow = gather_from_sequence_parallel_region(narrow, tensor_parallel_output_grad=True, group=into.group)
+        else:  # backward: all-reduce of them
+            narrow = copy_to_tensor_model_parallel_region(narrow, group=into.group)
+        split = narrow.split([len(pair.lora_A) for pair in self.pairs], dim=-1)
+        made = [F.linear(each, pair.lora_B) for each, pair in zip(split, self.pairs, strict=True)]
+        columns = [
+            product.new_zeros(*product.shape[:-1], rows) if which is None else made[which][..., first : first + rows]
+            for which, first, rows in self.parts
+        ]
+        return product + torch.cat(columns, dim=-1), bias
+
+    def added(self, rows: int) -> Tensor:
+        """What merging adds to the layer's weight, float32 [rows, in]."""
+        products = [pair.lora_B.float() @ pair.lora_A.float() * self.layout.scale for pair in self.pairs]
+        nothing = products[0].new_zeros(rows, products[0].shape[1])
+        return torch.cat([nothing[:n] if at is None else products[at][first : first + n] for at, first, n in self.parts])
+
+
+@dataclass(frozen=True)
+class _CutByColumns:
+    """The pair of a row-parallel layer: the ranks' shares of A x are added up, then each has all of B."""
+
+    pair: Pair
+    layout: _Layout
+
+    def __call__(self, _linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]):
+        into, (product, bias) = self.layout, output
+        narrow = F.linear(inputs[0], self.pair.lora_A) * into.scale
+        if into.sequence_parallel:
+            narrow = reduce_scatter_to_sequence_parallel_region(narrow, group=into.group)
+        else:
+            narrow = reduce_from_tensor_model_parallel_region(narrow, group=into.group)
+        return product + F.linear(narrow, self.pair.lora_B), bias
+
+    def added(self, rows: int) -> Tensor:
+        """What merging adds to the layer's weight, float32 [rows, in / TP]."""
+        return self.pair.lora_B.float() @ self.pair.lora_A.float() * self.layout.scale
+
+
+class Adapters(nn.Module):
+    """The tree of a chunk's pairs: ``model.layers.3.self_attn.q_proj.lora_A``, layers numbered in the whole model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._beside: list[tuple[nn.Module, _CutByRows | _CutByColumns]] = []
+
+    def add(self, path: str, pair: Pair) -> None:
+        """Puts a pair at its place."""
+        *above, name = path.split(".")
+        place: nn.Module = self
+        for each in above:
+            if each not in dict(place.named_children()):
+                place.add_module(each, nn.Module())
+            place = place.get_submodule(each)
+        place.add_module(name, pair)
+
+    def act(self, linear: nn.Module, pairs: _CutByRows | _CutByColumns) -> None:
+        """From now on they are added to what a linear layer gives."""
+        self._beside.append((linear, pairs))
+        linear.register_forward_hook(pairs)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the products to the weights, in float32 and rounded once. The pairs go on acting, so the model is for export."""
+        for linear, pairs in self._beside:
+            linear.weight.copy_(linear.weight.float() + pairs.added(len(linear.weight)))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """megatron-core's description for distributed checkpoints: names are the whole model's, so that any layout reads them."""
+        held = self.state_dict(prefix="", keep_vars=True)
+        cut = {name: value.partition_dim for name, value in held.items() if value.tensor_model_parallel}
+        return make_sharded_tensors_for_checkpoint(held, prefix, cut, sharded_offsets)
+
+
+def attach(chunks: Sequence[nn.Module], lora: LoraSettings, family: Family, config: Config, here: Topology) -> None:
+    """Freezes a rank's chunks, but for a reward model's head, and gives them adapters, which are to be loaded or drawn next.
+
+    Args:
+        family: the model's.
+        config: its config.json.
+
+    Raises:
+        UserError: a size that the tensor ranks do not divide.
+    """
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        if family.reward and chunk.post_process:
+            chunk.output_layer.requires_grad_(True)
+        adapters = Adapters()
+        layout = _Layout(lora.scale, chunk.config.sequence_parallel, here.tensor_group)
+        for path, linear in list(chunk.named_modules()):
+            if isinstance(linear.__dict__["_parameters"].get("weight"), nn.Parameter):
+                _attach(adapters, linear, global_name(chunk, f"{path}.weight"), lora, family, config, here, layout)
+        chunk.adapters = adapters
+        if chunk.pre_process:  # what is computed again backward has to hang on something that wants a gradient
+            chunk.embedding.register_forward_hook(_wanting_gradient)
+
+
+def _wanting_gradient(_embedding: nn.Module, _inputs: tuple, embedded: Tensor) -> Tensor:
+    return embedded.requires_grad_() if torch.is_grad_enabled() else embedded
+
+
+def _attach(
+    adapters: Adapters,
+    linear: nn.Module,
+    name: str,
+    lora: LoraSettings,
+    family: Family,
+    config: Config,
+    here: Topology,
+    layout: _Layout,
+) -> None:
+    rule, _layer = family.rule(name, config)
+    if not any(has_adapter(hf, lora.names) for hf in rule.hf):
+        return
+    thin, by_columns = adapter_family(family, lora.names, lora.rank), rule.cut is Cut.ROW
+    rows = rows_of(family, name, config, here)
+    pairs: dict[str, Pair] = {}
+    for hf in rows:
+        if has_adapter(hf, lora.names):
+            shapes = (thin.local_shape(adapter_name(hf) + which, config, here) for which in (A, B))
+            pairs[hf] = Pair(*shapes, by_columns, linear.weight, layout.sequence_parallel)
+            adapters.add(adapter_name(hf).removeprefix(ROOT), pairs[hf])
+    if by_columns:
+        (pair,) = pairs.values()
+        adapters.act(linear, _CutByColumns(pair, layout))
+        return
+    order = list(pairs)
+    begins = {hf: min(first for first, _, _ in runs) for hf, runs in rows.items()}
+    parts = [
+        (at, order.index(hf) if hf in pairs else None, first - begins[hf], count)
+        for hf, runs in rows.items()
+        for first, at, count in runs
+    ]
+    adapters.act(linear, _CutByRows(tuple(pairs.values()), tuple(part[1:] for part in sorted(parts)), layout))
+
+
+@torch.no_grad()
+def draw(chunks: Sequence[nn.Module], lora: LoraSettings, family: Family, config: Config, here: Topology, seed: int) -> None:
+    """Fills adapters as PEFT does, alike under every layout: A from U(-1/sqrt(in), 1/sqrt(in)) for whole matrices, B with 0.
+
+    Arguments are those of `attach`.
+    """
+    thin = adapter_family(family, lora.names, lora.rank)
+    shapes = thin.hf_shapes(config)
+    for name, parameter in (each for chunk in chunks for each in exportable(chunk, adapters=True)):
+        if not name.startswith(ROOT):
+            continue
+        for piece in thin.pieces(name, config, here):
+            if name.endswith(B):
+                parameter.zero_()
+                continue
+            rank, into = shapes[piece.hf_name]
+            whole = (torch.rand(rank, into, generator=_generator(seed, piece.hf_name)) * 2 - 1) / math.sqrt(into)
+            parameter[piece.local_box.slices].copy_(whole[piece.hf_box.slices])
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

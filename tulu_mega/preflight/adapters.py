@@ -1,0 +1,40 @@
+"""What is wrong with low-rank adapters that a run is to train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tulu_mega.bridge.adapters import adapter_family
+from tulu_mega.bridge.families import family_for
+from tulu_mega.bridge.families.reward import reward_fields
+from tulu_mega.bridge.files.peft import open_adapter, settings_of
+from tulu_mega.config import StageSettings
+from tulu_mega.errors import UserError
+from tulu_mega.pins.directories import Directory
+from tulu_mega.preflight import run
+from tulu_mega.preflight.findings import Findings
+
+
+def problems(settings: StageSettings, findings: Findings, reward: bool) -> None:
+    """Of adapters that the run begins with, which are the model's; they are pinned.
+
+    Args:
+        reward: it trains a reward model.
+    """
+    if not settings.lora or not settings.lora.adapter:
+        return
+    path = settings.lora.adapter
+    if (config := findings.config) and findings.collect(lambda: _of_the_model(path, config, reward)):
+        run.pin(findings, "lora.adapter", Directory(path))
+
+
+def _of_the_model(path: str, config: Mapping[str, Any], reward: bool) -> bool:
+    lora, family = settings_of(path), family_for(config)
+    if reward and not family.reward:
+        config = {**config, **reward_fields(family, config)}
+        family = family_for(config)
+    thin = adapter_family(family, lora.names, lora.rank)
+    if wrong := open_adapter(path)[1].check(thin.hf_shapes(config)):
+        raise UserError([*wrong, f"lora.adapter = {path!r} does not belong to the model; name one that was made for it"])
+    return True
