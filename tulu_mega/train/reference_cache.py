@@ -127,7 +127,8 @@ def weights_digest(model: Path, known: Mapping[str, str]) -> str:
     Args:
         known: digests by file, of what has been read already.
     """
-    files = sorted(file for pattern in ("*.safetensors", "*.distcp", "config.json", "adapter_config.json") for file in model.glob(pattern))
+    patterns = ("*.safetensors", "*.distcp", "config.json", "adapter_config.json")
+    files = sorted(file for pattern in patterns for file in model.glob(pattern))
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = [(file.name, known.get(file.name) or digest(file)) for file in files[rank::size]]
     return hashlib.sha256(json.dumps(sorted(pair for part in gathered(mine) for pair in part)).encode()).hexdigest()
