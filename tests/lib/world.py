@@ -84,6 +84,13 @@ class Started:
         assert not problems, "\n".join(problems)
         return results
 
+    def end_of(self, rank: int, timeout: float) -> None:
+        """Waits for the end of a rank, whatever it ends with; no process is left."""
+        self._processes[rank].join(timeout)
+        alive = self._processes[rank].is_alive()
+        self.kill()
+        assert not alive, f"rank {rank}: at work after {timeout} s"
+
     def kill(self) -> None:
         """Ends all ranks with SIGKILL."""
         for process in self._processes:
