@@ -145,8 +145,8 @@ def test_a_slurm_job_with_rollout_nodes_hands_over_addresses_and_a_key(tmp_path,
     fake.write_text(
         '#!/usr/bin/env bash\n[ "$1" = -c ] && { echo the-key; exit; }\n'
         'echo "$SLURMD_NODENAME rank $NODE_RANK of $NNODES key $TULU_MEGA_ROLLOUT_KEY: $*" >> "$STUB_LOG"\n'
-        'case "$*" in *serve*) exec sleep 600;; esac\n'
-        'until grep -q "tulu_mega serve" "$STUB_LOG"; do sleep 0.1; done\n'  # with the trainers the servers end
+        'case "$*" in *serve*) exec sleep 600;;\n'  # they end with the trainers
+        '*--rollout.urls*) until grep -q "tulu_mega serve" "$STUB_LOG"; do sleep 0.1; done;; esac\n'
     )
     fake.chmod(0o755)
     env = shell | {
