@@ -13,6 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")  # how busy a machine is decides nothing
 
 # vLLM's processes find a plugin of the tests there: their workers sleep between messages.
 PATIENT = str(Path(__file__).parent / "lib/patient_vllm")

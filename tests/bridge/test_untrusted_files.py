@@ -77,7 +77,7 @@ def test_a_header_out_of_bounds_is_refused(tmp_path, entries):
     with pytest.raises(UserError) as refused:
         HfCheckpoint.open(header(tmp_path / "model", entries, 4))
     assert str(tmp_path / "model" / SINGLE) in str(refused.value) and len(str(refused.value)) < 1000
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 def test_a_header_within_bounds_is_read(tmp_path):

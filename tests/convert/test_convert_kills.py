@@ -36,9 +36,10 @@ def killed_at_random(source: Path, output: Path, to: str, kills: int, seed: int,
             os.kill(process.pid, signal.SIGKILL)  # its workers are to end with it
             process.wait()
             interrupted += 1
-    time.sleep(0.5)
-    left = subprocess.run(["pgrep", "-f", str(output)], capture_output=True, text=True).stdout.split()
-    assert not left
+    end = time.monotonic() + 60
+    while left := subprocess.run(["pgrep", "-f", str(output)], capture_output=True, text=True).stdout.split():
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
     subprocess.run(command(source, output, to, "--verify", "true"), check=True, timeout=120, stdout=subprocess.DEVNULL)
     final_check(output)
 
@@ -72,14 +73,17 @@ def test_killed_at_random_moments(tmp_path, to):
     begin = time.monotonic()
     attempt(tmp_path / "whole").join()
     full, killed = time.monotonic() - begin, 0
-    for _ in range(10):
+    while killed < 5:
         process = attempt(tmp_path / "out")
         process.join(full * moments.uniform(0.1, 0.5))
-        killed += process.exitcode is None
+        if process.exitcode is None:
+            killed += 1
+        else:  # the machine was busier before
+            full *= 0.8
+            shutil.rmtree(tmp_path / "out")
         process.kill()
         process.join()
     out = convert(source, tmp_path / "out", to, verify=True)
-    assert killed >= 3
     assert manifest.hashes(out) == manifest.hashes(tmp_path / "whole")
 
 

@@ -62,7 +62,7 @@ def test_a_template_that_takes_too_much_is_refused(little, template):
     start = time.monotonic()
     with pytest.raises(UserError, match="chat template is not to be used: it took more than") as refused:
         limits.rendered(template, GIVEN, False)
-    assert len(str(refused.value)) < 300 and time.monotonic() - start < 60
+    assert len(str(refused.value)) < 300 and time.monotonic() - start < 120
 
 
 def test_it_ends_the_command_and_not_a_row_alone(little):
@@ -175,7 +175,7 @@ def test_a_tokenizers_files_are_looked_at_before_they_are_loaded(tmp_path, littl
         start = time.monotonic()
         with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
             load_tokenizer(str(directory))
-        assert time.monotonic() - start < 30, name
+        assert time.monotonic() - start < 120, name
 
 
 def test_a_tokenizer_of_a_relative_name_is_found_wherever_the_process_began(tmp_path, monkeypatch):

@@ -68,9 +68,11 @@ class Torn:
 
 torn, first = Torn(), lambda: print("at exit")
 atexit.register(first)
-threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+leaves = threading.Event()
+threading.Thread(target=lambda: (leaves.wait(), time.sleep(0.3), print("thread"))).start()
 sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: USED))
 print("left")
+leaves.set()
 leave(STATUS)
 """
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

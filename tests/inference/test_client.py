@@ -93,7 +93,7 @@ def serve():
     runners = []
 
     def run(coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(20)
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(120)
 
     def start(fake: Fake) -> ServerAddress:
         async def listen() -> int:
@@ -117,7 +117,7 @@ def serve():
 
 
 def settings(**values) -> RolloutSettings:
-    return RolloutSettings(**{"request_timeout": 20.0, **values})
+    return RolloutSettings(**{"request_timeout": 120.0, **values})
 
 
 def free_port() -> int:
@@ -255,11 +255,11 @@ def test_a_server_that_nobody_listens_at_is_left_out(serve):
 
 def test_an_answer_that_takes_too_long_is_asked_for_elsewhere(serve):
     async def never(_request: dict) -> dict:
-        await asyncio.sleep(60)
+        await asyncio.sleep(600)
 
     stuck, good = Fake(never), Fake()
     stuck_at = serve(stuck)
-    with RolloutClient([stuck_at, serve(good)], settings(request_timeout=0.3)) as client:
+    with RolloutClient([stuck_at, serve(good)], settings(request_timeout=1.5)) as client:
         assert len(client.generate([[1], [2], [3]], SAMPLING, 3)) == 3
     assert stuck.requests and good.batches == [1, 2]
     assert stuck.batches == [2]
@@ -269,7 +269,7 @@ def test_a_server_that_hangs_is_not_asked_twice(serve):
     """Where there is no other it has to be started again, and each asking would take a whole time-out."""
 
     async def never(_request: dict) -> dict:
-        await asyncio.sleep(60)
+        await asyncio.sleep(600)
 
     stuck = Fake(never)
     client = RolloutClient([serve(stuck)], settings(request_timeout=0.3, retries=5))
@@ -347,7 +347,7 @@ def test_only_the_prompts_that_went_wrong_are_asked_again(serve):
 def test_what_is_under_way_is_dropped_when_the_caller_gives_up(serve):
     async def slow_but_the_last(request: dict) -> dict:
         if request["token_ids"] != [3]:
-            await asyncio.sleep(60)
+            await asyncio.sleep(600)
         return answer(request)
 
     fake = Fake(slow_but_the_last)
@@ -360,7 +360,7 @@ def test_what_is_under_way_is_dropped_when_the_caller_gives_up(serve):
             client.generate([[1], [2], [3]], SAMPLING, 3, done=give_up)
         fake.reply = answer
         assert len(client.generate([[4]], SAMPLING, 3)) == 1, "it goes on afterwards"
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while not fake.dropped and time.monotonic() < until:  # the server notices in its own time
             time.sleep(0.01)
     assert fake.dropped == 1

@@ -8,7 +8,10 @@ import multiprocessing
 import os
 import random
 import socket
+import threading
 import traceback
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.distributed import TCPStore
@@ -19,6 +22,25 @@ WARM = os.environ.get("TULU_MEGA_WARM", "tests.lib.warm")
 CONTEXT = multiprocessing.get_context("forkserver")
 """Makes processes that are forks of one that has imported everything."""
 CONTEXT.set_forkserver_preload([WARM])
+_BEFORE, _SERVING = dict(os.environ), threading.Event()
+
+
+def process(function, *args, daemon: bool = False) -> BaseProcess:
+    """A process that is not started yet. Whichever test comes first, it has the environment of before all tests."""
+    if not _SERVING.is_set():
+        _SERVING.set()
+        now = dict(os.environ)
+        _become(_BEFORE)
+        try:
+            forkserver.ensure_running()
+        finally:
+            _become(now)
+    return CONTEXT.Process(target=function, args=args, daemon=daemon)
+
+
+def _become(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def free_port() -> int:
@@ -52,11 +74,11 @@ class Started:
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_rank_main, args=(rank, size, self._store.port, theirs, function, args))
-            process.start()
+            made = process(_rank_main, rank, size, self._store.port, theirs, function, args)
+            made.start()
             theirs.close()
             self._pipes.append(ours)
-            self._processes.append(process)
+            self._processes.append(made)
 
     def results(self, timeout: float = 240) -> list[Any]:
         """What the ranks return, by rank; no process is left.
@@ -84,11 +106,18 @@ class Started:
         assert not problems, "\n".join(problems)
         return results
 
+    def end_of(self, rank: int, timeout: float) -> None:
+        """Waits for the end of a rank, whatever it ends with; no process is left."""
+        self._processes[rank].join(timeout)
+        alive = self._processes[rank].is_alive()
+        self.kill()
+        assert not alive, f"rank {rank}: at work after {timeout} s"
+
     def kill(self) -> None:
         """Ends all ranks with SIGKILL."""
-        for process in self._processes:
-            process.kill()
-            process.join()
+        for each in self._processes:
+            each.kill()
+            each.join()
 
 
 def run(size: int, function, *args, timeout: float = 240) -> list[Any]:

@@ -77,7 +77,7 @@ ASKED = LAUNCHER.replace("lambda settings: None)", "lambda settings: None, run_d
     [
         ("launcher", "SIGUSR1", 0.5, 60),
         ("rank", "SIGTERM", 0.5, 60),
-        ("launcher", "SIGTERM", 99, 1),
+        ("launcher", "SIGTERM", 600, 1),
     ],
     ids=["SIGUSR1", "to a rank alone", "too slow"],
 )
@@ -95,7 +95,7 @@ def test_the_launcher_leaves_its_ranks_time_to_save(tmp_path, to, number, second
             process.send_signal(getattr(signal, number))
         else:
             os.kill(int((tmp_path / "pid0").read_text()), getattr(signal, number))
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=120)[1]
     finally:
         process.kill()
     assert process.returncode == (143 if grace > seconds else 137), err

@@ -104,7 +104,7 @@ def test_time_runs_out():
     results = run_program("import time; time.sleep(60)", [{"statement": "pass"}] * 3, CodeLimits(wall_s=0.4, total_s=0.6))
     assert [result.passed for result in results] == [False] * 3
     assert "not run" in results[2].detail
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 55  # of the sixty that each would sleep
 
 
 @confined
@@ -138,7 +138,10 @@ def test_trees_that_are_hard_to_remove_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     program = "import os\nos.mkdir('closed', 0)\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')"
     assert outcome(program).passed
-    assert not list(tmp_path.iterdir())
+    end = time.monotonic() + 60
+    while left := list(tmp_path.iterdir()):  # what takes long is removed after the verdict
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
 
 
 def test_a_machine_without_protections_is_refused_unless_allowed(monkeypatch):

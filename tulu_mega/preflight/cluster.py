@@ -34,6 +34,8 @@ from tulu_mega.preflight import measure
 
 PATIENCE = 60.0
 """Seconds a node may take to answer."""
+SEEN_SECONDS = 10.0
+"""That a network file system may take to show a file."""
 SKEW = 2.0
 """Seconds that clocks may differ."""
 
@@ -229,7 +231,7 @@ def _clock(store: dist.Store, rank: int, speakers: Sequence[int]) -> float:
 
 
 def _unseen(run_dir: Path, store: dist.Store, rank: int, speakers: Sequence[int]) -> list[int]:
-    """Speakers whose file this one does not see; a network file system may take some seconds to show it."""
+    """Speakers whose file this one does not see."""
     word = _gathered(store, "word", rank, speakers, secrets.token_hex(8))
     names = {each: run_dir / f".cluster_check_{word[each]}" for each in speakers}
     made = not run_dir.exists()
@@ -237,7 +239,7 @@ def _unseen(run_dir: Path, store: dist.Store, rank: int, speakers: Sequence[int]
         make_private(run_dir)
         names[rank].write_text("")
     _gathered(store, "written", rank, speakers, True)
-    end = time.monotonic() + 10
+    end = time.monotonic() + SEEN_SECONDS
     while (missing := [each for each in speakers if not names[each].exists()]) and time.monotonic() < end:
         with contextlib.suppress(OSError):
             os.listdir(run_dir)  # lets an NFS client look again

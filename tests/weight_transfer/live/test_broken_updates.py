@@ -9,7 +9,7 @@ import httpx
 import pytest
 import torch
 
-from tests.lib.world import CONTEXT
+from tests.lib import world
 from tests.weight_transfer.live import jobs
 from tests.weight_transfer.live.senders import Senders, announce, send_half
 from tests.weight_transfer.live.servers import is_paused
@@ -163,8 +163,8 @@ def test_a_whole_update_heals(broken):
 
 def test_a_sender_that_dies_half_way_leaves_a_server_that_waits_for_the_next(broken):
     server, model = broken
-    ours, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=send_half, args=(server, model, theirs), daemon=True)
+    ours, theirs = world.CONTEXT.Pipe()
+    process = world.process(send_half, server, model, theirs, daemon=True)
     process.start()
     assert ours.poll(120)
     process.kill()
@@ -175,8 +175,8 @@ def test_a_sender_that_dies_half_way_leaves_a_server_that_waits_for_the_next(bro
 
 def test_workers_that_wait_for_a_sender_that_died_are_freed(broken):
     server, model = broken
-    ours, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=announce, args=(server, model, theirs), daemon=True)
+    ours, theirs = world.CONTEXT.Pipe()
+    process = world.process(announce, server, model, theirs, daemon=True)
     process.start()
     assert ours.poll(120)
     time.sleep(1)
