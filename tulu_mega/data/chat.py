@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from tulu_mega.data.left_out import MUST_BE_READ
 from tulu_mega.data.messages import NOTHING, ROLES, TRAINING_FIELDS, Given, Messages, check_messages, is_trained
-from tulu_mega.data.own_template import MUST_BE_READ, Rendered, Span, own_prompt, own_text, render_own
+from tulu_mega.data.own_template import Rendered, Span, own_prompt, own_text, render_own
 from tulu_mega.errors import UserError
 from tulu_mega.records import IGNORE
 

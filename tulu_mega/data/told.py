@@ -65,7 +65,7 @@ def lines(
 
 def form_lines(form: Form) -> list[str]:
     """What is odd about a template, for whoever asks the model by other programs too."""
-    found = []
+    found = [form.day] if form.day else []
     if form.header:
         found.append(
             f"the chat template does not write {form.header!r} when an answer is asked for; prompts of eval, generate and grpo "
