@@ -19,6 +19,8 @@ from tulu_mega.records import IGNORE
 CHATML = KINDS["ChatML"].template
 WRITTEN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}BESIDE<|im_end|>\n{% endfor %}"
 CALLS = "{% for c in m.tool_calls or [] %}[{{ c.function.name }}({{ c.function.arguments | tojson }})]{% endfor %}"
+
+
 def writing(beside):
     return WRITTEN.replace("BESIDE", beside)
 
@@ -109,7 +111,8 @@ def test_a_template_writes_the_day_that_it_is_told(monkeypatch):
     tokenizer = tokenizer_of(dated(clock, "2024-07-26"))
     for each in (tokenizer, copy.deepcopy(tokenizer)):
         assert each.decode(prompt_of([ASKED], each, "tokenizer")[0]).startswith("26 Jul 2024 00:00<|im_start|>")
-    assert form_lines(form_of(tokenizer, NOTHING)) == ["the chat template writes a date, that of 2024-07-26, the run's first start"]
+    told = form_lines(form_of(tokenizer, NOTHING))
+    assert told == ["the chat template writes a date, that of 2024-07-26, the run's first start"]
     assert dated({"default": clock, "tool_use": CHATML}, "2024-07-26") == {"default": tokenizer.chat_template, "tool_use": CHATML}
     assert dated(CHATML, "2024-07-26") == CHATML and dated(None, "2024-07-26") is None and dated(clock, None) == clock
 

@@ -89,6 +89,10 @@ def load_tokenizer(
             f"{named}: transformers' {type(loaded).__name__} makes other tokens than {_VOCABULARY} itself; "
             'name the model\'s class in tokenizer_config.json (as "tokenizer_class": "LlamaTokenizer"), or give tokenizer.json'
         )
+    if loaded.is_fast and (share := getattr(loaded.backend_tokenizer.model, "dropout", None)):  # of BPE alone
+        problems.append(
+            f"{named}: tokenizer.json asks for dropout = {share:g}: other tokens of the same text each time; set it to null"
+        )
     if template == "tokenizer" and not loaded.chat_template:
         problems.append(f'{named}: the tokenizer ships no chat template; use the template "tulu"')
     if problems:
