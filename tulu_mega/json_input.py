@@ -6,6 +6,7 @@ Python's `json` ends in a RecursionError where brackets are nested deeply, and t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,22 +23,31 @@ def read_json_text(text: str | bytes) -> Any:
         raise ValueError("brackets are nested too deeply") from None
 
 
+def read_whole_json(text: str | bytes) -> Any:
+    """What JSON of a user's data says; a name that an object has twice is refused, since only one of the two could be used.
+
+    Raises:
+        ValueError: as `read_json_text`, or an object has a name twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+
+
 def parse_json(data: bytes) -> Any:
     """What JSON in UTF-8 says, without names that an object has twice.
 
     Raises:
         ValueError: as `read_json_text`, or an object has a name twice.
     """
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_object)
-    except RecursionError:
-        raise ValueError("brackets are nested too deeply") from None
+    return read_whole_json(data.decode("utf-8"))
 
 
 def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"it has {name[:100]!r} twice")
-        found[name] = value
+    pairs = list(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _value in pairs)
+        raise ValueError(f"it has {counts.most_common(1)[0][0][:100]!r} twice")
     return found

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tulu_mega.bridge.box import Box
+from tulu_mega.bridge.files import hf_files
 from tulu_mega.bridge.files.hf_files import HfCheckpoint, TensorInfo
 from tulu_mega.bridge.files.hf_writer import ShardWriter, plan_files, tensor_info, write_index
 from tulu_mega.errors import UserError
@@ -230,3 +231,22 @@ def test_two_models_in_one_directory(model):
     (model / "__0_0.distcp").write_bytes(b"")
     (problem,) = problems_of(model)
     assert "and parts of a Megatron checkpoint (__0_0.distcp)" in problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_tensors_that_differ_are_told(tmp_path, dtype, monkeypatch):
+    """transformers leaves them untied then, with a warning; vLLM and we take the embedding for both."""
+    monkeypatch.setattr(hf_files, "_COMPARED", 12)  # three rows at a time
+    (tmp_path / "config.json").write_text("{}")
+    one = torch.arange(28.0).reshape(7, 4).to(dtype)
+
+    def problems(other, names=("one", "other")):
+        save_file({"one": one} | ({} if other is None else {"other": other}), tmp_path / "model.safetensors")
+        return HfCheckpoint.open(tmp_path).check_tied(names)
+
+    changed = one.clone()
+    changed[6, 3] += 1
+    assert problems(one.clone()) == problems(None) == problems(changed, None) == []
+    for other in (changed, one[:6].clone()):
+        (told,) = problems(other)
+        assert "tie_word_embeddings = true, but one and other are there and differ" in told and "remove other" in told

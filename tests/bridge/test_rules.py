@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tulu_mega.bridge.families import FAMILIES, decoder, family_for
+from tulu_mega.bridge.families import FAMILIES, REWARD_FAMILIES, decoder, family_for
 from tulu_mega.bridge.rules import Cut, LayerNeeds, is_weight, padded_vocab
 from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
@@ -266,3 +266,13 @@ def test_the_family_of_the_documentation_is_one():
     page = (docs / "families.md").read_text()
     listed = [line.split("`")[1] for line in page.splitlines() if "ForCausalLM` |" in line]
     assert sorted(listed) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize(("end", "known"), [("ForCausalLM", FAMILIES), ("ForSequenceClassification", REWARD_FAMILIES)])
+def test_a_config_of_two_families_is_refused(end, known):
+    """transformers would build the one, we the other."""
+    for architecture, family in known.items():
+        kind = architecture.removesuffix(end).lower()
+        assert family_for({"architectures": [architecture], "model_type": kind}) is family
+        with pytest.raises(UserError, match=f"architectures = {architecture}, but model_type = 'gemma', expected '{kind}'"):
+            family_for({"architectures": [architecture], "model_type": "gemma"})

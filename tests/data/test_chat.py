@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tulu_mega.data.chat import check_messages, encode, prompt_ids, render_tulu, template_of, tulu_prompt
-from tulu_mega.data.messages import Given
+from tulu_mega.data.messages import Given, conversation_of
 from tulu_mega.data.tulu_template import TULU_CHAT_TEMPLATE
 from tulu_mega.records import IGNORE
 
@@ -172,3 +172,11 @@ def test_tulus_template_refuses_what_it_has_no_form_for(tokenizer):
             prompt_ids([{"role": "user", "content": "hi"}, more], tokenizer, "tulu")
     with pytest.raises(ValueError, match="tools are given"):
         prompt_ids(TALK[:2], tokenizer, "tulu", Given(tools=[{"name": "f"}]))
+
+
+def test_a_name_that_json_text_in_a_row_has_twice_is_refused():
+    call = {"function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}
+    called = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    for row in ({"messages": called}, {"messages": [{"role": "user", "content": "a"}], "tools": '[{"name": "f", "name": "g"}]'}):
+        with pytest.raises(ValueError, match=r"it has '(a|name)' twice"):
+            conversation_of(row, row["messages"], training=False)

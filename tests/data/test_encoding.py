@@ -68,6 +68,7 @@ def test_padding_is_left_out():
     row = {"input_ids": [1, 1, 20, 21, 0], "labels": [IGNORE, IGNORE, IGNORE, 21, 0], "attention_mask": [0, 0, 1, 1, 0]}
     assert tokens(row) == ([20, 21], [IGNORE, 21], {"padding": 1})
     assert tokens({**row, "attention_mask": [True] * 5, "labels": [IGNORE, 1, 20, 21, 0]})[0] == row["input_ids"]
+    assert tokens({**row, "attention_mask": [0.0, 0.0, 1.0, 1.0, 0.0]})[0] == [20, 21], "as pandas writes it"
     both = {f"{side}_{name}": values for side in ("chosen", "rejected") for name, values in row.items()}
     with pytest.raises(Exception, match="are the same"):
         PairEncoding(None, "tulu", 100)(both)

@@ -100,7 +100,23 @@ PAIRS = {
     "hh with a prompt without the last mark": (
         {"prompt": "\n\nHuman: 2+1?", "chosen": " 3", "rejected": " 4"}, "hh", ONE, OTHER, []
     ),
+    "hh with answers that have the mark": (
+        {"prompt": DIALOGUE, "chosen": "\n\nAssistant: 3", "rejected": "\n\nAssistant: 4"}, "hh", [*TURNS, said("3")],
+        [*TURNS, said("4")], [],
+    ),
+    "hh with a prompt that is none": (
+        {"prompt": "Hm?", **{side: f"{DIALOGUE} {text}" for side, text in SIDES.items()}}, "hh", [*TURNS, said("3")],
+        [*TURNS, said("4")], ["prompt"],
+    ),
+    "messages before lists of one answer": (
+        {"messages": ONE[:1], "chosen": ONE[1:], "rejected": OTHER[1:]}, "sharegpt", ONE, OTHER, []
+    ),
+    "a prompt before messages": ({"prompt": ONE[:1], "chosen": ONE[1], "rejected": OTHER[1]}, "sharegpt", ONE, OTHER, []),
     "alpaca": ({"instruction": "2+1?", "input": "", **SIDES}, "alpaca", ONE, OTHER, []),
+    "alpaca of Dolly's": ({"instruction": "2", "input": "", "context": "1", **SIDES}, "alpaca", [user("2\n1"), ONE[1]],
+                          [user("2\n1"), OTHER[1]], []),
+    "alpaca with two contexts": ({"instruction": "2", "input": "1", "context": "0", **SIDES}, "alpaca", [user("2\n1"), ONE[1]],
+                                 [user("2\n1"), OTHER[1]], ["context"]),
     "ultrafeedback": ({"instruction": "2+1?", "completions": RATED, "source": "x"}, "ultrafeedback", ONE, OTHER, ["source"]),
     "ultrafeedback's texts": (
         {"instruction": "2+1?", "chosen_response": "3", "rejected_response": "4"}, "ultrafeedback", ONE, OTHER, []
@@ -156,6 +172,10 @@ REFUSED = [
     ("conversation", {"instruction": ["a"], "output": "b"}, "instruction is .'a'.*expected text"),
     ("conversation", {"instruction": "a", "output": "b", "history": [["a"]]}, "history is .*expected a list of pairs"),
     ("conversation", {"prompt": 3, "completion": "b"}, "prompt is 3"),
+    ("conversation", {"conversations": [{**speaks("gpt", "a"), "content": "b"}]}, "message 1 has a value and another content"),
+    ("conversation", {"messages": [{**speaks("gpt", "a"), "content": "b"}]}, "message 1 has a value and another content"),
+    ("pair", {**SIDES, "prompt": DIALOGUE, "chosen": "\n\nHuman: a\n\nAssistant: b"}, "chosen begins with a dialogue of its own"),
+    ("pair", {"prompt": DIALOGUE + " 3", **SIDES}, "chosen answers a prompt that ends with the assistant's turn"),
     ("pair", {"messages": ONE}, "This is a conversation, which sft trains on"),
     ("pair", SIDES, "texts that do not say what they answer"),
     ("pair", {"question": "a", **SIDES}, "nearest form is alpaca.*rename question to instruction"),
@@ -171,6 +191,14 @@ REFUSED = [
 def test_refusals_name_what_comes_nearest(kind, row, told):
     with pytest.raises(ValueError, match=told):
         read(row, kind)
+
+
+@pytest.mark.parametrize("row", [{side: [said(text)] for side, text in SIDES.items()}, {
+    side: [{"role": "system", "content": "brief"}, said("hello"), said(text)] for side, text in SIDES.items()
+}])  # fmt: skip
+def test_a_pair_that_answers_nothing_is_refused(row, tokenizer):
+    with pytest.raises(ValueError, match="chosen and rejected do not say what they answer"):
+        PairEncoding(tokenizer, "tulu", 100)(row)
 
 
 def test_a_form_that_is_named_is_the_only_one():

@@ -124,3 +124,12 @@ def test_a_parquet_file_changed_within_the_same_second_is_read_anew(tmp_path):
         pq.write_table(pa.table({"messages": [talk(text)["messages"]]}), path)
         os.utime(path, (1, 1))
         assert said(load_rows(str(path))) == [text]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_name_that_a_row_has_twice_is_refused(tmp_path, name):
+    """Only one of the two could be used, and nobody would be told which."""
+    row = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    (tmp_path / name).write_text(f"[{row}]" if name.endswith("json") else row)
+    with pytest.raises((ValueError, UserError), match="not valid JSON: it has 'content' twice"):
+        load_rows(str(tmp_path / name)).row(0)

@@ -242,6 +242,21 @@ def test_several_samples_and_pass_at_k(answering, model, tmp_path):
     assert result["responses"] == 16 and [len(record["responses"]) for record in samples(tmp_path, "gsm8k")] == [4] * 4
 
 
+def test_rows_are_asked_with_all_that_grpo_asks_them_with(answering, model, tmp_path):
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    written = "{{ tools | tojson }} {{ brief }} {% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    (own / "chat_template.jinja").write_text(written)
+    row = {"messages": [{"role": "user", "content": "1+1?"}], "ground_truth": "2", "dataset": "gsm8k", "system": "be good"}
+    row |= {"tools": [{"name": "add"}], "chat_template_kwargs": {"brief": "quick"}}
+    asked = answering(lambda text, sample: "2")
+    data = write(tmp_path / "rows.jsonl", [row])
+    evaluation.evaluate(settings(own, tmp_path, {"rlvr": {"data": data}}))
+    assert asked[1].startswith('[{"name": "add"}] quick [system] be good[user] 1+1?')
+    with pytest.raises(UserError, match="tools are given, which Tulu's template does not write"):
+        evaluation.evaluate(settings(own, tmp_path, {"rlvr": {"data": data}}, template="tulu"))
+
+
 def test_what_cannot_be_judged_is_left_out_and_told(answering, model, tmp_path, monkeypatch, capsys):
     (tmp_path / "halting.py").write_text(
         "def verify(response, ground_truth, **_):\n    if response == '?': raise ValueError('cannot read')\n    return 1.0\n"

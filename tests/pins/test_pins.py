@@ -1,6 +1,7 @@
 """What a run depends on: another content is refused by name and accepted by name, another spelling goes through."""
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
@@ -11,12 +12,16 @@ import pytest
 
 from tests.lib.pinned_inputs import CHANGES, WEIGHTS, Inputs, drop_line, edit, flip, restored
 from tulu_mega.config import DpoSettings, GrpoSettings, SftSettings, load
+from tulu_mega.data.store import TokenStore
+from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
 from tulu_mega.launch import launcher
 from tulu_mega.launch.run_dir import CONFIG
 from tulu_mega.pins import digest, directories
-from tulu_mega.pins.record import Pins
+from tulu_mega.pins.record import Pins, first_day
+from tulu_mega.preflight import pinned
 from tulu_mega.preflight.check import check, ready
+from tulu_mega.rl.prompts import read
 
 SETTINGS = {"sft": SftSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
 
@@ -215,3 +220,35 @@ def test_what_is_pinned(inputs):
     }
     assert "rewards/verifiers/math.py" in pins["rewards.verifiers"].parts
     assert "rewards/verifiers/ifeval.py" not in pins["rewards.verifiers"].parts
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_template_that_writes_the_date_writes_that_of_the_first_start(inputs, stage, monkeypatch, capfd):
+    edit(inputs.root / "model/chat_template.jinja", "{% for m", "{{ strftime_now('%d %b %Y') }}{% for m")
+
+    def on(day):
+        class Then(datetime.date):
+            @classmethod
+            def today(cls):
+                return day
+
+        monkeypatch.setattr(pinned, "date", Then)
+        start(inputs, stage)
+        told = capfd.readouterr().err
+        run = inputs.root / "run"
+        shutil.rmtree(run / "data", ignore_errors=True)  # of sft: tokenised anew at each start
+        if stage == "sft":
+            ready(settings(inputs, stage))
+            store = TokenStore.open(run / "data")
+            return told, [store[at].input_ids for at in range(len(store))]
+        return told, [prompt.ids for prompt in read(settings(inputs, stage), first_day(run)).train.prompts]
+
+    first, ids = on(datetime.date(2024, 7, 26))
+    assert "the chat template writes a date, that of 2024-07-26, the run's first start" in first
+    again, then = on(datetime.date(2031, 1, 2))
+    assert "2024-07-26" in again and then == ids
+    assert load_tokenizer(str(inputs.root / "model")).decode(ids[0]).startswith("26 Jul 2024")
+    pins = json.loads((inputs.root / "run/pins.json").read_text())
+    del pins["day"]  # as it was before the day was kept
+    (inputs.root / "run/pins.json").write_text(json.dumps(pins))
+    assert first_day(inputs.root / "run") is None and "of the day on which the command runs" in on(datetime.date(2031, 1, 2))[0]

@@ -139,6 +139,10 @@ class Family:
         """Shell patterns of tensors that may be in a checkpoint beside `hf_shapes`."""
         return (*self.leftovers, self.head) if self.is_tied(config) else self.leftovers
 
+    def tied(self, config: Config) -> tuple[str, str] | None:
+        """The tensors that are one where the head is the embedding, though a checkpoint may hold both."""
+        return (self.embedding, self.head) if self.is_tied(config) else None
+
     def pieces(self, megatron_name: str, config: Config, grid: ShardGrid) -> list[Piece]:
         """The boxes that make up one rank's shard of a parameter, in the order of the shard.
 

@@ -46,6 +46,7 @@ class HfSource:
     def __init__(self, directory: Path, family: Family, config: Config):
         self._checkpoint = HfCheckpoint.open(directory)
         problems = self._checkpoint.check(family.hf_shapes(config), family.ignorable(config))
+        problems = problems or self._checkpoint.check_tied(family.tied(config))
         if problems:
             raise UserError(problems)
         self._family, self._config = family, config

@@ -235,6 +235,8 @@ def _sides(row: dict[str, Any]) -> tuple[list[Messages], Given, bool]:
         at = next((n for n, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False), 1) if a != b), None)
         where = f"at message {at}" if at else f"in length ({len(chosen) - 1} and {len(rejected) - 1} messages)"
         raise ValueError(f"the prompts of chosen and rejected differ {where}; expected the same messages but for the last")
+    if all(message["role"] in ("assistant", "system") for message in chosen[:-1]):
+        raise ValueError("chosen and rejected do not say what they answer; expected a message of the user's before, or in prompt")
     return sides, given, prompted
 
 
@@ -272,7 +274,7 @@ def _attended(mask: Any, length: int, name: str) -> slice:
         raise ValueError(f"{name} is {short(mask)}; expected {length} values of 0 or 1, as many as tokens")
     if 1 not in mask:
         raise ValueError(f"{name} is 0 throughout; expected a token at least")
-    start, count = mask.index(1), sum(mask)
+    start, count = mask.index(1), int(sum(mask))
     if not all(mask[start : start + count]):
         raise ValueError(f"{name} is 0 between tokens; expected 0 for padding alone, before or behind them")
     return slice(start, start + count)

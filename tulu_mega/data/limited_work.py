@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import resource
 import signal
 from collections.abc import Callable
 from typing import Any
 
 from tulu_mega.data.limits import LENGTH
+from tulu_mega.data.template_day import CLOCK, taken_apart
 
 MOST_TEXT = 1 << 26
 """Characters of a conversation."""
@@ -24,12 +26,17 @@ _PROBE = "The  quick, 1234 Größen!\n\n    def f(x): # 😀\n" * 8 + "a" * 400 
 
 
 def render(template: str, arguments: dict[str, Any], marks: bool) -> tuple[str, list[tuple[int, int]]]:
-    """Text and marked ranges, as transformers makes them."""
+    """Text and marked ranges, as transformers makes them: of a template that draws lots or reads the clock the same each time."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    now, template = taken_apart(template)
+    random.seed(0)  # of Jinja's `random` and `lipsum`
     others = {name: value for name, value in arguments.items() if name != "messages"}
     texts, ranges = render_jinja_template(
-        [arguments["messages"]], chat_template=template, return_assistant_tokens_mask=marks, **others
+        [arguments["messages"]],
+        chat_template=template,
+        return_assistant_tokens_mask=marks,
+        **{CLOCK: now.strftime, **others},
     )
     if len(texts[0]) > MOST_TEXT:
         raise MemoryError

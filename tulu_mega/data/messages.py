@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tulu_mega.json_input import read_json_text
+from tulu_mega.json_input import read_whole_json
 
 ROLES = ("system", "user", "assistant")
 FURTHER_ROLES = ("tool", "developer", "function", "ipython", "environment")
@@ -131,9 +131,10 @@ def _with_arguments(number: int, call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, str):
         return {**call, "arguments": _there(arguments)} if arguments is not None else call
     try:
-        parsed = read_json_text(arguments)
-    except ValueError:
-        raise ValueError(f"message {number} has tool_calls with the arguments {short(arguments)}; expected JSON") from None
+        parsed = read_whole_json(arguments)
+    except ValueError as error:
+        what = f"message {number} has tool_calls with the arguments {short(arguments)}"
+        raise ValueError(f"{what}; expected JSON ({error})") from None
     return {**call, "arguments": parsed}
 
 
@@ -148,11 +149,11 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     """Tools from a list of schemas, or from JSON text of it, as tables of fixed columns hold them."""
     given = tools
     try:
-        parsed = read_json_text(tools) if isinstance(tools, str) and tools.strip() else tools or None
+        parsed = read_whole_json(tools) if isinstance(tools, str) and tools.strip() else tools or None
         if isinstance(parsed, list):
-            parsed = [read_json_text(tool) if isinstance(tool, str) else tool for tool in parsed]
-    except ValueError:
-        raise ValueError(f"tools is {short(given)}; expected a list of JSON schemas") from None
+            parsed = [read_whole_json(tool) if isinstance(tool, str) else tool for tool in parsed]
+    except ValueError as error:
+        raise ValueError(f"tools is {short(given)}; expected a list of JSON schemas ({error})") from None
     if parsed is None or parsed == "":
         return None
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):

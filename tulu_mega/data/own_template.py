@@ -6,15 +6,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from tulu_mega.data.messages import TRAINING_FIELDS, Given, Message, Messages, is_trained
+from tulu_mega.data.left_out import unread
+from tulu_mega.data.messages import Given, Messages, is_trained
 from tulu_mega.data.template_form import ONE, Form, form_of, head_and_tail, rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-MUST_BE_READ = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Fields of a message that are part of what is said: without them it is another conversation."""
-_KNOWN = ("role", "content", *TRAINING_FIELDS)
 
 
 class Span(NamedTuple):
@@ -49,7 +46,7 @@ def own_prompt(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Gi
     """
     text, _ = rendered(messages, tokenizer, given, prompt=True)
     form = form_of(tokenizer, given)
-    return text + form.header, _unread(messages, text, tokenizer, given, form)
+    return text + form.header, unread(messages, text, tokenizer, given, form)
 
 
 def own_text(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Given) -> str:
@@ -59,7 +56,7 @@ def own_text(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Give
         ValueError: the template refuses it, or leaves something out.
     """
     text, _ = rendered(messages, tokenizer, given)
-    _unread(messages, text, tokenizer, given, form_of(tokenizer, given))
+    unread(messages, text, tokenizer, given, form_of(tokenizer, given))
     return text
 
 
@@ -74,7 +71,7 @@ def render_own(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Gi
     """
     form = form_of(tokenizer, given)
     whole, marks = rendered(messages, tokenizer, given, marks=form.marked)
-    unread = _unread(messages, whole, tokenizer, given, form)
+    fields = unread(messages, whole, tokenizer, given, form)
     spans: list[Span] = []
     rewritten, altered, seen = [], 0, 0
     for index, message in enumerate(messages):
@@ -99,7 +96,7 @@ def render_own(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Gi
         altered += (message.get("content") or "").strip() not in whole[turn[0][0] : end]
     if form.marked and not marks:
         raise ValueError("the tokenizer's chat template marks no text as the assistant's; use the template 'tulu'")
-    return Rendered(whole, spans, tuple(rewritten), altered, unread)
+    return Rendered(whole, spans, tuple(rewritten), altered, fields)
 
 
 def _marks_before(before: Messages, tokenizer: PreTrainedTokenizerFast, given: Given, otherwise: int) -> int:
@@ -137,45 +134,3 @@ def _beginning(before: Messages, text: str, tokenizer: PreTrainedTokenizerFast, 
         f"the tokenizer's chat template writes what comes before message {len(before) + 1} otherwise when it asks for it, so the "
         "assistant's text cannot be told; mark it there with {% generation %} or use the template 'tulu'"
     )
-
-
-def _unread(messages: Messages, text: str, tokenizer: PreTrainedTokenizerFast, given: Given, form: Form) -> frozenset[str]:
-    """The fields that the template does not read.
-
-    Raises:
-        ValueError: without one of them it is another conversation; or a whole message is not there. All that is so is told.
-    """
-    problems = ["tools"] if given.tools and "tools" not in form.variables else []
-    found = {f"chat_template_kwargs.{name}" for name in given.options if name not in form.variables}
-    said = "\n".join(message.get("content") or "" for message in messages)
-    for index, message in enumerate(messages):
-        for name in message:
-            if name in _KNOWN or name in form.fields:
-                continue
-            if name not in MUST_BE_READ:
-                found.add(name)
-            elif message[name] and not _matters(messages, index, _without(message, name), text, tokenizer, given):
-                problems.append(f"{name} of message {index + 1}")
-        content = (message.get("content") or "").strip()
-        if message["role"] == "assistant" or not content or text.count(content) >= said.count(content):
-            continue
-        if not _matters(messages, index, {**message, "content": ONE}, text, tokenizer, given):
-            problems.append(f"message {index + 1} (the {message['role']}'s)")
-    if problems:
-        raise ValueError(
-            f"the tokenizer's chat template leaves out {' and '.join(problems)}; drop that from the row, or take a template that "
-            "writes it"
-        )
-    return frozenset(found)
-
-
-def _matters(messages: Messages, index: int, other: Message, text: str, tokenizer: PreTrainedTokenizerFast, given: Given) -> bool:
-    """Whether the text is another one with another message in the place of one of them."""
-    changed = [*messages[:index], other, *messages[index + 1 :]]
-    with suppress(ValueError):
-        return text not in (rendered(changed, tokenizer, given, prompt=prompt)[0] for prompt in (False, True))
-    return True
-
-
-def _without(message: Message, name: str) -> Message:
-    return {key: value for key, value in message.items() if key != name}

@@ -58,6 +58,7 @@ def prepare(
     progress: bool = True,
     setting: str = "data.train",
     seen: Callable[[Rows], None] | None = None,
+    day: str | None = None,
 ) -> TokenStore:
     """The tokenised rows of ``data.train``: what lies in the directory when it is up to date, else tokenised anew.
 
@@ -72,6 +73,7 @@ def prepare(
     Args:
         setting: what names the rows, for messages.
         seen: called with the rows before anything is written; may raise UserError.
+        day: that a chat template may write; see `load_tokenizer`.
 
     Raises:
         UserError: data or tokenizer are not to be used; everything that is found is told.
@@ -87,7 +89,7 @@ def prepare(
     except UserError as error:
         problems += error.problems
     try:
-        tokenizer = load_tokenizer(model.path, data.tokenizer, data.template, model.trust_remote_code)
+        tokenizer = load_tokenizer(model.path, data.tokenizer, data.template, model.trust_remote_code, day=day)
     except UserError as error:
         if data.tokenizer or rows is None or data.format not in ("auto", "tokens") or not _all_tokenised(rows, kind):
             problems += error.problems

@@ -20,7 +20,7 @@ from tulu_mega.data.file_digests import directory_sha256, sha256
 from tulu_mega.data.json_text import json_line, strict_line
 from tulu_mega.data.mixing import Amount, draw
 from tulu_mega.errors import UserError, nearest
-from tulu_mega.json_input import read_json_text
+from tulu_mega.json_input import read_whole_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _COMPRESSED = tuple(f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in compressed.SUFFIXES)
@@ -104,7 +104,7 @@ class JsonLines:
 
     def row(self, index: int) -> dict[str, Any]:
         try:
-            row = read_json_text(self._line(index))
+            row = read_whole_json(self._line(index))
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1} of the line") from None
         except json.JSONDecodeError as error:
@@ -333,7 +333,7 @@ def _json(path: Path) -> Part:
         file.seek(0)
         text = file.read()
     try:
-        items = read_json_text(text.decode("utf-8-sig"))
+        items = read_whole_json(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:

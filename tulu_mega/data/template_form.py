@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from tulu_mega.data import limits
+from tulu_mega.data import limits, template_day
 from tulu_mega.data.limited_work import names, render, told
 from tulu_mega.data.messages import TRAINING_FIELDS, Given, Message, Messages
 from tulu_mega.data.tulu_template import TULU_CHAT_TEMPLATE
@@ -22,7 +22,7 @@ ONE, OTHER = "xylem", "quartz"
 _ASK = {"role": "user", "content": "probe"}
 _OF_THE_RENDERER = {
     "conversations", "messages", "tools", "documents", "chat_template", "return_assistant_tokens_mask", "continue_final_message",
-    "add_generation_prompt",
+    "add_generation_prompt", template_day.CLOCK,
 }  # fmt: skip
 """Arguments of transformers' own function, which a row's variables must not become."""
 _OWN = (TULU_CHAT_TEMPLATE,)
@@ -50,6 +50,8 @@ class Form:
     """variables in the template's code"""
     fields: frozenset[str]
     """attributes and texts in it, such as `m.role` and `m['role']`"""
+    day: str | None = None
+    """a line about the date that it writes; None where it reads no clock"""
 
 
 def rendered(
@@ -111,12 +113,12 @@ def _found(template: str, tokenizer: PreTrainedTokenizerFast, given: Given) -> F
     marked = bool(_GENERATION_MARK.search(template))
     variables, fields = names(template) if template in _OWN else limits.names(template)
     answer = {"role": "assistant", "content": ""}
-    plain = Given(given.tools)
+    plain, day = Given(given.tools), template_day.told(template)
     try:
         unasked, asked = (rendered([_ASK], tokenizer, plain, prompt=prompt)[0] for prompt in (False, True))
         head, tail, whole = head_and_tail([_ASK], answer, tokenizer, plain)
     except ValueError:  # it takes other conversations only: rows will tell
-        return Form(marked, "", False, tokenizer.eos_token, "", True, variables, fields)
+        return Form(marked, "", False, tokenizer.eos_token, "", True, variables, fields, day)
     # white space alone is no header: after `[/INST]` the model writes its blank itself
     missing = head.removeprefix(unasked) if asked == unasked and head.startswith(unasked) else ""
     ending = _ending(_without_header(tail, answer, tokenizer, plain) if asked == unasked else tail, tokenizer)
@@ -126,7 +128,7 @@ def _found(template: str, tokenizer: PreTrainedTokenizerFast, given: Given) -> F
         spans = rendered([_ASK, {**answer, "content": ONE}], tokenizer, plain, marks=True)[1]
         trained = bool(spans) and spans[-1][1] >= len(whole) - len(behind)
     header_behind = asked == unasked and bool(behind.strip())
-    return Form(marked, missing if missing.strip() else "", header_behind, ending, behind, trained, variables, fields)
+    return Form(marked, missing if missing.strip() else "", header_behind, ending, behind, trained, variables, fields, day)
 
 
 def _without_header(tail: str, answer: Message, tokenizer: PreTrainedTokenizerFast, given: Given) -> str:

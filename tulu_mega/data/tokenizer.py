@@ -17,6 +17,7 @@ from tulu_mega.bridge.files.companions import CONFIG, TOKENIZER
 from tulu_mega.bridge.files.untrusted import MAX_JSON_BYTES, open_plain, read_json
 from tulu_mega.data import limits
 from tulu_mega.data.chat import Template
+from tulu_mega.data.template_day import dated
 from tulu_mega.errors import UserError
 from tulu_mega.pins.digest import Stamp, stamp
 
@@ -34,6 +35,7 @@ def load_tokenizer(
     template: Literal["auto"] | Template = "auto",
     trust_remote_code: bool = False,
     setting: str | None = "data.tokenizer",
+    day: str | None = None,
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of a directory or hub name.
 
@@ -46,6 +48,7 @@ def load_tokenizer(
         template: ``"tokenizer"`` asks for one that ships a chat template.
         trust_remote_code: let transformers run Python code that comes with it.
         setting: the command's setting that names another tokenizer, for messages; None where it has none.
+        day: that a chat template may write, ``2026-11-30``; None for the one on which it is rendered.
 
     Raises:
         UserError: none there, not a fast one, no eos token, no chat template where one is asked for, a package that reads its
@@ -86,10 +89,15 @@ def load_tokenizer(
             f"{named}: transformers' {type(loaded).__name__} makes other tokens than {_VOCABULARY} itself; "
             'name the model\'s class in tokenizer_config.json (as "tokenizer_class": "LlamaTokenizer"), or give tokenizer.json'
         )
+    if loaded.is_fast and (share := getattr(loaded.backend_tokenizer.model, "dropout", None)):  # of BPE alone
+        problems.append(
+            f"{named}: tokenizer.json asks for dropout = {share:g}: other tokens of the same text each time; set it to null"
+        )
     if template == "tokenizer" and not loaded.chat_template:
         problems.append(f'{named}: the tokenizer ships no chat template; use the template "tulu"')
     if problems:
         raise UserError(problems)
+    loaded.chat_template = dated(loaded.chat_template, day)
     return loaded
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from tulu_mega.data.chat import Template
+from tulu_mega.data.chat import LOST, Template
 from tulu_mega.data.messages import NOTHING
 from tulu_mega.data.stops import own_tokens
 from tulu_mega.data.template_form import Form, form_of
@@ -37,11 +37,14 @@ def lines(
         template: of the conversations.
         rewritten: `data.rewritten`.
     """
+    lost, told = told[f"field {LOST}"], Counter({name: count for name, count in told.items() if name != f"field {LOST}"})
     found = [
         _names("rows of another form than messages, read by its columns", told, "form "),
         _names("columns that are not used", told, "column "),
         _names("fields of messages that the chat template does not use", told, "field "),
     ]
+    if lost:
+        found.append(f"warning: {lost:,} rows lose characters without a token; take the model's own tokenizer")
     if turns := told["rewritten"]:
         becomes = (
             "are rows of their own"
@@ -60,12 +63,17 @@ def lines(
         found.append(f"padding is left out of {sequences:,} sequences, by attention_mask")
     if tokenizer is not None and ends and template == "tokenizer":
         found += _ends(ends, tokenizer, form_of(tokenizer, NOTHING))
+    elif tokenizer is not None and ends.total() > ends[tokenizer.eos_token_id]:
+        found.append(
+            f"warning: turns end in {tokenizer.eos_token!r}, which the tokenizer cuts into tokens of text: a model that is "
+            "trained so does not stop; see split_special_tokens in tokenizer_config.json"
+        )
     return [line for line in found if line]
 
 
 def form_lines(form: Form) -> list[str]:
     """What is odd about a template, for whoever asks the model by other programs too."""
-    found = []
+    found = [form.day] if form.day else []
     if form.header:
         found.append(
             f"the chat template does not write {form.header!r} when an answer is asked for; prompts of eval, generate and grpo "

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tulu_mega import __version__
 from tulu_mega.data.chat import prompt_ids, template_of
+from tulu_mega.data.messages import NOTHING
 from tulu_mega.data.stops import answer_text, stop_ids
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
@@ -187,7 +188,7 @@ def _prepare(
     for problem in problems:
         try:
             conversation = _conversation(problem, rows.chosen(available, count, problem.group), settings.system)
-            ids = prompt_ids(conversation, tokenizer, settings.template)
+            ids = prompt_ids(conversation, tokenizer, settings.template, problem.given or NOTHING)
             if problem.begin:
                 ids = [*ids, *tokenizer(problem.begin, add_special_tokens=False)["input_ids"]]
             vllm.check_ids(ids, longest, vocabulary)

@@ -12,25 +12,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tulu_mega.bridge.files.hub import config_directory
 from tulu_mega.data.json_text import json_line
 from tulu_mega.data.places import check_writable
 from tulu_mega.errors import UserError
 from tulu_mega.json_input import read_json_text
+from tulu_mega.pins.digest import stamp
+from tulu_mega.pins.directories import revision
 
 Record = dict[str, Any]
 _SYNC_SECONDS = 1.0
 """An answer is the system's as soon as it is appended, and outlives this process; so long at most until it is on the disk."""
-_WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+_WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "*.py")
 
 
 def model_identity(model: str) -> str:
-    """Changes when the files of a model directory do, by their names, sizes and times; a hub name stands for itself."""
+    """Changes when the files of a model directory do, by their names and stamps (which no program can set back); of a hub name
+    when its newest revision does.
+
+    Raises:
+        UserError: the hub does not have it.
+    """
     directory = Path(model)
     if not directory.is_dir():
-        return model
+        return f"{model}@{revision(config_directory(model))}"
     files = sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern))
-    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([(file.name, *stamp(file)) for file in files]).encode()).hexdigest()
 
 
 def key(*parts: Any) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tulu_mega.data.messages import Given
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, str]]
@@ -27,6 +30,8 @@ class Problem:
     """what the answer begins with: given to the model, which goes on with it"""
     program: Callable[[str], str] | None = None
     """a response as the verifier reads it, where that is not the response itself"""
+    given: Given | None = None
+    """what a chat template gets beside the messages: tools and variables"""
     row: int | None = None
     """its place among the rows of the data, counted from 0, whichever of them are asked; None where it is of no data"""
 

@@ -55,6 +55,8 @@ class Pins:
 
     pins: dict[str, Pin] = field(default_factory=dict)
     accepted: list[dict[str, Any]] = field(default_factory=list)
+    day: str | None = None
+    """of the first start, which chat templates may write; None of runs that began before it was kept"""
 
     @classmethod
     def read(cls, run_dir: Path) -> Pins | None:
@@ -68,7 +70,7 @@ class Pins:
             told = read_json_text(file.read_text(encoding="utf-8"))
             if told["version"] != VERSION:
                 raise ValueError(f"version {told['version']}, expected {VERSION}")
-            return cls({name: _pin(each) for name, each in told["pins"].items()}, list(told["accepted"]))
+            return cls({name: _pin(each) for name, each in told["pins"].items()}, list(told["accepted"]), told.get("day"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -84,8 +86,15 @@ class Pins:
             UserError: the file cannot be written.
         """
         make_private(run_dir)
-        told = {"version": VERSION, "pins": {name: asdict(pin) for name, pin in self.pins.items()}, "accepted": self.accepted}
+        pins = {name: asdict(pin) for name, pin in self.pins.items()}
+        told = {"version": VERSION, "day": self.day, "pins": pins, "accepted": self.accepted}
         write_whole(run_dir / PINS, json.dumps(told, indent=1) + "\n")
+
+
+def first_day(run_dir: Path) -> str | None:
+    """The day of a run's first start, where it is known. Raises UserError where the record cannot be read."""
+    pins = Pins.read(run_dir)
+    return pins.day if pins else None
 
 
 def _pin(told: Mapping[str, Any]) -> Pin:

@@ -56,6 +56,7 @@ def model_config(settings: EngineSettings) -> dict[str, Any]:
         config = checkpoint.config
         family = family_for(config)
         problems = checkpoint.check(family.hf_shapes(config), family.ignorable(config))
+        problems = problems or checkpoint.check_tied(family.tied(config))
     undivided = layout_problems(config, settings.parallel)
     problems += undivided or fp8_problems(config, settings)
     if problems:

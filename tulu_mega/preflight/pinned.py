@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def begin(settings: RunSettings, findings: Findings) -> None:
     began = (run_dir / CONFIG).exists()
     pins = Pins.read(run_dir) if began else None
     old = began and pins is None
-    findings.pins = Pinning(run_dir, pins or Pins(_of_stores(run_dir) if old else {}), settings.accept_changes, old)
+    new = Pins(_of_stores(run_dir)) if old else Pins(day=date.today().isoformat())
+    findings.pins = Pinning(run_dir, pins or new, settings.accept_changes, old)
 
 
 def directory(findings: Findings, setting: str, at: Directory) -> None:

@@ -31,7 +31,7 @@ def problems(settings: PolicyRunSettings, findings: Findings) -> None:
     findings.collect(lambda: _servable(settings, config, findings.notes))
     if settings.rollout.urls:
         findings.collect(lambda: _answering(settings, config, findings.starts))
-    prompts = findings.collect(lambda: read(settings))
+    prompts = findings.collect(lambda: read(settings, findings.pins.pins.day if findings.pins else None))
     if prompts:
         findings.notes += [*left_out(prompts), *prompts.told]
     if prompts:

@@ -27,6 +27,7 @@ def tokenise(findings: Findings, elsewhere: Path | None = None) -> list[str]:
         every problem: those of the findings, and those of the rows.
     """
     made: list[Path] = []
+    day = findings.pins.pins.day if findings.pins else None
     with tempfile.TemporaryDirectory() as scratch:
         for rows in findings.rows:
             # data is not written for a run that cannot start; its own problems are told all the same
@@ -34,7 +35,7 @@ def tokenise(findings: Findings, elsewhere: Path | None = None) -> list[str]:
             target = aside / rows.directory.name if aside else rows.directory
             made += [] if target.exists() else [target]
             seen = partial(_pin, findings, rows.setting)
-            how = partial(prepare, rows.data, rows.model, target, progress=not quiet, setting=rows.setting, seen=seen)
+            how = partial(prepare, rows.data, rows.model, target, progress=not quiet, setting=rows.setting, seen=seen, day=day)
             store = findings.collect(how)
             if store:
                 findings.notes += left_out(rows.setting, store)

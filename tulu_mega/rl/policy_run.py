@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from tulu_mega.config import PolicyRunSettings
@@ -18,6 +19,7 @@ from tulu_mega.launch.launcher import World
 from tulu_mega.launch.run_dir import CONFIG
 from tulu_mega.objectives.advantages import AdvantageEstimator
 from tulu_mega.objectives.policy import PolicyObjective
+from tulu_mega.pins.record import first_day
 from tulu_mega.process import Collections
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl import journal
@@ -200,7 +202,7 @@ def opened_policy(settings: PolicyRunSettings, world: World, method: Method) -> 
         session = stack.enter_context(opened_session(settings, world, reward=False, temperature=temperature, shares=shares))
         beside = method.beside(session)
         run, engine, lead = Run(settings, session, beside=beside), session.engine, session.lead
-        prompts = read(settings) if lead else None
+        prompts = read(settings, first_day(Path(settings.run_dir))) if lead else None
         steps = from_lead(steps_of(settings, len(prompts.train)) if lead else None)
 
         reference = session.beside(settings.model.path, reward=False).engine if settings.policy.reads_reference else None

@@ -48,14 +48,17 @@ class Prompts:
     """file that lists the rows which are not used"""
 
 
-def read(settings: PolicyRunSettings) -> Prompts:
+def read(settings: PolicyRunSettings, day: str | None) -> Prompts:
     """Read the rows that `data.train` and `heldout.data` name.
+
+    Args:
+        day: of the run's first start; see `load_tokenizer`.
 
     Raises:
         UserError: all problems of data, verifiers and tokenizer, by file and line.
     """
     data, problems = settings.data, []
-    tokenizer = load_tokenizer(settings.model.path, data.tokenizer, data.template, settings.model.trust_remote_code)
+    tokenizer = load_tokenizer(settings.model.path, data.tokenizer, data.template, settings.model.trust_remote_code, day=day)
     template = template_of(tokenizer, data.template)
     judge, needed = Judge(reward_spec(settings.rewards)), set()
 

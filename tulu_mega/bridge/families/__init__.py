@@ -23,8 +23,19 @@ def family_for(config: Config) -> Family:
     named = config.get("architectures") or []
     for architecture in named if isinstance(named, list | tuple) else ():
         if isinstance(architecture, str) and (found := FAMILIES.get(architecture) or REWARD_FAMILIES.get(architecture)):
-            return found
+            return _of_its_type(found, config)
     raise UserError(
         f"config.json: architectures = {str(named)[:200]} is not supported; expected one of {', '.join(sorted(FAMILIES))}, "
         "or ...ForSequenceClassification of these for a reward model"
     )
+
+
+def _of_its_type(family: Family, config: Config) -> Family:
+    """The family, whose layers transformers builds too: it goes by ``model_type``, vLLM and we by ``architectures``."""
+    expected = family.architecture.partition("For")[0].lower()
+    if (kind := config.get("model_type", expected)) != expected:
+        raise UserError(
+            f"config.json: architectures = {family.architecture}, but model_type = {str(kind)[:100]!r}, expected {expected!r}; "
+            "transformers goes by the latter, others by the former. Correct one of them"
+        )
+    return family

@@ -32,6 +32,8 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 _LARGEST = 1 << 63
 _MAX_DIMENSIONS = 64
 _SHOWN = 20
+_COMPARED = 1 << 24
+"""Elements of two tensors that are held against one another at a time."""
 _AGAIN = "download or export it again"
 
 
@@ -106,6 +108,29 @@ class HfCheckpoint:
             *_first(f"{at[name]} is {list(held[name].shape)}, {asks} asks for {list(expected[name])}" for name in shaped),
             *_first(f"{at[name]} is of type {held[name].dtype}, expected one of {', '.join(_LOADED)}" for name in typed),
         ]
+
+    def check_tied(self, names: tuple[str, str] | None) -> list[str]:
+        """What is wrong with two tensors that config.json says are one: both are there and differ. Then transformers keeps both.
+
+        Args:
+            names: theirs; None where no tensors are tied.
+        """
+        if names is None or not all(name in self.tensors for name in names):
+            return []
+        shapes = {self.tensors[name].shape for name in names}
+        if len(shapes) == 1 and self._equal(*names, *shapes):
+            return []
+        one, other = names
+        return [
+            f"{self.path}: config.json says tie_word_embeddings = true, but {one} and {other} are there and differ; transformers "
+            f"takes both then, others the former for both. Set it to false, or remove {other}"
+        ]
+
+    def _equal(self, one: str, other: str, shape: Shape) -> bool:
+        rows = max(1, _COMPARED // max(1, prod(shape[1:])))
+        rest = [(0, size) for size in shape[1:]]
+        boxes = (Box(((start, min(start + rows, shape[0])), *rest)) for start in range(0, shape[0], rows))
+        return all(bool((self.read_box(one, box) == self.read_box(other, box)).all()) for box in boxes)
 
     def read_box(self, name: str, box: Box) -> Tensor:
         """A box of a tensor as a torch view of the mapped file: nothing is read before it is used, nothing is copied.

@@ -11,6 +11,9 @@ from tulu_mega.errors import UserError
 MARK = "metadata.json"
 """The file by which a Megatron distributed checkpoint is known."""
 
+_FETCHED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "*.py")
+"""All that counts of a model is there from the first, code that may be run too: what comes later would be another content."""
+
 
 def is_megatron(directory: Path) -> bool:
     """Whether a directory is a Megatron distributed checkpoint."""
@@ -18,7 +21,7 @@ def is_megatron(directory: Path) -> bool:
 
 
 def model_directory(path: str) -> Path:
-    """The directory of a model; a hub name is fetched into the hub's cache first (safetensors, config, tokenizer).
+    """The directory of a model; a hub name is fetched into the hub's cache first (safetensors, config, tokenizer, Python code).
 
     Raises:
         UserError: when it is neither a directory nor a hub name that can be fetched.
@@ -27,7 +30,7 @@ def model_directory(path: str) -> Path:
     def fetch() -> str:
         from huggingface_hub import snapshot_download
 
-        return snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"])
+        return snapshot_download(path, allow_patterns=list(_FETCHED))
 
     return _directory(path, fetch)
 

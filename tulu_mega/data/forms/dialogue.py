@@ -33,10 +33,20 @@ def parsed(text: Any) -> Messages:
     ]
 
 
-def joined(prompt: Any, side: Any) -> Any:
-    """A dialogue of which the row has the beginning by itself, as one text; one that is whole already as it is."""
+def whole(prompt: Any, side: Any) -> Messages:
+    """A dialogue's turns; of one that the row has the beginning of by itself, those of the beginning and of what answers it.
+
+    Raises:
+        ValueError: there is no dialogue, or the side begins another one than the prompt.
+    """
     if not isinstance(side, str) or not is_dialogue(prompt) or (is_dialogue(side) and side.lstrip().startswith(prompt.strip())):
-        return side
-    asked = prompt.rstrip()
-    mark = "" if asked.endswith("\n\nAssistant:") else "\n\nAssistant:"
-    return f"{asked}{mark} {side.removeprefix(' ')}"
+        return parsed(side)
+    asked = parsed(prompt.rstrip())
+    if asked[-1] == {"role": "assistant", "content": ""}:  # the mark behind which the answer stands
+        asked = asked[:-1]
+    answered = parsed(side if is_dialogue(side) else f"Assistant: {side.removeprefix(' ')}")
+    if asked and asked[-1]["role"] == "assistant":
+        raise ValueError("answers a prompt that ends with the assistant's turn; expected one that ends with a human's")
+    if answered[0]["role"] != "assistant":
+        raise ValueError("begins with a dialogue of its own, which is not that of the prompt column; leave one of them out")
+    return [*asked, *answered]

@@ -9,7 +9,7 @@ from tulu_mega.config import FormName
 from tulu_mega.data.forms.nearest import advice
 from tulu_mega.data.forms.rated import Useless
 from tulu_mega.data.forms.table import FORMS, Form, Kind, as_it_is
-from tulu_mega.data.forms.turns import Row
+from tulu_mega.data.forms.turns import Row, turns
 
 _EXPECTED: dict[Kind, str] = {
     "conversation": "messages, or input_ids and labels",
@@ -49,8 +49,16 @@ def read(row: Row, kind: Kind, named: FormName = "auto") -> Read:
         return Read(row, form.name)
     made = form.read(row, columns)
     rest = {name: value for name, value in row.items() if name not in columns and name not in form.beside}
-    unused = tuple(name for name, value in made.items() if value is not None and rest.get(name) is not None)
+    unused = tuple(name for name, value in made.items() if value is not None and _left_out(name, rest.get(name), value))
     return Read({**rest, **made}, form.name, unused)
+
+
+def _left_out(name: str, column: object, made: object) -> bool:
+    """Whether a column says something that is not in what stands in its place."""
+    try:
+        return column is not None and turns(column, name) != made
+    except ValueError:
+        return True
 
 
 def is_of(row: Row, kind: Kind, named: FormName = "auto") -> bool:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tulu_mega.config import FormName
-from tulu_mega.data.forms.dialogue import is_dialogue, joined, parsed
+from tulu_mega.data.forms.dialogue import is_dialogue, whole
 from tulu_mega.data.forms.rated import pair_of
-from tulu_mega.data.forms.turns import Row, answer, asked, instructed, is_sharegpt, turns
+from tulu_mega.data.forms.turns import Row, answer, asked, instructed, is_sharegpt, left, turns
 from tulu_mega.data.messages import short
 
 Kind = Literal["conversation", "pair", "prompt"]
@@ -53,7 +53,7 @@ def _messages(row: Row, columns: list[str]) -> Row:
 
 
 def _alpaca(row: Row, columns: list[str]) -> Row:
-    return {"messages": [*instructed(row), {"role": "assistant", "content": _text(row, columns[1])}]}
+    return {**left(row), "messages": [*instructed(row), {"role": "assistant", "content": _text(row, columns[1])}]}
 
 
 def _prompt_and_completion(row: Row, columns: list[str]) -> Row:
@@ -78,14 +78,18 @@ def _dialogues(row: Row, columns: list[str]) -> Row:
     made: Row = {}
     for name in _SIDES:
         try:
-            made[name] = parsed(joined(row.get("prompt"), row[name]))
+            made[name] = whole(row.get("prompt"), row[name])
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
-    return made
+    return made if is_dialogue(row.get("prompt")) else {**made, "prompt": row.get("prompt")}
+
+
+def _instructed(row: Row, columns: list[str]) -> Row:
+    return {**left(row), "messages": instructed(row)}
 
 
 def _instructed_pair(row: Row, columns: list[str]) -> Row:
-    return {**{name: answer(row[name], name) for name in _SIDES}, "prompt": instructed(row)}
+    return {**left(row), **{name: answer(row[name], name) for name in _SIDES}, "prompt": instructed(row)}
 
 
 def _responses(row: Row, columns: list[str]) -> Row:
@@ -122,11 +126,18 @@ def _is_asking(message: Any) -> bool:
 def _follow_a_talk(row: Row) -> bool:
     if any(is_sharegpt(row.get(name)) or isinstance(row.get(name), dict) for name in _SIDES):
         return True
-    return any(row.get(name) is not None for name in _TALKS)
+    if any(row.get(name) is not None for name in _TALKS):
+        return True
+    # HuggingFaceH4's pairs have the whole chosen talk in messages once more
+    return row.get("messages") is not None and row.get("prompt") is None and not any(_asks(row.get(name)) for name in _SIDES)
+
+
+def _asks(side: Any) -> bool:
+    return isinstance(side, list) and any(map(_is_asking, side))
 
 
 def _dialogue(row: Row) -> bool:
-    return _texts(row) and all(is_dialogue(joined(row.get("prompt"), row[name])) for name in _SIDES)
+    return _texts(row) and (is_dialogue(row.get("prompt")) or all(is_dialogue(row[name]) for name in _SIDES))
 
 
 def _stands_alone(row: Row) -> bool:
@@ -158,7 +169,7 @@ FORMS: dict[Kind, tuple[Form, ...]] = {
     "prompt": (
         Form("messages", (("messages",),), _messages),
         Form("sharegpt", (_TALKS,), _messages),
-        Form("alpaca", (("instruction",),), lambda row, columns: {"messages": instructed(row)}, _INSTRUCTION),
+        Form("alpaca", (("instruction",),), _instructed, _INSTRUCTION),
         Form("prompt", (("prompt",),), lambda row, columns: {"messages": asked(row["prompt"], "prompt")}),
     ),
 }

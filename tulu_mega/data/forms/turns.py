@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from tulu_mega.data.messages import FURTHER_ROLES, ROLES, Messages, short
+from tulu_mega.json_input import read_whole_json
 
 Row = dict[str, Any]
 
@@ -36,7 +36,10 @@ def turn(message: Any, where: str) -> Any:
     """One message; see :func:`turns`."""
     if not _is_sharegpt(message):
         return message
-    speaker, text = message["from"], message.get("value")
+    speaker, text, content = message["from"], message.get("value"), message.get("content")
+    if None not in (text, content) and text != content:
+        raise ValueError(f"{where} has a value and another content; leave one of them out")
+    text = content if text is None else text
     rest = {name: value for name, value in message.items() if name not in ("from", "value", "role", "content")}
     known = speaker.strip().lower() if isinstance(speaker, str) else ""
     if known == "function_call":
@@ -77,7 +80,7 @@ def instructed(row: Row) -> Messages:
     Raises:
         ValueError: a column of another form.
     """
-    context = "input" if row.get("input") is not None else "context"
+    context = _context(row)
     lines = {name: row[name] for name in ("instruction", context) if row.get(name) not in (None, "")}
     for name, text in lines.items():
         if not isinstance(text, str):
@@ -89,6 +92,16 @@ def instructed(row: Row) -> Messages:
     for question, answer in history:
         before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return [*before, {"role": "user", "content": "\n".join(lines.values())}]
+
+
+def left(row: Row) -> Row:
+    """What a row of Alpaca's form has that its prompt does not: the context beside an input."""
+    return {"context": row["context"]} if row.get("context") not in (None, "") and _context(row) == "input" else {}
+
+
+def _context(row: Row) -> str:
+    """The column below the instruction: the first that says something."""
+    return "context" if row.get("input") in (None, "") else "input"
 
 
 def _said(role: str, value: Any, name: str) -> Messages:
@@ -107,8 +120,8 @@ def _is_sharegpt(message: Any) -> bool:
 def _calls(text: Any, where: str) -> list[dict[str, Any]]:
     """A call of a function, or a list of them, as its text spells it."""
     try:
-        calls = json.loads(text) if isinstance(text, str) else text
-    except (ValueError, RecursionError):
+        calls = read_whole_json(text) if isinstance(text, str) else text
+    except ValueError:
         calls = None
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) and "name" in call for call in calls):

@@ -10,10 +10,11 @@ def read(row: Row) -> Problem:
     Raises:
         ValueError: a row of another form.
     """
-    from tulu_mega.data.chat import check_messages  # brings torch along
-    from tulu_mega.data.forms.reading import read as read_form
+    from tulu_mega.data.forms.reading import read as read_form  # brings torch along
+    from tulu_mega.data.messages import conversation_of
 
-    messages = check_messages(read_form(row, "prompt").row["messages"], training=False)
+    read_row = read_form(row, "prompt").row
+    messages, given = conversation_of(read_row, read_row["messages"], training=False)
     if messages[-1]["role"] == "assistant":
         raise ValueError("its last message is the assistant's, so there is nothing to answer; leave that message out")
     names = row.get("dataset")
@@ -21,13 +22,14 @@ def read(row: Row) -> Problem:
         raise ValueError("dataset is missing; expected the name of the verifier, or a list of names")
     if "ground_truth" not in row:
         raise ValueError("ground_truth is missing")
-    return Problem(messages, row["ground_truth"], names if isinstance(names, str) else "+".join(names), verifier=names)
+    group = names if isinstance(names, str) else "+".join(names)
+    return Problem(messages, row["ground_truth"], group, verifier=names, given=given)
 
 
 TASK = Task(
     name="rlvr",
     title="verifiable rows",
-    fields="messages, ground_truth, dataset (the verifier's name)",
+    fields="messages (and, as for grpo, system, tools, chat_template_kwargs), ground_truth, dataset (the verifier's name)",
     hub=(),
     split="test",
     read=read,
