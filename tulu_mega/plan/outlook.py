@@ -306,6 +306,14 @@ def _divisions(question: Question) -> list[str]:
     if not wrong:
         wrong += fp8_problems(config, question.settings)
         wrong += rollout_fp8_problems(config, rollout) if rollout else []
+    work = question.workload
+    given = (
+        ("mean_length", question.mean_length, work.longest_row),
+        ("response_length", question.response_length, work.longest_response),
+    )
+    for name, mean, most in given:
+        if mean and mean > most > 0:
+            wrong.append(f"{name} = {mean} is more than the {most} tokens at which these are cut; give what is left of them")
     try:
         _ = question.trainers
     except UserError as error:
