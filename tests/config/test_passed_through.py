@@ -57,6 +57,7 @@ def test_what_is_right_passes():
     MEGATRON.check({"bias_activation_fusion": True, "tp_comm_overlap": False, "batch_p2p_sync": True})
 
 
+HOST = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
 SFT = {"run_dir": "run", "data": {"train": "rows.jsonl"}}
 
 
@@ -81,6 +82,15 @@ SFT = {"run_dir": "run", "data": {"train": "rows.jsonl"}}
             "could not be read again; choose 'reshardable'",
         ),
         ({"optimizer": {"exp_avg_dtype": "bf16"}}, "exp_avg_dtype: only with use_precision_aware_optimizer = true"),
+        ({"optimizer": {"optimizer_offload_fraction": 0.5}}, "only with optimizer_cpu_offload = true"),
+        ({"optimizer": {"optimizer_cpu_offload": True}}, "needs optimizer_offload_fraction, above 0 and at most 1"),
+        ({"optimizer": HOST | {"optimizer_offload_fraction": 1.5}}, "needs optimizer_offload_fraction, above 0 and at most 1"),
+        ({"optimizer": HOST | {"use_precision_aware_optimizer": False}}, "needs use_precision_aware_optimizer = true"),
+        ({"optimizer": HOST | {"exp_avg_dtype": "bf16"}}, "needs moments in float32, not exp_avg_dtype"),
+        ({"optimizer": HOST, "model": {"dtype": "fp32"}}, "needs model.dtype = 'bf16'"),
+        ({"optimizer": HOST, "optim": {"name": "sgd"}}, "needs optim.name = 'adamw' and parallel.distributed_optimizer"),
+        ({"optimizer": HOST, "precision": {"fp8": "blockwise", "fp8_param_gather": True}}, "fp8_param_gather = false"),
+        ({"optimizer": HOST | {"use_torch_optimizer_for_cpu_offload": True}}, "the optimizer is torch's, whatever it says"),
         ({"optimizer": {"exp_avg_sq_dtype": "fp8"}}, "exp_avg_sq_dtype = 'fp8': expected 'fp32' or 'bf16'"),
         ({"optimizer": {"main_grads_dtype": "bf16"}}, "main_grads_dtype is decided by parallel.grad_dtype"),
         ({"optimizer": {"adam_eps": 1e-9}}, "adam_eps is decided by optim.eps"),

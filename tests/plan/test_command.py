@@ -17,7 +17,7 @@ from tulu_mega.config.recompute import Recomputed
 from tulu_mega.errors import UserError
 from tulu_mega.plan.outlook import outlook
 from tulu_mega.plan.run import ask
-from tulu_mega.plan.search import search
+from tulu_mega.plan.search import layouts, search
 from tulu_mega.plan.settings import PlanSettings
 from tulu_mega.plan.source import read_architecture, read_stage
 from tulu_mega.plan.table import _duration, _size
@@ -173,6 +173,15 @@ def test_search_ranks_what_fits():
     assert Recomputed() in recomputed and len(recomputed) > 1  # whatever the file says, of each layout what it needs
 
 
+def test_search_gives_every_replica_a_sequence():
+    """128 rows feed 128 replicas; of far more GPUs no layout is looked at for minutes."""
+    for gpus, fewest in ((1024, 8), (8 * 4099, 0)):
+        tried = list(layouts(ask(asked("sft", gpus=gpus))))
+        assert bool(tried) == bool(fewest) and all(each.model_parallel >= fewest for each in tried)
+    with pytest.raises(UserError, match=r"with work for all in an update's 128 sequences.*give fewer --gpus"):
+        search(ask(asked("sft", gpus=8 * 4099)))
+
+
 def test_a_switch_needs_no_value(capsys):
     assert cli.main(["plan", str(RECIPES / "sft.toml"), "--gpus", "2", "--gpu", "b200", "--model", MODEL, "--search"]) == 0
     assert "layouts fit" in capsys.readouterr().out
@@ -193,6 +202,8 @@ def test_the_picture_is_drawn(tmp_path):
         (dict(gpus=1), r"does not divide the 1 that train; give 2, or another layout"),
         (dict(parallel={"tensor": 3}, gpus=3), r"parallel.tensor = 3 does not divide the model's num_attention_heads = 32"),
         (dict(gpu="h1000"), r"gpu = 'h1000' is not known"),
+        (dict(rollout_gpu="v100"), r"rollout_gpu = 'v100' is not known"),
+        (dict(mean_length=10_000_000), r"mean_length = 10000000 is more than the 4096 tokens at which these are cut"),
         (dict(parallel={"data": 2}), r"data 2 = 4, not the 8 that train; give 4 or 8 with --parallel.data 4, or another"),
         (dict(parallel={"tensorr": 2}), r"parallel.tensorr: unknown setting; did you mean 'tensor'"),
         (dict(model="/nowhere/model"), r"a directory with its config.json is enough"),

@@ -18,8 +18,8 @@ from tulu_mega.model.swiglu import Swiglu
 from tulu_mega.plan.model.calibration import RATES
 from tulu_mega.plan.model.job import Job, Pack
 from tulu_mega.plan.model.kept import layer_kept, token_bytes
-from tulu_mega.plan.model.kernels import Kernels, kernels_of, moment_bytes
-from tulu_mega.plan.model.memory import memory_by_rank
+from tulu_mega.plan.model.kernels import Kernels, host_share, kernels_of, moment_bytes
+from tulu_mega.plan.model.memory import memory_by_rank, state_host_bytes
 from tulu_mega.plan.model.timing import train_step
 
 CORE, FULL = recomputed("selective", None), recomputed("full", None)
@@ -229,3 +229,14 @@ def test_a_precision_aware_optimizer_copies_no_gradients():
     held = plain.held[0].total
     assert memory_by_rank(plain)[0].optimizer - memory_by_rank(without)[0].optimizer == 4 * held
     assert train_step(without, RATES).optimizer < train_step(plain, RATES).optimizer
+
+
+def test_state_in_main_memory_is_not_on_the_device():
+    """12 bytes a parameter over DP x CP; there, float32 gradients too. The update waits for the way there and back."""
+    plain = job()
+    half = dataclasses.replace(plain, host_share=0.5, grad_copies=False)
+    held = plain.held[0].total
+    assert memory_by_rank(plain)[0].optimizer - memory_by_rank(half)[0].optimizer == 0.5 * 12 * held / plain.shards
+    assert state_host_bytes(half) == min(8, half.world) * 0.5 * 16 * held / half.shards and state_host_bytes(plain) == 0
+    assert train_step(half, RATES).optimizer > train_step(plain, RATES).optimizer
+    assert host_share({"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}) == 0.5

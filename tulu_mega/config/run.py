@@ -23,7 +23,7 @@ from tulu_mega.config.sections import (
     WandbSettings,
     WatchdogSettings,
 )
-from tulu_mega.config.training_fields import DDP, MOMENTS, OPTIMIZER
+from tulu_mega.config.training_fields import DDP, MOMENTS, OFFLOAD, OFFLOADED, OPTIMIZER
 
 
 class EngineSettings(Section):
@@ -138,11 +138,37 @@ class RunSettings(EngineSettings):
                 "checkpoint.format = 'same_layout' does not go with [optimizer] use_precision_aware_optimizer, whose state "
                 "could not be read again; choose 'reshardable'"
             )
+        if self.optimizer.get(OFFLOAD, False):  # of which the next one tells
+            return self
         if not theirs and (given := [name for name in MOMENTS if name in self.optimizer]):
             raise ValueError(
                 f"[optimizer] {', '.join(given)}: only with use_precision_aware_optimizer = true; set it, or optim.moments "
                 "in their place"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _state_on_the_host_is_whole(self) -> RunSettings:
+        table = self.optimizer
+        if not table.get(OFFLOAD, False):
+            if given := [name for name in OFFLOADED if name in table]:
+                raise ValueError(f"[optimizer] {', '.join(given)}: only with {OFFLOAD} = true; set it, or leave them out")
+            return self
+        problems = []
+        if not 0 < table.get("optimizer_offload_fraction", 0.0) <= 1:
+            problems.append("optimizer_offload_fraction, above 0 and at most 1 (megatron-core's default moves nothing)")
+        if not table.get("use_precision_aware_optimizer", False):
+            problems.append("use_precision_aware_optimizer = true")
+        if given := [name for name in MOMENTS if table.get(name, "fp32") != "fp32"]:
+            problems.append(f"moments in float32, not {', '.join(given)}")
+        if self.model.dtype != "bf16":
+            problems.append("model.dtype = 'bf16'")
+        if not (self.optim.name == "adamw" and self.parallel.distributed_optimizer):
+            problems.append("optim.name = 'adamw' and parallel.distributed_optimizer")
+        if self.precision.fp8_param_gather:
+            problems.append("precision.fp8_param_gather = false: its main parameters are made of weights in bf16")
+        if problems:
+            raise ValueError(f"[optimizer] {OFFLOAD} needs {'; '.join(problems)}")
         return self
 
 

@@ -64,7 +64,7 @@ _MAIN = "checkpoints have main parameters in float32"
 _REFUSED: dict[str, tuple[Any, str]] = {
     "main_params_dtype": (None, _MAIN),
     "store_param_remainders": (False, _MAIN),
-    "optimizer_cpu_offload": (False, "a checkpoint would not have what is on the host"),
+    "use_torch_optimizer_for_cpu_offload": (False, "in main memory the optimizer is torch's, whatever it says"),
     "loss_scale": (None, _SCALE),
     "initial_loss_scale": (None, _SCALE),
     "min_loss_scale": (None, _SCALE),
@@ -79,6 +79,9 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "barrier_with_L1_time": (False, "there are no such timers"),
     "config_logger_dir": ("", "settings are in the run's directory"),
 }
+OFFLOAD = "optimizer_cpu_offload"
+OFFLOADED = ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d", "pin_cpu_grads", "pin_cpu_params")
+"""Fields that mean something only with `OFFLOAD`."""
 MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
 """Types of the two moments, of Transformer Engine's AdamW (`use_precision_aware_optimizer`). Those that are scaled (fp16, FP8)
 would want their scales in checkpoints."""
@@ -88,6 +91,6 @@ OPTIMIZER = PassedThrough(
     {"core/optimizer/optimizer_config.py": "OptimizerConfig"},
     _OPTIM,
     _REFUSED,
-    {"muon_": "muon_momentum", "optimizer_offload_": "optimizer_cpu_offload", "pin_cpu_": "optimizer_cpu_offload"},
+    {"muon_": "muon_momentum"},
     dict.fromkeys(MOMENTS, ("fp32", "bf16")),
 )

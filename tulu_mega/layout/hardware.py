@@ -82,7 +82,7 @@ def named_peak(name: str, fp32: bool) -> float | None:
     return PEAKS[max(known, key=len)][int(fp32)] if known else None
 
 
-def gpu_named(name: str) -> Gpu:
+def gpu_named(name: str, setting: str = "gpu") -> Gpu:
     """A GPU of the table, by its name there or what the driver calls it (``A100-80GB``, ``NVIDIA H100 80GB HBM3``).
 
     Raises:
@@ -94,12 +94,12 @@ def gpu_named(name: str) -> Gpu:
         return found
     if name.lower().startswith("cpu"):
         raise UserError(
-            f"gpu = {name!r}: what a run on CPUs takes is not predicted, plans are for GPUs ({', '.join(GPUS)}); of a run on "
-            "CPUs the first steps tell: memory_gib and the seconds in its metrics.jsonl"
+            f"{setting} = {name!r}: what a run on CPUs takes is not predicted, plans are for GPUs ({', '.join(GPUS)}); of a run "
+            "on CPUs the first steps tell: memory_gib and the seconds in its metrics.jsonl"
         )
     within = [known for known in GPUS if known in words]
     close = f"; did you mean {within[0]!r}?" if within else nearest(short, list(GPUS))
-    raise UserError(f"gpu = {name!r} is not known{close}; known: {', '.join(GPUS)}")
+    raise UserError(f"{setting} = {name!r} is not known{close}; known: {', '.join(GPUS)}")
 
 
 def link(gpu: Gpu, size: int, stride: int) -> float:

@@ -57,7 +57,7 @@ def memory_terms(job: Job, rank: RankMemory) -> list[Term]:
         "weights": ("bytes x P", n(rank.weights / held.value) * held),
         "gradients": ("bytes x P", n(rank.gradients / held.value) * held),
         "optimizer": (
-            "(main parameter, moments, bf16 gradients once more in float32) x P / (DP x CP)",
+            "(main parameter, moments, but for what main memory has; bf16 gradients in float32) x P / (DP x CP)",
             n(state) * held / n(shards),
         ),
         "activations": ("T x layers in flight x bytes kept of a token, below", n(round(rank.activations / kept)) * n(kept)),

@@ -19,8 +19,14 @@ from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.plan.model.calibration import RATES
 from tulu_mega.plan.model.job import Job, Pack
-from tulu_mega.plan.model.kernels import kernels_of, moment_bytes
-from tulu_mega.plan.model.memory import RankMemory, checkpoint_host_bytes, memory_by_rank, resume_host_bytes
+from tulu_mega.plan.model.kernels import host_share, kernels_of, moment_bytes
+from tulu_mega.plan.model.memory import (
+    RankMemory,
+    checkpoint_host_bytes,
+    memory_by_rank,
+    resume_host_bytes,
+    state_host_bytes,
+)
 from tulu_mega.plan.model.parameters import ITEMSIZE
 from tulu_mega.plan.model.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
 from tulu_mega.plan.model.storage import Storage, storage
@@ -143,6 +149,7 @@ class Question:
             fp8_weights=settings.precision.fp8_param_gather,
             grad_bytes=ITEMSIZE[settings.parallel.grad_dtype],
             moment_bytes=moment_bytes(settings.optim, settings.optimizer),
+            host_share=host_share(settings.optimizer),
             grad_copies=not settings.optimizer.get("use_precision_aware_optimizer", False),
             entropy=workload.entropy,
         )
@@ -183,6 +190,8 @@ class Outlook:
     generation: float
     sync: float
     servers: ServerMemory | None
+    offloaded: float
+    """bytes of a node's main memory that the optimizer's state takes all along"""
     host: float
     """bytes of a node's main memory that a save takes"""
     resume: float
@@ -264,6 +273,7 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         generation=generation,
         sync=sync_seconds(job, servers, RATES) if servers else 0.0,
         servers=server_memory(question.config, servers, job) if servers else None,
+        offloaded=state_host_bytes(job),
         host=checkpoint_host_bytes(job, settings.checkpoint.format, settings.checkpoint.asynchronous),
         resume=resume_host_bytes(job),
         storage=storage(job, question.storage, settings.checkpoint.asynchronous),
@@ -296,6 +306,14 @@ def _divisions(question: Question) -> list[str]:
     if not wrong:
         wrong += fp8_problems(config, question.settings)
         wrong += rollout_fp8_problems(config, rollout) if rollout else []
+    work = question.workload
+    given = (
+        ("mean_length", question.mean_length, work.longest_row),
+        ("response_length", question.response_length, work.longest_response),
+    )
+    for name, mean, most in given:
+        if mean and mean > most > 0:
+            wrong.append(f"{name} = {mean} is more than the {most} tokens at which these are cut; give what is left of them")
     try:
         _ = question.trainers
     except UserError as error:

@@ -41,7 +41,7 @@ def ask(settings: PlanSettings) -> Question:
     """What is asked about. Raises UserError for what is wrong with the file, the model or the GPU."""
     stage, said = read_stage(settings)
     gpu = gpu_named(settings.gpu)
-    rollout_gpu = gpu_named(settings.rollout_gpu) if settings.rollout_gpu else None
+    rollout_gpu = gpu_named(settings.rollout_gpu, "rollout_gpu") if settings.rollout_gpu else None
     config = read_architecture(said.model, reward=STAGES[stage].reward)
     question = Question(
         stage,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from tulu_mega.bridge.families import family_for
 from tulu_mega.config import ParallelSettings
 from tulu_mega.config.megatron_fields import ACTIVATION
+from tulu_mega.config.workload import Workload
 from tulu_mega.errors import UserError
 from tulu_mega.layout.flops import matmul_parameters
 from tulu_mega.plan.outlook import Outlook, Question, outlook, with_layout
@@ -30,9 +31,11 @@ def search(question: Question) -> list[Outlook]:
     """
     best = [found for parallel in layouts(question) if (found := _leanest(question, parallel))]
     if not best:
+        work = question.workload
+        told = f" with work for all in an update's {_sequences(work)} sequences" if _world(question) > _sequences(work) else ""
         raise UserError(
-            f"no layout of {question.gpus} {question.gpu.name} GPUs fits, even with model.recompute = 'full'; "
-            "give more --gpus, or lower data.pack_length"
+            f"no layout of {question.gpus} {question.gpu.name} GPUs fits{told}, even with model.recompute = 'full'; "
+            f"give {'fewer' if told else 'more'} --gpus, or lower data.pack_length"
         )
     return sorted(best, key=lambda each: each.seconds)
 
@@ -76,10 +79,9 @@ def _recomputing(question: Question, parallel: ParallelSettings) -> Iterator[lis
 
 
 def layouts(question: Question) -> Iterator[ParallelSettings]:
-    """What is tried; weights, gradients and optimizer alone are looked at first."""
+    """What is tried, every replica having a sequence to train; weights, gradients and optimizer alone are looked at first."""
     config, given = question.config, question.settings.parallel
-    aside = question.servers.gpus if question.servers else 0
-    world = (question.gpus or given.model_parallel * (given.data or 1) + aside) - aside
+    world, most = _world(question), _sequences(question.workload)
     layers, groups = config["num_hidden_layers"], config.get("num_key_value_heads") or config["num_attention_heads"]
     matrices = matmul_parameters(config)
     for tensor in (size for size in (1, 2, 4, 8) if size <= question.gpu.domain and not groups % size and not world % size):
@@ -87,7 +89,7 @@ def layouts(question: Question) -> Iterator[ParallelSettings]:
             if context > 1 and question.workload.capacity / context < _SMALLEST_SHARE:
                 continue
             for pipeline in range(1, min(layers, world // (tensor * context)) + 1):
-                if world % (tensor * context * pipeline):
+                if world % (tensor * context * pipeline) or world // (tensor * context * pipeline) > most:
                     continue
                 own = layers // pipeline if not layers % pipeline and layers // pipeline <= _MOST else 1  # chunks of a layer each
                 for chunks in sorted({*_CHUNKS, own}) if pipeline > 1 else (1,):
@@ -108,3 +110,14 @@ def layouts(question: Question) -> Iterator[ParallelSettings]:
                             last_stage_layers=None,
                         )
                     )
+
+
+def _world(question: Question) -> int:
+    """Ranks that train."""
+    given, aside = question.settings.parallel, question.servers.gpus if question.servers else 0
+    return (question.gpus or given.model_parallel * (given.data or 1) + aside) - aside
+
+
+def _sequences(work: Workload) -> int:
+    """What an update shares out among replicas: rows, or responses."""
+    return work.rows * max(1, work.samples) // work.mini_batches

@@ -70,6 +70,7 @@ def as_json(result: Outlook) -> dict[str, Any]:
             "memory": {
                 "of_gpu": job.gpu.memory,
                 "ranks": [{"rank": rank.rank, **rank.parts, "total": rank.total} for rank in result.memory],
+                "host_of_optimizer": result.offloaded,
                 "host_of_save": result.host,
                 "host_of_resume": result.resume,
                 "server": None if servers is None else vars(servers),
@@ -211,6 +212,11 @@ def _remarks(result: Outlook) -> list[Text]:
     lines = [
         f"{result.step.tokens / result.seconds / result.gpus:,.0f} tokens/s/GPU; while training "
         f"{result.step.flops_per_gpu / 1e12:.0f} TFLOP/s/GPU, {result.step.flops_per_gpu / peak:.0%} of the {kind} peak",
+        *(
+            [f"the optimizer's state in main memory takes {_size(result.offloaded)} of a node's, all along"]
+            if result.offloaded
+            else []
+        ),
         f"a save takes {_size(result.host)} of a node's main memory, going on from it {_size(result.resume)}; "
         f"{result.storage.size / 1e9:,.0f} GB: {_duration(result.storage.save / 3600)} to be written at "
         f"{result.question.storage / 1e9:g} GB/s (--storage), of which training waits {_duration(result.storage.waits / 3600)}, "

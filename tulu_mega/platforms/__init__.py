@@ -27,7 +27,7 @@ def install(local_rank: int = 0) -> Platform:
     Args:
         local_rank: rank among this machine's processes; picks the CUDA device.
     """
-    from tulu_mega.platforms import adam, grad_norm, no_fp8, numa, weight_gradient
+    from tulu_mega.platforms import adam, grad_norm, no_fp8, numa, offload, weight_gradient
 
     prepare_imports()
     if torch.cuda.is_available():
@@ -45,4 +45,5 @@ def install(local_rank: int = 0) -> Platform:
     grad_norm.install()
     weight_gradient.install()
     no_fp8.install()
+    offload.install()
     return platform

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tulu_mega.platforms import Platform, adam, cpu, weight_gradient
+from tulu_mega.platforms import Platform, adam, cpu, offload, weight_gradient
 
 _META = torch.device("meta")
 
@@ -29,5 +29,6 @@ def install() -> Platform:
 
     torch.Tensor.type = cuda_type
     adam.install()
+    offload.install()
     weight_gradient.install()
     return Platform(_META, "fake")

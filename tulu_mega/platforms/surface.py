@@ -43,6 +43,7 @@ _CUDA = "platforms/cpu.py"
 _DIST = "torch.distributed.distributed_c10d"
 _C10D = "torch._C._distributed_c10d"
 _OPTIMIZER = "megatron.core.optimizer"
+_HOST = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer"
 _LAYERS = "megatron.core.tensor_parallel.layers"
 _RANDOM = "megatron.core.tensor_parallel.random"
 
@@ -141,6 +142,19 @@ _MEGATRON = (
          "apex's extension, for gradient_accumulation_fusion without apex"),
     Name("platforms/weight_gradient.py", f"{_LAYERS}._grad_accum_fusion_available", "replaced",
          "whether that extension was found at import"),
+    Name("platforms/offload.py", f"{_OPTIMIZER}.HybridDeviceOptimizer", "replaced", "by our subclass of it"),
+    Name("platforms/offload.py", f"{_OPTIMIZER}.distrib_optimizer.HybridDeviceOptimizer", "replaced", "makes another one"),
+    Name("platforms/offload.py", f"{_HOST}.dummy_step", "overridden",
+         "its state comes from a step with random gradients, which moves the weights"),
+    Name("platforms/offload.py", f"{_HOST}.state_dict", "overridden",
+         "classes by name, which torch does not read again, are left out of checkpoints"),
+    Name("platforms/offload.py", f"{_HOST}.load_state_dict", "overridden",
+         "the device's part would begin each step with the loaded count of steps; checkpoints without offload are read too"),
+    Name("platforms/offload.py", f"{_HOST}._sync_sub_optimizers_state_to_hdo", "read", "after the state is made"),
+    Name("platforms/offload.py", f"{_HOST}._init_sub_optimizers", "overridden", "where there is no CUDA there are no streams"),
+    Name("platforms/offload.py", f"{_HOST}._get_sub_optimizer_param_groups", "overridden",
+         "it offloads what is on a CUDA device; where that is a CPU, what would be is told by the share alone"),
+    Name("platforms/offload.py", f"{_HOST}._move_new_state_to_right_device", "overridden", 'it writes "cuda"'),
     Name("platforms/no_fp8.py", f"{_RANDOM}.HAVE_TE", "read", "whether the three below were imported"),
     Name("platforms/no_fp8.py", f"{_RANDOM}:FP8GlobalStateManager", "replaced",
          "asked for whenever a norm is computed again, and there with Transformer Engine alone"),

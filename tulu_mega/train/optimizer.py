@@ -60,10 +60,13 @@ def build_optimizer(
         store_param_remainders=False,  # main parameters are whole, as checkpoints have them
     )
     fields |= {name: DTYPES[value] if name in MOMENTS else value for name, value in table.items()}
+    on_host = bool(table.get("optimizer_cpu_offload"))
     try:
-        config = OptimizerConfig(**fields)
+        config = OptimizerConfig(**fields | {"use_precision_aware_optimizer": False} if on_host else fields)
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"[optimizer]: megatron-core refuses this: {error}") from None
+    if on_host:  # set by its constructor, which asks for Transformer Engine's version on the way, wherever that is
+        config.use_precision_aware_optimizer = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=gloo_groups)
     for part in optimizer.chained_optimizers:
         if optim.moments == "bf16":
@@ -74,7 +77,9 @@ def build_optimizer(
         if part.init_state_fn is None:  # SGD without momentum has no state, yet loading a checkpoint calls this
             part.init_state_fn = lambda *_: None
         # a checkpoint may be due before any update: the first ones were skipped
-        if config.use_precision_aware_optimizer:  # megatron-core's function leaves out an argument that Transformer Engine wants
+        if on_host:
+            part.optimizer.dummy_step()
+        elif config.use_precision_aware_optimizer:  # megatron-core's function leaves out what Transformer Engine wants
             for parameter in part.get_parameters():
                 part.optimizer.initialize_state(parameter, False)
         else:

@@ -108,6 +108,21 @@ def test_a_precision_aware_run_goes_on(model, tmp_path, before, after):
     np.testing.assert_allclose(done, stayed, rtol=5e-3)
 
 
+@MORE
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_a_run_with_state_in_main_memory_goes_on(model, tmp_path, fraction):
+    """Beside Transformer Engine's AdamW for what stays on the device."""
+    table = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction}
+
+    def hosted(first=0, last=jobs.RUN, folder=None):
+        arguments = (model, OVERLAP, first, last, folder, None, "bf16", OFF, "reshardable", "fp32", table)
+        return world.run(2, jobs.series, *arguments)[-1]
+
+    stayed, folder = hosted(), str(tmp_path)
+    np.testing.assert_allclose(stayed, run(OVERLAP, OFF, model), rtol=5e-3)
+    assert hosted(0, 2, folder) + hosted(2, jobs.RUN, folder) == stayed
+
+
 def scales(directory: str, layout: dict[str, Any], folder: str, restored: bool) -> dict[str, list[float]]:
     """Delayed scaling's factors and largest magnitudes, by each layer's parts, after two steps or read from their checkpoint."""
     with jobs.session(directory, layout, "bf16", precision=DELAYED) as made:

@@ -20,6 +20,7 @@ from tulu_mega.distributed import topology
 from tulu_mega.distributed.topology import Topology
 from tulu_mega.plan.dry_run.record import RankReport, Sending, Shard, Stored, Training
 from tulu_mega.platforms import Platform
+from tulu_mega.platforms.offload import HostOptimizer
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.engine_state import share
 from tulu_mega.weight_transfer.protocol import SLOTS, Expected
@@ -104,8 +105,12 @@ def _training(engine: Engine, written: Collection[Tensor] | None) -> Training:
     buffers = [buffer for ddp in engine.ddp for buffer in ddp.buffers]
     main = sum(parameter.numel() for parameter in engine.optimizer_parameters())
     parts = [part.optimizer for part in engine.optimizer.chained_optimizers]
-    moments = [value for part in parts for state in part.state.values() for value in state.values() if getattr(value, "ndim", 0)]
-    copies = 4 * main if engine.settings.model.dtype == "bf16" else 0  # float32 parameters are their own
+    on_host = {p for part in parts if isinstance(part, HostOptimizer) for p in part.gpu_params_map_cpu_copy}
+    states = [state for part in parts for p, state in part.state.items() if p not in on_host]
+    held_apart = [{name: value for name, value in state.items() if name != "master_param"} for state in states]
+    moments = [value for state in held_apart for value in state.values() if getattr(value, "ndim", 0)]
+    here = main - sum(p.numel() for p in on_host)
+    copies = 4 * here if engine.settings.model.dtype == "bf16" else 0  # float32 parameters are their own
     held, saved = [0] * ranks, [0] * ranks
     sharded = engine.ddp[0].ddp_config.use_distributed_optimizer
     for buffer in buffers if sharded else ():

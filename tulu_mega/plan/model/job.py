@@ -48,6 +48,7 @@ class Job:
         fp8_weights: the parameters themselves are.
         grad_bytes: bytes of an accumulated gradient.
         moment_bytes: bytes of the optimizer's two moments, the mean.
+        host_share: share of the optimizer's state that is in main memory, and updated there.
         grad_copies: a rank's share of bf16 gradients is copied to float32 for the update.
         fsdp: weights and gradients are sharded over the replicas too, and gathered layer by layer.
         full_logits: the head makes all logits of a micro-batch at once and keeps them.
@@ -66,6 +67,7 @@ class Job:
     fp8_weights: bool = False
     grad_bytes: int = 4
     moment_bytes: float = 4
+    host_share: float = 0.0
     grad_copies: bool = True
     fsdp: bool = False
     full_logits: bool = False

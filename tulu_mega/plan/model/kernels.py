@@ -7,7 +7,7 @@ from typing import Any
 
 from tulu_mega.config import EngineSettings, OptimSettings
 from tulu_mega.config.megatron_fields import ACTIVATION
-from tulu_mega.config.training_fields import MOMENTS
+from tulu_mega.config.training_fields import MOMENTS, OFFLOAD
 from tulu_mega.plan.model.parameters import ITEMSIZE
 
 
@@ -56,3 +56,8 @@ def moment_bytes(optim: OptimSettings, optimizer: dict[str, Any]) -> float:
     if optim.name == "sgd":
         return 0
     return sum(ITEMSIZE[optimizer.get(name, optim.moments)] for name in MOMENTS) / len(MOMENTS)
+
+
+def host_share(optimizer: dict[str, Any]) -> float:
+    """Share of the optimizer's state that the `[optimizer]` table has put into main memory."""
+    return optimizer.get("optimizer_offload_fraction", 0.0) if optimizer.get(OFFLOAD) else 0.0

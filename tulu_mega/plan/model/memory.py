@@ -117,7 +117,7 @@ def rank_memory(job: Job, rank: int, beside: int = 0, bucket: int = 0) -> RankMe
         rank=rank,
         weights=weights / sharded,
         gradients=held.total * job.grad_bytes / sharded,
-        optimizer=held.total * (job.state_bytes + _copies(job)) / shards,
+        optimizer=held.total * (job.state_bytes * (1 - job.host_share) + _copies(job)) / shards,
         activations=tallest,
         working=tokens * (again + grown / parallel.context),
         log_probs=_head_bytes(job) if last else 0.0,
@@ -174,9 +174,17 @@ def _passing(job: Job, rank: int) -> float:
     return _WRITING + max(4 * largest / math.ceil(largest / PIECE), job.itemsize * largest)
 
 
+def state_host_bytes(job: Job) -> float:
+    """Main memory that the optimizer's state takes on the fullest node all along, and float32 gradients beside it."""
+    held = max(each.total for each in job.held)
+    return min(job.gpu.per_node, job.world) * held * job.host_share * (job.state_bytes + 4) / job.shards
+
+
 def _copies(job: Job) -> float:
     """Bytes a parameter of float32 gradients that megatron-core's distributed optimizer makes of a rank's share of bf16 ones."""
-    return 4 if job.grad_copies and job.grad_bytes == 2 and job.dtype == "bf16" else 0
+    if job.grad_bytes != 2 or job.dtype != "bf16":
+        return 0
+    return 4 * (1 - job.host_share) if job.host_share else 4 * job.grad_copies
 
 
 def _head_bytes(job: Job) -> float:

@@ -18,6 +18,13 @@ parameter read, the latter written, and the parameter in bf16."""
 _NORM = 12
 """And before that: gradients read for their norm, read and written to be clipped."""
 
+_SENT = 8
+"""Bytes of a parameter that is updated in main memory, which go there and back: gradient and parameter in float32."""
+_HOST_UPDATE = 28
+"""Bytes moved there: gradient read, main parameter and moments read and written."""
+HOST_BANDWIDTH = 614e9 / 8
+"""Bytes/s of main memory for a GPU: two processors of eight channels DDR5-4800 (DGX H100's) among eight. A peak, not measured."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -182,9 +189,11 @@ def _optimizer(job: Job, rates: Rates) -> float:
     held = max(each.total for each in job.held)
     own = held / job.shards if job.parallel.distributed_optimizer or job.fsdp else held
     buffers = own if job.fsdp else held
-    return (3 * job.grad_bytes * buffers + update_bytes(job) * own) / (rates.memory * job.gpu.bandwidth)
+    on_device = (3 * job.grad_bytes * buffers + update_bytes(job) * own) / (rates.memory * job.gpu.bandwidth)
+    return on_device + own * job.host_share * (_SENT / job.gpu.host + _HOST_UPDATE / HOST_BANDWIDTH)
 
 
 def update_bytes(job: Job) -> int:
     """Bytes moved for a parameter of a rank's share: norm, clipping, Adam; of bf16 gradients float32 ones are made first."""
-    return round(_NORM + _UPDATE + 4 * job.moment_bytes) + (6 if job.grad_copies and job.grad_bytes == 2 else 0)
+    updated = (_UPDATE + 4 * job.moment_bytes) * (1 - job.host_share)
+    return round(_NORM + updated) + (6 if job.grad_copies and job.grad_bytes == 2 else 0)
