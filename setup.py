@@ -55,6 +55,7 @@ setup(
             "vllm==0.32.0",
             "transformer-engine[pytorch]>=2.9,<2.12",  # what megatron-core 0.16.1 was made for
         ],
+        "real": ["gguf", "accelerate"],  # `convert` from GGUF files, which transformers reads with it
         "wandb": ["wandb"],
         "report": ["matplotlib"],
         "dev": [
