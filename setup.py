@@ -58,6 +58,7 @@ setup(
         # What megatron-core 0.16.1 was made for. Its half for torch is compiled against the torch that is installed, so it comes
         # after the others, by pip install --no-build-isolation (docs/how-to/install_on_gpus.md).
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        "real": ["gguf", "accelerate"],  # `convert` from GGUF files, which transformers reads with it
         "wandb": ["wandb"],
         "report": ["matplotlib"],
         "dev": [
