@@ -54,7 +54,7 @@ def run(settings: ConvertSettings) -> None:
     if is_gguf(settings.source):
         if ranks > 1:
             raise UserError(f"source = {settings.source}: a GGUF file is converted by one process; run it without torchrun")
-        with unpacked(settings.source, settings.output) as directory:
+        with unpacked(settings.source, settings.output, settings.config) as directory:
             run(settings.model_copy(update={"source": str(directory)}))
         return
     if ranks > 1:
