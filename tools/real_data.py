@@ -128,7 +128,7 @@ def make(directory: Path, sources: Sources, seed: int, amounts: Amounts) -> None
     held, trained = _parted(pairs, amounts.heldout_pairs, amounts.pairs, sources.pairs)
     chosen = [_conversation(row) for row in trained[: amounts.chosen]]
     asked, kept = _parted(demonstrations, amounts.heldout_demonstrations, amounts.demonstrations, sources.gsm8k_train)
-    mixed = [*kept, *chosen]
+    mixed = [*kept[: amounts.demonstrations], *chosen]
     random.Random(f"{seed} order").shuffle(mixed)
     questions = sorted({_question(row) for row in trained} - {""}), sorted({_question(row) for row in held} - {""})
     files: dict[str, Callable[[], Iterable[Row]]] = {
@@ -222,7 +222,7 @@ CONSTRAINTS: tuple[tuple[str, str, Callable[[random.Random], Row]], ...] = (
         "Answer in at most {N} words.",
         lambda draw: {"N": draw.choice((20, 30, 40)), "quantifier": "at most"},
     ),
-    ("verify_bullet_points", "Answer with exactly {N} bullet points, begun by a star (*).", lambda draw: {"N": draw.choice((2, 3))}),
+    ("verify_bullet_points", "Answer in exactly {N} bullet points, begun by a star (*).", lambda draw: {"N": draw.randint(2, 3)}),
 )  # fmt: skip
 """Functions of the verifier `ifeval`, how each is asked for, and its arguments."""
 

@@ -97,8 +97,8 @@ def _each(rows: Rows, read: Any, task: Task) -> list[Any]:
 
 
 def _open(names: str | list[str], split: str, setting: str, split_setting: str) -> Rows:
-    """Rows of files and hub names; also of what BIG-Bench Hard and MMLU were published as, and of directories of that: JSON objects
-    with `examples`, and CSV without headings.
+    """Rows of files and hub names; also of what BIG-Bench Hard and MMLU were published as, JSON objects with `examples` and CSV
+    without headings, and of directories of that.
 
     Args:
         setting, split_setting: where they and their split are named, for messages.
@@ -139,13 +139,13 @@ def _choices(file: Path) -> JsonArray:
         with file.open(newline="", encoding="utf-8-sig") as content:
             for number, row in enumerate(csv.reader(content, strict=True), 1):
                 if len(row) != 6:
-                    bad.append(f"{file} row {number}: has {len(row)} columns; expected MMLU's: question, four choices and a letter")
+                    bad.append(f"{file} row {number}: has {len(row)} columns; expected a question, four choices and a letter")
                 else:
                     found.append({"question": row[0], "choices": row[1:5], "answer": row[5].strip(), "subject": subject})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read as CSV: {error}; expected MMLU's own, or JSONL") from None
     if bad or not found:
-        raise UserError(bad[:MAX_PROBLEMS] or f"{file}: has no rows; expected MMLU's: question, four choices and a letter")
+        raise UserError(bad[:MAX_PROBLEMS] or f"{file}: has no rows; expected a question, four choices and a letter in each")
     return JsonArray(str(file), found, file.name)
 
 
