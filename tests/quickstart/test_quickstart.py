@@ -14,7 +14,7 @@ from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, SftSettings,
 from tulu_mega.data.chat import encode, prompt_ids
 from tulu_mega.errors import UserError
 from tulu_mega.inference.offline import Completion
-from tulu_mega.quickstart import demo, task, tiny_model
+from tulu_mega.quickstart import demo, running, task, tiny_model
 from tulu_mega.quickstart.settings import QuickstartSettings
 from tulu_mega.quickstart.stages import stage_settings
 
@@ -117,7 +117,7 @@ def story(tmp_path, monkeypatch, tokenizer):
     settings = QuickstartSettings(run_dir=str(tmp_path / "quick"))
     monkeypatch.setattr("tulu_mega.inference.offline.check_vllm", lambda *_: None)
     monkeypatch.setattr("tulu_mega.inference.offline.Generator", Answers)
-    monkeypatch.setattr(demo, "_ran", train)
+    monkeypatch.setattr(running, "ran", train)
     return settings, done
 
 
@@ -137,11 +137,11 @@ def test_the_story_is_told_once_and_what_is_complete_is_reused(story, capsys):
 
 def test_a_training_that_fails_is_told_and_taken_up_again(story, monkeypatch):
     settings, done = story
-    whole = demo._ran
-    monkeypatch.setattr(demo, "_ran", lambda command: 3)
+    whole = running.ran
+    monkeypatch.setattr(running, "ran", lambda command: 3)
     with pytest.raises(UserError, match="ended with status 3"):
         demo.run(settings)
-    monkeypatch.setattr(demo, "_ran", whole)
+    monkeypatch.setattr(running, "ran", whole)
     demo.run(settings)
     assert done == ["model", "sft", "hf", "rm", "dpo", "hf", "grpo", "hf"]
 
@@ -149,7 +149,7 @@ def test_a_training_that_fails_is_told_and_taken_up_again(story, monkeypatch):
 def test_a_stage_ends_with_the_quickstart(tmp_path):
     """It has ranks and servers of its own: nobody else would end them."""
     stage = f"import pathlib, os, time; pathlib.Path('{tmp_path}/stage').write_text(str(os.getpid())); time.sleep(600)"
-    program = f"import sys; from tulu_mega.quickstart import demo; demo._ran([sys.executable, '-c', {stage!r}])"
+    program = f"import sys; from tulu_mega.quickstart import running; running.ran([sys.executable, '-c', {stage!r}])"
     quickstart = subprocess.Popen([sys.executable, "-c", program])
     try:
         until = time.monotonic() + 60

@@ -30,6 +30,7 @@ from tulu_mega.bridge.files.companions import put_in_place, write_companions
 from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.bridge.files.hub import is_megatron, model_directory
 from tulu_mega.convert import manifest
+from tulu_mega.convert.gguf_file import is_gguf, unpacked
 from tulu_mega.convert.manifest import FileRecord
 from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.convert.sources import HfSource, MegatronSource, Source
@@ -50,6 +51,12 @@ def run(settings: ConvertSettings) -> None:
         UserError: for whatever the user can mend; what was written so far stays for the next try.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if is_gguf(settings.source):
+        if ranks > 1:
+            raise UserError(f"source = {settings.source}: a GGUF file is converted by one process; run it without torchrun")
+        with unpacked(settings.source, settings.output, settings.config) as directory:
+            run(settings.model_copy(update={"source": str(directory)}))
+        return
     if ranks > 1:
         _on_ranks(settings, int(os.environ["RANK"]), ranks)
         return

@@ -13,7 +13,8 @@ class ConvertSettings(Section):
     """`tulu-mega convert`: a model between Hugging Face's format and Megatron's distributed checkpoint."""
 
     source: str
-    """Directory of a Hugging Face model, its hub name, or a Megatron distributed checkpoint (of a run: checkpoints/step_N)."""
+    """Directory of a Hugging Face model, its hub name, a Megatron distributed checkpoint (of a run: checkpoints/step_N), or a
+    GGUF file, whose weights become fp32."""
     output: str
     """Directory to make. What an interrupted conversion left beside it is gone on with."""
     to: Literal["hf", "megatron"]

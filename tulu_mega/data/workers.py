@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tulu_mega.errors import UserError
@@ -45,7 +47,9 @@ def in_order(work: Callable[[int, int], R], rows: int, chunk: int, workers: int)
     waiting: deque[tuple[int, Future[R]]] = deque()
     try:
         for start, stop in ranges:
-            waiting.append((stop - start, pool.submit(_do, start, stop)))
+            with _uninterrupted():
+                future = pool.submit(_do, start, stop)
+            waiting.append((stop - start, future))
             if len(waiting) > 4 * workers:
                 size, future = waiting.popleft()
                 yield size, future.result()
@@ -56,6 +60,17 @@ def in_order(work: Callable[[int, int], R], rows: int, chunk: int, workers: int)
         raise UserError("a worker process died, perhaps for want of memory; use fewer workers (data.workers, workers)") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes started in it never see an interrupt, which a terminal sends to all: each of them would print where it was, and
+    this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _kept: Callable[[int, int], Any] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,8 @@ def _each(rows: Rows, read: Any, task: Task) -> list[Any]:
 
 
 def _open(names: str | list[str], split: str, setting: str, split_setting: str) -> Rows:
-    """Rows of files and hub names; BIG-Bench Hard's own files, one JSON object with `examples`, and directories of them too.
+    """Rows of files and hub names; also of what BIG-Bench Hard and MMLU were published as, JSON objects with `examples` and CSV
+    without headings, and of directories of that.
 
     Args:
         setting, split_setting: where they and their split are named, for messages.
@@ -104,15 +107,46 @@ def _open(names: str | list[str], split: str, setting: str, split_setting: str) 
     problems: list[str] = []
     for name in [names] if isinstance(names, str) else names:
         path = Path(name).expanduser()
-        files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.suffix == ".json" and path.is_file() else []
-        examples = [part for file in files if (part := _examples(file)) is not None]
         try:
+            if tables := _files(path, ".csv"):
+                parts += [_choices(file) for file in tables]
+                continue
+            examples = [part for file in _files(path, ".json") if (part := _examples(file)) is not None]
             parts += examples or load_rows(name, split, setting=setting, split_setting=split_setting).parts
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems)
     return Rows(parts)
+
+
+def _files(path: Path, kind: str) -> list[Path]:
+    """A file that ends so, or those of a directory."""
+    if path.is_dir():
+        return sorted(path.glob(f"*{kind}"))
+    return [path] if path.suffix == kind and path.is_file() else []
+
+
+def _choices(file: Path) -> JsonArray:
+    """The rows of one of MMLU's files (github.com/hendrycks/test): question, four choices and a letter; its name is the subject.
+
+    Raises:
+        UserError: it cannot be read, or a row has other columns.
+    """
+    subject = re.sub(r"_(test|dev|val)$", "", file.stem.removeprefix("mmlu_"))
+    found, bad = [], []
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as content:
+            for number, row in enumerate(csv.reader(content, strict=True), 1):
+                if len(row) != 6:
+                    bad.append(f"{file} row {number}: has {len(row)} columns; expected a question, four choices and a letter")
+                else:
+                    found.append({"question": row[0], "choices": row[1:5], "answer": row[5].strip(), "subject": subject})
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: cannot be read as CSV: {error}; expected MMLU's own, or JSONL") from None
+    if bad or not found:
+        raise UserError(bad[:MAX_PROBLEMS] or f"{file}: has no rows; expected a question, four choices and a letter in each")
+    return JsonArray(str(file), found, file.name)
 
 
 def _examples(file: Path) -> JsonArray | None:

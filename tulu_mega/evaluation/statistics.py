@@ -11,6 +11,8 @@ import numpy as np
 Z = 1.959963984540054
 """Standard normal quantile of a two-sided 95% interval."""
 RESAMPLES = 1000
+FEW = 5
+"""Problems below which a group is not drawn from by itself: of one, every draw is the same."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def estimate(sums: Sequence[float], counts: Sequence[int], groups: Sequence[str]
     """The ratio of sums to counts over problems; with groups, the mean of the groups' ratios.
 
     Where every problem counts once and is right or wrong, and there are no groups, the interval is Wilson's; otherwise it is
-    the percentile bootstrap over problems (drawn within groups, for groups are fixed and problems a sample).
+    the percentile bootstrap over problems (drawn within groups, for groups are fixed and problems a sample; where a group has
+    fewer than 5, which would hardly vary, over the problems of all groups, each weighted as in the mean).
 
     Args:
         sums: what each problem earned.
@@ -73,6 +76,9 @@ def estimate(sums: Sequence[float], counts: Sequence[int], groups: Sequence[str]
     kinds = np.zeros(len(earned), np.int64) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     members = [np.flatnonzero(kinds == kind) for kind in range(kinds.max() + 1)]
     value = float(np.mean([earned[group].sum() / possible[group].sum() for group in members]))
+    if min(map(len, members)) < FEW:
+        weights = 1 / np.array([possible[group].sum() for group in members])[kinds]
+        earned, possible, members = earned * weights, possible * weights, [np.arange(len(earned))]
     draw = np.random.default_rng(0)  # the same figures for the same samples
     resampled = np.zeros(RESAMPLES)
     for group in members:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega.config import ModelSettings
-from tulu_mega.errors import UserError
 from tulu_mega.evaluation.settings import EvalSettings, TaskSettings
-from tulu_mega.quickstart import task, tiny_model
+from tulu_mega.quickstart import running, task, tiny_model
 from tulu_mega.quickstart.stages import stage_settings
 
 if TYPE_CHECKING:
@@ -34,8 +29,6 @@ PROMPTS = 8_000
 MAX_TOKENS = 48
 """Room for an answer: worked ones take some 25 tokens."""
 SAMPLES = 3
-STOP_SECONDS = 60
-"""A stage may take to end when it is told to."""
 
 
 def run(settings: QuickstartSettings) -> None:
@@ -56,12 +49,12 @@ def run(settings: QuickstartSettings) -> None:
     started = time.monotonic()
     directory = Path(settings.run_dir)
     made_with = settings.model_dump(exclude={"run_dir"})
-    _claim(directory, **made_with)
+    running.claim(directory / "quickstart.json", made_with)
     heldout, model = directory / "data/heldout.jsonl", directory / "model"
 
     console.rule("1. a task and a model, made here")
     make_data(directory / "data", settings.seed)
-    _once(model, lambda: _make_model(model, settings.seed))
+    running.once(model, lambda: _make_model(model, settings.seed))
     console.print(
         f"{DEMONSTRATIONS:,} demonstrations, {PAIRS:,} pairs of a right and a wrong answer for each of two stages, {PROMPTS:,} "
         f"problems to practise on, {HELDOUT_PROBLEMS} held-out problems and {HELDOUT_PAIRS} held-out pairs: {directory}/data; "
@@ -94,16 +87,16 @@ def run(settings: QuickstartSettings) -> None:
 def make_data(directory: Path, seed: int) -> None:
     """Writes demonstrations, questions and pairs to train on and to be held out, where they are not there yet."""
     train, heldout = directory / "train.jsonl", directory / "heldout.jsonl"
-    _once(train, lambda: task.write_jsonl(islice(task.demonstrations(seed), DEMONSTRATIONS), train))
+    running.once(train, lambda: task.write_jsonl(islice(task.demonstrations(seed), DEMONSTRATIONS), train))
     problems = islice(task.problems("heldout", seed, HELDOUT_TWO_STEP), HELDOUT_PROBLEMS)
-    _once(heldout, lambda: task.write_jsonl(map(task.prompt_row, problems), heldout))
+    running.once(heldout, lambda: task.write_jsonl(map(task.prompt_row, problems), heldout))
     practice = directory / "prompts.jsonl"
     asked = islice(task.problems("train", f"{seed} practice", HELDOUT_TWO_STEP), PROMPTS)
-    _once(practice, lambda: task.write_jsonl(map(task.prompt_row, asked), practice))
+    running.once(practice, lambda: task.write_jsonl(map(task.prompt_row, asked), practice))
     sides: tuple[tuple[task.Split, str, int], ...] = (("train", "", PAIRS), ("heldout", "heldout_", HELDOUT_PAIRS))
     for (split, side, count), (kind, slips) in product(sides, (("pairs", task.SLIPS), ("rm_pairs", task.COARSE_SLIPS))):
         file, rows = directory / f"{side}{kind}.jsonl", islice(task.pairs(split, seed, slips=slips), count)
-        _once(file, partial(task.write_jsonl, rows, file))
+        running.once(file, partial(task.write_jsonl, rows, file))
 
 
 def evaluated(model: Path, questions: Path, output: Path) -> dict[str, Any]:
@@ -120,23 +113,6 @@ def evaluated(model: Path, questions: Path, output: Path) -> dict[str, Any]:
     return results["tasks"]["rlvr"]
 
 
-def _claim(directory: Path, **settings: int) -> None:
-    """Writes down what the directory is made with, so that no other seed's data and model are taken for this one's."""
-    file = directory / "quickstart.json"
-    if not file.exists():
-        task.write_jsonl([settings], file)
-        return
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if found != settings:
-        raise UserError(f"{directory} holds a quickstart with {found}, not {settings}; give another --run_dir or remove it")
-
-
-def _once(path: Path, make: Callable[[], None]) -> None:
-    """Everything here appears when it is complete: what exists is whole."""
-    if not path.exists():
-        make()
-
-
 def _make_model(model: Path, seed: int) -> None:
     temporary = model.with_name(f".{model.name}")
     tiny_model.make(temporary, seed)
@@ -144,34 +120,7 @@ def _make_model(model: Path, seed: int) -> None:
 
 
 def _stage(command: str, directory: Path, made_with: dict[str, int]) -> None:
-    """Runs a command of the recipe; what is exported already is not trained again."""
-    if (directory / command / "hf").exists():
-        return
-    file = directory / f"{command}.toml"
-    file.write_text(stage_settings(command, directory.as_posix(), **made_with), encoding="utf-8")
-    status = _ran([sys.executable, "-m", "tulu_mega", command, str(file)])
-    if status == 130:
-        raise KeyboardInterrupt
-    if status != 0:
-        logs = directory / command / "logs"
-        raise UserError(f"tulu-mega {command} ended with status {status}; see above and {logs}, then run the same again")
-
-
-def _ran(command: list[str]) -> int:
-    """A command's exit status. Whatever ends us meanwhile ends the command too, in order: it has ranks and servers to end."""
-    process = subprocess.Popen(command)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        finally:
-            process.kill()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    running.stage(command, directory, stage_settings(command, directory.as_posix(), **made_with))
 
 
 def heldout_accuracy(run: Path) -> float:
