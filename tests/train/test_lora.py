@@ -16,6 +16,8 @@ from tests.lib import lora_jobs, world
 from tests.lib.layouts import LAYOUTS, size, weights
 from tulu_mega.bridge.files.peft import open_adapter, settings_of
 from tulu_mega.config import SftSettings
+from tulu_mega.convert.run import run as convert
+from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.errors import UserError
 
 pytestmark = pytest.mark.ranks
@@ -132,6 +134,23 @@ def test_adapters_go_in_and_out_bit_for_bit_and_the_weights_stay(truth, tmp_path
     shared = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "bias", "lora_dropout")
     assert {name: written[name] for name in shared} == {name: given[name] for name in shared}
     assert sorted(written["target_modules"]) == sorted(given["target_modules"])
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_convert_merges_them(truth, tmp_path, to):
+    root = truth("Llama", "r3")[0]
+    settings = {"source": str(root / "model"), "adapter": str(root / "trained"), "workers": 1}
+    convert(ConvertSettings(**settings, output=str(tmp_path / "merged"), to=to))
+    if to == "megatron":
+        convert(ConvertSettings(source=str(tmp_path / "merged"), output=str(tmp_path / "back"), to="hf", workers=1))
+    same(tmp_path / ("back" if to == "megatron" else "merged"), root / "merged", 1e-6)
+
+
+def test_convert_refuses_adapters_of_another_model(truth, tmp_path):
+    root, other = truth("Llama", "r3")[0], adapter(tmp_path / "other")
+    settings = {"source": str(root / "model"), "output": str(tmp_path / "merged"), "to": "hf"}
+    with pytest.raises(UserError, match="does not belong to the source"):
+        convert(ConvertSettings(**settings, adapter=str(other)))
 
 
 def test_a_reward_models_head_trains_beside_its_adapters(tmp_path):

@@ -32,6 +32,7 @@ from tulu_mega.bridge.files.hub import is_megatron, model_directory
 from tulu_mega.convert import manifest
 from tulu_mega.convert.gguf_file import is_gguf, unpacked
 from tulu_mega.convert.manifest import FileRecord
+from tulu_mega.convert.merged import MergedSource
 from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.convert.sources import HfSource, MegatronSource, Source
 from tulu_mega.convert.targets import HfTarget, MegatronTarget, Target
@@ -180,6 +181,8 @@ def plan_job(settings: ConvertSettings) -> Job:
     family = family_for(config)
     kind = MegatronSource if is_megatron(source_directory) else HfSource
     source: Source = kind(source_directory, family, config)
+    if settings.adapter:
+        source = MergedSource(source, Path(settings.adapter), family, config)
     dtype = source.dtype if settings.dtype == "keep" else _DTYPES[settings.dtype]
     target_kind = HfTarget if settings.to == "hf" else MegatronTarget
     target: Target = target_kind(family, config, dtype, int(settings.file_gib * 2**30))

@@ -21,6 +21,8 @@ class ConvertSettings(Section):
     """Format to write: safetensors for Hugging Face, or what training under any layout starts from."""
     dtype: Literal["keep", "bf16", "fp32"] = "keep"
     """Precision of the written weights."""
+    adapter: str | None = None
+    """Directory of low-rank adapters in PEFT's format that are merged into the weights."""
     config: str | None = None
     """Directory with config.json and tokenizer, for a source that has none (a run's checkpoint)."""
     workers: PositiveInt = 2
