@@ -267,7 +267,8 @@ def _check(arguments: list[str]) -> int:
         print(
             f"usage: tulu-mega check [--cluster] [--verify] [COMMAND] [config.toml] [--section.key value ...]\n\n"
             f"{CHECK_SUMMARY}.\n"
-            "--cluster looks at what differs or fails between machines; started on each of them as the run is (docs/launch.md).\n"
+            "--cluster looks at what differs or fails between machines; started on each of them as the run is\n"
+            "(docs/how-to/launch_many_nodes.md).\n"
             "--verify reads all files that the run depends on, and its checkpoints, even where their times are those of before.\n"
             f"COMMAND is {', '.join(COMMANDS)}; when left out, the one that the file is for, and {DEFAULT} for flags alone.\n"
             "Exit status 0: nothing is wrong; 2: something is."

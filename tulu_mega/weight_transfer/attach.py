@@ -1,4 +1,4 @@
-"""Attaching: every server's workers open the buffers of every sender, once. See docs/weights.md."""
+"""Attaching: every server's workers open the buffers of every sender, once. See docs/explanation/live_weights.md."""
 
 from __future__ import annotations
 

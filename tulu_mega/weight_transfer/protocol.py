@@ -1,7 +1,7 @@
 """What trainer ranks and vLLM's workers say to each other about weights; imported by both, so it imports neither's libraries.
 
 An update is begin, buckets of any number of senders, commit; each is the ``update_info`` of one ``/update_weights`` call, a JSON
-object with one key. See docs/weights.md.
+object with one key. See docs/explanation/live_weights.md.
 """
 
 from __future__ import annotations

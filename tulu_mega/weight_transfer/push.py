@@ -1,4 +1,7 @@
-"""Pushing: every pipeline stage streams its tensors to all servers at once, through a `Connection`. See docs/weights.md."""
+"""Pushing: every pipeline stage streams its tensors to all servers at once, through a `Connection`.
+
+docs/explanation/live_weights.md describes an update.
+"""
 
 from __future__ import annotations
 
