@@ -1,0 +1,131 @@
+"""Generated parts of the documents: commands, settings, metrics, exit statuses, public names. `generated_docs.py` places them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Iterable
+
+import tulu_mega
+from tulu_mega.cli import CHECK, CHECK_SUMMARY, COMMANDS
+from tulu_mega.config import describe
+from tulu_mega.config.stages import STAGES
+from tulu_mega.errors import STATUSES
+from tulu_mega.launch.launcher import resolve
+from tulu_mega.report.metric_names import ALL, METRICS
+
+_TOP = "no section"
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    names = list(head)
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def command_table() -> str:
+    """The commands, a line each."""
+    rows = {name: command.summary for name, command in COMMANDS.items()} | {CHECK: CHECK_SUMMARY}
+    return _table(("command", "does"), ((f"`{name}`", _cell(summary)) for name, summary in rows.items()))
+
+
+def commands() -> str:
+    """A section for each command: its usage, an example, and the sections of its settings."""
+    parts = []
+    for name, command in COMMANDS.items():
+        usage = f"[{command.operands.upper()} ...]" if command.operands else "[config.toml]"
+        sections = dict.fromkeys(row[0].rpartition(".")[0] for row in describe(resolve(command.settings)))
+        told = ", ".join(f"[`{each}`](settings.md#{_anchor(each)})" for each in sorted(sections) if each)
+        own = [f"[settings without a section](settings.md#{_anchor('')})"] if "" in sections else []
+        ranks = "starts ranks, or joins those of torchrun" if command.world else "one process"
+        parts += [
+            f"### {name}\n",
+            f"{command.summary[:1].upper()}{command.summary[1:]}. Runs as: {ranks}.\n",
+            f"```sh\ntulu-mega {name} {usage} [--section.key value ...]\n{command.example}\n```\n",
+            f"Settings: {', '.join([*own, told]) if told else own[0]}.\n",
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def _anchor(section: str) -> str:
+    """GitHub's anchor of a section's heading."""
+    return "".join(each for each in (section or _TOP).lower().replace(" ", "-") if each.isalnum() or each in "-_")
+
+
+def settings() -> str:
+    """A table for each section: its settings, the commands that take them, type, default and meaning."""
+    takers: dict[tuple[str, str, str, str], list[str]] = {}
+    for name, command in COMMANDS.items():
+        for row in describe(resolve(command.settings)):
+            takers.setdefault(row, []).append(name)
+    sections: dict[str, list[str]] = {}
+    for (dotted, kind, default, text), names in takers.items():
+        shown = "not set" if default == "None" else default if default.startswith("required") else f"`{_cell(default)}`"
+        cells = (f"`{dotted}`", _taken_by(names), _cell(kind), shown, _cell(text))
+        sections.setdefault(dotted.rpartition(".")[0], []).append(f"| {' | '.join(cells)} |")
+    head = "| setting | of | type | default | meaning |\n| --- | --- | --- | --- | --- |"
+    parts = (f"## {section or _TOP}\n\n{head}\n" + "\n".join(sections[section]) for section in sorted(sections))
+    return "\n\n".join(parts)
+
+
+def _taken_by(names: list[str]) -> str:
+    others = [name for name in names if name not in STAGES]
+    stages = ["all stages"] if len(names) - len(others) == len(STAGES) else [name for name in names if name in STAGES]
+    return ", ".join([*stages, *others])
+
+
+def metrics() -> str:
+    """The metrics of a step, and which stages write them."""
+    rows = ((f"`{name}`", "every stage" if each.stages == ALL else each.stages, each.text) for name, each in METRICS.items())
+    return _table(("metric", "stages", "meaning"), rows)
+
+
+def exit_statuses() -> str:
+    """The exit statuses of the command line."""
+    return _table(("status", "meaning"), ((str(number), _cell(text)) for number, text in STATUSES.items()))
+
+
+def public_names() -> str:
+    """What `tulu_mega` offers to programs: name, where it is defined, signature, first line of its docstring."""
+    rows = [
+        (f"`{name}`", f"`{target}`", _cell((inspect.getdoc(getattr(tulu_mega, name)) or "").split("\n")[0]))
+        for name, target in tulu_mega.PUBLIC.items()
+    ]
+    return _table(("name", "defined in", "what it is"), rows)
+
+
+def surface() -> dict[str, list[str]]:
+    """Signatures of the public names: of a class its own, and those of its public methods."""
+    found = {}
+    for name, target in tulu_mega.PUBLIC.items():
+        module, _, attribute = target.partition(":")
+        value = getattr(importlib.import_module(module), attribute)
+        found[name] = _signatures(value)
+    return found
+
+
+def _signatures(value: object) -> list[str]:
+    if not callable(value):
+        return [repr(value)]
+    if not inspect.isclass(value):
+        return [str(inspect.signature(value))]
+    lines = []
+    if hasattr(value, "model_fields"):  # settings: their fields are in settings.md
+        return ["settings"]
+    for name, member in sorted(vars(value).items()):
+        if name == "__init__":
+            lines.append(f"{name}{inspect.signature(member)}")
+        elif not name.startswith("_"):
+            inner = member.__func__ if isinstance(member, (staticmethod, classmethod)) else member
+            lines.append(f"{name}{inspect.signature(inner)}" if inspect.isfunction(inner) else name)
+    return lines
+
+
+if __name__ == "__main__":
+    print(json.dumps(surface(), indent=1))
