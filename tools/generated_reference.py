@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import json
 from collections.abc import Iterable
+
+from public_surface import definition  # beside this file
 
 import tulu_mega
 from tulu_mega.cli import CHECK, CHECK_SUMMARY, COMMANDS
@@ -92,40 +91,9 @@ def exit_statuses() -> str:
 
 
 def public_names() -> str:
-    """What `tulu_mega` offers to programs: name, where it is defined, signature, first line of its docstring."""
-    rows = [
-        (f"`{name}`", f"`{target}`", _cell((inspect.getdoc(getattr(tulu_mega, name)) or "").split("\n")[0]))
-        for name, target in tulu_mega.PUBLIC.items()
-    ]
-    return _table(("name", "defined in", "what it is"), rows)
-
-
-def surface() -> dict[str, list[str]]:
-    """Signatures of the public names: of a class its own, and those of its public methods."""
-    found = {}
+    """What `tulu_mega` offers to programs: name, where it is defined, first line of its docstring."""
+    rows = []
     for name, target in tulu_mega.PUBLIC.items():
-        module, _, attribute = target.partition(":")
-        value = getattr(importlib.import_module(module), attribute)
-        found[name] = _signatures(value)
-    return found
-
-
-def _signatures(value: object) -> list[str]:
-    if not callable(value):
-        return [repr(value)]
-    if not inspect.isclass(value):
-        return [str(inspect.signature(value))]
-    lines = []
-    if hasattr(value, "model_fields"):  # settings: their fields are in settings.md
-        return ["settings"]
-    for name, member in sorted(vars(value).items()):
-        if name == "__init__":
-            lines.append(f"{name}{inspect.signature(member)}")
-        elif not name.startswith("_"):
-            inner = member.__func__ if isinstance(member, (staticmethod, classmethod)) else member
-            lines.append(f"{name}{inspect.signature(inner)}" if inspect.isfunction(inner) else name)
-    return lines
-
-
-if __name__ == "__main__":
-    print(json.dumps(surface(), indent=1))
+        text = definition(target)[1].split("\n\n")[0] or f"The settings `[{name.removesuffix('Settings').lower()}]`."
+        rows.append((f"`{name}`", f"`{target.partition(':')[0]}`", _cell(text)))
+    return _table(("name", "defined in", "what it is"), rows)

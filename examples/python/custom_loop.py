@@ -12,7 +12,7 @@ from tulu_mega import EngineSettings, OptimSettings, TokenizedRow, World, run_sc
 
 
 class LoopSettings(EngineSettings):
-    """Trains a model to count upwards from any token."""
+    """Trains a model to count upwards in a range of its tokens."""
 
     output: str
     """Directory to write the trained model to."""
@@ -23,8 +23,8 @@ class LoopSettings(EngineSettings):
 
 def rows(step: int, vocabulary: int) -> list[TokenizedRow]:
     """A global batch, the same on every rank: 16 sequences of 8 to 23 tokens, each token one more than that before it."""
-    first = 16 + 16 * step  # a vocabulary begins with special tokens
-    ids = [[(first + row + at) % vocabulary for at in range(8 + row)] for row in range(16)]
+    letters = range(vocabulary // 2, vocabulary // 2 + 32)  # a vocabulary begins with special tokens
+    ids = [[letters[(step + row + at) % 32] for at in range(8 + row)] for row in range(16)]
     return [TokenizedRow(row, each, labels=each) for row, each in enumerate(ids)]  # IGNORE as a label: not trained
 
 

@@ -16,7 +16,6 @@ from tulu_mega.config.sections import (
     PreferenceDataSettings,
     Section,
     SftTrainSettings,
-    TrainSettings,
 )
 from tulu_mega.config.sft import SftSettings
 
@@ -53,7 +52,7 @@ class DataInspectSettings(EngineSettings, _OfARun):
 
     seed: int = SftSettings.model_fields["seed"].default
     """That of the run, which decides the order of its rows."""
-    train: TrainSettings = SftTrainSettings()
+    train: SftTrainSettings = SftTrainSettings()
     html: str | None = None
     """One self-contained page to write."""
     rows: PositiveInt = 5
