@@ -45,7 +45,7 @@ class Message(WeightTransferUpdateInfo):
 
 
 class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
-    """Receives, hashes and loads the buckets of an update. The model counts as broken from the first bucket to the last."""
+    """Receives, hashes and loads the buckets of an update. From the first bucket to the commit the model counts as broken."""
 
     init_info_cls = Senders
     update_info_cls = Message
