@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tulu_mega.config import PolicySettings
 from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.objectives.preference import dpo, orpo
 from tulu_mega.objectives.preference_objective import PreferenceObjective
@@ -55,7 +56,7 @@ def test_what_is_written_is_in_the_table(file):
 def test_metrics_of_objectives_are_in_the_table():
     names = {*SftObjective.reported, *RewardObjective.reported, *ValueObjective.reported}
     names |= {name for loss in (dpo.Loss(), orpo.Loss()) for name in PreferenceObjective(loss).reported}
-    names |= {*PolicyObjective(max_tokens=8, beta=0.1).reported, *PolicyObjective.largest}
+    names |= {*PolicyObjective.of(PolicySettings(beta=0.1), 8).reported, *PolicyObjective.largest}
     assert {name for name in names if not known(name)} == set()
 
 

@@ -163,8 +163,8 @@ def fill(
                 if not np.isfinite(values).all():
                     at = part[int(np.flatnonzero(~np.isfinite(values))[0])]
                     value = values[at - part.start]
-                    told = f"{store.where(at)}: the reference model gives {value}, expected a finite number"
-                    raise UserError(f"{told}; look at model and row")
+                    problem = f"{store.where(at)}: the reference model gives {value}, expected a finite number"
+                    raise UserError(f"{problem}; look at model and row")
                 cache.write(part, values)
                 told(f"reference log-probabilities: {sum(map(len, parts[:done])):,} of {sum(map(len, parts)):,} sequences")
 
