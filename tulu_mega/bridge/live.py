@@ -155,9 +155,9 @@ def _write_stage(
 def _check_place(final: Path, source: Path) -> None:
     problems = []
     if final == source:
-        problems.append(f"{final}: is the model this run started from; export to another directory")
+        problems.append(f"{final}: is the directory of the model that this run started from; export to another one")
     elif final.exists() and not (final.is_dir() and ((final / "config.json").exists() or not any(final.iterdir()))):
-        problems.append(f"{final}: exists and is no model directory; it is not replaced, choose another name")
+        problems.append(f"{final}: exists and is no model directory, so it is not replaced; choose another name")
     if not source.is_dir():
         problems.append(f"{source}: no such directory; expected the model whose tokenizer files are to be copied")
     if problems:

@@ -81,7 +81,7 @@ class RolloutSettings(Section):
                 raise ValueError(f"{url}: expected scheme, host and port, such as http://10.0.0.5:8000")
             places.setdefault((parts.hostname, port, parts.path), []).append(url)
         if twice := [" and ".join(each) for each in places.values() if len(each) > 1]:
-            raise ValueError(f"{'; '.join(twice)}: one server, named more than once; name each once")
+            raise ValueError(f"{'; '.join(twice)}: these URLs are one server; name each server once")
         return urls
 
 

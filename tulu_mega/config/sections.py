@@ -25,7 +25,7 @@ def _sensible_amounts(sources: Any) -> Any:
         wrong = [f"{name!r} = {amount!r}" for name, amount in sources.items() if not _is_amount(amount)]
         if wrong or not sources:
             raise ValueError(
-                f"{', '.join(wrong) or 'an empty table'}: expected for each source a count of rows (500) "
+                f"{', '.join(wrong) or 'an empty table'}: expected of each source a number of rows (500) "
                 "or a share with a point (0.5, 3.0), above 0"
             )
     return sources

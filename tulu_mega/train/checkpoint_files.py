@@ -104,7 +104,7 @@ def verified_or_set_aside(path: Path, before: str | None, at: Callable[[str], No
         raise UserError(
             [*problems, f"{path} is damaged, and no checkpoint is before it; choose another run_dir, or put back the files"]
         )
-    with together(f"{path} could not be set aside"):
+    with together(f"{path} is damaged and could not be renamed"):
         if dist.get_rank() == 0:
             for each in problems:
                 print(f"warning: {each}", file=sys.stderr, flush=True)

@@ -122,7 +122,7 @@ class Session:
             settings, self.topology, engine.platform, self.seed, reward, self.watch, engine.temperature, engine.shares
         )
         if reward and not new_head and not family_for(read_config(made.source)).reward:
-            raise UserError(f"{path}: not a reward model but a language model; tulu-mega rm makes reward models")
+            raise UserError(f"{path}: expected a reward model, got a language model; tulu-mega rm makes reward models")
         made.load_weights()
         return made
 
