@@ -1,4 +1,4 @@
-"""The quickstart's story: make a task and a model, ask it, run the recipe's stages with the real commands, ask again, compare."""
+"""The quickstart: makes a task and a model, asks the model, runs the stages with the real commands, asks again, compares."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ PAIRS = 5_760
 HELDOUT_PAIRS = 500
 PROMPTS = 8_000
 MAX_TOKENS = 48
-"""Room for an answer: worked ones take some 25 tokens."""
+"""Longest answer in tokens; worked answers take some 25."""
 SAMPLES = 3
 STOP_SECONDS = 60
-"""A stage may take to end when it is told to."""
+"""Seconds that a stage has to end after it was asked to."""
 
 
 def run(settings: QuickstartSettings) -> None:
@@ -107,7 +107,7 @@ def make_data(directory: Path, seed: int) -> None:
 
 
 def evaluated(model: Path, questions: Path, output: Path) -> dict[str, Any]:
-    """What `tulu-mega eval` finds: the score with its interval. What is answered in `output` is not asked again."""
+    """Return the score of `tulu-mega eval`, with its interval. Problems that `output` has answers to are not asked again."""
     from tulu_mega.evaluation.run import evaluate
 
     results = evaluate(
@@ -121,7 +121,7 @@ def evaluated(model: Path, questions: Path, output: Path) -> dict[str, Any]:
 
 
 def _claim(directory: Path, **settings: int) -> None:
-    """Writes down what the directory is made with, so that no other seed's data and model are taken for this one's."""
+    """Record the settings of the directory, so that data and model of another seed are not taken for these."""
     file = directory / "quickstart.json"
     if not file.exists():
         task.write_jsonl([settings], file)
@@ -132,7 +132,7 @@ def _claim(directory: Path, **settings: int) -> None:
 
 
 def _once(path: Path, make: Callable[[], None]) -> None:
-    """Everything here appears when it is complete: what exists is whole."""
+    """Make a file or directory unless it exists; `make` puts it in its place when it is complete."""
     if not path.exists():
         make()
 
@@ -144,7 +144,7 @@ def _make_model(model: Path, seed: int) -> None:
 
 
 def _stage(command: str, directory: Path, made_with: dict[str, int]) -> None:
-    """Runs a command of the recipe; what is exported already is not trained again."""
+    """Run a stage, unless its exported model is there."""
     if (directory / command / "hf").exists():
         return
     file = directory / f"{command}.toml"
@@ -158,7 +158,8 @@ def _stage(command: str, directory: Path, made_with: dict[str, int]) -> None:
 
 
 def _ran(command: list[str]) -> int:
-    """A command's exit status. Whatever ends us meanwhile ends the command too, in order: it has ranks and servers to end."""
+    """Run a command and return its exit status. A signal that ends this process ends the command first, in order: it has ranks
+    and servers of its own."""
     process = subprocess.Popen(command)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -175,7 +176,7 @@ def _ran(command: list[str]) -> int:
 
 
 def heldout_accuracy(run: Path) -> float:
-    """Share of the held-out pairs that a stage tells apart at its end: the chosen side has the higher reward."""
+    """Return the share of held-out pairs whose chosen side has the higher reward at the end of a stage."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return next(row["heldout_accuracy"] for row in map(json.loads, reversed(lines)) if "heldout_accuracy" in row)
 
@@ -211,7 +212,7 @@ def _samples(output: Path) -> list[dict[str, Any]]:
 
 
 def _visible(text: str) -> str:
-    """An untrained model says bytes of all kinds: none may command the terminal."""
+    """Return text without characters that a terminal obeys: an untrained model writes bytes of all kinds."""
     shown = "".join(char if char.isprintable() else "·" for char in text)
     return shown if len(shown) <= 60 else shown[:59] + "…"
 
