@@ -42,10 +42,10 @@ def commands() -> str:
         sections = dict.fromkeys(row[0].rpartition(".")[0] for row in describe(resolve(command.settings)))
         told = ", ".join(f"[`{each}`](settings.md#{_anchor(each)})" for each in sorted(sections) if each)
         own = [f"[settings without a section](settings.md#{_anchor('')})"] if "" in sections else []
-        ranks = "starts ranks, or joins those of torchrun" if command.world else "one process"
+        ranks = "It starts its ranks, or joins those of torchrun." if command.world else "It is one process."
         parts += [
             f"### {name}\n",
-            f"{command.summary[:1].upper()}{command.summary[1:]}. Runs as: {ranks}.\n",
+            f"{command.summary[:1].upper()}{command.summary[1:]}. {ranks}\n",
             f"```sh\ntulu-mega {name} {usage} [--section.key value ...]\n{command.example}\n```\n",
             f"Settings: {', '.join([*own, told]) if told else own[0]}.\n",
         ]
