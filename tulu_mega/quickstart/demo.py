@@ -1,4 +1,4 @@
-"""The quickstart: makes a task and a model, asks the model, runs the stages with the real commands, asks again, compares."""
+"""The quickstart's story: make a task and a model, ask it, run the recipe's stages with the real commands, ask again, compare."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ PAIRS = 5_760
 HELDOUT_PAIRS = 500
 PROMPTS = 8_000
 MAX_TOKENS = 48
-"""Longest answer in tokens; worked answers take some 25."""
+"""Room for an answer: worked ones take some 25 tokens."""
 SAMPLES = 3
 STOP_SECONDS = 60
-"""Seconds that a stage has to end after it was asked to."""
+"""A stage may take to end when it is told to."""
 
 
 def run(settings: QuickstartSettings) -> None:
@@ -121,7 +121,7 @@ def evaluated(model: Path, questions: Path, output: Path) -> dict[str, Any]:
 
 
 def _claim(directory: Path, **settings: int) -> None:
-    """Record the settings of the directory, so that data and model of another seed are not taken for these."""
+    """Writes down what the directory is made with, so that no other seed's data and model are taken for this one's."""
     file = directory / "quickstart.json"
     if not file.exists():
         task.write_jsonl([settings], file)
@@ -132,7 +132,7 @@ def _claim(directory: Path, **settings: int) -> None:
 
 
 def _once(path: Path, make: Callable[[], None]) -> None:
-    """Make a file or directory unless it exists; `make` puts it in its place when it is complete."""
+    """Everything here appears when it is complete: what exists is whole."""
     if not path.exists():
         make()
 
@@ -144,7 +144,7 @@ def _make_model(model: Path, seed: int) -> None:
 
 
 def _stage(command: str, directory: Path, made_with: dict[str, int]) -> None:
-    """Run a stage, unless its exported model is there."""
+    """Runs a command of the recipe; what is exported already is not trained again."""
     if (directory / command / "hf").exists():
         return
     file = directory / f"{command}.toml"
@@ -158,8 +158,7 @@ def _stage(command: str, directory: Path, made_with: dict[str, int]) -> None:
 
 
 def _ran(command: list[str]) -> int:
-    """Run a command and return its exit status. A signal that ends this process ends the command first, in order: it has ranks
-    and servers of its own."""
+    """A command's exit status. Whatever ends us meanwhile ends the command too, in order: it has ranks and servers to end."""
     process = subprocess.Popen(command)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
