@@ -12,6 +12,9 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+import generated_reference as reference  # beside this file, wherever it is called from
+
 ROOT = Path(__file__).resolve().parents[1]
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -49,7 +52,16 @@ def contract_list() -> str:
     return "\n".join(f"- {contract['name']}" for contract in contracts())
 
 
-PARTS: dict[str, Callable[[], str]] = {"architecture": architecture, "contracts": contract_list}
+PARTS: dict[str, Callable[[], str]] = {
+    "architecture": architecture,
+    "contracts": contract_list,
+    "commands": reference.commands,
+    "command_table": reference.command_table,
+    "settings": reference.settings,
+    "metrics": reference.metrics,
+    "exit_statuses": reference.exit_statuses,
+    "public_names": reference.public_names,
+}
 
 
 def rendered(document: str) -> str:
@@ -64,7 +76,7 @@ def rendered(document: str) -> str:
 def stale(write: bool = False) -> list[Path]:
     """Documents whose generated parts differ from the code; they are rewritten where asked for."""
     found = []
-    for file in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+    for file in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]:
         before = file.read_text(encoding="utf-8")
         after = rendered(before)
         if after != before:

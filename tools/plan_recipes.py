@@ -3,7 +3,7 @@
 python tools/plan_recipes.py                              the table
 python tools/plan_recipes.py --json > before.json         figures, of an older tree too
 python tools/plan_recipes.py --before before.json         both, side by side
-python tools/plan_recipes.py --before before.json --write docs/planned_recipes.md
+python tools/plan_recipes.py --before before.json --write docs/reference/planned_recipes.md
 """
 
 from __future__ import annotations

@@ -3,9 +3,7 @@
 Nothing heavy is imported before it is needed, so that ``--help`` answers at once: commands name their settings and their
 code as ``module:attribute`` strings.
 
-Exit status: 0 done · 2 the user can mend it (each problem on standard error as ``error: ...``) · 120 output could not be
-written · 130 interrupted · 137 asked to end, and killed since it took too long · 141 nobody reads the output · 143 asked to end
-(SIGTERM, SIGUSR1; a run that trains has saved then) · otherwise the status of the rank that failed.
+`errors.STATUSES` has the exit statuses.
 """
 
 from __future__ import annotations
@@ -13,10 +11,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import sys
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -150,11 +146,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; ``sys.argv`` when None.
 
     Returns:
-        The exit status (see the module's docstring).
+        The exit status (`errors.STATUSES`).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return _status_of(lambda: _dispatch(arguments))
+
+
+def run_script(function: Callable[[Any, Any], int | None], settings: type) -> int:
+    """Runs a function of your own script on every rank, as `tulu-mega` runs a training stage.
+
+    The script's arguments are a TOML file and flags, as a command's are. The script starts its ranks itself; under torchrun it
+    joins those of torchrun. Errors that the user can mend are printed as ``error: ...``. A script ends with::
+
+        if __name__ == "__main__":
+            sys.exit(run_script(run, SftSettings))
+
+    Args:
+        function: called on every rank with the settings and the rank's `launch.launcher.World`. It stands at the top level of
+            the script. Import what needs megatron-core inside it.
+        settings: class of the settings, derived from `config.run.EngineSettings`. For a command's class, such as `SftSettings`,
+            settings, model and data are checked and tokenised before the ranks start, as by that command.
+
+    Returns:
+        The exit status (`errors.STATUSES`).
+    """
+    arguments = sys.argv[1:]
+    if any(argument in HELP for argument in arguments):
+        from tulu_mega.config.texts import help_text
+
+        text = (settings.__doc__ or function.__name__).strip()
+        print(help_text(os.path.basename(sys.argv[0]), "[config.toml]", text, settings))
+        return 0
+    target = f"{settings.__module__}:{settings.__qualname__}"
+    known = next((command for command in COMMANDS.values() if command.settings == target), None)
+    command = known or Command(function.__name__, target, "", world=True)
+    program = [sys.executable, *sys.orig_argv[1:]]
+    return _status_of(lambda: _on_ranks(command, f"{function.__module__}:{function.__qualname__}", program, arguments, settings))
+
+
+def _status_of(run: Callable[[], int]) -> int:
+    """The exit status of a command; what ended it is told."""
     try:
-        return _dispatch(arguments)
+        return run()
     except UserError as error:
         reporting.report(error.problems)
         return 2
@@ -208,18 +241,28 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     command = COMMANDS[name]
     if command.world:
-        launcher.die_with_launcher()
-        with meeting.refusing_together(os.environ):
-            settings = _settings(command, rest)
         program = [sys.executable, "-m", "tulu_mega", name, *rest]
-
-        def prepare(it: Any) -> None:  # imported only where it is called: ranks do not prepare
-            launcher.resolve("tulu_mega.preflight.check:ready")(it)
-
-        return launcher.run(command.run, settings, program, prepare=prepare, **_surroundings(command.stage, settings))
+        return _on_ranks(command, command.run, program, rest, launcher.resolve(command.settings))
     settings = _settings(command, rest)
     status = launcher.resolve(command.run)(settings)
     return int(status or 0)
+
+
+def _on_ranks(command: Command, target: str, program: list[str], arguments: list[str], kind: type) -> int:
+    """Runs ``target(settings, world)`` on every rank of a world.
+
+    Args:
+        program: the command line of a rank, which comes here again.
+    """
+    launcher.die_with_launcher()
+    with meeting.refusing_together(os.environ):
+        settings = _settings(command, arguments, kind)
+
+    def prepare(it: Any) -> None:  # imported only where it is called: ranks do not prepare
+        if command.run:
+            launcher.resolve("tulu_mega.preflight.check:ready")(it)
+
+    return launcher.run(target, settings, program, prepare=prepare, **_surroundings(command.stage, settings))
 
 
 def _surroundings(stage: Stage | None, settings: Any) -> dict[str, Any]:
@@ -250,15 +293,16 @@ def _name(arguments: list[str]) -> tuple[str, list[str]]:
     return " ".join(arguments[:words]), arguments[words:]
 
 
-def _settings(command: Command, arguments: list[str]) -> Any:
+def _settings(command: Command, arguments: list[str], kind: type | None = None) -> Any:
     from tulu_mega.config import load
 
+    kind = kind or launcher.resolve(command.settings)
     first_flag = next((index for index, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     if command.operands and first_flag:
         flags = [f"--{command.operands}", json.dumps(arguments[:first_flag]), *arguments[first_flag:]]
-        return load(launcher.resolve(command.settings), None, flags)
+        return load(kind, None, flags)
     file, flags = (arguments[0], arguments[1:]) if first_flag else (None, arguments)
-    return load(launcher.resolve(command.settings), file, flags)
+    return load(kind, file, flags)
 
 
 def _check(arguments: list[str]) -> int:
@@ -267,7 +311,8 @@ def _check(arguments: list[str]) -> int:
         print(
             f"usage: tulu-mega check [--cluster] [--verify] [COMMAND] [config.toml] [--section.key value ...]\n\n"
             f"{CHECK_SUMMARY}.\n"
-            "--cluster looks at what differs or fails between machines; started on each of them as the run is (docs/launch.md).\n"
+            "--cluster looks at what differs or fails between machines; started on each of them as the run is\n"
+            "(docs/how-to/launch_many_nodes.md).\n"
             "--verify reads all files that the run depends on, and its checkpoints, even where their times are those of before.\n"
             f"COMMAND is {', '.join(COMMANDS)}; when left out, the one that the file is for, and {DEFAULT} for flags alone.\n"
             "Exit status 0: nothing is wrong; 2: something is."
@@ -290,6 +335,8 @@ def _check(arguments: list[str]) -> int:
         raise UserError([*error.problems, told]) from None
     first = not cluster or os.environ.get("RANK", "0") == "0"
     if first:
+        from tulu_mega.config.texts import as_toml
+
         if not named:
             print(f"# no command was named: read as settings of {name}")
         print(as_toml(settings.model_dump()), flush=True)
@@ -325,30 +372,6 @@ def _told(arguments: list[str]) -> str:
     return command_told(arguments[0], arguments[1:], kinds, by_rows)
 
 
-def as_toml(values: dict[str, Any], section: str = "") -> str:
-    """Settings as TOML that `tulu-mega` reads back; unset ones as comments."""
-    lines, tables = [], []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            dotted = f"{section}{_key(name)}"
-            body = as_toml(value, f"{dotted}.")
-            tables.append(f"\n[{dotted}]\n{body}".rstrip())
-        elif value is None:
-            lines.append(f"# {name} is not set")
-        else:
-            lines.append(f"{_key(name)} = {_toml(value)}")
-    return "\n".join([*lines, *tables])
-
-
-def _toml(value: Any) -> str:
-    """JSON's numbers, booleans, strings and lists are TOML's, but for DEL, which TOML wants escaped."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else _toml(name)
-
-
 def _overview() -> str:
     rows = {name: command.summary for name, command in COMMANDS.items()} | {CHECK: CHECK_SUMMARY}
     width = max(map(len, rows))
@@ -362,24 +385,9 @@ def _overview() -> str:
 
 
 def _command_help(name: str) -> str:
-    from tulu_mega.config import describe
+    from tulu_mega.config.texts import help_text
 
     command = COMMANDS[name]
     usage = f"[{command.operands.upper()} ...]" if command.operands else "[config.toml]"
-    sections: dict[str, list[tuple[str, str, str, str]]] = {}
-    for row in describe(launcher.resolve(command.settings)):
-        section = row[0].rpartition(".")[0]
-        sections.setdefault(section, []).append(row)
-    lines = [
-        f"usage: tulu-mega {name} {usage} [--section.key value ...]",
-        "",
-        f"{command.summary}.",
-        f"Example: {command.example}",
-    ]
-    for section in sorted(sections, key=bool):  # settings without a section first
-        lines += ["", f"[{section}]" if section else "Settings"]
-        for dotted, kind, default, text in sections[section]:
-            shown = default if default.startswith("required") else "not set" if default == "None" else f"default {default}"
-            lines.append(f"  --{dotted}  {kind}, {shown}")
-            lines += textwrap.wrap(text.replace("`", ""), width=110, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
+    summary = f"{command.summary}.\nExample: {command.example}"
+    return help_text(f"tulu-mega {name}", usage, summary, launcher.resolve(command.settings))

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+STATUSES = {
+    0: "done",
+    1: "a defect, or another rank was lost: the traceback above is that of the rank that failed",
+    2: "something you can mend: each problem is a line `error: ...` on standard error",
+    120: "standard output could not be written",
+    124: "a rank hung: the watchdog's report on standard error says where",
+    129: "the terminal was closed before the command could end by itself (`RUN_DIR/logs/hangup.log`)",
+    130: "interrupted by Ctrl-C; nothing was saved after the last checkpoint",
+    137: "asked to end, and killed after `checkpoint.grace` seconds",
+    141: "the program that read the output has ended (`tulu-mega ... | head`)",
+    143: "asked to end by SIGTERM, SIGUSR1 or a closed terminal; a run that trains has saved, and the same command goes on",
+}
+"""Exit statuses of `tulu-mega` and what they mean. Any other is that of the rank that failed first: 128 + n where signal n ended
+it."""
+
 
 class UserError(Exception):
     """Something the user can mend: settings, data, a model directory, the environment.

@@ -14,7 +14,7 @@
 # LOCAL_ADDR    this machine's address for the others, where it is not that on the way to MASTER_ADDR
 # RUN_ID        the same on all machines and another one for each run that they take part in (tulu-mega)
 # Exit status: 0 done, 2 something you can mend, 143 asked to end and saved, 137 asked to end and killed when GRACE was over; see
-# docs/launch.md.
+# docs/how-to/launch_many_nodes.md.
 set -euo pipefail
 
 if [ $# -lt 1 ]; then

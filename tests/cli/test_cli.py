@@ -11,8 +11,9 @@ import pytest
 
 from tulu_mega import cli
 from tulu_mega.config import SftSettings, load
-from tulu_mega.errors import UserError
-from tulu_mega.launch import launcher
+from tulu_mega.errors import STATUSES, Stopped, UserError
+from tulu_mega.launch import launcher, reporting
+from tulu_mega.resilience import watchdog
 
 
 def call(capsys, *argv):
@@ -54,6 +55,16 @@ def test_help_of_a_command_lists_every_setting(capsys, name):
         assert "--parallel.data  int, not set" in out
         assert "--data.train  text or list of text or table, required" in out
         assert out.count("\n[optim]\n") == 1
+
+
+def test_every_status_is_explained():
+    """docs/reference/exit_statuses.md is made of the table."""
+    assert {0, 2, watchdog.STATUS, reporting.KILLED, Stopped.status, 120, 130, 141} <= STATUSES.keys()
+
+
+def test_a_flag_that_is_none_is_answered_with_the_order_of_arguments(capsys):
+    status, _, err = call(capsys, "sft", "--optim.lr", "1e-5", "config.toml")
+    assert status == 2 and "error: config.toml: expected --section.key value; a settings file comes before all flags" in err
 
 
 def test_an_unknown_command_is_met_with_the_nearest(capsys):

@@ -297,6 +297,6 @@ def test_fp8_is_the_same_run_but_for_its_matrix_products():
 def test_the_settings_that_the_page_on_tulu3_names_are_there():
     known = {row[0] for kind in STAGES.values() for row in describe(kind)}
     sections = "|".join({name.partition(".")[0] for name in known if "." in name})
-    page = (EXAMPLES.parent / "docs/tulu3.md").read_text()
+    page = (EXAMPLES.parent / "docs/reference/recipes_vs_ai2.md").read_text()
     named = set(re.findall(rf"`((?:{sections})\.[a-z_]+)`", page))
     assert len(named) > 45 and named <= known, named - known

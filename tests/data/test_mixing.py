@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tulu_mega.cli import as_toml
 from tulu_mega.config import (
     DataInspectSettings,
     DataMixSettings,
@@ -27,6 +26,7 @@ from tulu_mega.config import (
     SftSettings,
     load,
 )
+from tulu_mega.config.texts import as_toml
 from tulu_mega.data import prepare as prepare_module
 from tulu_mega.data.mixing import draw
 from tulu_mega.data.prepare import prepare

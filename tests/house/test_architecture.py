@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 from functools import cache
@@ -85,14 +84,6 @@ def test_the_door_of_the_agent_is_two_statements():
     assert " ".join(lines).endswith('if __name__ == "__main__": sys.exit(main(sys.argv[1:]))')
 
 
-def test_documents_are_those_of_the_contracts():
-    spec = importlib.util.spec_from_file_location("generated_docs", ROOT / "tools/generated_docs.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.stale() == [], "run python tools/generated_docs.py"
-    assert all(tool.holds(name) for floor in tool.floors() for name in floor)
-
-
 def sources() -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True)
     files = [ROOT / line for line in listed.stdout.splitlines()]
@@ -104,17 +95,6 @@ def sources() -> list[Path]:
 def test_files_have_one_job():
     long = {str(file.relative_to(ROOT)): count for file in sources() if (count := len(file.read_bytes().splitlines())) > LONGEST}
     assert long == {}
-
-
-def links(document: Path) -> list[str]:
-    """Relative targets of a document's links."""
-    found = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
-    return [target for target in found if "://" not in target]
-
-
-@pytest.mark.parametrize("document", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]), ids=lambda file: file.name)
-def test_links_lead_somewhere(document):
-    assert [target for target in links(document) if not (document.parent / target).exists()] == []
 
 
 @pytest.mark.parametrize(("page", "packages"), [("rows_way", 7), ("weights_way", 6)])

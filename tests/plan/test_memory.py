@@ -143,7 +143,7 @@ def test_host_memory_of_a_save():
 
 @pytest.mark.parametrize(("asynchronous", "measured"), [(False, 61.8e6), (True, 1678.8e6)])
 def test_host_memory_of_a_save_is_what_was_measured(asynchronous, measured):
-    """By tools/bench_save.py, the model that it makes: 135 million parameters; docs/planner.md has the figures."""
+    """By tools/bench_save.py, with its model of 135 million parameters; docs/explanation/planner_model.md has the figures."""
     config = {
         "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 96, "vocab_size": 49152, "tie_word_embeddings": True,

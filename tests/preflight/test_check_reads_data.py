@@ -158,7 +158,7 @@ def test_a_file_tells_its_command(place, name, content, flags, command):
 
 
 def test_where_nothing_tells_the_command_is_asked_for(place):
-    with pytest.raises(UserError, match=r"name it: tulu-mega check rm a\.toml or tulu-mega check dpo a\.toml"):
+    with pytest.raises(UserError, match=r"name the command: tulu-mega check rm a\.toml or tulu-mega check dpo a\.toml"):
         told("a.toml", RUN.format("pairs"))
     with pytest.raises(UserError, match=r"check score a\.toml or tulu-mega check generate"):
         told("a.toml", 'model = "m"\ninput = "i"\noutput = "o"\n')

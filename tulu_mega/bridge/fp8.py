@@ -36,13 +36,13 @@ def in_fp8(parameter: Tensor) -> bool:
 
 
 def values(parameter: Tensor) -> Tensor:
-    """The numbers that a parameter stands for, an ordinary tensor of its type outside autograd; a copy only of an FP8 one."""
+    """Return a parameter's values as an ordinary tensor outside autograd. Only an FP8 parameter is copied."""
     return parameter.dequantize(dtype=parameter.dtype).detach() if in_fp8(parameter) else parameter.detach()
 
 
 @contextlib.contextmanager
 def unrounded(parameter: Tensor) -> Iterator[Tensor]:
-    """A tensor to write a parameter's values into, in any order; an FP8 parameter is cast from it at the end.
+    """Give a tensor to write a parameter's values into, in any order. At the end an FP8 parameter is cast from it.
 
     An optimizer that is built later starts from the values as they were before the cast: Transformer Engine has a place for them,
     in main memory (``preserve_high_precision_init_val``), until then.
@@ -57,8 +57,8 @@ def unrounded(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def is_quantized(hf_name: str) -> bool:
-    """Whether a tensor is one of those that vLLM has in FP8: matrices of the layers' projections. Embedding, head, norms and
-    biases are not."""
+    """Return whether vLLM keeps a tensor in FP8. These are the matrices of the layers' projections, not embedding, head, norms or
+    biases."""
     return hf_name.endswith("_proj.weight") and any(part.isdigit() for part in hf_name.split("."))
 
 
@@ -74,7 +74,7 @@ def scales_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def shard_plans(hf_name: str, shape: Sequence[int], pieces: Sequence[Sequence[Piece]]) -> list[PackPlan] | None:
-    """How each tensor rank packs its boxes of a matrix; None where some block is spread over several ranks.
+    """Plan how each tensor rank packs its boxes of a matrix; None where a block is spread over several ranks.
 
     Args:
         pieces: of each rank.
@@ -96,14 +96,14 @@ def message_bytes(plan: PackPlan) -> int:
 
 
 def packed(parameter: Tensor, plan: PackPlan, backend: Backend = "auto") -> Tensor:
-    """A rank's boxes as such a message, uint8 on the parameter's device."""
+    """Pack a rank's boxes into a message: numbers, then scales, as uint8 on the parameter's device."""
     message = torch.empty(message_bytes(plan), dtype=torch.uint8, device=parameter.device)
     pack(values(parameter), plan, message, message[plan.bytes :].view(SCALES), backend=backend)
     return message
 
 
 def unpack(message: Tensor, plan: PackPlan, numbers: Tensor, scales: Tensor) -> None:
-    """Puts a rank's boxes where they belong in the whole tensors.
+    """Put a rank's boxes into their places in the whole tensors.
 
     Args:
         message: of `packed`.

@@ -25,7 +25,7 @@ from tulu_mega.errors import UserError
 
 @torch.no_grad()
 def load_hf(shard: ModelShard, checkpoint: HfCheckpoint, leave: Collection[str] = ()) -> int:
-    """Fills every parameter of this rank's chunks from the mapped files, converting to the parameter's type.
+    """Fill every parameter of this rank's chunks from the mapped files, converted to the parameter's type.
 
     Only this rank's boxes are read, in slabs, so that nothing but the parameters themselves takes memory.
     Rows of vocabulary padding become zero. Works on any device.
@@ -80,7 +80,7 @@ def export_hf(
     ends: Sequence[int] = (),
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Writes the model as a Hugging Face directory that transformers and vLLM load. Every rank of the world calls it.
+    """Write the model as a Hugging Face directory that transformers and vLLM load. Every rank of the world calls it.
 
     Each pipeline stage's TP rank 0 gathers and writes the stage's layers tensor by tensor (about one full tensor of memory) into
     a hidden directory beside the final one, which takes its name only when everything is in it and on disk.
@@ -178,7 +178,7 @@ def _write_stage(
     dtype: torch.dtype,
     shard: ModelShard,
 ) -> None:
-    """On TP rank 0: gathers and writes the stage. After a failure the other ranks' tensors are still received: they send them."""
+    """Gather and write the stage, on TP rank 0. After a failure it still receives the tensors that the other ranks send."""
     failure: OSError | None = None
     with writer:
         for item in items:
@@ -196,9 +196,9 @@ def _write_stage(
 def _check_place(final: Path, source: Path) -> None:
     problems = []
     if final == source:
-        problems.append(f"{final}: is the model this run started from; export to another directory")
+        problems.append(f"{final}: is the directory of the model that this run started from; export to another one")
     elif final.exists() and not (final.is_dir() and ((final / "config.json").exists() or not any(final.iterdir()))):
-        problems.append(f"{final}: exists and is no model directory; it is not replaced, choose another name")
+        problems.append(f"{final}: exists and is no model directory, so it is not replaced; choose another name")
     if not source.is_dir():
         problems.append(f"{source}: no such directory; expected the model whose tokenizer files are to be copied")
     if problems:

@@ -1,7 +1,7 @@
-"""What a family's parameters are called in Megatron's distributed checkpoint, and where they lie in its tensors.
+"""Names of a family's parameters in Megatron's distributed checkpoint, and their places in its tensors.
 
-The checkpoint knows no layout: its tensors are those of one tensor parallel rank, the layers' stacked under one name along a
-leading axis, so that any layout reads its own boxes of them.
+The checkpoint does not depend on a layout. Its tensors have the shapes of a single tensor parallel rank, and tensors of layers
+are stacked under one name along a leading axis. Each layout reads its own boxes of them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Slab:
 
 
 def stored_parameters(family: Family, config: Config) -> list[StoredParameter]:
-    """Every parameter, layer by layer: embedding, layers, final norm, head. A tied head is the embedding.
+    """Return every parameter in the order embedding, layers, final norm, head. A tied head is the embedding.
 
     Raises:
         UserError: for a config that the family cannot read.

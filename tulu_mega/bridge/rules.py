@@ -1,4 +1,4 @@
-"""Which box of which Hugging Face tensor is which box of a Megatron parameter's shard, as a table read both ways.
+"""The table that says which box of a Hugging Face tensor is which box of a Megatron parameter's shard. It is read both ways.
 
 A family is a handful of `Rule`s, the sizes that their shapes are made of, and what its layers need beside a Llama's. From the
 rules everything that moves weights (loading, export, sending to a rollout engine) takes pairs of boxes, `Piece`s, and needs to
@@ -116,7 +116,7 @@ class Family:
     """its tensors are low-rank adapters beside a model's weights, not these"""
 
     def is_tied(self, config: Config) -> bool:
-        """Whether the head is the embedding."""
+        """Whether the head shares the embedding's weights."""
         return bool(config.get("tie_word_embeddings", False)) and not self.reward
 
     def hf_shapes(self, config: Config) -> dict[str, Shape]:
@@ -144,9 +144,9 @@ class Family:
         return (self.embedding, self.head) if self.is_tied(config) else None
 
     def pieces(self, megatron_name: str, config: Config, grid: ShardGrid) -> list[Piece]:
-        """The boxes that make up one rank's shard of a parameter, in the order of the shard.
+        """Return the boxes that make up one rank's shard of a parameter, in the order of the shard.
 
-        They cover it exactly once, rows of vocabulary padding aside. Empty for a shard that is padding only.
+        The boxes cover the shard exactly once, except rows of vocabulary padding. A shard of padding alone has none.
 
         Args:
             megatron_name: parameter name with the layer's number in the whole model, of either layer specification.
@@ -159,8 +159,10 @@ class Family:
         return self._plan(megatron_name, config, grid.tensor_rank, grid.tensor)[1]
 
     def pieces_by_rank(self, megatron_name: str, config: Config, grid: ShardGrid) -> list[list[Piece]]:
-        """What each rank of a tensor parallel group gives of a parameter: its pieces; of a replicated one only the first rank's.
-        Arguments and errors of `pieces`."""
+        """Return the pieces of a parameter that each rank of a tensor parallel group gives.
+
+        Only the first rank gives a replicated parameter. Arguments and errors are those of `pieces`.
+        """
         per_rank = [self.pieces(megatron_name, config, each) for each in grid.tensor_peers()]
         return per_rank[:1] if per_rank == [per_rank[0]] * len(per_rank) else per_rank
 
@@ -199,12 +201,12 @@ class Family:
 
 
 def is_weight(megatron_name: str) -> bool:
-    """False for Transformer Engine's `_extra_state`, which holds no weights."""
+    """Return whether a name is a weight's. Transformer Engine's `_extra_state` holds no weights."""
     return not megatron_name.endswith("_extra_state")
 
 
 def padded_vocab(vocab: int, tp_size: int) -> int:
-    """Rows of the embedding in Megatron: the next multiple of 8 x TP."""
+    """Return the rows of the embedding in Megatron: the next multiple of 8 x TP."""
     multiple = 8 * tp_size
     return -(-vocab // multiple) * multiple
 
@@ -238,7 +240,7 @@ def _interleaved(sizes: list[int], groups: int) -> list[Run]:
 
 
 def _between(runs: list[Run], start: int, stop: int) -> list[Run]:
-    """The part of a concatenation of runs that lies between two of its rows."""
+    """Return the runs between two rows of a concatenation of runs."""
     part, at = [], 0
     for which, first, last in runs:
         low, high = max(first, first + start - at), min(last, first + stop - at)

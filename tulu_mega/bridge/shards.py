@@ -1,4 +1,4 @@
-"""The shards of a running model as boxes of Hugging Face tensors, and how these come together on a tensor rank.
+"""The shards of a running model as boxes of Hugging Face tensors, and the gathering of these boxes on a tensor rank.
 
 A chunk is one virtual pipeline stage's unwrapped GPTModel: of it this file uses ``named_parameters()`` and
 ``decoder.layers[k].layer_number`` (from 1, in the whole model) and nothing else.
@@ -44,7 +44,7 @@ class ModelShard:
 
 
 def exportable(chunk: nn.Module, adapters: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """All of a chunk that has a Hugging Face name, under its name in the whole model.
+    """Yield every tensor of a chunk that has a Hugging Face name, under its name in the whole model.
 
     Loading, export, the stream to servers, checkpoints' weights and the dry run take what they move from here.
 
@@ -57,7 +57,7 @@ def exportable(chunk: nn.Module, adapters: bool = False) -> Iterator[tuple[str, 
 
 
 def global_name(chunk: nn.Module, name: str) -> str:
-    """The name in the whole model of what a chunk has under a name: local layer numbers become global ones."""
+    """Return the name in the whole model of a chunk's tensor: the layer's local number becomes its global one."""
     if not name.startswith(_LAYERS):
         return name
     local, rest = name[len(_LAYERS) :].split(".", 1)
@@ -66,7 +66,7 @@ def global_name(chunk: nn.Module, name: str) -> str:
 
 @dataclass(frozen=True)
 class Outbound:
-    """A Hugging Face tensor on its way out: who holds which boxes of it."""
+    """A Hugging Face tensor to be sent or written, with the boxes that each tensor rank holds."""
 
     hf_name: str
     parameter: Tensor
@@ -75,7 +75,7 @@ class Outbound:
 
 
 def outbound(shard: ModelShard) -> list[Outbound]:
-    """The tensors that the rank's chunks are made of, in one order on every rank of the tensor group. Not collective."""
+    """Return the tensors of the rank's chunks, in the same order on every rank of the tensor group. Not a collective."""
     items = []
     for chunk in shard.chunks:
         for name, parameter in exportable(chunk, shard.family.adapters):
@@ -89,7 +89,7 @@ def outbound(shard: ModelShard) -> list[Outbound]:
 
 
 def announced(items: Sequence[Outbound], shard: ModelShard, dtype: torch.dtype) -> list[dict[str, TensorInfo]]:
-    """What each pipeline rank will give, by name. A collective of the pipeline group.
+    """Gather the names of the tensors that each pipeline rank will give. A collective of the pipeline group.
 
     Args:
         items: `outbound` of the shard.
@@ -117,7 +117,7 @@ def _check_complete(ranks: Sequence[Mapping[str, TensorInfo]], shapes: Mapping[s
 
 
 def copy_in_slabs(target: Tensor, source: Tensor) -> None:
-    """Copies a tensor into another. Temporaries (another device, another type) stay small whatever the size of the tensor.
+    """Copy a tensor into another. Temporaries (another device, another type) stay small for tensors of any size.
 
     Where type and device are the same, NumPy copies with memcpy, which bypasses the cache for large copies.
     """
@@ -130,7 +130,7 @@ def copy_in_slabs(target: Tensor, source: Tensor) -> None:
 
 
 def _same_bytes(target: Tensor, source: Tensor) -> bool:
-    """Whether a copy of one block of memory makes one the other."""
+    """Return whether copying one block of memory copies the tensor."""
     on_cpu = target.device.type == source.device.type == "cpu"
     same = target.dtype == source.dtype and target.shape == source.shape
     return on_cpu and same and target.is_contiguous() and source.is_contiguous()
@@ -150,7 +150,7 @@ def copy_each(_rank: int, sources: Sequence[Tensor], targets: Sequence[Tensor]) 
 
 
 def gather(items: Sequence[Outbound], wholes: Sequence[Tensor], shard: ModelShard, copies: Copies = copy_each) -> None:
-    """On TP rank 0: fills whole tensors, on whichever device they are, from the boxes of all ranks, one rank's at a time."""
+    """Fill whole tensors, on any device, from the boxes of all ranks, one rank after the other. TP rank 0 calls it."""
     for rank in range(max(len(item.pieces) for item in items)):
         held = _held(items, rank)
         targets = [wholes[at][piece.hf_box.slices] for at, piece in held]
@@ -163,7 +163,7 @@ def gather(items: Sequence[Outbound], wholes: Sequence[Tensor], shard: ModelShar
 
 
 def send(items: Sequence[Outbound], dtype: torch.dtype, shard: ModelShard, copies: Copies = copy_each) -> None:
-    """On the other TP ranks: this rank's boxes to rank 0, in one message."""
+    """Send this rank's boxes to rank 0, in one message. The other TP ranks call it."""
     rank = shard.grid.tensor_rank
     if held := _held(items, rank):
         message = torch.empty(_size(held), dtype=dtype, device=items[0].parameter.device)
@@ -173,7 +173,7 @@ def send(items: Sequence[Outbound], dtype: torch.dtype, shard: ModelShard, copie
 
 
 def _held(items: Sequence[Outbound], rank: int) -> list[tuple[int, Piece]]:
-    """What a TP rank holds of some tensors: the tensor's place among them, and the piece."""
+    """Return the pieces of some tensors that a TP rank holds, each with its tensor's place among them."""
     return [(at, piece) for at, item in enumerate(items) if rank < len(item.pieces) for piece in item.pieces[rank]]
 
 

@@ -31,7 +31,7 @@ from tulu_mega.bridge.shards import Copies, ModelShard, Outbound, announced, cop
 
 @dataclass(frozen=True)
 class WeightMeta:
-    """A tensor on its way out: vLLM's ``ParamMeta`` in structure."""
+    """Name, type and shape of a tensor to be sent, in the structure of vLLM's ``ParamMeta``."""
 
     name: str
     dtype: torch.dtype
@@ -40,7 +40,7 @@ class WeightMeta:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A whole tensor that a pipeline stage would send, known without sending."""
+    """A whole tensor that a pipeline stage would send."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class Outgoing:
 
 
 def outgoing(shard: ModelShard, dtype: torch.dtype, fp8: bool = False) -> dict[str, Outgoing]:
-    """The tensors that `LiveWeights` of this shard yields, in its order. No collective: the chunks may lie on the meta device.
+    """Return the tensors that `LiveWeights` of this shard yields, in order. No collective: the chunks may be on the meta device.
 
     Args:
         dtype, fp8: as of `LiveWeights`.
@@ -118,15 +118,15 @@ class LiveWeights:
         """of tensors that are filled together, by rank that holds the boxes"""
 
     def metadata(self) -> list[WeightMeta]:
-        """Every tensor of the whole model: embedding, layers in order, the rest; the same on all ranks."""
+        """Return every tensor of the whole model, the same on all ranks: embedding, layers in order, the rest."""
         return list(self._metadata.values())
 
     def held_names(self) -> list[str]:
-        """The tensors that this stage yields, in their order."""
+        """Return the names of the tensors that this stage yields, in order."""
         return [meta.name for item in self._items for meta in self._tensors[item.hf_name]]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
-        """A fresh pass: name and whole tensor, in new memory on the CPU; None for the tensor on all TP ranks but the first."""
+        """Yield names and whole tensors, in new memory on the CPU. TP ranks other than the first yield None for each tensor."""
         for name in self.held_names():
             meta = self._metadata[name]
             whole = torch.empty(meta.shape, dtype=meta.dtype) if self._receives else None
@@ -134,8 +134,8 @@ class LiveWeights:
             yield name, whole
 
     def fill(self, name: str, whole: Tensor | None) -> None:
-        """Writes one of this stage's tensors into memory that is there. All TP ranks call it, for one tensor after the other;
-        scales after their matrix.
+        """Write one of this stage's tensors into given memory. All TP ranks call it, for one tensor after the other; scales come
+        after their matrix.
 
         Args:
             whole: on TP rank 0, of the tensor's shape and type (`metadata`), on any device.
@@ -182,7 +182,7 @@ class LiveWeights:
 
     @torch.no_grad()
     def _pass_blocks(self, item: Outbound, numbers: Tensor | None) -> None:
-        """Passes a matrix's numbers; its scales are kept for the next call."""
+        """Write a matrix's numbers, and keep its scales for the next call."""
         of_numbers, of_scales = self._tensors[item.hf_name]
         plans, scales = self._packing[item.hf_name], None
         group = self._shard.tensor_group
@@ -211,7 +211,7 @@ def _tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, fp8: bool) -
 
 
 def _layer(hf_name: str, family: Family) -> float:
-    """A tensor's place in the stream: its layer's number; the embedding comes before, all else after the layers."""
+    """Return a tensor's place in the stream: its layer's number; the embedding comes first, every other tensor last."""
     number = next((part for part in hf_name.split(".") if part.isdigit()), None)
     if number is not None:
         return int(number)

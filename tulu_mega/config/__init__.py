@@ -1,7 +1,7 @@
 """Settings: pydantic, strict, frozen, importable without torch.
 
-Their classes are imported when they are asked for: the command line reads `config.stages` alone to name the commands, and
-pydantic takes longer to import than that.
+A class is imported when a program asks for it: to name the commands, the command line reads `config.stages` alone, which takes
+less time than the import of pydantic.
 """
 
 import importlib

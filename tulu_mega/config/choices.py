@@ -1,4 +1,4 @@
-"""Choices whose code lies on a floor above the settings: a folder with a file for each, found there and named nowhere else."""
+"""Choices whose code lies on a floor above the settings: each is a file of a folder. No list names them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def choices(package: str, attribute: str) -> dict[str, Any]:
-    """What every file of a folder defines under the same name, by the file's name, in alphabetical order.
+    """Return what the files of a folder define under one name, by the file's name, in alphabetical order.
 
     Args:
         package: dotted, from `tulu_mega`. Its files load without torch, and import nothing from `config`.

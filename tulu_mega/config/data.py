@@ -16,13 +16,12 @@ from tulu_mega.config.sections import (
     PreferenceDataSettings,
     Section,
     SftTrainSettings,
-    TrainSettings,
 )
 from tulu_mega.config.sft import SftSettings
 
 
 class _OfARun(Section):
-    """Takes a file with the settings of `sft`, `rm` or `dpo` and leaves aside what does not matter here."""
+    """Accepts a file with the settings of `sft`, `rm` or `dpo`, and ignores the settings that it does not need."""
 
     data: DataSettings
     pairs: bool | None = None
@@ -52,8 +51,8 @@ class DataInspectSettings(EngineSettings, _OfARun):
     run's directory."""
 
     seed: int = SftSettings.model_fields["seed"].default
-    """That of the run, which decides the order of its rows."""
-    train: TrainSettings = SftTrainSettings()
+    """Seed of the run, which decides the order of its rows."""
+    train: SftTrainSettings = SftTrainSettings()
     html: str | None = None
     """One self-contained page to write."""
     rows: PositiveInt = 5
@@ -86,7 +85,7 @@ class DecontaminateSettings(Section):
     fields: list[str] = Field(["messages"], min_length=1)
     """Fields of training rows that hold text: text, lists of text, or messages."""
     roles: list[Literal["system", "user", "assistant"]] = Field(["user"], min_length=1)
-    """Whose messages count."""
+    """Roles whose messages are searched."""
     ngram: PositiveInt = 8
     """Words in a run that is looked for."""
     threshold: Fraction = 0.5
@@ -94,9 +93,10 @@ class DecontaminateSettings(Section):
     overlap: Fraction = 0.02
     """A set is cleaned or dropped when more than this share of an evaluation's rows is in it; 0 leaves nothing."""
     action: Literal["clean", "drop", "report"] = "clean"
-    """What becomes of such a set: its contaminated rows are left out, all of it is, or it is reported only."""
+    """What happens to such a set: `clean` leaves out its contaminated rows, `drop` all of it, `report` reports it only."""
     malformed: Literal["error", "reject"] = "error"
-    """Training rows that cannot be read: refuse them with file and line, or leave them out of what is cleaned and count them."""
+    """Training rows that cannot be read: `error` stops and names file and line, `reject` leaves
+    them out of the cleaned set and counts them."""
     workers: PositiveInt | None = None
     """Processes; the machine's cores when unset."""
 

@@ -1,4 +1,4 @@
-"""What a setting does to the result of a run: decides it, unless its field says otherwise.
+"""The effect of a setting on the result of a run. A setting decides the result unless its field says otherwise.
 
 A run directory goes on only with the deciding settings it began with (`preflight.same_run`). A field is marked in its type, and
 a section's mark holds for everything in it: ``workers: Annotated[PositiveInt | None, Effect.NONE] = None``.
@@ -18,14 +18,14 @@ class Effect(Enum):
     """What changes when a setting is another one in the middle of a run."""
 
     DECIDES = "decides"
-    """The result. What every setting does that has no mark."""
+    """The result. Settings without a mark have this effect."""
     LENGTH = "length"
     """The number of steps; the steps already done would have been the same where the learning rate does not depend on it."""
     CONTENT = "content"
     """The result, by the content that is named and not by how it is spelt: a file's path, a hub name. The content is pinned
     (`pins`)."""
     NONE = "none"
-    """Nothing that is computed, but for rounding: speed, memory, files, what is printed, when a run gives up."""
+    """Only rounding, speed, memory, files, output, or when a run gives up."""
 
 
 def effect_of(settings: type[BaseModel], name: str) -> Effect | None:

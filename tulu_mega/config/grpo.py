@@ -1,4 +1,4 @@
-"""What `tulu-mega grpo` takes, and what a step of it is made of."""
+"""Settings of `tulu-mega grpo`, and the work of one of its steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands take that ask a model: `tulu-mega score` and `tulu-mega generate`."""
+"""Settings of the commands that ask a model: `tulu-mega score` and `tulu-mega generate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands take that train a policy on responses which their own servers sample."""
+"""Settings of the commands that train a policy on responses of their own servers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PromptDataSettings(Section):
     """Directory or hub name of the tokenizer; the model's own when unset. Its eos token ends a response, and the exported model
     has it."""
     max_prompt: PositiveInt = 2048
-    """Longest prompt in tokens; rows with a longer one are left out, and listed."""
+    """Longest prompt in tokens; rows with a longer one are left out, and listed in RUN_DIR/data/rejects.jsonl."""
     malformed: Literal["error", "reject"] = "error"
     """Rows that cannot be read, rendered or judged: stop and name them, or leave them out."""
     pack_length: Annotated[PositiveInt | None, Effect.NONE] = None
@@ -75,11 +75,11 @@ class RewardSettings(Section):
     timeout: Annotated[Seconds, Effect.NONE] = 30.0
     """Seconds a response's verification may take; a sample that takes longer is taken out, not scored 0."""
     memory_mib: Annotated[PositiveInt, Effect.NONE] = 4096
-    """Address space of each of them."""
+    """Address space of each of these processes, mebibytes."""
     model: Annotated[str | None, Effect.CONTENT] = None
     """Directory of a reward model (`tulu-mega rm`) whose score is added."""
     model_weight: float = 1.0
-    """Factor of its score."""
+    """Factor of the reward model's score."""
     shuffle: bool = False
     """A control: each prompt's rewards, `policy.overlong_reward` among them, are dealt out at random among its responses (of one
     response each: among the prompts of a round), so that there is nothing to learn."""
@@ -95,8 +95,8 @@ class PolicyTrainSettings(Section):
     steps: Annotated[PositiveInt | None, Effect.LENGTH] = None
     """Rounds of generation and training; unset, as many as `epochs` take."""
     epochs: Annotated[float, Field(gt=0), Effect.LENGTH] = 1.0
-    """Sets the number of steps: as many as pass this often over the prompts at `prompts` a step. Those that `refills` draw are
-    not counted: with them a run asks more. Ignored when `steps` is given."""
+    """Passes over the prompts, which set the number of steps at `prompts` a step. Prompts that `refills` draw are not counted, so
+    a run may ask more. Ignored when `steps` is given."""
     prompts: PositiveInt = 48
     """Prompts in a step, each with `sampling.samples` responses."""
     mini_batches: PositiveInt = 2
@@ -107,11 +107,11 @@ class PolicyTrainSettings(Section):
     """Have the tokens of a prompt once in a pack for all its responses there. Not under context parallelism, where this changes
     nothing, nor by Transformer Engine's attention: `model.attention = "auto"` takes FlashAttention's or torch's before it."""
     max_policy_lag: Annotated[int, Effect.NONE] = 0
-    """Steps that the weights which generate may lie behind those that train; only 0, synchronous, is offered yet."""
+    """Steps by which the generating weights may be older than the trained ones; only 0 (synchronous) is offered yet."""
     filter_equal: bool = True
     """Leave out prompts whose responses all have the same reward, from which nothing can be learned, and draw others."""
     refills: Annotated[int, Field(ge=0)] = 3
-    """Times that a step draws others."""
+    """Times that a step may draw other prompts in their place."""
     max_skipped: Annotated[PositiveInt, Effect.NONE] = 5
     """Stop after this many updates in a row whose loss or gradient is not finite, or steps in a row without any to learn from."""
     spike: Annotated[PolicySpikeSettings, Effect.NONE] = PolicySpikeSettings()
@@ -121,13 +121,13 @@ class PolicyTrainSettings(Section):
     profile: Annotated[ProfileSettings | None, Effect.NONE] = None
     """Traces of chosen steps by torch's profiler, in RUN_DIR/profile; `report` shows them."""
     rollouts_every: Annotated[PositiveInt, Effect.NONE] = 1
-    """Steps between files of responses in RUN_DIR/rollouts; the last step has one, and any that something was wrong with."""
+    """Steps between files of responses in RUN_DIR/rollouts. The last step has a file, and so has every step with a problem."""
 
     @field_validator("max_policy_lag")
     @classmethod
     def _synchronous(cls, lag: int) -> int:
         if lag != 0:
-            raise ValueError(f"{lag}: responses of older weights are not trained on yet; only 0 (synchronous) is offered")
+            raise ValueError(f"{lag}: expected 0 (synchronous); training on responses of older weights is not offered yet")
         return lag
 
 

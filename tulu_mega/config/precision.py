@@ -23,8 +23,8 @@ class PrecisionSettings(Section):
     """Layers at the end that stay in bf16 (not with `delayed`)."""
 
     fp8_param_gather: bool = False
-    """Keep the layers' matrices in FP8 and nothing else of them, and gather them so after each update; the distributed optimizer
-    has float32 main parameters (not with `delayed`)."""
+    """Keep the layers' matrices in FP8 only, and gather them in FP8 after each update. The distributed optimizer keeps float32
+    main parameters (not with `delayed`)."""
 
     @property
     def recipe(self) -> Literal["delayed", "tensorwise", "blockwise"] | None:

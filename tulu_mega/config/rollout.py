@@ -1,4 +1,4 @@
-"""Where and how responses are generated while a policy trains, and what is asked of them."""
+"""Settings of generation while a policy trains: servers, sampling, and the policy's loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RolloutSettings(Section):
     """vLLM's tensor parallel size, of each server."""
     python: Annotated[str | None, Effect.NONE] = None
     """Python that starts the servers, such as `/opt/serve/bin/python`: of an environment with vLLM and this version of tulu_mega.
-    The one that runs this command when unset. Has no part in servers of `urls`."""
+    The one that runs this command when unset. Servers of `urls` do not use it."""
     urls: Annotated[list[str], Effect.NONE] = []
     """Servers that run already (`tulu-mega serve`, on any node), instead of ones started here; their key is read from
     TULU_MEGA_ROLLOUT_KEY."""
@@ -81,7 +81,7 @@ class RolloutSettings(Section):
                 raise ValueError(f"{url}: expected scheme, host and port, such as http://10.0.0.5:8000")
             places.setdefault((parts.hostname, port, parts.path), []).append(url)
         if twice := [" and ".join(each) for each in places.values() if len(each) > 1]:
-            raise ValueError(f"{'; '.join(twice)}: one server, named more than once; name each once")
+            raise ValueError(f"{'; '.join(twice)}: these URLs are one server; name each server once")
         return urls
 
 
@@ -114,9 +114,9 @@ class PolicyLossSettings(Section):
     """`grpo`: the clipped surrogate; `dapo`: the same with an upper bound of 0.28 and token aggregation; `cispo`: the ratio
     clipped and held constant, times the log-probability; `gspo`: one ratio a sequence."""
     clip_low: Annotated[float, Field(gt=0)] = 0.2
-    """How far below 1 the ratio counts; unset, 0.2 (`gspo` 3e-4, `cispo` 1: not at all)."""
+    """Lower clip range: ratios below 1 less this are clipped. Unset: 0.2 (`gspo` 3e-4; `cispo` 1, no lower bound)."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
-    """How far above 1 the ratio counts; unset, 0.2 (`dapo` 0.28, `gspo` 4e-4, `cispo` 0.28)."""
+    """Upper clip range: ratios above 1 and this are clipped. Unset: 0.2 (`dapo` and `cispo` 0.28, `gspo` 4e-4)."""
     aggregation: Aggregation = "token"
     """What the loss is a mean of, over the mini-batch: its response tokens; its responses, each the mean of its tokens; or its
     responses, each the sum of its tokens over `sampling.max_tokens`. Unset, `token` (`gspo` `sequence`)."""
@@ -128,7 +128,7 @@ class PolicyLossSettings(Section):
     """Correction for what sampler and trainer make of the same weights: each token's ratio of their probabilities, or a
     response's, as a weight that is cut at `importance_cap`."""
     importance_cap: Annotated[float, Field(gt=1)] = 2.0
-    """Largest such weight."""
+    """Largest weight of this correction."""
     mask_above: Annotated[float, Field(gt=1)] | None = None
     """Leave out tokens (with `importance` `sequence`: responses) whose ratio is above this or below its inverse."""
     overlong: Literal["keep", "mask", "penalise"] = "penalise"
@@ -160,7 +160,7 @@ class PolicySettings(PolicyLossSettings):
     beta: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the KL divergence from the initial model, in the loss; 0 does without that model."""
     kl: Divergence = "k3"
-    """Estimator of that divergence."""
+    """Estimator of the KL divergence."""
 
 
 class ServeSettings(Section):
@@ -168,7 +168,7 @@ class ServeSettings(Section):
 
     model: ModelSettings
     rollout: RolloutSettings = RolloutSettings()
-    """As the trainer's, which sends its weights; only what concerns the servers is read."""
+    """The trainer's [rollout]; only the settings that concern servers are read."""
     host: str = "127.0.0.1"
     """Address to listen on. Any but a loopback one needs a key in TULU_MEGA_ROLLOUT_KEY; use an address of a private network."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0

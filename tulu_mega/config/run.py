@@ -90,7 +90,7 @@ class RunSettings(EngineSettings):
     flags_alone: ClassVar[tuple[str, ...]] = ("accept_changes",)
 
     run_dir: Annotated[str, Effect.NONE]
-    """Directory of this run: config.json, metrics.jsonl, checkpoints/, hf/, logs/. A run found there goes on."""
+    """Directory of this run: config.json, metrics.jsonl, checkpoints/, hf/, logs/. A run that is there already goes on."""
     accept_changes: Annotated[list[str], BeforeValidator(_names), Effect.NONE, Field(exclude=True)] = []
     """What was changed on purpose since this run began, such as `model,data.train`: settings, or sections for all in them, whose
     files are taken as they are now. On the command line only; RUN_DIR/pins.json records it. Once accepted, a further change of
@@ -113,7 +113,7 @@ class RunSettings(EngineSettings):
     @model_validator(mode="after")
     def _fp8_has_its_optimizer(self) -> RunSettings:
         if self.precision.fp8_param_gather and self.optim.name != "adamw":
-            raise ValueError(f"precision.fp8_param_gather needs optim.name = 'adamw', got {self.optim.name!r}")
+            raise ValueError(f"precision.fp8_param_gather needs optim.name = 'adamw', got {self.optim.name!r}; change either")
         return self
 
     @model_validator(mode="after")

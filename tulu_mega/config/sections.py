@@ -25,7 +25,7 @@ def _sensible_amounts(sources: Any) -> Any:
         wrong = [f"{name!r} = {amount!r}" for name, amount in sources.items() if not _is_amount(amount)]
         if wrong or not sources:
             raise ValueError(
-                f"{', '.join(wrong) or 'an empty table'}: expected for each source a count of rows (500) "
+                f"{', '.join(wrong) or 'an empty table'}: expected of each source a number of rows (500) "
                 "or a share with a point (0.5, 3.0), above 0"
             )
     return sources
@@ -111,7 +111,7 @@ class DataSettings(Section):
     overlong: Literal["truncate", "reject"] = "truncate"
     """Rows longer than `max_length`: cut on the right, or left out."""
     malformed: Literal["error", "reject"] = "error"
-    """Rows that cannot be read or rendered: stop and name them, or leave them out."""
+    """Rows that cannot be read or rendered: `error` stops and names them, `reject` leaves them out and lists them."""
     rewritten: Literal["leave", "split"] = "split"
     """Turns of the assistant that the chat template writes otherwise once more follows, as templates do that drop earlier
     reasoning: each the last turn of a row of its own, as the model is asked for it (`split`), or not trained, but counted
@@ -155,13 +155,13 @@ class ParallelSettings(Section):
     virtual_pipeline: PositiveInt = 1
     """Model chunks per pipeline rank (VPP, the interleaved schedule); micro-batches are then a multiple of `pipeline`."""
     first_stage_layers: PositiveInt | None = None
-    """Layers on the first pipeline rank, all its chunks together; unset, what balances the stages."""
+    """Layers on the first pipeline rank, all its chunks together; chosen to balance the stages when unset."""
     last_stage_layers: PositiveInt | None = None
-    """Layers on the last pipeline rank, all its chunks together; unset, what balances the stages."""
+    """Layers on the last pipeline rank, all its chunks together; chosen to balance the stages when unset."""
     context: PositiveInt = 1
     """Context parallel size (CP)."""
     data: PositiveInt | None = None
-    """Data parallel size (DP); under torchrun what is left of the world, alone 1."""
+    """Data parallel size (DP). Unset: under torchrun the processes that the layout leaves, else 1."""
     sequence: bool = True
     """Sequence parallelism inside the tensor group (no effect when tensor is 1)."""
     distributed_optimizer: bool = True
@@ -173,7 +173,7 @@ class ParallelSettings(Section):
     bucket_size: PositiveInt | None = None
     """Parameters in a bucket of `overlap_grad_reduce`; megatron-core's choice when unset."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What gradients of bf16 parameters are added up in, over micro-batches and over DP x CP; `bf16` takes half the memory and
+    """Type in which gradients of bf16 parameters are added up, over micro-batches and DP x CP. `bf16` takes half the memory and
     half the time to send, and rounds after each addition."""
 
     @property
@@ -208,7 +208,7 @@ class ParallelSettings(Section):
         problems = []
         if self.pipeline == 1:
             if self.virtual_pipeline > 1:
-                problems.append(f"virtual_pipeline = {self.virtual_pipeline} needs pipeline of at least 2")
+                problems.append(f"virtual_pipeline = {self.virtual_pipeline} needs pipeline of at least 2; raise it")
             for name in ("first_stage_layers", "last_stage_layers"):
                 if getattr(self, name) is not None:
                     problems.append(f"{name} needs pipeline of at least 2; leave it out")
@@ -226,20 +226,20 @@ class ParallelSettings(Section):
 class SpikeSettings(Section):
     alone: ClassVar[str] = "action"
     action: Literal["warn", "skip", "stop"] = "warn"
-    """When loss or gradient norm leap: say so; leave the update out as well; or save what was before it and stop."""
+    """When loss or gradient norm leap: `warn`, `skip` (warn and leave the update out) or `stop` (save the state before it)."""
     factor: Annotated[float, Field(ge=0)] = 10.0
-    """How many times the median of the last steps is a leap; 0 looks for none."""
+    """Multiple of the last steps' median from which on a value is a leap; 0 looks for none."""
     window: PositiveInt = 50
-    """Steps (of `grpo`: updates) that the median is of."""
+    """Steps (`grpo` and `ppo`: updates) whose median is taken."""
 
 
 class StragglerSettings(Section):
     every: Annotated[int, Field(ge=0)] | None = None
-    """Steps between looks at which rank computes the slowest; unset, the first multiple of `log_every` from 10 on; 0: never."""
+    """Steps between comparisons of the ranks' speed; 0: none. Unset: the smallest multiple of `log_every` that is at least 10."""
     factor: Annotated[float, Field(ge=1)] = 1.5
-    """How many times the median's time is too slow."""
+    """Multiple of the median's time from which on a rank is too slow."""
     reports: PositiveInt = 3
-    """In how many reports in a row a rank has to be too slow to be warned of."""
+    """Reports in a row in which a rank is too slow before a warning names it."""
 
 
 class ProfileSettings(Section):
@@ -254,7 +254,7 @@ class ProfileSettings(Section):
     @classmethod
     def _each_once(cls, ranks: list[int]) -> list[int]:
         if len(set(ranks)) < len(ranks):
-            raise ValueError(f"{ranks}: a rank is named more than once; name each once")
+            raise ValueError(f"{ranks}: a rank is named more than once; name each rank once")
         return ranks
 
     @property
@@ -324,7 +324,7 @@ class OptimSettings(Section):
     @model_validator(mode="after")
     def _decays_downwards(self) -> OptimSettings:
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}; expected at most that")
+            raise ValueError(f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}; expected at most lr")
         return self
 
 
@@ -333,7 +333,7 @@ class ReferenceSettings(Section):
     """Directory where reference log-probabilities are kept by content (weights, data, tokenizer), for all runs that name it;
     unset, each run keeps its own in RUN_DIR/reference."""
     only: bool = False
-    """Fill the cache and stop: the scoring as a job of its own, under whatever layout suits it."""
+    """Fill the cache and stop, so that the reference is scored by a job of its own, under a layout of its own."""
 
 
 class HeldOutSettings(Section):
@@ -343,7 +343,7 @@ class HeldOutSettings(Section):
     split: str = "test"
     """Split of hub data sets."""
     every: PositiveInt = 100
-    """Steps between evaluations; before the first step and after the last there is always one."""
+    """Steps between evaluations. One comes before the first step and one after the last in any case."""
     batch: PositiveInt = 256
     """Rows (conversations, or pairs) evaluated at once, over all ranks; the result does not depend on it."""
 
@@ -360,7 +360,7 @@ class CheckpointSettings(Section):
     asynchronous: bool = False
     """Write while training goes on, from copies in main memory; one save at a time, the next waits for it."""
     grace: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds that the launcher, when it is asked to end (SIGTERM, SIGUSR1), leaves its ranks to end their step and save it."""
+    """Seconds that ranks have to end and save their step when the launcher is asked to end (SIGTERM, SIGUSR1)."""
     export: bool = True
     """Write the trained model in Hugging Face format to RUN_DIR/hf at the end."""
     export_dtype: Literal["model", "bf16", "fp32"] = "model"

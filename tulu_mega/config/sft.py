@@ -1,4 +1,4 @@
-"""What `tulu-mega sft` takes, and what a step of it is made of."""
+"""Settings of `tulu-mega sft`, and the work of one of its steps."""
 
 from __future__ import annotations
 

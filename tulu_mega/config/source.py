@@ -109,7 +109,7 @@ def _pairs(settings: type[BaseModel], flags: Sequence[str], problems: list[str])
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
-            problems.append(f"{flag}: expected --section.key value")
+            problems.append(f"{flag}: expected --section.key value; a settings file comes before all flags")
             continue
         name, equals, value = flag[2:].partition("=")
         if not equals:
@@ -172,7 +172,7 @@ def _put(settings: type[BaseModel], values: dict[str, Any], dotted: str, value: 
         if not isinstance(inner, dict) and (alone := _alone(settings, parts[:depth])):
             inner = values[parent] = {alone: inner}  # `model = "dir"` in the file, --model.dtype beside it
         if not isinstance(inner, dict):
-            problems.append(f"--{dotted}: {parent!r} is not a section")
+            problems.append(f"--{dotted}: {parent!r} is not a section but a setting")
             return
         values = inner
     if isinstance(values.get(last), dict) and not isinstance(value, dict) and (alone := _alone(settings, parts)):

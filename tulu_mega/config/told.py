@@ -61,7 +61,7 @@ def command_told(
     found = stages or by_name or taking
     if len(found) > 1:
         each = " or ".join(f"tulu-mega check {name} {file}" for name in found)
-        raise UserError(f"{file}: it cannot be told which command this is for; name it: {each}")
+        raise UserError(f"{file}: several commands take these settings; name the command: {each}")
     return found[0] if found else DEFAULT
 
 

@@ -42,14 +42,14 @@ def together(what: str) -> Iterator[None]:
 
 
 def from_lead(value: T) -> T:
-    """Rank 0's value, on every rank; what the others give is not looked at."""
+    """Return rank 0's value on every rank; the values of the other ranks are ignored."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def awaited_from_lead(value: T) -> T:
-    """As `from_lead`, where rank 0 may take minutes to come: the others sleep, and leave their GPUs to whoever shares them."""
+    """Do as `from_lead` where rank 0 may come minutes later: the other ranks sleep, so that servers may use their GPUs."""
     box, world = [value], dist.group.WORLD
     dist.broadcast_object_list(box, src=0, group=_sleeping(world) if dist.get_backend() == "nccl" else world)
     return box[0]
@@ -57,32 +57,32 @@ def awaited_from_lead(value: T) -> T:
 
 @functools.cache
 def _sleeping(world: ProcessGroup) -> ProcessGroup:
-    """The ranks of NCCL's world by way of the CPU: in a collective of NCCL's GPUs spin until the last rank has come.
+    """Return a gloo group of all ranks: in one of NCCL's collectives a GPU spins until the last rank has come.
 
-    It is made when it is first asked for, by every rank.
+    Every rank makes the group, at its first use.
     """
     return dist.new_group(backend="gloo", timeout=world._get_backend(torch.device("cuda")).options._timeout)
 
 
 def gathered(value: T) -> list[T]:
-    """What every rank gives, by rank, on every rank."""
+    """Return the values of all ranks, by rank, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def gathered_at_lead(value: T) -> list[T]:
-    """What every rank gives, by rank, on rank 0; nothing elsewhere."""
+    """Return the values of all ranks, by rank, on rank 0; an empty list on the others."""
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values)
     return values or []
 
 
 def same_everywhere(what: str, digest: str) -> None:
-    """Compares a digest that every rank has of something. Every rank calls it.
+    """Check that all ranks have the same digest. Every rank calls it.
 
     Args:
-        what: names it, in the plural or not: ``the data in DIRECTORY``.
+        what: names the thing that the digest is of, such as ``the data in DIRECTORY``.
 
     Raises:
         UserError: on every rank, naming those that have another than rank 0.
@@ -93,7 +93,7 @@ def same_everywhere(what: str, digest: str) -> None:
     if odd:
         more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
         raise UserError(
-            f"{what}: {', '.join(odd[:4])}{more} found another content there than rank 0 on {told[0][1]} ({first[:12]}); all "
+            f"{what}: {', '.join(odd[:4])}{more} read other content than rank 0 on {told[0][1]} ({first[:12]}); all "
             "nodes have to see the same files. If they do, start again: a network file system may show old ones for a minute"
         )
 
@@ -116,7 +116,7 @@ class Crew:
         """what an action has raised, on rank 0"""
 
     def do(self, name: str, argument: Any = None) -> Any:
-        """On rank 0, while the others follow: an action on every rank."""
+        """Run an action on every rank. Rank 0 calls it while the other ranks follow."""
         awaited_from_lead((name, argument))
         try:
             return self._actions[name](argument)
@@ -148,7 +148,7 @@ class Crew:
 
 
 def reason(error: BaseException) -> str:
-    """What is behind the wrappers that libraries put around an error, in one line."""
+    """Describe the cause of an error in one line, without the wrappers that libraries put around it."""
     error = root(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f" ({error.filename})" if error.filename else "")
@@ -157,7 +157,7 @@ def reason(error: BaseException) -> str:
 
 
 def root(error: BaseException) -> BaseException:
-    """The operating system's error, if one led to this; else the first cause."""
+    """Return the operating system's error that led to this error; where there is none, the first cause."""
     chain = [error]
     while before := _before(chain[-1]):
         chain.append(before)

@@ -1,4 +1,4 @@
-"""Who this process is in the grid of parallel ranks. The only door to megatron-core's parallel_state."""
+"""The place of this process in the grid of parallel ranks. No other module uses megatron-core's parallel_state."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Topology(ShardGrid):
 
     @property
     def reports_loss(self) -> bool:
-        """Ranks whose losses add up to the whole: last stage, first of each tensor group; each context rank has its share."""
+        """Whether this rank's loss counts: the first tensor rank of the last pipeline stage. The losses of these ranks
+        add up to the whole; each context rank has its share."""
         return self.last_stage and self.tensor_rank == 0
 
     @property
@@ -108,7 +109,7 @@ def seed_ranks(seed: int, step: int = 0) -> None:
 
     Args:
         seed: of the run.
-        step: steps done; what is drawn after them is drawn after no other number of them.
+        step: steps done; each number of steps gives other random states.
     """
     tensor_parallel.model_parallel_cuda_manual_seed((seed + 1_000_003 * step) % 2**31 if step else seed)
 
@@ -117,7 +118,7 @@ def _check_order(here: Topology) -> None:
     """Compares megatron-core's numbering of the ranks with the grid's.
 
     Raises:
-        RuntimeError: they differ, and the grid would tell other weights to be here than are.
+        RuntimeError: the two numberings differ, so that the grid would name the wrong weights for this rank.
     """
     ours = (here.tensor_rank, here.pipeline_rank, here.context_rank, here.data_rank)
     theirs = (
@@ -133,11 +134,11 @@ def _check_order(here: Topology) -> None:
 
 
 def _check_store() -> None:
-    """Ranks that torchrun starts again would find the addresses of the ranks before them in a store that it keeps."""
+    """Refuse a store that torchrun kept from earlier ranks: restarted ranks would find the addresses of dead ones in it."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         raise UserError(
-            "torchrun started the ranks again with the store of the ranks before them, in which they cannot meet; start it as "
-            "python -m tulu_mega.agent, or with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+            "torchrun restarted the ranks with the store of the earlier ranks, in which the new ones cannot meet; start torchrun "
+            "as python -m tulu_mega.agent, or with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
         )
 
 
@@ -155,7 +156,7 @@ def groups() -> dict[str, tuple[int, ...]]:
 
 
 def recorded_collectives() -> bytes:
-    """What torch's flight recorder holds, as JSON: this rank's last collectives. NCCL has a recorder of its own."""
+    """Return torch's flight recorder as JSON: this rank's last collectives. NCCL has a recorder of its own."""
     from torch._C import _distributed_c10d as c10d
 
     own = getattr(c10d, "_dump_nccl_trace_json", None) if dist.get_backend() == "nccl" else None
@@ -163,5 +164,5 @@ def recorded_collectives() -> bytes:
 
 
 def store() -> dist.Store:
-    """A connection of its own to the store through which the ranks met."""
+    """Return a new connection to the store through which the ranks met."""
     return dist.distributed_c10d._get_default_store().clone()

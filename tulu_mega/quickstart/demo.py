@@ -100,7 +100,7 @@ def make_data(directory: Path, seed: int) -> None:
 
 
 def evaluated(model: Path, questions: Path, output: Path) -> dict[str, Any]:
-    """What `tulu-mega eval` finds: the score with its interval. What is answered in `output` is not asked again."""
+    """Return the score of `tulu-mega eval`, with its interval. Problems that `output` has answers to are not asked again."""
     from tulu_mega.evaluation.run import evaluate
 
     results = evaluate(
@@ -124,7 +124,7 @@ def _stage(command: str, directory: Path, made_with: dict[str, int]) -> None:
 
 
 def heldout_accuracy(run: Path) -> float:
-    """Share of the held-out pairs that a stage tells apart at its end: the chosen side has the higher reward."""
+    """Return the share of held-out pairs whose chosen side has the higher reward at the end of a stage."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return next(row["heldout_accuracy"] for row in map(json.loads, reversed(lines)) if "heldout_accuracy" in row)
 
@@ -160,7 +160,7 @@ def _samples(output: Path) -> list[dict[str, Any]]:
 
 
 def _visible(text: str) -> str:
-    """An untrained model says bytes of all kinds: none may command the terminal."""
+    """Return text without characters that a terminal obeys: an untrained model writes bytes of all kinds."""
     shown = "".join(char if char.isprintable() else "·" for char in text)
     return shown if len(shown) <= 60 else shown[:59] + "…"
 

@@ -1,4 +1,4 @@
-"""What `tulu-mega quickstart` takes."""
+"""Settings of `tulu-mega quickstart`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class QuickstartSettings(Section):
     run_dir: str = "runs/quickstart"
     """Directory of the model, the data and the runs made of them. What is complete there is used again."""
     seed: int = 0
-    """Of the task's problems, the model's first weights and the training order."""
+    """Seed of the task's problems, the model's first weights and the training order."""
     steps: PositiveInt = 280
     """Optimizer steps of fine-tuning, 64 demonstrations each."""
     rm_steps: PositiveInt = 90

@@ -31,7 +31,7 @@ VERIFIER = "gsm8k"
 """The `dataset` column: which verifier judges the answer (the last number, string equality)."""
 
 SLIPS = (-10, -2, -1, 1, 2, 10)
-"""What a step of careless work is wrong by."""
+"""Errors of a step of careless work."""
 COARSE_SLIPS = (-10, 10)
 """Those of them that a reward model of a million parameters sees: of slips by 1 and 2 it tells 53 to 61%."""
 
@@ -93,7 +93,7 @@ class Mixture:
 
 
 def split_of(objects: str, start: int, steps: Iterable[tuple[Operator, int]]) -> Split:
-    """Which side a problem's matter is on: the same for every seed, on every machine."""
+    """Return whether a problem's matter is for training or held out; the same for every seed, on every machine."""
     matter = f"{objects}: {start}" + "".join(f" {operator} {number}" for operator, number in steps)
     return "heldout" if zlib.crc32(matter.encode()) % _HELDOUT_SHARE == 0 else "train"
 
@@ -185,7 +185,7 @@ def write_jsonl(rows: Iterable[dict[str, Any]], path: Path) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a directory that can") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a directory that you may write") from None
 
 
 def _apply(value: int, operator: Operator, number: int) -> int:
@@ -241,7 +241,7 @@ def _beside(draw: random.Random, answer: int, least: int, most: int) -> int:
 
 
 def _worked(problem: Problem, slip: random.Random | None, slips: Sequence[int] = SLIPS) -> str:
-    """Every step and the answer; with a slip, one step goes wrong and those after it build on the wrong count."""
+    """Return the text of every step and the answer. With a slip one step is wrong, and later steps build on its count."""
     wrong = slip.randrange(len(problem.steps)) if slip else None
     value, lines = problem.start, []
     for index, (operator, number) in enumerate(problem.steps):

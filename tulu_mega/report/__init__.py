@@ -1,1 +1,1 @@
-"""What runs were like: curves as PNG and one self-contained HTML page."""
+"""Reports of runs: curves as PNG and one self-contained HTML page."""

@@ -1,4 +1,4 @@
-"""The curves of runs, drawn. Beside plan/picture.py the only file that imports matplotlib."""
+"""Draws the curves of runs. Only this file and plan/picture.py import matplotlib."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_POINTS = 1500
-"""Points drawn of a curve: more than there are pixels help nobody."""
+"""Largest number of points drawn of a curve; more would be more than pixels."""
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#8c564b")
-"""Those of Okabe and Ito, told apart by all, and two more: as many as the columns of the widest chart."""
+"""The colours of Okabe and Ito, which colour-blind readers can tell apart, and two more: one for each column of the
+widest chart."""
 _FEW = 10
-"""Values, such as of evaluations, that are each marked."""
+"""A curve of at most this many values, such as of evaluations, has a mark for each."""
 _DASHES = ("-", "--", "-.", ":")
 _LONG_S = 10.0
-"""Seconds of a step from which on it is not told in milliseconds."""
+"""Seconds of a step from which on times are given in seconds instead of milliseconds."""
 _FLAT = 0.01
-"""Part of a value below which a difference is not drawn as a mountain."""
+"""Relative difference below which a curve is drawn as flat."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ _UNDRAWN = {
 
 
 def draw(runs: Sequence[Run]) -> list[Drawing]:
-    """Every chart that some run has values for.
+    """Draw every chart that some run has values for.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -208,7 +209,7 @@ def _shown(chart: Chart, runs: Sequence[Run]) -> dict[int, Run]:
 
 
 def constants(runs: Sequence[Run]) -> list[str]:
-    """What is not drawn since it never changed, in words with its value: usual values, metrics that no chart of ours shows."""
+    """Describe the metrics that never changed, and so are not drawn, with their values."""
     usual = [f"{chart.title.lower()} {chart.usual}" for chart in CHARTS if _as_usual(chart, runs)]
     further = _further(runs).items()
     return usual + [f"{_title(name).lower()} {values[0]:.4g}" for name, values in further if _never_changes(values)]
@@ -236,7 +237,7 @@ def _as_usual(chart: Chart, runs: Sequence[Run]) -> bool:
 
 
 def _never_changes(values: Sequence[float]) -> bool:
-    """A single value shows neither."""
+    """Return whether a metric has several values that are all the same."""
     return len(values) > 1 and len(set(values)) == 1
 
 
@@ -276,7 +277,7 @@ def _curve(axes: Axes, chart: Chart, run: Run, colour: str, dash: str) -> None:
 
 
 def _stack(axes: Axes, chart: Chart, run: Run) -> None:
-    """The parts of one run's steps, smoothed, upon one another. A part that never takes time is left out."""
+    """Draw the smoothed parts of one run's steps, stacked. A part that never takes time is left out."""
     steps = run.column(chart.columns[0][0])[0]
     thin = _smoothed if len(steps) > 50 else _thinned
     labels, colours, heights = [], [], []

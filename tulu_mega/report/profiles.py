@@ -1,4 +1,4 @@
-"""Profiles of a run's steps (`train.profile`): where the traces lie, and what took the time in them."""
+"""Profiles of a run's steps (`train.profile`): the places of the traces, and the operations that took most time."""
 
 from __future__ import annotations
 

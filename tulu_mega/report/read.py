@@ -1,4 +1,4 @@
-"""What a run directory holds, as a report needs it. Files that are missing or torn leave gaps, not tracebacks."""
+"""Reads a run directory for a report. Missing or torn files leave gaps and raise nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What its loss is of, for people: losses of different kinds are not compared. Empty where nothing tells."""
+        """The kind of the run's loss, for people; losses of different kinds are not compared. Empty where no file tells it."""
         sections = (self.settings.get(name) for name in ("policy", "preference", "train"))
         policy, preference, train = (each if isinstance(each, dict) else {} for each in sections)
         if policy or "reward" in self._names:
@@ -127,7 +127,7 @@ def read_run(directory: Path, name: str, samples: int) -> Run:
 
 
 def _unlike(usual: str, given: object) -> str:
-    """What a setting says beyond the name that it stands behind."""
+    """Return the part of a setting that its name does not say already."""
     return f"({given})" if given and given != usual else ""
 
 

@@ -117,7 +117,7 @@ def summary(run: Run) -> dict[str, str]:
 
 
 def _of_peak(run: Run) -> str:
-    """What an MFU is a share of; older runs do not say whose peak."""
+    """Return the peak that an MFU is a share of; older runs do not name it."""
     peak = run.steps[-1].get("mfu_peak")
     return "" if not run.column("mfu")[1] else f" % of the {peak} peak" if isinstance(peak, str) else " %"
 

@@ -1,4 +1,4 @@
-"""What `tulu-mega report` takes."""
+"""Settings of `tulu-mega report`."""
 
 from __future__ import annotations
 

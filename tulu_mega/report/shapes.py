@@ -1,4 +1,4 @@
-"""Which records of a run directory the page can show: others, as a crash or another program leaves them, are left out."""
+"""Tests for records of a run directory that the page can show. Other records, as a crash leaves them, are skipped."""
 
 from __future__ import annotations
 

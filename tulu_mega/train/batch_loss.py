@@ -1,4 +1,4 @@
-"""A global batch's loss: made on the device, read by the host once it is there anyway."""
+"""The loss of a global batch: computed on the device, and read by the host when the device has finished anyway."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class BatchLoss:
 class ReducedLoss:
     """A global batch's loss on its way to the host; the same on every rank.
 
-    It is sent to main memory behind the batch's work. Who reads it before the device is so far waits for the device; after
-    another wait, such as that for the gradient's norm, nobody waits.
+    The loss is sent to main memory behind the batch's work. A read waits until the device has come so far; after another wait for
+    the device, such as that for the gradient's norm, a read waits no more.
 
     Args:
         sums: float64, first the ranks that are marked, by mark; then loss and count, and a sum and count for each mean.
@@ -51,7 +51,7 @@ class ReducedLoss:
 
     @property
     def marks(self) -> tuple[bool, ...]:
-        """For each mark whether any rank had it."""
+        """For each mark, whether it is set on any rank."""
         return self._read[1]
 
     @property
@@ -115,5 +115,5 @@ def _stacked(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
 
 
 def scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number on the device, without the wait for it that ``torch.tensor`` of a number has."""
+    """Return a number as a tensor on the device. ``torch.tensor`` of a number would wait for the device."""
     return value.detach().to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)

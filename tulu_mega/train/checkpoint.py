@@ -33,8 +33,8 @@ from tulu_mega.train.random_state import Kept
 _NAME = re.compile(r"step_(\d+)")
 
 Engines = Mapping[str, Engine]
-"""What is saved and restored together, by name. The first engine's name is written nowhere, those of the others name their
-directories. A run has the same ones, in the same order, each time."""
+"""The engines that are saved and restored together, by name. The first engine's name is not written; the names of the others are
+those of their directories. A run has the same engines, in the same order, at every start."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Checkpoint:
 
     @property
     def healthy(self) -> bool:
-        """Whether it is worth going back to: its weights are finite, and so was the update before it."""
+        """Whether the checkpoint is worth going back to: its weights are finite, and so was the update before it."""
         return self.finite and not in_streak(self.state)
 
 
 def find(directory: Path) -> list[Checkpoint]:
-    """Complete checkpoints in a directory, oldest first. Anything torn, foreign or still being written is passed over."""
+    """Return the complete checkpoints in a directory, oldest first. Torn, foreign and unfinished directories are passed over."""
     found = []
     for path in sorted(directory.glob("step_*")) if directory.is_dir() else []:
         if not _NAME.fullmatch(path.name):
@@ -119,7 +119,7 @@ def place(directory: Path, engines: Engines, name: str) -> Path:
 
 
 def put_in_place(partial: Path, directory: Path, content: dict[str, Any], taken: Mapping[str, str]) -> None:
-    """Gives a complete directory, all of it on disk, its name.
+    """Rename a directory that is complete and on disk to its final name.
 
     Args:
         partial: what was written.
@@ -140,7 +140,7 @@ def put_in_place(partial: Path, directory: Path, content: dict[str, Any], taken:
 
 
 def clean(directory: Path) -> None:
-    """Removes what saves that did not finish left behind."""
+    """Remove the remains of unfinished saves."""
     for left in directory.glob("step_*.partial-*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -200,7 +200,7 @@ def load_weights(engine: Engine, directory: Path, leave: Collection[str] = ()) -
 
 
 def _screen(directory: Path, why: str) -> None:
-    """Makes sure, on the first rank of each node, that what the ranks load next runs no code of its own.
+    """Check, on the first rank of each node, that the files which the ranks load next run no code.
 
     Raises:
         UserError: it does, or is damaged; begins with `why`.

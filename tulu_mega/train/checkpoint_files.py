@@ -1,4 +1,4 @@
-"""The bytes of checkpoints: digests taken as they are written, held against what is read."""
+"""Digests of checkpoints' files: taken while the files are written, compared before they are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tulu_mega.pins.digest import digest
 
 MANIFEST = "training.json"
 DAMAGED = ".damaged"
-"""Ends the name of a directory that was a checkpoint; nothing takes it for one."""
+"""End of the name of a damaged checkpoint's directory, which is no longer taken for a checkpoint."""
 
 
 class HashingFiles(FileSystem):
@@ -64,7 +64,7 @@ def digests(directory: Path, files: Mapping[str, Any], taken: Mapping[str, str])
 
 
 def damaged(checkpoints: Path) -> list[str]:
-    """What is wrong with the bytes of a run's checkpoints, all of which are read by this process."""
+    """Read all files of a run's checkpoints and return what is wrong with their bytes."""
     found = []
     for path in sorted(checkpoints.glob("step_*")):
         if not path.name.removeprefix("step_").isdigit():  # set aside, or still being written
@@ -79,10 +79,10 @@ def damaged(checkpoints: Path) -> list[str]:
 
 
 def verified_or_set_aside(path: Path, before: str | None, at: Callable[[str], None]) -> bool:
-    """Whether a checkpoint's files are as they were written. Every rank calls it, and reads some of them: those that the rank of
-    this number wrote, which it is about to load.
+    """Return whether a checkpoint's files are as they were written. Every rank calls it, and reads the files that the rank of its
+    number wrote, which it is about to load.
 
-    A damaged one is set aside by another name and told of, if there is another to go on from.
+    A damaged checkpoint is renamed, with a warning, if the run has another checkpoint to go on from.
 
     Args:
         before: names the checkpoint that the run would go on from instead; None where there is none.
@@ -104,7 +104,7 @@ def verified_or_set_aside(path: Path, before: str | None, at: Callable[[str], No
         raise UserError(
             [*problems, f"{path} is damaged, and no checkpoint is before it; choose another run_dir, or put back the files"]
         )
-    with together(f"{path} could not be set aside"):
+    with together(f"{path} is damaged and could not be renamed"):
         if dist.get_rank() == 0:
             for each in problems:
                 print(f"warning: {each}", file=sys.stderr, flush=True)
@@ -119,7 +119,7 @@ def _recorded(path: Path) -> dict[str, str]:
     told = read_json_text((path / MANIFEST).read_text())
     found = told.get("digests", {}) if isinstance(told, dict) else None
     if not isinstance(found, dict) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in found):
-        raise ValueError("it has no digests of files beside it")
+        raise ValueError("it lists no digests of its files")
     return found
 
 

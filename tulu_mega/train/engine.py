@@ -1,4 +1,5 @@
-"""The training engine: megatron-core's schedules, DDP and optimizer behind three verbs. Knows no algorithm by name."""
+"""The training engine: megatron-core's schedules, DDP and optimizer behind `forward_backward`, `optimizer_step` and `score`. It
+knows no algorithm by name."""
 
 from __future__ import annotations
 
@@ -43,30 +44,30 @@ from tulu_mega.train.micro_batches import SentOnce, needed
 from tulu_mega.train.optimizer import Schedule, build_optimizer, decoupled_gradients
 
 _GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp_cp"]
-"""What a schedule wants to be given where it is given what sends its messages."""
+"""Process groups that a schedule needs where it gets the object that sends its messages."""
 
 
 class Objective(Protocol):
-    """What the engine minimises; see `objectives/`."""
+    """A loss that the engine minimises; `objectives/` has them."""
 
     @property
     def reads(self) -> Reads:
-        """What it is called with."""
+        """Which output of the model the objective is called with."""
 
     @property
     def reported(self) -> tuple[str, ...]:
-        """Metrics that are means, of `LossOutput.metrics`."""
+        """Names in `LossOutput.metrics`, which are reported as means."""
 
     @property
     def largest(self) -> tuple[str, ...]:
-        """Metrics that are largest values, of `LossOutput.largest`."""
+        """Names in `LossOutput.largest`, which are reported as largest values."""
 
     def __call__(self, output: TokenOutput | Tensor, batch: PackedBatch) -> LossOutput: ...
 
 
 @dataclass(frozen=True)
 class Update:
-    """What became of an optimizer step, the same on every rank."""
+    """The result of an optimizer step, the same on every rank."""
 
     grad_norm: float
     """global, before clipping"""
@@ -84,10 +85,10 @@ class Engine:
     Args:
         hf: the model's Hugging Face config.
         settings: model, layout and `[megatron]` table.
-        topology, platform: this process's place.
+        topology, platform: this process's place among the ranks, and its device.
         reward: whether the model is a reward model, which gives scores instead of log-probabilities.
-        temperature: logits are divided by it, in training and in scoring: of policies, that which responses are drawn at.
-        at: called with what this rank does whenever it makes progress; see `watchdog.Watchdog.at`.
+        temperature: divides the logits, in training and in scoring. Of a policy, the temperature at which responses are sampled.
+        at: called with the name of each piece of work as it begins; see `watchdog.Watchdog.at`.
         shares: whether sequences are to share prefixes within a pack, where the layout lets them (:attr:`whole_packs`).
         lora: low-rank adapters, which alone are trained then.
     """
@@ -127,7 +128,7 @@ class Engine:
     def prepare_training(
         self, optim: OptimSettings, steps: int, ddp: Mapping[str, Any] | None = None, optimizer: Mapping[str, Any] | None = None
     ) -> None:
-        """Adds gradient buffers, optimizer and schedule. The weights are to be there already.
+        """Add gradient buffers, optimizer and learning-rate schedule. Load the weights before.
 
         Args:
             ddp, optimizer: further fields of megatron-core's configurations of these, the settings' tables of that name.
@@ -159,14 +160,14 @@ class Engine:
         seen: list[Tensor] | None = None,
         marks: Callable[[], Sequence[bool]] = tuple,
     ) -> ReducedLoss:
-        """Gradients of a global batch, summed over micro-batches and DP x CP and divided once by the global count.
+        """Compute the gradients of a global batch: summed over micro-batches and DP x CP, divided once by the global count.
 
         Args:
             micro_batches: this data-parallel rank's share, whole packs; every rank of a replica gets the same, all replicas as
                 many. An interleaved pipeline takes a multiple of its ranks.
-            seen: gets what :meth:`score` would have returned.
-            marks: asked once all work is handed to the device: what other ranks are to know of this one, as many on each. They
-                travel with the loss (`ReducedLoss.marks`).
+            seen: a list that gets the tensors which :meth:`score` would have returned.
+            marks: called once all work is handed to the device; returns flags of this rank for the other ranks, as many on
+                each rank. They travel with the loss (`ReducedLoss.marks`).
         """
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
@@ -175,7 +176,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> ReducedLoss:
-        """The loss of a batch by the weights as they are, in evaluation mode, and no gradients.
+        """Compute the loss of a batch by the current weights, in evaluation mode and without gradients.
 
         Args:
             micro_batches: as for :meth:`forward_backward`.
@@ -184,12 +185,12 @@ class Engine:
             return self._losses(micro_batches, objective, forward_only=True)
 
     def optimizer_step(self, step: int, loss: SupportsFloat, allow: Callable[[float, float], bool] | None = None) -> Update:
-        """Clips by the global norm and updates, unless loss or norm is not finite.
+        """Clip the gradients by their global norm and update the weights, unless loss or norm is not finite.
 
         Args:
             step: from 0; decides the learning rate.
-            loss: of the batch the gradients are of; read behind the norm, for which alone the host waits for the device.
-            allow: of loss and norm, when they are finite, whether to update; the same on every rank.
+            loss: the loss of the gradients' batch. It is read after the norm, so that the host waits for the device once.
+            allow: called with loss and norm where both are finite; returns whether to update, the same on every rank.
         """
         self.at("update")
         lr = self.schedule.set(step)
@@ -212,12 +213,12 @@ class Engine:
         return Update(norm, lr, applied, finite, known)
 
     def optimizer_parameters(self) -> list[Tensor]:
-        """The (main) parameters this rank's optimizer updates."""
+        """Return the parameters, float32 main ones where there are any, that this rank's optimizer updates."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """Log-probabilities of every micro-batch's labels.
+        """Compute the log-probabilities of the labels of every micro-batch.
 
         Args:
             micro_batches: as for :meth:`forward_backward`.
@@ -235,7 +236,7 @@ class Engine:
 
     @torch.no_grad()
     def finite_weights(self) -> bool:
-        """Whether every weight is a finite number. A collective; the same on every rank. Takes no memory."""
+        """Return whether every weight is a finite number, the same on every rank. A collective; it takes no memory."""
         self.settle()
         held = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
         held += self.optimizer_parameters() if self.optimizer else []  # the float32 ones, where the weights are of bf16
@@ -246,7 +247,8 @@ class Engine:
         return bool(everywhere.item())
 
     def settle(self) -> None:
-        """Ends what overlap left under way, so that every rank's parameters are the updated ones; before they are read."""
+        """Wait for parameter gathers that overlap left under way, so that every rank has the updated parameters. Call it before
+        they are read."""
         for ddp in self.ddp:
             if ddp.ddp_config.overlap_param_gather:
                 for group in ddp.bucket_groups:  # start_param_sync(force_sync=True) would leave transposed FP8 bytes as they were

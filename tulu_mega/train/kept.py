@@ -33,7 +33,7 @@ def before(directory: Path, chosen: Checkpoint) -> str | None:
 
 
 def advice(directory: Path, chosen: Checkpoint) -> str:
-    """What is to be said of a run that goes on from a checkpoint of `newest`; empty where all is well."""
+    """Return a warning about the checkpoint of `newest` that a run goes on from; an empty text where all is well."""
     found = find(directory)
     if passed := [checkpoint for checkpoint in found if checkpoint.step > chosen.step]:
         return f"the weights of {_named(passed)} have NaN or infinity in them: going on from {chosen.path.name}"

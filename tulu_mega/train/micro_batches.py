@@ -1,4 +1,4 @@
-"""A global batch's micro-batches as the model chunks of a rank meet them."""
+"""The micro-batches of a global batch, in the order in which a rank's model chunks take them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SentOnce:
         return [map(self._met, range(len(self._batches))) for _ in range(self._chunks)]
 
     def _met(self, number: int) -> PackedBatch:
-        """A micro-batch, and one chunk less that is still to meet it."""
+        """Return a micro-batch, and note that one chunk fewer still needs it."""
         sent, left = self._there.pop(number, None) or (self._batches[number].to(self._device, self._only), self._chunks)
         if left > 1:
             self._there[number] = sent, left - 1

@@ -1,4 +1,4 @@
-"""Traces of chosen steps by torch's profiler, and what took the time in them.
+"""Traces of chosen steps by torch's profiler, and the operations that took most time in them.
 
 RUN_DIR/profile gets two files a rank: a trace (Chrome's JSON, gzipped: chrome://tracing and ui.perfetto.dev open it) and the
 operations by their time, which `tulu-mega report` shows.
@@ -112,7 +112,7 @@ class StepProfiler:
 
 
 def operations(averages: list[FunctionEventAvg], device: str) -> dict[str, Any]:
-    """What took the time of the device: of a GPU its kernels, of a CPU operations without those that they call.
+    """Return what took the device's time: a GPU's kernels; a CPU's operations, without those that they call.
 
     Returns:
         ``microseconds`` of all together, and the longest as ``operations``: ``name``, ``self_microseconds``, ``calls``.
@@ -135,7 +135,7 @@ def operations(averages: list[FunctionEventAvg], device: str) -> dict[str, Any]:
 
 
 def late(settings: ProfileSettings | None, start: int) -> str:
-    """What is to be known where a run goes on after steps that it was to profile; empty otherwise.
+    """Return a warning for a run that goes on after the steps which it was to profile; else an empty text.
 
     Args:
         start: steps done before.

@@ -1,4 +1,4 @@
-"""The random states of a run's ranks in a checkpoint: what dropout draws from.
+"""The random states of a run's ranks in a checkpoint, from which dropout draws.
 
 Data-parallel ranks begin alike and part with the first sequence that is longer on one than on the other, so every rank keeps its
 own. They belong to the layout they were drawn under. Under another one there is nothing that an undisturbed run would have drawn:
@@ -37,7 +37,7 @@ def held_state(place: Topology, device: torch.device, kept: Kept) -> ShardedObje
 
 
 def put_back(states: dict[str, Any], device: torch.device) -> None:
-    """Makes a checkpoint's random states this rank's."""
+    """Set this rank's random states to those of a checkpoint."""
     torch.set_rng_state(states["cpu"])
     get_cuda_rng_tracker().set_states(states["tracker"])
     if "cuda" in states and device.type == "cuda":

@@ -34,7 +34,7 @@ from tulu_mega.train.engine import Engine
 from tulu_mega.train.scoring import score_rows
 
 VERSION = 1
-"""Raised whenever the same content would give other values or another form of the files."""
+"""Version of the cache. It grows whenever the same content gives other values or another form of the files."""
 QUANTITY = "sum of log-probabilities over trained tokens"
 PART = 8192
 """Sequences in a file."""
@@ -58,7 +58,7 @@ class ReferenceCache:
         return [range(start, min(start + PART, self.sequences)) for start in range(0, self.sequences, PART)]
 
     def missing(self) -> list[range]:
-        """Parts that are not there, or not whole, or of another content."""
+        """Return the parts that are absent, not whole, or of another content."""
         return [part for part in self.parts() if self._read(part) is None]
 
     def values(self) -> np.ndarray:
@@ -73,7 +73,7 @@ class ReferenceCache:
         return np.concatenate(read)
 
     def write(self, part: range, values: np.ndarray) -> None:
-        """Adds a part, whole or not at all.
+        """Write a part, whole or not at all.
 
         Args:
             values: float64, of each of the part's sequences.
@@ -108,7 +108,7 @@ def _digest(values: np.ndarray) -> str:
 
 
 def content_key(weights: str, dtype: str, megatron: dict, store: TokenStore) -> str:
-    """Digest of all that decides the values; the layout does not.
+    """Return a digest of everything that decides the values. The layout does not.
 
     Args:
         weights: see :func:`weights_digest`.
@@ -135,7 +135,7 @@ def weights_digest(model: Path, known: Mapping[str, str]) -> str:
 
 
 def missing_parts(cache: ReferenceCache) -> list[range]:
-    """What the cache lacks, as rank 0 sees it, on every rank."""
+    """Return on every rank the parts that rank 0 finds missing."""
     return from_lead(cache.missing() if dist.get_rank() == 0 else [])
 
 
@@ -147,7 +147,7 @@ def fill(
     capacity: int,
     told: Callable[[str], None],
 ) -> None:
-    """Scores parts that the cache lacks, with the engine's weights, which have to be the initial ones. Every rank calls it.
+    """Score the missing parts with the engine's weights, which must be the initial ones. Every rank calls it.
 
     Args:
         capacity: tokens a packed micro-batch may hold.
@@ -165,7 +165,8 @@ def fill(
                 if not np.isfinite(values).all():
                     at = part[int(np.flatnonzero(~np.isfinite(values))[0])]
                     value = values[at - part.start]
-                    raise UserError(f"{store.where(at)}: the reference model gives {value}; look at model and row")
+                    problem = f"{store.where(at)}: the reference model gives {value}, expected a finite number"
+                    raise UserError(f"{problem}; look at model and row")
                 cache.write(part, values)
                 told(f"reference log-probabilities: {sum(map(len, parts[:done])):,} of {sum(map(len, parts)):,} sequences")
 

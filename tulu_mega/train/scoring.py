@@ -1,4 +1,4 @@
-"""Sequences through the model, packed, and what becomes of each on rank 0."""
+"""Packing of sequences that every rank has, and scoring of them, with the results on rank 0."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ R = TypeVar("R")
 
 
 def flops_of(hf: PretrainedConfig) -> Cost:
-    """What a sequence costs a model, by its Hugging Face config."""
+    """Return the cost of a sequence, a function of its length, by the model's Hugging Face config."""
     return sequence_flops(hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, head_columns(hf.to_dict()))
 
 
 def packed_share(engine: Engine, sequences: Sequence[TokenizedRow], capacity: int) -> list[PackedBatch]:
-    """This data-parallel rank's packed micro-batches of sequences that every rank has, levelled over the ranks.
+    """Pack sequences that every rank has, and return this data-parallel rank's micro-batches. Ranks get about equal work.
 
     Args:
         capacity: tokens a packed micro-batch may hold (a longer sequence has one of its own).
@@ -41,7 +41,7 @@ def packed_share(engine: Engine, sequences: Sequence[TokenizedRow], capacity: in
 def score_rows(
     engine: Engine, sequences: Sequence[TokenizedRow], capacity: int, read: Callable[[PackedBatch, Tensor], dict[int, R]]
 ) -> dict[int, R]:
-    """Scores sequences, levelled over the data-parallel ranks; every rank calls it with the same ones.
+    """Score sequences, dealt out evenly over the data-parallel ranks. Every rank calls it with the same sequences.
 
     Args:
         sequences: each with a ``row`` of its own.

@@ -1,4 +1,4 @@
-"""What every stage on a Megatron model begins with: a place among the ranks, the model and its weights, a run directory."""
+"""The beginning of every stage on a Megatron model: a place among the ranks, the model, its weights, a run directory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from tulu_mega.weight_transfer.sender import Sender, stream_dtype
 
 @dataclass(frozen=True)
 class Session:
-    """A world that stands, and an engine in it without weights yet."""
+    """A world of ranks that have met, and an engine in it. `load_weights` fills the engine."""
 
     settings: EngineSettings
     topology: Topology
@@ -60,23 +60,23 @@ class Session:
 
     @property
     def lead(self) -> bool:
-        """Whether this is rank 0, which writes and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.topology.rank == 0
 
     @property
     def align(self) -> Alignment:
-        """What the layout and the FP8 recipe ask of lengths."""
+        """The multiples that layout and FP8 recipe require of lengths."""
         return pack_alignment(self.settings)
 
     @property
     def pipeline(self) -> Pipeline:
-        """What the simulation of the schedule knows of this layout."""
+        """The layout's description for the simulation of the pipeline schedule."""
         return pipeline_of(self.engine.hf.to_dict(), self.settings)
 
     def load_weights(self) -> None:
-        """The model's weights from its directory of either format, each rank its own slices.
+        """Load the weights from the model's directory, of either format; each rank reads its own slices.
 
-        A reward model made from a language model takes all but the head, which is drawn, the same under every layout.
+        A reward model that is made from a language model gets a random head, the same under every layout.
 
         Raises:
             UserError: with everything that does not fit.
@@ -118,9 +118,9 @@ class Session:
         return ModelShard(self.engine.chunks, config, family_for(config), place, place.tensor_group, place.pipeline_group)
 
     def beside(self, path: str, reward: bool, new_head: bool = False) -> Session:
-        """Another model under the same layout, weights loaded: nothing of it but the weights takes memory until it is trained.
+        """Build another model under the same layout and load its weights. Only the weights take memory until it is trained.
 
-        Of equal weights it computes the same bits as this one.
+        With equal weights it computes the same bits as this session's model.
 
         Args:
             path: its directory of either format, or hub name.
@@ -141,7 +141,7 @@ class Session:
             settings, self.topology, engine.platform, self.seed, reward, self.watch, engine.temperature, engine.shares
         )
         if reward and not new_head and not family_for(read_config(made.source)).reward:
-            raise UserError(f"{path}: not a reward model but a language model; tulu-mega rm makes reward models")
+            raise UserError(f"{path}: expected a reward model, got a language model; tulu-mega rm makes reward models")
         made.load_weights()
         return made
 
@@ -210,13 +210,13 @@ def opened(
     shares: bool = False,
     lora: LoraSettings | None = None,
 ) -> Iterator[Session]:
-    """Joins the world, builds this rank's part of the model, and leaves the world at the end.
+    """Join the world, build this rank's part of the model, and leave the world at the end.
 
     Args:
-        seed: of random states, and of a head that is drawn.
-        reward: whether to build a reward model, which a language model's directory is enough for; None does as config.json says.
-        temperature: that which a policy's responses are drawn at.
-        shares: whether sequences are to share prefixes within a pack.
+        seed: of the random states, and of a reward model's new head.
+        reward: whether to build a reward model, for which a language model's directory will do; None follows config.json.
+        temperature: the temperature at which a policy's responses are sampled.
+        shares: whether sequences may share prefixes within a pack.
         lora: low-rank adapters, which alone are trained then.
 
     Raises:

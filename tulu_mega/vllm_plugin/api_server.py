@@ -1,4 +1,4 @@
-"""vLLM's server as a process, with the words of ``vllm serve``.
+"""vLLM's server as a process, with the arguments of ``vllm serve``.
 
 `python -m tulu_mega.vllm_plugin.api_server --model DIRECTORY ...`
 

@@ -1,4 +1,4 @@
-"""What middleware in a vLLM server's process says and hears: ASGI's types, a request's body, an answer in JSON."""
+"""What middleware of a vLLM server needs of ASGI: its types, a request's body, an answer in JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def body(receive: Receive, limit: int = 1 << 20) -> bytes:
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > limit:
-            raise ValueError(f"a request may have {limit} bytes, this one has more")
+            raise ValueError(f"the request's body is larger than {limit} bytes, the limit of this route")
         more = message.get("more_body", False)
     return b"".join(parts)
 

@@ -1,8 +1,8 @@
 """The door of a vLLM server: ASGI middleware before all of its routes.
 
 vLLM's own ``--api-key`` covers ``/v1`` and a few others, but not the routes that change weights, run methods in the workers
-(``/collective_rpc``) or end the engine. Here every route asks for the key, ``/health`` too: whoever has reason to ask has the
-key, and a route without one would tell every process of the machine that something is here, and wake the engine for it.
+(``/collective_rpc``) or end the engine. Here every route asks for the key, ``/health`` too. Every legitimate client has the
+key; a route without one would tell each process of the machine that a server is here, and wake its engine.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _PROCESS = secrets.token_hex(8)
 
 
 class Door:
-    """Middleware: nobody comes in without the key of the environment.
+    """Middleware that refuses every request without the key of the environment.
 
     Raises:
-        RuntimeError: there is none; the server must not start.
+        RuntimeError: the environment has no key; the server must not start.
     """
 
     def __init__(self, app: App):

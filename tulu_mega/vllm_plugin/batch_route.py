@@ -1,8 +1,8 @@
-"""Prompts by the batch: a route of a vLLM server that computes the same bits whenever it is asked the same.
+"""A route of a vLLM server that takes a batch of prompts and computes the same bits for the same batch.
 
-What a CPU or GPU computes for a sequence depends, in its last bits, on the sequences computed beside it, and those on the moments
-at which requests arrive. vLLM's own routes take one prompt a request. Here all prompts of a batch come in one and wait in the
-engine, in order, until all are there; then it begins. Its schedule depends on the batch alone. It costs less, too.
+The last bits of a sequence's results depend on the sequences that are computed beside it, and these depend on when requests
+arrive. vLLM's own routes take one prompt a request. This route takes all prompts of a batch in one request; the engine begins
+when all of them wait in it, in order. So the schedule depends on the batch alone. One request also costs less than many.
 
 ASGI middleware in the server's process, on top of vLLM's engine client.
 """
@@ -31,7 +31,7 @@ ASKED = "tulu_mega.asked"
 
 
 class Batches:
-    """Middleware behind `bounds.Bounds`: answers `ROUTE`, hands everything else on."""
+    """Middleware behind `bounds.Bounds`: answers `ROUTE` and passes every other request on."""
 
     def __init__(self, app: App):
         self._app = app

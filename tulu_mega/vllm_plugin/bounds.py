@@ -1,8 +1,8 @@
-"""What a vLLM server for training takes from those who have its key: the routes that they need, and bodies within bounds.
+"""Limits of what a vLLM server for training accepts from clients with its key: which routes, and which bodies.
 
-vLLM trusts whoever may ask: a token id beyond the vocabulary ends its engine, a method that no worker has leaves
-``/collective_rpc`` waiting, brackets nested deeply end in an error of the server. A trainer that is broken, or of another
-version, should be told so in the answer, and the next one's request be answered. This is ASGI middleware, right behind the door.
+vLLM trusts its clients: a token id beyond the vocabulary ends its engine, a method that no worker has leaves
+``/collective_rpc`` waiting, deeply nested brackets end in an error of the server. This ASGI middleware, right behind the door,
+answers a broken trainer, or one of another version, with what is wrong, and keeps the server ready for the next request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, body, refuse
 from tulu_mega.vllm_plugin.batch_route import ASKED, MAX_BODY, ROUTE
 
 METHODS = frozenset(("weights_status", "arrived_checksums"))
-"""Methods of workers that may be called through ``/collective_rpc``: those that tell."""
+"""Methods of workers that may be called through ``/collective_rpc``: those that only report."""
 MAX_OTHER = 1 << 26
 """Bytes of any other request. The longest says which tensors an update has: some megabytes."""
 MAX_SAMPLES, MAX_SEED, MAX_IDS = 4096, 1 << 62, 1 << 20
@@ -58,7 +58,7 @@ class Bounds:
 
 
 def _read(content: bytes, check: Check | None, scope: Scope) -> tuple[Any, Problem]:
-    """What a request's body says, and what is wrong with it; nothing is where no check is asked for and the body is empty."""
+    """Read a request's body: return its content and what is wrong with it. An empty body without a check is fine."""
     if not content:
         return None, None if check is None else "the body is empty, expected JSON"
     try:
@@ -69,7 +69,7 @@ def _read(content: bytes, check: Check | None, scope: Scope) -> tuple[Any, Probl
 
 
 def _again(content: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read once more; what comes after it, a client that leaves, as it comes."""
+    """Return a `receive` that gives a body which was read already; later messages, such as the client's leaving, pass through."""
     given = False
 
     async def receive_again() -> dict[str, Any]:
@@ -164,7 +164,7 @@ SAMPLING: dict[str, Callable[[Any, int, int], bool]] = {
 
 
 def _method(asked: Any, _scope: Scope) -> Problem:
-    """A time-out may be given, as older trainers do, and is not handed on: who asks stops waiting by itself.
+    """Check a call of a method. A time-out, which older trainers send, is accepted and not passed on.
 
     vLLM's executor leaves the reply of a call whose time is over in its queue, takes it for the next call's, and soon for that of
     a forward pass, which ends the engine (`MultiprocExecutor.collective_rpc`).

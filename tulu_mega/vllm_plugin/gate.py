@@ -1,7 +1,7 @@
 """What a vLLM server for training refuses, and the arguments that make a server one.
 
-Weights are whole or they are not, and only the workers know: before anything that would serve them the gate asks. It is ASGI
-middleware, in the server's process, so it holds whoever calls.
+Only the workers know whether their weights are whole. The gate asks them before every route that would use the weights. It is
+ASGI middleware in the server's process, so it holds for every client.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SERVING = ("/v1/", "/inference/", "/generate")
 
 
 def server_arguments() -> list[str]:
-    """What a vLLM server's command line needs to take weights from a trainer and to refuse serving broken ones.
+    """Return the arguments by which a vLLM server takes weights from a trainer and refuses to serve broken ones.
 
-    Its environment needs ``VLLM_SERVER_DEV_MODE=1``.
+    The server's environment needs ``VLLM_SERVER_DEV_MODE=1``.
     """
     return [
         *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
@@ -34,7 +34,7 @@ def server_arguments() -> list[str]:
 
 
 class WeightsGate:
-    """Middleware: no update of a server that is not paused, none finished that did not come whole, nothing served meanwhile."""
+    """Middleware: an update begins only on a paused server and finishes only if it came whole; nothing is served meanwhile."""
 
     def __init__(self, app: App):
         self._app = app

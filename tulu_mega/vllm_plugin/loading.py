@@ -38,7 +38,7 @@ class ModelLoader:
         """Hugging Face name -> vLLM's parameters that it goes into, as learned from earlier updates"""
 
     def begin(self) -> None:
-        """Takes the model apart; it computes nothing before `finish`."""
+        """Take the model apart for loading; it must not compute before `finish`."""
         self._loaded = set()
         initialize_layerwise_reload(self._model)
         self._expected = {name for name, _ in self._model.named_parameters()} - self._tied.keys() - _cache_scales(self._model)
@@ -76,21 +76,21 @@ class ModelLoader:
             self._loaded |= loaded
 
     def check(self, ledger: Ledger) -> None:
-        """Notes parameters and layers that an update did not reach, or of which only a part came."""
+        """Note parameters and layers that the update did not reach, or reached in part."""
         for name in sorted(self._expected - self._loaded):
             ledger.wrong(f"vLLM's parameter {name} got nothing: the manifest lacks what it is made of")
         for problem in _half_loaded(self._model):
             ledger.wrong(problem)
 
     def finish(self) -> None:
-        """Puts the model together with what was loaded."""
+        """Put the model together again, with the loaded weights."""
         self.leave()
         for layer in self._tied.values():  # vLLM's reload passes them by, and on a CPU they compute with a packed copy
             if isinstance(method := getattr(layer, "quant_method", None), QuantizeMethodBase):
                 method.process_weights_after_loading(layer)
 
     def leave(self) -> None:
-        """Ends an update that did not come whole: the model is broken, in a state that the next update can begin from."""
+        """End an update that did not come whole. The model stays broken, in a state from which the next update can begin."""
         finalize_layerwise_reload(self._model, self._model_config)
 
 
@@ -101,7 +101,7 @@ def reason(error: Exception) -> str:
 
 
 def _tied_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Of each parameter that several layers share, all names but the first, with the layer of that name."""
+    """Return the names of shared parameters, all but the first of each, with the layer of that name."""
     seen: set[int] = set()
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -112,8 +112,8 @@ def _tied_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _cache_scales(model: nn.Module) -> set[str]:
-    """What attention of a quantized model has beside its projections: scales of cached keys and values, which no trainer has.
-    vLLM keeps those that it has."""
+    """Names of the scales of cached keys and values, which a quantized model has and no trainer sends. vLLM keeps its own
+    ones."""
     return {
         f"{name}.{scale}"
         for name, layer in model.named_modules()
@@ -145,7 +145,7 @@ def _kept_arguments(model: nn.Module) -> Iterable[dict[str, Any]]:
 
 
 def _half_loaded(model: nn.Module) -> Iterable[str]:
-    """What is wrong with layers that only a part has come of: vLLM would process them as they are."""
+    """Describe layers of which only a part has come: vLLM would process them as they are."""
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         if not info.can_load() or is_deferred_attention_layer(layer) or not info.load_numel:

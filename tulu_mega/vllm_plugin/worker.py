@@ -45,7 +45,7 @@ class Message(WeightTransferUpdateInfo):
 
 
 class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
-    """Receives, hashes and loads an update's buckets; the model counts as broken from the first of them until all are right."""
+    """Receives, hashes and loads the buckets of an update. From the first bucket to the commit the model counts as broken."""
 
     init_info_cls = Senders
     update_info_cls = Message
@@ -118,7 +118,7 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
             self._ledger.wrong(update_info.abandon["reason"])
 
     def finish_weight_update(self) -> None:
-        """Closes an update. One that was not committed leaves the model broken, in a state that the next can begin from."""
+        """Close an update. An uncommitted update leaves the model broken, in a state from which the next update can begin."""
         if self._ledger is not None and self._load and not self._committed:
             try:
                 self._loader.leave()
@@ -128,7 +128,7 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
         self._open = False
 
     def shutdown(self) -> None:
-        """Lets go of the senders."""
+        """Release the senders' buffers and connections."""
         for each in self._inboxes.values():
             each.close()
         self._inboxes, self._unattached = {}, []
@@ -214,7 +214,7 @@ class LiveWeightsEngine(WeightTransferEngine[Senders, Message]):
 
 
 class WeightsReport:
-    """What vLLM's workers have beside their own methods, for ``/collective_rpc`` (``--worker-extension-cls``)."""
+    """Methods that vLLM's workers get for ``/collective_rpc`` (``--worker-extension-cls``)."""
 
     def weights_status(self) -> dict[str, Any]:
         """State of this worker's weights.

@@ -1,4 +1,4 @@
-"""Attaching: every server's workers open the buffers of every sender, once. See docs/weights.md."""
+"""Attaching: the workers of every server open the buffers of every sender, once. See docs/explanation/live_weights.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tulu_mega.weight_transfer.transports import Endpoint, Outbox, Transport, ch
 
 @dataclass(frozen=True)
 class SendingEnd:
-    """What a rank that sends has beside its weights: buffers, and a way to every server that attached."""
+    """The buffers of a rank that sends, and its connections to the servers that attached."""
 
     outbox: Outbox
     mapped: bool
@@ -38,7 +38,7 @@ class SendingEnd:
     """seconds that a bucket may take"""
 
     def close(self) -> None:
-        """Waits for what is under way and lets go of the buffers."""
+        """Wait for what is under way, then release the buffers."""
         for executor in (*self.executors.values(), self.hasher):
             executor.shutdown(wait=True)
         for control in self.controls.values():
@@ -71,7 +71,7 @@ class Connection:
     """url -> what went wrong, of servers that never attached"""
 
     def close(self) -> None:
-        """Lets go of buffers and connections; the servers stay as they are."""
+        """Release buffers and connections; the servers stay as they are."""
         if self.sending is not None:
             self.sending.close()
 
@@ -83,7 +83,7 @@ class Connection:
 
 
 def attach(sender: Sender, servers: Sequence[ServerAddress], settings: RolloutSettings) -> Connection:
-    """Has every server's workers attach to this trainer's senders. Every rank calls it.
+    """Attach the workers of every server to this trainer's senders. Every rank calls it.
 
     A server that cannot attach is among the `failed` of every push.
 
@@ -126,7 +126,7 @@ def attach(sender: Sender, servers: Sequence[ServerAddress], settings: RolloutSe
 
 
 def first_reasons(told: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """url -> what went wrong, of all ranks; where several tell of a server, the first."""
+    """Return url -> what went wrong, from all ranks; of several reports about a server the first."""
     reasons: dict[str, str] = {}
     for each in told:
         for url, why in each.items():
@@ -147,7 +147,7 @@ def _manifest(weights: LiveWeights, ranks: Mapping[int, int]) -> dict[str, Expec
 
 
 def _meet(control: ServerControl) -> tuple[int, bool, dict[str, Any]]:
-    """A server's workers, whether their layers are FP8 blocks, and what it says of itself."""
+    """Ask a server for its workers' number, whether their layers are FP8 blocks, and its description of itself."""
     return control.world_size(), all(worker["fp8"] for worker in control.weights_status()), control.about()
 
 
@@ -164,7 +164,7 @@ def _opened(
     workers: Mapping[str, int],
     timeout: float,
 ) -> tuple[SendingEnd, dict[str, Endpoint]]:
-    """Makes a sender's buffers and a way to every server.
+    """Make a sender's buffers and its connections to every server.
 
     Args:
         workers: url -> their number.
@@ -183,7 +183,7 @@ def _opened(
 def _attached(
     sending: SendingEnd | None, led: Sequence[ServerControl], endpoints: Mapping[str, Mapping[str, Endpoint]], timeout: float
 ) -> dict[str, str]:
-    """Waits until the workers have attached to this sender, and on rank 0 has them do so meanwhile.
+    """Wait until the workers have attached to this sender. Rank 0 asks them to, meanwhile.
 
     Args:
         led: the servers that this rank tells; all on rank 0, none elsewhere.

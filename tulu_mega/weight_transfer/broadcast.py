@@ -1,4 +1,4 @@
-"""Buckets broadcast to each server's workers, by whichever library: what the transports gloo and nccl have in common."""
+"""Broadcasts of buckets to the workers of each server: the common part of the transports gloo and nccl."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENDED = "the connection was given up after an earlier failure"
 
 
 class Group(Protocol):
-    """A process group beside, and unknown to, the ones that trainer and vLLM have. Rank 0 sends. The first failure ends it."""
+    """A process group of its own, which neither trainer nor vLLM knows. Rank 0 sends. The first failure ends the group."""
 
     def meet(self) -> None:
         """Waits for the others.
@@ -32,7 +32,7 @@ class Group(Protocol):
         ...
 
     def broadcast(self, data: Tensor) -> None:
-        """Returns when all of it is here, or sent.
+        """Send or receive a buffer; return when all of it has arrived or is sent.
 
         Raises:
             RuntimeError: a member is gone, it took longer than the time-out, or the group has ended.
@@ -40,7 +40,7 @@ class Group(Protocol):
         ...
 
     def abort(self) -> None:
-        """Ends it, and what is under way."""
+        """End the group, and every broadcast that is under way."""
         ...
 
 

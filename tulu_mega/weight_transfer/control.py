@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class ServerControl:
-    """One server. Safe to call from several threads.
+    """One server. Several threads may call it.
 
     Args:
         url: such as ``http://127.0.0.1:8000``.
@@ -44,7 +44,7 @@ class ServerControl:
         self._client.close()
 
     def pause(self) -> None:
-        """Aborts what is being generated and holds new requests back until `resume`."""
+        """Abort generation, and hold new requests back until `resume`."""
         self._ask("POST", "/pause", params={"mode": "abort"})
 
     def resume(self) -> None:
@@ -52,7 +52,7 @@ class ServerControl:
         self._ask("POST", "/resume")
 
     def reset_prefix_cache(self) -> None:
-        """Forgets the keys and values of earlier prompts; vLLM answers 200 even when it could not, and says so in the body."""
+        """Empty the cache of prompts. vLLM answers 200 even where it failed, so the answer's body is read."""
         if self._ask("POST", "/reset_prefix_cache").get("success") is not True:
             raise ServerFailure(self.url, "the prefix cache could not be emptied: blocks are still held by requests")
 
@@ -61,11 +61,11 @@ class ServerControl:
         return self._ask("GET", "/weight_info")
 
     def about(self) -> dict[str, Any]:
-        """What the server says of itself; see `counterpart.told`."""
+        """Return the server's description of itself; see `counterpart.told`."""
         return self._ask("GET", ABOUT)
 
     def world_size(self) -> int:
-        """Workers that hold a part of the model."""
+        """Return the number of workers that hold a part of the model."""
         told = self._ask("GET", "/get_world_size").get("world_size")
         if type(told) is not int or told < 1:
             raise ServerFailure(self.url, f"GET /get_world_size: {str(told)[:200]!r} workers")
@@ -162,7 +162,7 @@ def _texts(value: Any) -> bool:
 
 
 def _message(body: Any, text: str) -> str:
-    """The text of an error, in whichever form vLLM's handlers gave it."""
+    """Return the text of an error, from any of the forms that vLLM's handlers use."""
     if isinstance(body, dict):
         error = body.get("error", body.get("detail"))
         if isinstance(error, dict):

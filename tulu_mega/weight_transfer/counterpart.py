@@ -1,6 +1,6 @@
-"""What trainer and servers have to have in common: a model's shape, its type, the program; each tells, the trainer compares.
+"""Compares what trainer and servers must have in common: the model's shape, its type, the program.
 
-Weights that fit nowhere are refused by the workers anyhow, a server at a time, after they were sent. This is known before.
+Workers refuse weights that do not fit, but one server at a time and after the weights were sent. The comparison comes before.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Model:
 
     @classmethod
     def asked(cls, name: str, trained: str, served: str, config: Mapping[str, Any]) -> Model:
-        """What settings ask of servers.
+        """Return the model that the settings ask the servers to have.
 
         Args:
             trained, served: `model.dtype` and `rollout.dtype`.
@@ -53,7 +53,7 @@ class Model:
 
 
 def shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config.json both sides have to say alike: names and values that JSON has; what it does not say is left out.
+    """Return the fields of a config.json that both sides must have alike; absent fields are left out.
 
     transformers writes positions' parameters in two ways, by version: at the top, or in tables.
     """
@@ -65,7 +65,7 @@ def shape(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def told(model: Model) -> dict[str, Any]:
-    """What a server tells of itself."""
+    """Return a server's description of itself."""
     return {
         "model": {"name": model.name, "dtype": model.dtype, "config": dict(model.config)},
         "versions": _versions(),
@@ -74,7 +74,7 @@ def told(model: Model) -> dict[str, Any]:
 
 
 def differences(url: str, theirs: Mapping[str, Any], ours: Model, transport: type[Transport] | None = None) -> list[str]:
-    """What keeps a server from taking the trainer's weights, a line each.
+    """Return the reasons why a server cannot take the trainer's weights, a line each.
 
     Args:
         theirs: as `told` gives it.
@@ -113,7 +113,8 @@ def differences(url: str, theirs: Mapping[str, Any], ours: Model, transport: typ
 
 
 def between(servers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What keeps servers from answering alike: packages that some have in another version than the first, a line each server.
+    """Return the differences that keep servers from answering alike: packages in another version than the first server's, a line
+    a server.
 
     Args:
         servers: url -> as `told` gives it; those that tell nothing are left out.

@@ -24,11 +24,11 @@ class Ledger:
         self.problems: list[str] = []
 
     def wrong(self, problem: str) -> None:
-        """Notes what is wrong with the update as a whole."""
+        """Note a problem of the update as a whole."""
         self.problems.append(f"worker {self.worker}: update {self.version}: {problem}")
 
     def check(self, version: int, bucket: Bucket, capacity: int) -> bool:
-        """Whether a bucket is as announced: known tensors of that sender, each once, of the right sizes, inside the buffer.
+        """Return whether a bucket is as announced: tensors of that sender, each once, of the right sizes, inside the buffer.
 
         Args:
             capacity: bytes of the buffer.
@@ -55,12 +55,12 @@ class Ledger:
         return len(self.problems) == before
 
     def arrived(self, name: str, checksum: str) -> None:
-        """Notes a tensor whose bucket passed the check."""
+        """Note the arrival of a tensor whose bucket passed the check."""
         self.checksums[name] = checksum
         self.nbytes += self.manifest[name].nbytes
 
     def compare(self, version: int, checksums: Mapping[str, str]) -> None:
-        """Notes what did not come, or not with the bytes that the senders sent.
+        """Note tensors that did not arrive, or whose bytes are not those that were sent.
 
         Args:
             checksums: by name, as the senders took them.
@@ -79,7 +79,7 @@ class Ledger:
             self.wrong(f"{name}: has a checksum, but is not in the manifest")
 
     def not_loaded(self, name: str, reason: str) -> None:
-        """Notes that vLLM did not take a tensor."""
+        """Note a tensor that vLLM did not take."""
         self._tensor(name, self.manifest[name].sender, reason)
 
     def _tensor(self, name: str, sender: int, what: str) -> None:

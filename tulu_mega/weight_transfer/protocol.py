@@ -1,7 +1,7 @@
-"""What trainer ranks and vLLM's workers say to each other about weights; imported by both, so it imports neither's libraries.
+"""The messages about weights between trainer ranks and vLLM's workers. Both import it, so it imports neither's libraries.
 
 An update is begin, buckets of any number of senders, commit; each is the ``update_info`` of one ``/update_weights`` call, a JSON
-object with one key. See docs/weights.md.
+object with one key. See docs/explanation/live_weights.md.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _fields(message: Any, **kinds: type) -> list[Any]:
     message = {name: list(value) if type(value) is tuple else value for name, value in message.items()}  # as they are within vLLM
     if wrong := [name for name, kind in kinds.items() if type(message[name]) is not kind]:
         told = ", ".join(f"{name} = {str(message[name])[:100]} (expected {kinds[name].__name__})" for name in wrong)
-        raise ValueError(f"a message has {told}")
+        raise ValueError(f"a message has a field of the wrong type: {told}")
     return [message[name] for name in kinds]
 
 
@@ -125,7 +125,7 @@ def read_bucket(message: Any) -> tuple[int, Bucket]:
     """
     version, sender, slot, places = _fields(message, version=int, sender=int, slot=int, places=list)
     if not 0 <= slot < SLOTS:
-        raise ValueError(f"slot {slot} of {SLOTS} buffers")
+        raise ValueError(f"slot {slot} is out of range: a sender has {SLOTS} buffers, numbered from 0")
     return version, Bucket(sender, slot, tuple(map(_place, places)))
 
 
@@ -152,12 +152,12 @@ def read_commit(message: Any) -> tuple[int, dict[str, str]]:
     """
     version, checksums = _fields(message, version=int, checksums=dict)
     if not all(type(each) is str for each in checksums.values()):
-        raise ValueError("a commit has checksums that are no text")
+        raise ValueError("a commit has checksums that are not text; expected a hexadecimal digest for each tensor")
     return version, checksums
 
 
 def abandon_message(reason: str) -> dict[str, Any]:
-    """Ends an update that cannot be finished; what was loaded of it is unusable."""
+    """Make the message that ends an unfinished update; the weights that it has loaded are unusable."""
     return {"abandon": {"reason": reason}}
 
 
@@ -186,16 +186,15 @@ def plan_buckets(sender: int, names: Iterable[str], manifest: Manifest, limit: i
 
 
 def view(buffer: Tensor, place: Place, expected: Expected) -> Tensor:
-    """The tensor that lies in a buffer of bytes, without a copy."""
+    """Return a tensor that lies in a buffer of bytes, without a copy."""
     return buffer[place.offset : place.offset + place.nbytes].view(DTYPES[expected.dtype]).view(expected.shape)
 
 
 def checksum(data: Tensor) -> str:
     """A hash of a tensor's bytes, the same wherever they lie.
 
-    XXH3 with 128 bits, which is as fast as memory: it is to find torn buffers, wrong offsets and bad memory, not an attacker,
-    whom the servers' key keeps out. What lies on a GPU is hashed where it is, by another function: both ends of those transports
-    are GPUs.
+    XXH3 with 128 bits, which is as fast as memory. It finds torn buffers, wrong offsets and bad memory; attackers are kept out by
+    the servers' key. A tensor on a GPU is hashed there, by another function: both ends of such transports are GPUs.
 
     Args:
         data: contiguous.

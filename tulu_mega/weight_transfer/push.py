@@ -1,4 +1,7 @@
-"""Pushing: every pipeline stage streams its tensors to all servers at once, through a `Connection`. See docs/weights.md."""
+"""Pushing: every pipeline stage streams its tensors to all servers at once, through a `Connection`.
+
+docs/explanation/live_weights.md describes an update.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,12 @@ from tulu_mega.weight_transfer.server import ServerFailure
 from tulu_mega.weight_transfer.waiting import in_daemon_thread
 
 _SLACK_SECONDS = 30.0
-"""How much longer than its time-out a delivery is waited for, which sees to the time-out itself."""
+"""Seconds beyond the time-out for which a delivery is waited for: the delivery keeps the time-out itself."""
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What became of a push, the same on every rank."""
+    """The result of a push, the same on every rank."""
 
     version: int
     seconds: float
@@ -52,10 +55,10 @@ class SyncReport:
 
 
 def push(connection: Connection, version: int, load: bool = True) -> SyncReport:
-    """Gives every server the weights as they are now, under a version; every rank calls it.
+    """Send every server the current weights, under a version. Every rank calls it.
 
-    Servers are paused, updated, have their prefix cache emptied and serve again; nothing is generated meanwhile. One that
-    fails stays paused and refuses to serve until it was given a whole update.
+    Each server is paused, updated, has its prefix cache emptied and serves again; it generates nothing meanwhile. A server that
+    fails stays paused and refuses to serve until a whole update has arrived.
 
     Args:
         load: False for a rehearsal, which `tools/bench_sync.py` times: the workers throw away what they received and hashed, and
@@ -131,7 +134,7 @@ def stream(connection: Connection, version: int, lost: Mapping[str, str]) -> tup
 
 
 def _filled(connection: Connection, bucket: Bucket) -> Iterator[tuple[str, Tensor | None]]:
-    """Fills a bucket and yields its tensors as they become whole; None for each on all tensor ranks but the first."""
+    """Fill a bucket and yield its tensors as they become whole. Tensor ranks other than the first yield None for each."""
     weights, names = connection.sender.weights, [place.name for place in bucket.places]
     wholes: list[Tensor | None] = [None] * len(names)
     if connection.sending is not None:
@@ -146,7 +149,7 @@ def _filled(connection: Connection, bucket: Bucket) -> Iterator[tuple[str, Tenso
 
 
 def _await(futures: list[Future], failed: dict[str, str]) -> None:
-    """Waits until a buffer may be filled again, and notes servers that failed."""
+    """Wait until a buffer may be filled again; note servers that failed."""
     for future in futures:
         try:
             future.result()

@@ -1,4 +1,4 @@
-"""A rank of a trainer as weight transfer knows it: its part of the weights, and whether it speaks to servers."""
+"""A rank of a trainer as weight transfer sees it: its part of the weights, and whether it sends to servers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tulu_mega.weight_transfer.protocol import Bucket, Manifest, plan_buckets
 
 _SMALL_BUCKET = 16 * 2**20
 _BUCKETS = 5
-"""A model smaller than this many of the largest buckets has smaller ones: or else filling and loading would not overlap."""
+"""A model of fewer bytes than this many of the largest buckets gets smaller buckets, so that filling and loading overlap."""
 
 
 @dataclass(frozen=True)

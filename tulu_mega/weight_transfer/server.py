@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """One server, as it can be spoken to now."""
+    """One server, and how to reach it now."""
 
     url: str
     key: str | None = field(repr=False)
@@ -65,7 +65,7 @@ class _Route(NamedTuple):
 
 
 def _route(host: str, port: int) -> _Route:
-    """The addresses between which packets to a host would travel; none are sent.
+    """Return the addresses between which packets to a host would travel. It sends no packet.
 
     Raises:
         OSError: there is no such host, or no way to it.

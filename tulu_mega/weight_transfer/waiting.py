@@ -33,14 +33,14 @@ class FillEvents:
 
 
 class DaemonWorker:
-    """A thread that does one thing after the other, any of which may never return: the process's end does not wait for it."""
+    """A thread that runs calls one after another. A call may never return: the process ends without waiting for the thread."""
 
     def __init__(self):
         self._todo: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="weights", daemon=True).start()
 
     def submit(self, work: Callable[[], Any]) -> Future:
-        """Has the thread do it, after what was submitted before."""
+        """Queue a call for the thread, behind the calls submitted before."""
         future: Future = Future()
         self._todo.put((work, future))
         return future
@@ -60,7 +60,7 @@ class DaemonWorker:
 
 
 def in_daemon_thread(work: Callable[[], Any]) -> Future:
-    """Does a single thing in a thread of its own that the process's end does not wait for."""
+    """Run one call in a thread of its own; the process ends without waiting for it."""
     worker = DaemonWorker()
     future = worker.submit(work)
     worker.close()

@@ -74,4 +74,4 @@ def _directory(path: str, fetch: Callable[[], str]) -> Path:
         return Path(fetch())
     except Exception as error:  # the hub client's many kinds: no network, no such name, no access
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"model.path = {path!r}: no such directory, and not to be had from the hub: {reason}") from None
+        raise UserError(f"model.path = {path!r}: no such directory, and the hub did not give it: {reason}") from None

@@ -64,7 +64,8 @@ class MegatronCheckpoint:
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{directory / MARK}: missing or not readable; expected a Megatron distributed checkpoint") from None
         if backend != "torch_dist":
-            raise UserError(f"{directory / MARK}: format {backend!r} is not supported, expected 'torch_dist'; save it so")
+            told = f"{directory / MARK}: format {backend!r} is not supported, expected 'torch_dist'"
+            raise UserError(f"{told}; save the checkpoint in that format")
         metadata = read_index(directory)
         reader = FileSystemReader(directory)
         reader.set_up_storage_reader(metadata, is_coordinator=True)

@@ -72,7 +72,7 @@ class Outbox(Protocol):
         ...
 
     def drop(self, url: str) -> None:
-        """Gives a server up: what is under way to it ends."""
+        """Give a server up: end every delivery to it."""
         ...
 
     def close(self) -> None:

@@ -80,8 +80,8 @@ class IpcInbox:
 
 
 _SHARED: dict[torch.device, list[Tensor]] = {}
-"""Buffers that other processes have opened. torch keeps such memory until each of them has let go, which one that is killed never
-does: so a process has them once, and every outbox of it takes the same."""
+"""Buffers that other processes have opened. torch keeps such memory until each of them has released it, and a killed process
+never does. So a process makes the buffers once, and all its outboxes share them."""
 
 
 def _shared_buffers(capacity: int, device: torch.device) -> list[Tensor]:

@@ -17,7 +17,7 @@ from tulu_mega.weight_transfer.transports import Endpoint, Transport
 
 
 class SharedMemory(Transport):
-    """Each byte is written once and read by all workers of the host."""
+    """Shared memory of a host: each byte is written once and read by all workers."""
 
     name = "shm"
     device = "cpu"
