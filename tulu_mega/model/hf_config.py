@@ -15,7 +15,6 @@ from tulu_mega.bridge.rules import LayerNeeds
 from tulu_mega.config import ModelSettings
 from tulu_mega.errors import UserError
 
-
 _COUNTED = re.compile(r"layer|label|block|depth")
 _MOST = 10_000
 
