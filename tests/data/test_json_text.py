@@ -7,12 +7,13 @@ from collections import Counter
 from datetime import date
 
 import pyarrow as pa
+import pyarrow.json
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tulu_mega.data.json_text import json_line, strict_line, told
+from tulu_mega.data.json_text import json_line, readable_line, strict_line, told
 from tulu_mega.data.sources import load_rows
 from tulu_mega.data.tools.tables import print_table
 from tulu_mega.errors import UserError
@@ -88,3 +89,11 @@ def test_a_directory_whose_rows_changed_under_the_old_times_is_read_anew(tmp_pat
         os.utime(file, (1e9, 1e9))
         seen.append(load_rows(str(file.parent)).row(0)["messages"][0]["content"])
     assert seen == ["old", "new"]
+
+
+def test_a_line_for_readers_has_nothing_that_they_refuse(tmp_path):
+    odd = {"a": "\ud800\x1b\u2028é😀", "b": float("nan"), "\udfff": 1, "c": [b"x"], "d": date(2020, 1, 2)}
+    (tmp_path / "x.jsonl").write_text(f"{readable_line(odd)}\n", encoding="utf-8")
+    assert strict((tmp_path / "x.jsonl").read_bytes())["d"] == "2020-01-02"
+    read = pyarrow.json.read_json(tmp_path / "x.jsonl").drop(["d"]).to_pylist()
+    assert read == [{"a": "\\ud800\x1b\u2028é😀", "b": None, "\\udfff": 1, "c": ["x"]}]

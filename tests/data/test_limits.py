@@ -154,6 +154,11 @@ def changed(directory, name: str, **fields) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+def with_number(directory, number: int) -> dict:
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    return model | {"vocab": model["vocab"] | {"far": number}}
+
+
 def test_a_tokenizers_files_are_looked_at_before_they_are_loaded(tmp_path, little, monkeypatch):
     monkeypatch.setattr("tulu_mega.data.tokenizer.MAX_JSON_BYTES", 1 << 20)
     damages = {
@@ -162,6 +167,9 @@ def test_a_tokenizers_files_are_looked_at_before_they_are_loaded(tmp_path, littl
         "large": lambda directory: (directory / "vocab.json").write_bytes(bytes(2 << 20)),
         "deep": lambda directory: (directory / "tokenizer_config.json").write_bytes(b"[" * 100_000),
         "no vocabulary": lambda directory: changed(directory, "tokenizer.json", model={"type": "BPE"}),
+        "a number that no vocabulary has": lambda directory: changed(
+            directory, "tokenizer.json", model=with_number(directory, 40_000_000)
+        ),
         "a length of text": lambda directory: changed(directory, "tokenizer_config.json", model_max_length="x"),
         "an expression that goes back and forth": lambda directory: changed(
             directory, "tokenizer.json",

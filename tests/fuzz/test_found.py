@@ -33,6 +33,17 @@ FOUND = {
         model_files, "config.json", told(LLAMA, architectures=["LlamaForSequenceClassification"], id2label=3)
     ),
     "config: a size that transformers refuses": (model_files, "config.json by transformers", told(LLAMA, hidden_size="x")),
+    "config: layers that transformers would list": (
+        model_files, "config.json by transformers", told(QWEN, num_hidden_layers=1 << 63)
+    ),
+    "config: labels that transformers would list": (model_files, "config.json by transformers", told(LLAMA, num_labels=10**9)),
+    "config: layers within": (
+        model_files, "config.json by transformers", told(QWEN, text_config={"num_hidden_layers": 1 << 62}, model_type="gemma3")
+    ),
+    "math: a number beyond floats": (answers, "verifier math", told({"dataset": "math", "response": "x",
+                                                                    "ground_truth": 10**400})),
+    "ifeval: a count beyond floats": (answers, "verifier ifeval", told({"dataset": "ifeval", "response": "x", "ground_truth": {
+        "func_name": "validate_word_constraint", "N": 10**400, "quantifier": "around"}})),
     "generation: a list": (model_files, "generation_config.json", b"[1]"),
     "generation: deep": (model_files, "generation_config.json", DEEP),
     "index: a name too long": (model_files, "safetensors: index", told({"weight_map": {"a": "x" * 300}})),

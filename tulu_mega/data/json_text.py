@@ -7,12 +7,14 @@ import datetime
 import decimal
 import json
 import math
+import re
 import uuid
 from collections import Counter
 from typing import Any
 
 NO_NUMBER = "NaN or infinity, written as null"
 _AS_TEXT = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID)  # a datetime is a date
+_SURROGATE = re.compile("[\ud800-\udfff]")
 NO_TEXT = "bytes that are no text, written in base64"
 
 
@@ -31,18 +33,31 @@ def json_line(value: Any, changed: Counter[str] | None = None) -> bytes:
     >>> json_line({"score": float("nan"), "note": "é"}).decode()
     '{"score": null, "note": "é"}'
     """
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_written)
-    except (TypeError, ValueError):  # looked for only then, since it takes several times as long
-        plain = _plain(value, "", Counter() if changed is None else changed)
-        try:
-            text = json.dumps(plain, ensure_ascii=False, default=_written)
-        except TypeError as error:
-            raise ValueError(str(error)) from None
+    text = _dumped(value, changed)
     try:
         return text.encode()
     except UnicodeEncodeError:  # a lone surrogate, which only an escape can write
         return json.dumps(json.loads(text)).encode()
+
+
+def readable_line(value: Any) -> str:
+    """The same for files that people and other programs read: a lone surrogate, whose escape many of these refuse, becomes text.
+
+    >>> readable_line({"note": "\\ud800é"})
+    '{"note": "\\\\\\\\ud800é"}'
+    """
+    return _SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):04x}", _dumped(value, None))
+
+
+def _dumped(value: Any, changed: Counter[str] | None) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_written)
+    except (TypeError, ValueError):  # looked for only then, since it takes several times as long
+        plain = _plain(value, "", Counter() if changed is None else changed)
+        try:
+            return json.dumps(plain, ensure_ascii=False, default=_written)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
 
 def strict_line(line: bytes, changed: Counter[str] | None = None) -> bytes:

@@ -20,6 +20,8 @@ from tulu_mega.data.template_day import CLOCK, taken_apart
 
 MOST_TEXT = 1 << 26
 """Characters of a conversation."""
+MOST_ENTRIES = 1 << 24
+"""Numbers of a vocabulary's entries."""
 IDLE_SECONDS = 60
 _PROBE = "The  quick, 1234 Größen!\n\n    def f(x): # 😀\n" * 8 + "a" * 400 + " " * 400 + "=" * 400 + "1" * 400 + "é" * 400
 """Text that expressions which go back and forth over the same letters take long for."""
@@ -64,10 +66,17 @@ def names(template: str) -> tuple[set[str], set[str]]:
 
 
 def try_tokenizer(path: str) -> int:
-    """Tokens of a text."""
+    """Tokens of a text.
+
+    Raises:
+        ValueError: an entry has a number that no vocabulary reaches. Whoever copies or writes such a tokenizer, as transformers
+            does where it loads one, holds all the numbers below that have no entry.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(path)
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) > MOST_ENTRIES:
+        raise ValueError(f"an entry of its vocabulary has the number {largest}, expected at most {MOST_ENTRIES}")
     tokenizer.no_padding()  # as transformers does
     tokenizer.no_truncation()
     return len(tokenizer.encode(_PROBE, add_special_tokens=False).ids)

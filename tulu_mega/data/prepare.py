@@ -22,6 +22,7 @@ from tulu_mega.config import DataSettings, ModelSettings
 from tulu_mega.data.chat import template_of
 from tulu_mega.data.encoding import ConversationEncoding, Encoded, Encoding, PairEncoding, supervised
 from tulu_mega.data.forms.rated import Useless
+from tulu_mega.data.json_text import readable_line
 from tulu_mega.data.sources import Rows, load_rows
 from tulu_mega.data.store import REJECTS, VERSION, Reject, RejectKind, TokenStore, growing, new_directory, refuse_strangers
 from tulu_mega.data.tokenizer import load_tokenizer
@@ -240,7 +241,7 @@ def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: b
             problems += chunk.problems[: _SHOWN - len(problems)]
             for reject in chunk.rejects:
                 rejected[reject.kind] += 1
-                rejects.write(json.dumps(reject._asdict(), ensure_ascii=False) + "\n")
+                rejects.write(readable_line(reject._asdict()) + "\n")
             for ids, targets in zip(chunk.tokens, chunk.labels, strict=True):
                 tokens.write(ids.tobytes())
                 labels.write(targets.tobytes())

@@ -112,4 +112,3 @@ def _pipeline(hf: PretrainedConfig, parallel: ParallelSettings) -> dict:
             batch_p2p_comm=False,
         )
     return fields
-

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -12,23 +15,42 @@ from tulu_mega.bridge.rules import LayerNeeds
 from tulu_mega.config import ModelSettings
 from tulu_mega.errors import UserError
 
+_COUNTED = re.compile(r"layer|label|block|depth")
+_MOST = 10_000
+
 
 def load_config(model: ModelSettings) -> PretrainedConfig:
     """Reads config.json of a model directory or hub name.
 
     Raises:
-        UserError: when there is none, or transformers cannot make sense of it.
+        UserError: when there is none, transformers cannot make sense of it, or would count to numbers that no model has.
     """
     path = Path(model.path)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"model.path = {model.path}: no config.json there; give the directory of a Hugging Face model")
     try:
+        content, _ = PretrainedConfig.get_config_dict(model.path)
+        if endless := [f"{name} = {str(value)[:100]}" for name, value in _fields(content) if _endless(name, value)]:
+            raise ValueError(f"config.json: {', '.join(endless)}; expected at most {_MOST}")
         return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except json.JSONDecodeError as error:
         raise UserError(f"{path / 'config.json'}: not valid JSON: {error}") from None
     except Exception as error:  # of transformers and huggingface_hub, whatever they find wrong with a field
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"model.path = {model.path}: cannot be loaded as a Hugging Face model: {reason}") from None
+
+
+def _fields(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values, also of the configs within."""
+    for name, value in content.items():
+        yield name, value
+        if isinstance(value, Mapping):
+            yield from _fields(value)
+
+
+def _endless(name: str, value: Any) -> bool:
+    """Whether transformers would make a list as long as no model has any."""
+    return isinstance(value, int) and value > _MOST and _COUNTED.search(name) is not None
 
 
 def layer_needs(config: PretrainedConfig) -> LayerNeeds:

@@ -18,6 +18,8 @@ Letter = NewType("Letter", str)
 Index = NewType("Index", int)
 Language = NewType("Language", str)
 Options = NewType("Options", list)
+_LARGEST_COUNT = 10**12
+"""More than any reply has of anything; tenths of larger counts would be no floats."""
 
 
 @functools.cache
@@ -33,7 +35,7 @@ def languages() -> DetectorFactory:
 
 def _count(value: Any) -> int:
     whole = type(value) is int or (isinstance(value, float) and value.is_integer())  # NaN and infinities are not
-    if not whole or value < 0:
+    if not whole or not 0 <= value <= _LARGEST_COUNT:
         raise ValueError("a count")
     return int(value)  # tables with gaps turn integers into floats
 

@@ -128,7 +128,7 @@ def verify_postscript(text: str, postscript_marker: str) -> bool:
 @_constraint
 def validate_placeholders(text: str, N: int) -> bool:
     """At least N placeholders in square brackets on one line each, such as ``[address]``."""
-    return len(re.findall(r"\[.*?\]", text)) >= N
+    return sum(map(_bracketed, text.split("\n"))) >= N
 
 
 # Form
@@ -143,7 +143,7 @@ def verify_bullet_points(text: str, N: int) -> bool:
 @_constraint
 def validate_title(text: str) -> bool:
     """A title in double angular brackets, ``<<poem of joy>>``."""
-    return re.search(r"<<.*?>>", text) is not None
+    return any(">>" in line.partition("<<")[2] for line in text.split("\n"))
 
 
 @_constraint
@@ -159,7 +159,7 @@ def validate_choice(text: str, options: Options) -> bool:
 @_constraint
 def validate_highlighted_sections(text: str, N: int) -> bool:
     """At least N pieces between asterisks on one line, ``*highlighted section*``."""
-    return len(re.findall(r"\*.*?\*", text)) >= N
+    return sum(line.count("*") // 2 for line in text.split("\n")) >= N
 
 
 @_constraint
@@ -336,6 +336,14 @@ def _tenth(N: int) -> int:
 def _sentences(text: str, ends: str) -> int:
     """Pieces between sentence ends; dots of abbreviations ("e.g. ", "Dr. ") end none."""
     return len(re.split(rf"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=[{ends}])\s", text))
+
+
+def _bracketed(line: str) -> int:
+    """Pieces ``[...]``, each up to the first closing bracket. An expression would look for that from every opening one."""
+    found, at = 0, 0
+    while (opening := line.find("[", at)) >= 0 and (closing := line.find("]", opening)) >= 0:
+        found, at = found + 1, closing + 1
+    return found
 
 
 def _capital_words(text: str) -> int:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import resource
 import signal
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
+
+_AGAIN_S = 0.1
+_ends = [math.inf]
+"""CPU time of this process at which the limits end that are in force, each within the one before."""
 
 
 class TooLong(BaseException):
@@ -15,7 +20,7 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
-    """Raises :class:`TooLong` in the body once it has used so much CPU time.
+    """Raises :class:`TooLong` in the body once it has used so much CPU time. One within another has at most what that has left.
 
     CPU time, so that verdicts do not depend on how busy the machine is. Signals reach the main thread alone: in other threads
     nothing is bounded, nor is a single long operation of the interpreter, such as a power of many digits.
@@ -23,14 +28,36 @@ def cpu_limit(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def end(number: int, frame: object) -> NoReturn:
+    if _used() >= _ends[-1]:
         raise TooLong
+    bounded = True
 
+    def end(number: int, frame: object) -> None:
+        if bounded:
+            raise TooLong
+
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     before = signal.signal(signal.SIGVTALRM, end)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)  # again, should a library swallow the first
+    _ends.append(min(_ends[-1], _used() + seconds))
     try:
-        yield
+        try:
+            _ring()
+            yield
+        finally:
+            bounded = False
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        _ends.pop()
         signal.signal(signal.SIGVTALRM, before)
+        if _ends[-1] < math.inf:
+            _ring()
+
+
+def _ring() -> None:
+    """Has the signal come at the innermost limit's end, and again, should a library swallow the first."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, max(_ends[-1] - _used(), 0.001), _AGAIN_S)
+
+
+def _used() -> float:
+    """CPU time that this process has taken for itself."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime

@@ -20,14 +20,16 @@ from tulu_mega.rewards.sandbox import DEFAULT_LIMITS, SLACK_S
 from tulu_mega.rewards.verdict import Verdict, VerifierInput
 
 _START_S = 120.0
+_PROGRAM = ("-P", "-m", "tulu_mega.rewards.worker")
 
 
 class VerifierPool:
     """Worker processes that stay warm between calls.
 
     A sample whose verifier raises, hangs or takes its process down gets a verdict with an ``error``; the worker is replaced
-    and the other samples do not notice. The time of a sample counts from when a worker takes it up. Verdicts do not depend
-    on the number of workers or on which of them judged.
+    and the other samples do not notice. Where the verifier is a built-in one, that is the reply's doing: it is asked once more,
+    and then the score is 0 with its kind ("time", "crash", "memory"). The time of a sample counts from when a worker takes it
+    up. Verdicts do not depend on the number of workers or on which of them judged.
 
     >>> with VerifierPool(names=["gsm8k"], workers=1) as pool:
     ...     [verdict.score for verdict in pool.judge([VerifierInput("It is 4.", "gsm8k", "4"), VerifierInput("", "gsm8k", "4")])]
@@ -116,7 +118,23 @@ class VerifierPool:
 
 
 class _Lost(Exception):
-    """The worker's process ended or gave no answer in time."""
+    """The worker's process ended or gave no answer in time.
+
+    Args:
+        kind: of the score 0 that this is, where the reply brought it about.
+    """
+
+    def __init__(self, told: str, kind: str = "crash"):
+        super().__init__(told)
+        self.kind = kind
+
+
+class _Blamed(Exception):
+    """It was lost while a reply was judged that is to blame for it."""
+
+    def __init__(self, lost: _Lost):
+        super().__init__(str(lost))
+        self.kind = lost.kind
 
 
 class _Worker:
@@ -127,6 +145,7 @@ class _Worker:
         self._timeout_s: float = setup["timeout_s"]
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = self._closed = False
+        self._heard = b""
 
     def start(self) -> None:
         if self._closed:
@@ -134,13 +153,13 @@ class _Worker:
         inherited = {name: value for name, value in os.environ.items() if name != "TULU_MEGA_ROLLOUT_KEY"}
         environment = {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tulu_mega.rewards.worker"],
+            [sys.executable, *_PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
             env=environment,
         )
-        self._ready = False
+        self._ready, self._heard = False, b""
         self._send(self._setup)
 
     def wait_ready(self) -> None:
@@ -163,18 +182,34 @@ class _Worker:
         except (TypeError, ValueError) as error:
             return Verdict.failed(f"the sample is not plain JSON: {error}")
         try:
-            if self._process is None:
-                self.start()
-            if not self._ready:
-                self.wait_ready()
-            self._send(question)
-            answer = self._receive(self._timeout_s)
+            try:
+                answer = self._answer(question)
+            except _Blamed:  # once more: a machine that stood still, or somebody's signal, may have been to blame
+                self.stop()
+                answer = self._answer(question)
+        except _Blamed as blamed:
+            self.stop()
+            return Verdict.failed(str(blamed)) if self._closed else Verdict.of(False, str(blamed), blamed.kind)
         except (_Lost, OSError, RuntimeError, UserError) as error:
             self.stop()
             return Verdict.failed(str(error))
         if answer["leaving"]:
             self.stop()
         return Verdict(**answer["verdict"])
+
+    def _answer(self, question: str) -> dict[str, Any]:
+        if self._process is None:
+            self.start()
+        if not self._ready:
+            self.wait_ready()
+        self._send(question)
+        answer = self._receive(self._timeout_s)
+        if "begun" not in answer:
+            return answer
+        try:
+            return self._receive(self._timeout_s)
+        except _Lost as lost:
+            raise _Blamed(lost) from None
 
     def end(self) -> None:
         """Ends the process for good; an ``ask`` under way in another thread returns an error."""
@@ -201,16 +236,18 @@ class _Worker:
             raise _Lost(self._ending()) from None
 
     def _receive(self, timeout_s: float) -> dict[str, Any]:
+        """The next line of the worker."""
         end = self._process.stdout.fileno()
-        deadline, parts = time.monotonic() + timeout_s, []
-        while not (parts and parts[-1].endswith(b"\n")):
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._heard:
             if not _readable(end, deadline - time.monotonic()):
-                raise _Lost(f"the verifier gave no verdict within {timeout_s:g} s")
+                raise _Lost(f"the verifier gave no verdict within {timeout_s:g} s", "time")
             chunk = os.read(end, 1 << 16)
             if not chunk:
                 raise _Lost(self._ending())
-            parts.append(chunk)
-        return json.loads(b"".join(parts))
+            self._heard += chunk
+        line, _, self._heard = self._heard.partition(b"\n")
+        return json.loads(line)
 
     def _ending(self) -> str:
         try:

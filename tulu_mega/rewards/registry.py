@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
@@ -14,6 +15,7 @@ from tulu_mega.errors import UserError, nearest
 from tulu_mega.rewards import verifiers
 from tulu_mega.rewards.classes import classes_asked
 from tulu_mega.rewards.code_tests import tests_of
+from tulu_mega.rewards.cpu_limit import TooLong, cpu_limit
 from tulu_mega.rewards.custom import load_custom
 from tulu_mega.rewards.numbers import EXPECTED, number
 from tulu_mega.rewards.sandbox import CodeLimits
@@ -73,12 +75,15 @@ class Judge:
 
     Names are matched without regard to case: Tulu's data says ``gsm8k``, ``MATH``, ``ifeval``.
 
+    Args:
+        seconds: CPU time that a built-in verifier may take for a reply, in a program's main thread.
+
     Raises:
         UserError: an alias or weight names no verifier, a weight is no finite number, or a path of ``custom`` leads nowhere.
     """
 
-    def __init__(self, spec: RewardSpec = DEFAULT_SPEC):
-        self.spec = spec
+    def __init__(self, spec: RewardSpec = DEFAULT_SPEC, seconds: float = math.inf):
+        self.spec, self._seconds = spec, seconds
         self._custom = {name.lower(): path for name, path in spec.custom.items()}
         self._names, problems = _names(self._custom, spec.aliases)
         self._loaded: dict[str, Verifier] = {}
@@ -142,6 +147,12 @@ class Judge:
                 problems.append(f"ground_truth for {name!r}: {error}")
         return problems
 
+    def built_in(self, dataset: Any) -> bool:
+        """Whether a row is judged by verifiers of ours alone: what becomes of one that judges is the reply's doing."""
+        names = [dataset] if isinstance(dataset, str) else dataset if isinstance(dataset, Sequence) else []
+        resolved = [self._names.get(str(name).lower()) for name in names]
+        return bool(resolved) and all(name in BUILT_IN and name not in self._custom for name in resolved)
+
     def unserved(self, dataset: Any, ground_truth: Any) -> list[str]:
         """Classes that the tests of a row which can be judged make objects of, where those are not served."""
         if self.spec.code.objects:
@@ -178,9 +189,18 @@ class Judge:
 
     def _one(self, name: str, sample: VerifierInput, ground_truth: Any) -> Verdict:
         try:
-            verdict = self.verifier(name)(sample.response, ground_truth, messages=sample.messages)
-        except Exception as error:  # whatever it is, it is about the verifier and not about the response
-            return Verdict.failed(f"{name}: {type(error).__name__}: {error}")
+            verifier = self.verifier(name)
+            if not self.built_in(name):
+                verdict = verifier(sample.response, ground_truth, messages=sample.messages)
+            else:
+                with cpu_limit(self._seconds) if self._seconds < math.inf else contextlib.nullcontext():
+                    verdict = verifier(sample.response, ground_truth, messages=sample.messages)
+        except TooLong:
+            return Verdict.of(False, f"took more than {self._seconds:g} s to judge", kind="time")
+        except Exception as error:
+            if isinstance(error, (MemoryError, RecursionError)) and self.built_in(name):  # which the reply brought about
+                return Verdict.of(False, f"took too much to judge: {type(error).__name__}", kind="memory")
+            return Verdict.failed(f"{name}: {type(error).__name__}: {error}")  # it is about the verifier
         return verdict if verdict.error is None else Verdict.failed(f"{name}: {verdict.error}")
 
 

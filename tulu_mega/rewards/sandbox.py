@@ -15,9 +15,12 @@ from typing import Any
 
 from tulu_mega.errors import UserError
 from tulu_mega.rewards.statements import prepared
+from tulu_mega.rewards.supervisor import Heard, hear
 
 SLACK_S = 5.0
 """Seconds that starting and ending a sandbox may take beyond the program's own limits."""
+_START_S = SLACK_S / 2
+"""Of that, what it may take until the program is started; it is tried twice."""
 _REMOVE_S = 3.0
 _REMOVE = 'rm -rf -- "$1" || { chmod -R u+rwx -- "$1"; rm -rf -- "$1"; }'
 """The second for directories that are closed to their owner."""
@@ -121,42 +124,41 @@ def run_program(program: str, tests: Sequence[dict[str, str]], limits: CodeLimit
         prompt: what the model was asked. Functions that it defines in full and a statement calls are the prompt's, not the
         program's.
 
+    Time is kept here, too: a test of which nothing is heard in time, or whose sandbox ends, has failed.
+
     Raises:
-        RuntimeError: the sandbox itself failed, which says nothing about the program.
+        RuntimeError: the sandbox failed before the program was started (twice), or could not confine it.
     """
     asked = [prepared(test["statement"], prompt) if "statement" in test else test for test in tests]
     job = {**asdict(limits), "program": program, "tests": asked}
-    answers = _call(job, timeout=limits.total_s + SLACK_S)
-    if any(answer.get("unprotected") for answer in answers):
+    for _ in range(2):  # what did not start may start when it is tried again
+        heard = _call(job, _START_S, limits.total_s + SLACK_S)
+        if heard.started:
+            break
+    else:
+        raise RuntimeError(heard.trouble)
+    if any(answer.get("unprotected") for answer in heard.messages):
         raise RuntimeError("the sandbox could not confine the program, which was not run")
-    return [Outcome(answer["passed"], answer["detail"], answer["kind"]) for answer in answers]
+    outcomes = [Outcome(answer["passed"], answer["detail"], answer["kind"]) for answer in heard.messages]
+    # Whatever became of the sandbox after the program was started, the program may have brought it about.
+    lost = Outcome(False, heard.trouble, "time" if heard.late else "crash")
+    return outcomes + [lost] * (len(tests) - len(outcomes))
 
 
 @functools.cache
 def _probe(executable: str) -> dict[str, Any]:
-    return _call({"probe": asdict(DEFAULT_LIMITS)}, timeout=60)
+    heard = _call({"probe": asdict(DEFAULT_LIMITS)}, start_s=60)
+    if not heard.messages:
+        raise RuntimeError(heard.trouble)
+    return heard.messages[0]
 
 
-def _call(job: dict[str, Any], timeout: float) -> Any:
+def _call(job: dict[str, Any], start_s: float, work_s: float = 0.0) -> Heard:
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     config = json.dumps({"parent": os.getpid(), **_places()})
     with _directory() as directory:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-S", "-B", "-c", _START, config, os.path.dirname(__file__)],
-                input=json.dumps(job),
-                capture_output=True,
-                text=True,
-                cwd=directory,
-                env=environment,
-                timeout=timeout,
-                start_new_session=True,
-            )
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"the sandbox gave no answer within {timeout:.0f} s") from None
-    if done.returncode:
-        raise RuntimeError(f"the sandbox failed: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}")
-    return json.loads(done.stdout)
+        command = [sys.executable, "-I", "-S", "-B", "-c", _START, config, os.path.dirname(__file__)]
+        return hear(command, job, len(job.get("tests", [0])), start_s, work_s, cwd=directory, env=environment)
 
 
 def _places() -> dict[str, list[str]]:

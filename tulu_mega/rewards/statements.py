@@ -53,8 +53,11 @@ def prepared(statement: str, prompt: str = "") -> dict[str, Any]:
     rest -= known
     constants = _constants(trees)
     given = whole.keys() | constants.keys()
-    helpers = rest & given - passed if (rest & passed) or rest - given else set()
-    theirs = python & (passed | unfinished.keys())
+    theirs = python & unfinished.keys()
+    if not (rest - given or rest & passed):  # else what is passed beside it, such as a type, is Python's
+        functions = {name for name in python & passed if not isinstance(getattr(builtins, name), type)}
+        theirs |= functions or python & passed
+    helpers = rest & given - passed if (rest & passed) or rest - given or theirs else set()
     if not rest and not theirs and len(python & _called(tree)) == 1:
         theirs = python & _called(tree)
     setup = _setup(imports, helpers, {**constants, **whole}, trees)

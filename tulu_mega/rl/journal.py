@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tulu_mega.data.json_text import readable_line
 from tulu_mega.data.prompts import Prompt
 from tulu_mega.launch.run_files import named, write_whole
 from tulu_mega.rl.judging import JudgedResponse
@@ -102,4 +102,4 @@ def _difference(difference: tuple[float, float] | None) -> dict[str, float | str
 def _write(file: Path, lines: Iterable[dict[str, Any]]) -> None:
     with named(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_whole(file, "".join(readable_line(line) + "\n" for line in lines))

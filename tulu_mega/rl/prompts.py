@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega.config import PolicyRunSettings
 from tulu_mega.data.chat import Template, template_of
+from tulu_mega.data.json_text import readable_line
 from tulu_mega.data.messages import NOTHING
 from tulu_mega.data.prompts import PromptSet, read_prompts
 from tulu_mega.data.sources import load_rows
@@ -112,5 +112,5 @@ def write_rejects(prompts: Prompts) -> None:
     with named(prompts.rejects):
         prompts.rejects.parent.mkdir(parents=True, exist_ok=True)
     lines = [*prompts.train.rejects, *(prompts.heldout.rejects if prompts.heldout else ())]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    text = "".join(readable_line(line) + "\n" for line in lines)
     write_whole(prompts.rejects, text)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tulu_mega.config import DecontaminateSettings
 from tulu_mega.data import compressed
 from tulu_mega.data.forms.reading import any_messages
-from tulu_mega.data.json_text import told
+from tulu_mega.data.json_text import readable_line, told
 from tulu_mega.data.sources import Rows, load_rows
 from tulu_mega.data.tools.decontamination_report import MATCHES, REPORT, print_report
 from tulu_mega.data.tools.ngrams import NgramIndex, words
@@ -185,7 +185,7 @@ def decontaminate(settings: DecontaminateSettings) -> None:
                     "share": round(float(match.shares[best]), 4),
                     "evaluation_rows": len(match.rows),
                 }
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(readable_line(entry) + "\n")
         partial.replace(output / MATCHES)
         for row in unread or ():
             counts[train.origin(row)[0]].unread.add(row)
@@ -336,8 +336,7 @@ def _search(search: _Search, workers: int, unread: set[int] | None) -> Iterator[
             bar.update(done)
     if wrong and unread is None:
         raise UserError(
-            problems
-            + [f"{wrong} of {len(search.rows)} rows cannot be read; correct or remove them, or give --malformed reject"]
+            problems + [f"{wrong} of {len(search.rows)} rows cannot be read; correct or remove them, or give --malformed reject"]
         )
 
 

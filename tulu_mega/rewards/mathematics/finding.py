@@ -17,7 +17,7 @@ _LISTS = re.compile(rf"{_JOINT}{{0,40}}(?:[+-]?[$\d]|\\(?:[dt]?frac|sqrt|pi|\(|\
 _OR = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively)\b|\\(?:lor|vee)(?![a-zA-Z])")
 _PARTED = re.compile(r",(?!\d{3})|;|\b(?:and|or|maybe|perhaps|possibly|also|alternatively)\b")
 _TAKEN_BACK = re.compile(
-    r"[\s$.,)}]{0,9}(?:which\s|that\s)?\s?(?:is|was|are|were|would be)\s"
+    r"[\s$.,)}]*+(?:which\s|that\s)?\s?(?:is|was|are|were|would be)\s"
     r"(?:wrong|incorrect|false|no answer|not (?:it|correct|right|(?:the|my) (?:correct |right |final )?answer)\b)"
 )
 _MOST_BOXES = 8  # that are read as one list

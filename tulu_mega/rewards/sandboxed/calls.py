@@ -19,7 +19,7 @@ _ALLOWED = {
     # files that Landlock lets it open, and what lies beneath its directory
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67), "pwrite64": (18, 68),
     "preadv": (295, 69), "pwritev": (296, 70), "preadv2": (327, 286), "pwritev2": (328, 287), "lseek": (8, 62),
-    "close": (3, 57), "close_range": (436, 436), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "creat": (85, None),
+    "close": (3, 57), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "creat": (85, None),
     "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291), "statfs": (137, 43),
     "fstatfs": (138, 44), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "readlink": (89, None),
     "readlinkat": (267, 78), "getdents64": (217, 61), "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50),
@@ -59,7 +59,7 @@ _ALLOWED = {
 _OPEN, _OPENAT = (2, None), (257, 56)
 _FCNTL, _IOCTL, _PRCTL, _PRLIMIT = (72, 25), (16, 29), (157, 167), (302, 261)
 _CLONE, _KILL, _TKILL, _TGKILL = (56, 220), (62, 129), (200, 130), (234, 131)
-_SOCKETPAIR, _SENDTO, _SETSOCKOPT = (53, 199), (44, 206), (54, 208)
+_SOCKETPAIR, _SENDTO, _SETSOCKOPT, _CLOSE_RANGE = (53, 199), (44, 206), (54, 208), (436, 436)
 
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)
 """Duplicates, flags, locks, the size of a pipe; without owners, signals, leases and notifications."""
@@ -70,8 +70,11 @@ _PRCTL_COMMANDS = (15, 16, 0x53564D41)
 _AF_UNIX = 1
 _SOCKET_OPTIONS = (2, 7, 8, 9, 13, 20, 21, 66, 67)
 """Buffers' sizes, lingering, time-outs; without filters for packets."""
-_CLONE_THREAD, _CLONE_OTHER = 0x10000, 0x7E022080
-"""Threads, without new namespaces (the lowest bit is that of time) or tracing."""
+_CLONE_THREAD, _CLONE_FILES, _CLONE_OTHER = 0x10000, 0x400, 0x7E022080
+"""Threads, without new namespaces (the lowest bit is that of time) or tracing. All have one table of descriptors, which the
+starter looks at."""
+_CLOEXEC = 4
+"""The flag of close_range that gives a thread no table of its own."""
 _ACCESS_MODE, _O_TRUNC, _O_PATH = 3, 0o1000, 0o10000000
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _GIVE = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
@@ -104,7 +107,18 @@ def seccomp_filter(pid: int) -> bytes | None:
         (_TGKILL, _one_of(0, (pid,))),
         (_TKILL, _one_of(0, (pid,))),  # the first thread's number is the process's
         (_SENDTO, [_argument(4), _step(_EQUAL, 0, 0, 3), _argument(4, high=True), _step(_EQUAL, 0, 0, 1), allow, refuse]),
-        (_CLONE, [_argument(0), _step(_ANY_BIT, _CLONE_OTHER, 2), _step(_ANY_BIT, _CLONE_THREAD, 0, 1), allow, refuse]),
+        (
+            _CLONE,
+            [
+                _argument(0),
+                _step(_ANY_BIT, _CLONE_OTHER, 3),
+                _step(_ANY_BIT, _CLONE_THREAD, 0, 2),
+                _step(_ANY_BIT, _CLONE_FILES, 0, 1),
+                allow,
+                refuse,
+            ],
+        ),
+        (_CLOSE_RANGE, _one_of(2, (0, _CLOEXEC))),
         (_SETSOCKOPT, _one_of(2, _SOCKET_OPTIONS)),
         (_OPEN, _no_truncation(1)),
         (_OPENAT, _no_truncation(2)),

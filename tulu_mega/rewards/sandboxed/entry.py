@@ -1,4 +1,8 @@
-"""The supervisor of one program and its tests: a job as JSON on standard input, a list of outcomes on standard output."""
+"""The supervisor of one program and its tests.
+
+It reads a job as JSON from standard input, and writes a line of JSON when the program is about to run and for the outcome of each
+test as it comes.
+"""
 
 from __future__ import annotations
 
@@ -35,33 +39,40 @@ def main() -> None:
         return  # to the interpreter's end, as any program
     try:
         job = json.load(sys.stdin)
-        answer = probe.probe(job, config["readable"]) if "probe" in job else _judge(job, config, starter)
+        if "probe" in job:
+            _say(probe.probe(job, config["readable"]))
+        else:
+            _judge(job, config, starter)
     except SystemExit:
         shutil.rmtree(os.getcwd(), ignore_errors=True)
         raise
     finally:
         starter.close()
-    json.dump(answer, sys.stdout)
+
+
+def _say(message: dict) -> None:
+    print(json.dumps(message), flush=True)
 
 
 def _leave(*_: object) -> None:
     raise SystemExit(1)
 
 
-def _judge(job: dict, config: dict, starter: Starter) -> list[dict]:
-    answers, end = [], time.monotonic() + job["total_s"]
-    for test in job["tests"]:
+def _judge(job: dict, config: dict, starter: Starter) -> None:
+    end = time.monotonic() + job["total_s"]
+    for place, test in enumerate(job["tests"]):
         deadline = min(time.monotonic() + job["wall_s"], end)
         if deadline <= time.monotonic():
-            answers.append(_failed("time", f"not run: the tests before took {job['total_s']} s"))
+            _say(_failed("time", f"not run: the tests before took {job['total_s']} s"))
             continue
         directory = tempfile.mkdtemp(dir=os.getcwd())
         with open(os.path.join(directory, "program.py"), "wb") as file:
             file.write(job["program"].encode("utf-8", "surrogatepass"))
         attempt = _Attempt({name: value for name, value in job.items() if name not in ("tests", "program")}, directory, starter)
-        answers.append(attempt.statement(test, config, deadline) if "statement" in test else attempt.script(test, deadline))
+        if place == 0:
+            _say({"started": True})  # from here on the program may be to blame
+        _say(attempt.statement(test, config, deadline) if "statement" in test else attempt.script(test, deadline))
         _remove(directory)
-    return answers
 
 
 def _remove(directory: str) -> None:

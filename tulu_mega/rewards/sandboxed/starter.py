@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 import types
@@ -33,6 +34,7 @@ class Starter:
 
     def __init__(self, config: dict):
         self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        self._number = 0
         self.request: dict | None = None
         """In a program's process what it is to run, else None."""
         parent = os.getpid()
@@ -50,19 +52,27 @@ class Starter:
 
     def start(self, request: dict, descriptors: list[int]) -> None:
         """Starts a program on the descriptors (standard input, output, and the channel to its test if there is one)."""
-        socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
+        self._number += 1
+        socket.send_fds(self._socket, [json.dumps({**request, "number": self._number}).encode()], descriptors)
 
     def end(self, deadline: float) -> dict:
         """Waits for the program until the deadline, ends it then: ``{"status", "why"}``. Bounded whatever the program does."""
-        if not _readable(self._socket, deadline - time.monotonic()):
+        if (answer := self._answer(deadline)) is None:
             with contextlib.suppress(OSError):
                 self._socket.send(_STOP)
-            if not _readable(self._socket, _FINISH_S):
-                return {"status": -signal.SIGKILL, "why": "time"}
-        answer = self._socket.recv(1 << 12)
-        if not answer:
-            raise SystemExit("the process that starts programs ended")
-        return json.loads(answer)
+            answer = self._answer(time.monotonic() + _FINISH_S)
+        return answer or {"status": -signal.SIGKILL, "why": "time"}
+
+    def _answer(self, deadline: float) -> dict | None:
+        """What became of the program; None where nothing is told before the deadline."""
+        while _readable(self._socket, deadline - time.monotonic()):
+            answer = self._socket.recv(1 << 12)
+            if not answer:
+                raise SystemExit("the process that starts programs ended")
+            told = json.loads(answer)
+            if told["number"] == self._number:  # not of one before, whose end came too late
+                return told
+        return None
 
     def close(self) -> None:
         self._socket.close()
@@ -98,7 +108,7 @@ def _serve(asks: socket.socket, config: dict) -> dict:
             return {**config, **request}
         for descriptor in descriptors:
             os.close(descriptor)
-        asks.send(json.dumps(_watch(child, asks, request)).encode())
+        asks.send(json.dumps({**_watch(child, asks, request), "number": request["number"]}).encode())
 
 
 def _watch(child: int, asks: socket.socket, request: dict) -> dict:
@@ -133,7 +143,30 @@ def _excess(child: int, request: dict, threads: bool = True) -> str:
     """What a program has too much of: "threads" or "disk"."""
     if threads and _threads(child) > request["threads"]:
         return "threads"
-    return "disk" if too_large(request["directory"], request["disk_mb"] << 20, request["files"]) else ""
+    most = request["disk_mb"] << 20
+    if threads:  # it is there to be looked at
+        most -= _nameless(child, request["directory"], request["file_mb"] << 20)
+    return "disk" if most < 0 or too_large(request["directory"], most, request["files"]) else ""
+
+
+def _nameless(child: int, directory: str, largest: int) -> int:
+    """Bytes of files without a name that a program holds: by its descriptors, and by its memory, where their sizes are not told
+    and each counts as the largest."""
+    held, seen = 0, set()
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(f"/proc/{child}/fd"):
+            with contextlib.suppress(OSError):
+                found = os.stat(entry.path)
+                if stat.S_ISREG(found.st_mode) and not found.st_nlink and found.st_ino not in seen:
+                    seen.add(found.st_ino)
+                    held += found.st_blocks * 512
+    mapped, ours = set(), f"{directory}/".encode()
+    with contextlib.suppress(OSError), open(f"/proc/{child}/maps", "rb") as maps:
+        for line in maps:
+            parts = line.split(maxsplit=5)
+            if len(parts) > 5 and parts[5].startswith(ours) and parts[5].rstrip().endswith(b" (deleted)"):
+                mapped.add(int(parts[4]))
+    return held + len(mapped - seen) * largest
 
 
 def _threads(child: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from typing import Any, Protocol
 
@@ -51,6 +52,14 @@ class _Refusing:
     def __hash__(self) -> int:
         raise self._refuse("the hash")
 
+    def __str__(self) -> str:
+        raise self._refuse("the text")
+
+    __repr__ = __str__
+
+    def __format__(self, form: str) -> str:
+        raise self._refuse("the text")
+
     def __add__(self, other: object = None) -> Any:
         raise self._refuse("arithmetic")
 
@@ -67,7 +76,20 @@ class Stub(_Refusing):
     """
 
     def __init__(self, client: Client, target: list, name: str, objects: bool = False, closed: bool = False):
-        self._client, self._target, self._objects, self._closed, self.__name__ = client, target, objects, closed, name
+        self._client, self._target, self._objects, self._closed, self._name = client, target, objects, closed, name
+
+    @property
+    def __name__(self) -> str:
+        if not self._name:
+            raise self._refuse("the name")
+        return self._name
+
+    def __str__(self) -> str:
+        if not self._name:
+            raise self._refuse("the text")
+        return f"<{self._name} of the program>"
+
+    __repr__ = __str__
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         answer, kept = self._client.call(self._target, arguments, named)
@@ -88,7 +110,7 @@ class Stub(_Refusing):
         return attribute(self._client, self._target, name)
 
     def _not_served(self) -> Over:
-        what = f"the test needs the program's class {self.__name__}, whose objects stay there"
+        what = f"the test needs the program's class {self._name}, whose objects stay there"
         return self._client.over("unserved", f"{what}; rewards.code_objects serves them")
 
 
@@ -121,6 +143,8 @@ class Instance(_Refusing):
 
     def __repr__(self) -> str:
         return self._exact("__repr__", str)
+
+    __format__ = object.__format__
 
     def __contains__(self, value: Any) -> bool:
         return self._exact("__contains__", bool, value)
@@ -171,17 +195,13 @@ def attribute(client: Client, target: list, name: str) -> Any:
     raise client.tampered("an attribute")
 
 
-def _documentation(stub: Stub) -> str:
-    raise stub._refuse("the documentation")
-
-
-Stub.__doc__ = property(_documentation)  # type: ignore[assignment]  # of the program's function, which may have none
-
-
 class Awaited(_Refusing):
-    """A coroutine of the program: awaited over there, at the first step here. Event loops hash coroutines."""
+    """A coroutine of the program: awaited over there, at the first step here."""
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "asyncio":  # event loops hash coroutines
+            raise self._refuse("the hash")
+        return object.__hash__(self)
 
     def __init__(self, client: Client, number: int):
         self._client, self._target = client, ["w", number]
@@ -212,18 +232,18 @@ class Raised(type):
         raise cls.client.over("unserved", f"the test needs the program's class {cls.__name__}, whose objects stay there")
 
 
-class Stream:
+class Stream(_Refusing):
     """An iterator of the program: each item is asked for, none after the end."""
 
     def __init__(self, client: Client, number: int):
-        self._client, self._number, self._ended = client, number, False
+        self._client, self._target, self._ended = client, ["g", number], False
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Any:
         if not self._ended:
-            match self._client.ask(["next", self._number]):
+            match self._client.ask(["next", self._target[1]]):
                 case ["item", told]:
                     return self._client.value(told)
                 case ["end"]:
@@ -232,11 +252,10 @@ class Stream:
                     raise self._client.tampered("an item")
         raise StopIteration
 
-    def __bool__(self) -> bool:
-        raise self._client.over("unserved", "the test needs the truth of an iterator of the program")
 
-    def __eq__(self, other: object) -> bool:
-        raise self._client.over("unserved", "the test needs the equality of an iterator of the program")
+def _documentation(stand_in: _Refusing) -> str:
+    raise stand_in._refuse("the documentation")
 
-    __ne__ = __eq__
-    __hash__ = None  # type: ignore[assignment]
+
+for _kind in (Stub, Instance, Returned, Awaited, Stream):
+    _kind.__doc__ = property(_documentation)  # type: ignore[assignment]  # that of what they stand for, which may have none

@@ -8,7 +8,7 @@ from typing import Any
 from tulu_mega.rewards.verdict import Messages, Verdict, shortened
 from tulu_mega.rewards.visible import is_visible
 
-_MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|<!--.*?-->|&(?:nbsp|ensp|emsp|thinsp|zwnj|zwj|shy|#\w+);", re.DOTALL)
+_MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|&(?:nbsp|ensp|emsp|thinsp|zwnj|zwj|shy|#\w+);")
 
 
 class Format:
@@ -36,7 +36,7 @@ class Format:
                 return Verdict.of(False, f"section {heading!r} is missing or out of order")
             at = start + len(heading)
             end = response.find(sections[index + 1], at) if index + 1 < len(sections) else len(response)
-            if end >= 0 and not is_visible(_MARKUP.sub("", response[at:end])):
+            if end >= 0 and not is_visible(_MARKUP.sub("", _without_comments(response[at:end]))):
                 return Verdict.of(False, f"section {heading!r} is empty")
         return Verdict.of(True, "the demanded form")
 
@@ -62,6 +62,15 @@ class Format:
             return re.compile(pattern, re.DOTALL), sections
         except re.error as error:
             raise ValueError(f"{shortened(pattern)} is not a regular expression: {error}") from None
+
+
+def _without_comments(text: str) -> str:
+    """The text without ``<!-- ... -->``. An expression would look for an end from every beginning."""
+    parts, at = [], 0
+    while (begin := text.find("<!--", at)) >= 0 and (end := text.find("-->", begin + 4)) >= 0:
+        parts.append(text[at:begin])
+        at = end + 3
+    return "".join([*parts, text[at:]])
 
 
 VERIFIER = Format

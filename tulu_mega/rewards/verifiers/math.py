@@ -66,7 +66,7 @@ class MathAnswer:
         equivalent("x+1", "2x/3")  # builds the LaTeX parser, which is no sample's time to pay for
 
     def check(self, ground_truth: Any) -> None:
-        if isinstance(ground_truth, (int, float)) and not isinstance(ground_truth, bool) and math.isfinite(ground_truth):
+        if type(ground_truth) is int or (isinstance(ground_truth, float) and math.isfinite(ground_truth)):
             return
         if not isinstance(ground_truth, str):
             raise ValueError(f"expected the answer as text (LaTeX) or a number, got {type(ground_truth).__name__}")
