@@ -43,7 +43,7 @@ class ModelShard:
 
 
 def exportable(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield every tensor of a chunk that has a Hugging Face name, under its name in the whole model.
+    """All of a chunk that has a Hugging Face name, under its name in the whole model.
 
     Loading, export, the stream to servers, checkpoints' weights and the dry run take what they move from here. Today it is the
     parameters; what is to be exported merged with another tensor, or under another name, is yielded so here.

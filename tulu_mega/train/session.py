@@ -174,10 +174,10 @@ def opened(
     """Join the world, build this rank's part of the model, and leave the world at the end.
 
     Args:
-        seed: of the random states, and of a reward model's new head.
-        reward: whether to build a reward model, for which a language model's directory will do; None follows config.json.
-        temperature: the temperature at which a policy's responses are sampled.
-        shares: whether sequences may share prefixes within a pack.
+        seed: of random states, and of a head that is drawn.
+        reward: whether to build a reward model, which a language model's directory is enough for; None does as config.json says.
+        temperature: that which a policy's responses are drawn at.
+        shares: whether sequences are to share prefixes within a pack.
 
     Raises:
         UserError: the model cannot be had or built, or is a reward model where a language model is wanted.
