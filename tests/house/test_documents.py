@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +97,12 @@ def test_every_page_is_reached_from_the_index():
     assert pages - linked == set()
 
 
+@cache
+def settings_of(name: str) -> Any:
+    """The settings class of a command."""
+    return resolve(COMMANDS[name].settings)
+
+
 def command_lines(document: Path) -> Iterator[list[str]]:
     """The arguments of each call of tulu-mega in blocks of shell, whatever stands before and behind it in its line."""
     for block in blocks(document, "sh", "bash"):
@@ -150,7 +157,7 @@ def test_commands_and_flags_are_those_of_the_program(document):
             continue
         if "--help" in arguments:
             continue
-        command, kind = COMMANDS[name], resolve(COMMANDS[name].settings)
+        command, kind = COMMANDS[name], settings_of(name)
         at = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
         operands, flags = arguments[:at], arguments[at:]
         file = None
@@ -167,12 +174,6 @@ def test_commands_and_flags_are_those_of_the_program(document):
     assert wrong == []
 
 
-@cache
-def fields(name: str) -> set[str]:
-    """Top-level settings of a command."""
-    return set(resolve(COMMANDS[name].settings).model_fields)
-
-
 @named(TAUGHT)
 def test_toml_is_settings_of_a_command(document, tmp_path):
     for number, block in enumerate(blocks(document, "toml")):
@@ -180,9 +181,9 @@ def test_toml_is_settings_of_a_command(document, tmp_path):
         file = tmp_path / f"{number}.toml"
         file.write_text(block, encoding="utf-8")
         told: dict[str, list[str]] = {}
-        for name in [name for name in COMMANDS if parsed.keys() <= fields(name)]:
+        for name in [name for name in COMMANDS if parsed.keys() <= settings_of(name).model_fields.keys()]:
             try:
-                load(resolve(COMMANDS[name].settings), str(file))
+                load(settings_of(name), str(file))
                 told[name] = []
             except UserError as error:
                 told[name] = [each for each in error.problems if not any(known in each for known in LEFT_OPEN)]
