@@ -46,9 +46,9 @@ class Recomputed:
     """What `model.recompute` and `model.recompute_layers` come to."""
 
     modules: frozenset[str] = frozenset()
-    """of every layer"""
+    """Modules that every layer computes again."""
     layers: int | None = 0
-    """whole layers of each chunk of the model, the first ones; None: all of them"""
+    """Number of whole layers, the first of each chunk, that are computed again. None: all of them."""
 
     @property
     def megatron(self) -> dict[str, Any]:

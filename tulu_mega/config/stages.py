@@ -15,29 +15,29 @@ class Stage:
     """A training stage. Its settings are a :class:`tulu_mega.config.run.RunSettings` with [data] and [train]."""
 
     name: str
-    """of the command"""
+    """Name of the command."""
     summary: str
     example: str
     settings: str
-    """class of its settings, named by the module that it is defined in"""
+    """Class of the settings, ``module:class``."""
     recipe: str
-    """``run(settings, world)``: trains, on every rank"""
+    """``run(settings, world)``: trains. Every rank calls it."""
     problems: str
-    """``problems(settings, findings)``: tells :class:`tulu_mega.preflight.findings.Findings` what is wrong"""
+    """``problems(settings, findings)``: notes in a :class:`tulu_mega.preflight.findings.Findings` what is wrong."""
     workload: str
     """``workload(settings)``: the :class:`tulu_mega.config.workload.Workload` that `plan` plans"""
     companions: str = ""
     """``companions(settings, trainers)``: a context manager of servers around the ranks, or None"""
     restarts: str = ""
-    """``restarts(settings)``: times that the launcher starts the ranks anew after one died; none when empty"""
+    """``restarts(settings)``: how often the launcher starts the ranks anew after one died. Empty: never."""
     reward: bool = False
-    """what is trained is a reward model"""
+    """Whether the stage trains a reward model."""
     sections: tuple[str, ...] = ()
-    """sections that no other stage has: a settings file with one of them is for this stage"""
+    """Sections that no other stage has. A settings file with one of them is for this stage."""
     marks: tuple[str, ...] = ()
-    """dotted settings that tell the same where no section does"""
+    """Dotted settings that tell the stage where no section does."""
     hints: tuple[str, ...] = ()
-    """dotted settings that tell it where the file's name does not, either"""
+    """Dotted settings that tell the stage where neither section, mark nor file name does."""
 
 
 STAGES = {

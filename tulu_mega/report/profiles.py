@@ -20,9 +20,9 @@ class Operation:
 
     name: str
     milliseconds: float
-    """without the operations that it calls"""
+    """Time without the operations that it calls."""
     share: float
-    """of the time of all operations, 0 to 1"""
+    """Share of the time of all operations, 0 to 1."""
     calls: int
 
 
@@ -36,7 +36,7 @@ class Profile:
     trace: Path
     """Chrome's JSON, gzipped"""
     operations: list[Operation]
-    """the longest first"""
+    """Operations, the longest first."""
 
     def link(self, page: Path) -> str:
         """The trace as a page in a directory refers to it; empty where there is none any more."""

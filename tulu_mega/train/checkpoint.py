@@ -42,11 +42,11 @@ class Saved:
     """One engine's part of a checkpoint."""
 
     path: Path
-    """directory of its files"""
+    """Directory of the engine's files."""
     model: dict[str, Any]
-    """sizes of the model it is of"""
+    """Sizes of the model."""
     layout: list[int]
-    """TP, PP, VPP, CP, DP it was written under"""
+    """Layout under which it was written: TP, PP, VPP, CP, DP."""
     cut: dict[str, Any]
     """what else decides where the optimizer's state lies in a checkpoint of the same layout, by name; empty in those of the first
     version"""
@@ -58,15 +58,15 @@ class Checkpoint:
 
     path: Path
     step: int
-    """optimizer steps done"""
+    """Number of optimizer steps done."""
     state: dict[str, Any]
-    """what the recipe stored beside the engines, e.g. counters"""
+    """Entries that the recipe stored beside the engines, such as counters."""
     finite: bool
     """whether every weight is a finite number"""
     random: Kept
-    """whose random states it has"""
+    """Ranks whose random states are there."""
     format: Format
-    """of the optimizers' state"""
+    """Form of the optimizers' state."""
     first: Saved
     others: dict[str, Saved]
     """further engines by name"""

@@ -36,7 +36,7 @@ class Box:
     key: str
     """the tensor's name"""
     shape: tuple[int, ...]
-    """of the whole tensor"""
+    """Shape of the whole tensor."""
     corner: tuple[int, ...]
     sizes: tuple[int, ...]
 

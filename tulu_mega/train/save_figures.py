@@ -27,7 +27,7 @@ class SaveFigures:
     seconds: float
     """from its beginning until it counted"""
     waited: float
-    """of these, seconds that training stood still"""
+    """Seconds of these in which training stood still."""
     memory: int | None
     """bytes of main memory at the peak, above what the rank held at the beginning; None where the system does not tell. While
     training goes on during the save, what it takes beyond that is among them."""

@@ -53,9 +53,9 @@ class Session:
     topology: Topology
     engine: Engine
     source: Path
-    """directory the model came from"""
+    """Directory that the model came from."""
     seed: int
-    """of what is drawn rather than loaded"""
+    """Seed of the random states, and of weights that are drawn instead of loaded."""
     watch: Watchdog
 
     @property

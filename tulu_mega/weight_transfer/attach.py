@@ -59,7 +59,7 @@ class Connection:
     manifest: Manifest
     """every tensor of the model; empty on ranks without weights"""
     buckets: Sequence[Bucket]
-    """of this rank's pipeline stage, the same on all of its tensor ranks; empty on ranks without weights"""
+    """Buckets of this rank's pipeline stage, the same on all of its tensor ranks; empty on ranks without weights."""
     whole_buckets: bool
     """whether a bucket is filled as a whole, with one message a tensor rank: buckets and parameters lie on a GPU. Else tensor by
     tensor"""

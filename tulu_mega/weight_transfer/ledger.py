@@ -19,7 +19,7 @@ class Ledger:
     def __init__(self, worker: int, version: int, manifest: Manifest):
         self.worker, self.version, self.manifest = worker, version, manifest
         self.checksums: dict[str, str] = {}
-        """of the bytes that arrived, by name"""
+        """Checksums of the bytes that arrived, by tensor name."""
         self.nbytes = 0
         self.problems: list[str] = []
 

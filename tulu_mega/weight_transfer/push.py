@@ -45,7 +45,7 @@ class SyncReport:
     streaming: float
     """seconds of these until all buckets were with all servers' workers, loaded; the rest is pausing, checking and resuming"""
     bytes: int
-    """of the model on its way, however many servers took it"""
+    """Bytes of the model as sent, counted once for any number of servers."""
     failed: dict[str, str] = field(default_factory=dict)
     """url -> what went wrong, of servers that do not serve this version; they stay paused"""
 

@@ -48,11 +48,11 @@ def _group(store: dist.Store, rank: int, size: int, device: torch.device, addres
 class NcclGroup:
     """Not run on a GPU yet.
 
-    It has no watchdog: torch's ends the process when another member is gone, even where it is told to clean up only, by way of
-    the default group's monitor. Whoever broadcasts finds errors out and has the group aborted.
+    The group has no watchdog. torch's watchdog ends the process when another member is gone, even where it is to clean up only,
+    by way of the default group's monitor. The broadcasting thread finds errors itself and aborts the group.
 
-    Broadcasts have a stream of their own: on a common one, two senders that reach two servers in different orders wait for ever.
-    And a thread of its own, which keeps the events that torch makes for each: it has some for every thread and never frees them.
+    Broadcasts run on a stream of their own: on a common one, two senders that reach two servers in different orders
+    wait for ever. They run in one dedicated thread: torch caches CUDA events for every thread and never frees them.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float):
