@@ -46,7 +46,8 @@ def build_model(
     attention = attention_of(hf, settings, topology, platform, shares)
     stages = [None] if topology.virtual == 1 else range(topology.virtual)
     return [
-        _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model, stage) for stage in stages
+        _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model, stage)
+        for stage in stages
     ]
 
 
