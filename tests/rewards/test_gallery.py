@@ -150,7 +150,8 @@ def test_programs_that_take_their_time_get_nothing(watched):
     entries = gallery.read("slow.txt")
     for entry in entries:
         outcome = run_program(entry.program, [entry.job] * 2, replace(LIMITS, wall_s=2, cpu_s=2, total_s=5))[0]
-        assert not outcome.passed and outcome.kind in (entry.kinds or {"time", "disk", "memory"}), (entry.name, outcome)
+        allowed = {"time", *(entry.kinds or {"disk", "memory"})}  # on a busy machine time is over before anything else
+        assert not outcome.passed and outcome.kind in allowed, (entry.name, outcome)
 
 
 @pytest.mark.acceptance

@@ -144,3 +144,4 @@ def by_token(batch: PackedBatch, values: Mapping[int, Sequence[float]]) -> Tenso
         found.append(np.asarray(given, dtype=np.float32))
     laid_T[batch.loss_mask_T] = torch.from_numpy(np.concatenate(found))
     return laid_T
+

@@ -112,3 +112,4 @@ def _pipeline(hf: PretrainedConfig, parallel: ParallelSettings) -> dict:
             batch_p2p_comm=False,
         )
     return fields
+

@@ -46,7 +46,9 @@ def obstacles(recipe: Recipe, machine: Machine) -> list[str]:
     problems, instead = [], "set precision.fp8 to 'off' to train in bf16"
     asked, need = f"precision.fp8 = {recipe!r}", _ENGINE[recipe]
     if machine.engine is None:
-        problems.append(f"{asked} needs Transformer Engine, which is not installed here; {INSTALL_ENGINE}, or {instead}")
+        problems.append(
+            f"{asked} needs Transformer Engine, which is not installed here; {INSTALL_ENGINE}, or {instead}"
+        )
     elif machine.engine < need:
         found = _dotted(machine.engine)
         problems.append(f"{asked} needs Transformer Engine {_dotted(need)}, found {found}; update it, or {instead}")

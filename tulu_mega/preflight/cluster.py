@@ -104,7 +104,9 @@ def problems(nodes: Sequence[Node], needed_gib: float = 0.0) -> list[str]:
     return found
 
 
-def check(settings: Section, look: Callable[[], list[str]] = list, tell: Callable[[str], None] = lambda _line: None) -> int:
+def check(
+    settings: Section, look: Callable[[], list[str]] = list, tell: Callable[[str], None] = lambda _line: None
+) -> int:
     """Looks at every node of the world that torchrun's variables describe, all of whose processes call this.
 
     Args:

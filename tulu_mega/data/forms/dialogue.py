@@ -28,7 +28,9 @@ def parsed(text: Any) -> Messages:
     text = text.lstrip()
     marks = list(_MARK.finditer(text))
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    return [{"role": _ROLES[mark[1]], "content": text[mark.end() : end]} for mark, end in zip(marks, ends, strict=True)]
+    return [
+        {"role": _ROLES[mark[1]], "content": text[mark.end() : end]} for mark, end in zip(marks, ends, strict=True)
+    ]
 
 
 def whole(prompt: Any, side: Any) -> Messages:

@@ -90,6 +90,7 @@ class Stub(_Refusing):
         return f"<{self._name} of the program>"
 
     __repr__ = __str__
+    __format__ = object.__format__
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         answer, kept = self._client.call(self._target, arguments, named)
