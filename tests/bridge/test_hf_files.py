@@ -155,6 +155,13 @@ def test_a_broken_index(model, text):
     assert "model.safetensors.index.json" in told
 
 
+def test_a_tensor_in_two_shards_is_told(model):
+    """transformers and vLLM take the last one that they come by, we the one that the index names."""
+    save_file({"c": TENSORS["c"], "a": TENSORS["a"] + 1}, model / "two.safetensors")
+    (problem,) = problems_of(model)
+    assert "two.safetensors: tensor a is in it, too, though model.safetensors.index.json says one.safetensors" in problem
+
+
 def test_check_tells_missing_left_over_and_misshapen_together(model):
     save_file({"c": torch.ones(2, 3, dtype=torch.int64)}, model / "two.safetensors")
     checkpoint = HfCheckpoint.open(model)

@@ -235,6 +235,14 @@ def test_needs_are_those_of_transformers_defaults(architecture):
         ),
         ("LlamaForCausalLM", {"rope_scaling": "yarn"}, "rope_scaling = 'yarn', expected an object"),
         ("LlamaForCausalLM", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; expected 'silu'"),
+        ("LlamaForCausalLM", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config says that the weights are"),
+        ("LlamaForCausalLM", {"logit_scale": 0.5}, "logit_scale = 0.5 is not supported: vLLM would scale logits by it"),
+        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5, which is not"),
+        (
+            "LlamaForCausalLM", {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "longrope"}},
+            "rope_scaling asks for rope_type 'longrope'",
+        ),
     ],
 )
 def test_layers_that_cannot_be_built_are_refused_with_the_files(architecture, config, says):

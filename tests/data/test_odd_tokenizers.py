@@ -8,7 +8,6 @@ import pytest
 
 from tests.lib.tokenizers import EOS
 from tulu_mega.config import DataSettings, ModelSettings
-from tulu_mega.data.chat import LOST, prompt_of
 from tulu_mega.data.prepare import prepare
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
@@ -28,15 +27,12 @@ def told(directory, rows, *talks):
     return prepare(data, ModelSettings(path=str(directory)), rows.parent / "store", progress=False).told
 
 
-def test_text_that_has_no_tokens_is_told(tokenizer_dir, tmp_path):
-    other = [{**TALK[0], "content": "who?"}, TALK[1]]
-    assert told(tokenizer_dir, tmp_path / "rows.jsonl", TALK, other) == []
-    edited(tokenizer_dir, "tokenizer.json", lambda content: content["model"]["vocab"].pop("Q"))
-    lines = told(tokenizer_dir, tmp_path / "rows.jsonl", TALK, other)
-    assert lines == ["warning: 1 rows lose characters without a token; take the model's own tokenizer"]
-    tokenizer = load_tokenizer(str(tokenizer_dir))
-    assert prompt_of(TALK[:1], tokenizer, "tulu")[1] == {LOST} and not prompt_of(other[:1], tokenizer, "tulu")[1]
-    assert prompt_of([{**TALK[0], "content": "uQ"}], tokenizer, "tulu")[1] == {LOST}
+@pytest.mark.parametrize("lacking", ["Q", "Ã"])
+def test_a_tokenizer_that_would_leave_out_characters_is_refused(tokenizer_dir, lacking):
+    """It has no token for the unknown: text goes without a word, and the places of what follows are wrong."""
+    edited(tokenizer_dir, "tokenizer.json", lambda content: content["model"]["vocab"].pop(lacking))
+    with pytest.raises(UserError, match=f"has no token for '{'Q' if lacking == 'Q' else 'é'}' and would leave it out"):
+        load_tokenizer(str(tokenizer_dir))
 
 
 def test_an_end_that_is_cut_into_text_is_told(tokenizer_dir, tmp_path):

@@ -181,3 +181,24 @@ def test_worker_processes_give_the_same_in_the_same_order(ready, tmp_path, monke
     assert all(pooled[number] == alone[number] for number in range(600))
     for name in ("tokens", "labels", "offsets", "supervised"):
         assert (pooled.directory / f"{name}.npy").read_bytes() == (alone.directory / f"{name}.npy").read_bytes()
+
+
+@pytest.mark.parametrize("file", ["tokens.npy", "labels.npy", "origins.npy"])
+def test_a_store_whose_bytes_are_others_is_made_again(ready, file, capsys, monkeypatch):
+    rows = [talk("hi", "a"), talk("b", "c")]
+    store = ready(rows)
+    before = [store[number] for number in range(2)]
+    damaged = bytearray((store.directory / file).read_bytes())
+    damaged[-4] ^= 1
+    (store.directory / file).write_bytes(damaged)
+    assert TokenStore.open(store.directory).damaged() == [str(store.directory / file)]
+    monkeypatch.setattr(prepare_module, "_VERIFIED", 0)
+    assert ready(rows).damaged() and not capsys.readouterr().err, "of large ones only when that is asked for"
+    monkeypatch.setattr(prepare_module, "_VERIFIED", 1 << 30)
+    again = ready(rows)
+    assert f"{store.directory / file}: not what was written there; tokenised anew" in capsys.readouterr().err
+    assert [again[number] for number in range(2)] == before and not again.damaged()
+    meta = json.loads((store.directory / "meta.json").read_text())
+    del meta["digests"]  # as stores were before
+    (store.directory / "meta.json").write_text(json.dumps(meta))
+    assert ready(rows).damaged() == []

@@ -150,6 +150,9 @@ def test_verify_reads_what_has_the_stamp_of_before(inputs):
     assert any(line.startswith("model.path = ") and "pinned" in line for line in told)
     (problem,) = check(settings(inputs), verify=True)
     assert problem.startswith("model.path = ") and "model.safetensors (" in problem
+    flip(inputs.root / "run/heldout/tokens.npy")
+    assert check(settings(inputs)) == [], "the next start sees it and tokenises anew"
+    assert any("run/heldout/tokens.npy: not what was written there" in each for each in check(settings(inputs), verify=True))
 
 
 def test_a_name_accepts_once(inputs):

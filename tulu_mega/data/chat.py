@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 Template = Literal["tulu", "tokenizer"]
 Turns = Literal["all", "last"]
-LOST = "characters without a token"
-"""Among the fields that are not read: of texts for which a tokenizer has neither tokens nor bytes nor a token for the unknown."""
 
 
 class Sequence(NamedTuple):
@@ -127,8 +125,7 @@ def encodings(
     kept = range(len(messages)) if turns == "all" else (last,)
     rewritten = [_sequence(text, spans, tokenizer) for text, spans in whole.rewritten if spans[0].message in kept]
     spans = [span for span in whole.spans if span.message in kept]
-    made = _sequence(whole.text, spans, tokenizer)
-    return Encodings(made[0], tuple(one for one, _lost in rewritten), whole.altered, whole.unread | _lost_of(made[1]))
+    return Encodings(_sequence(whole.text, spans, tokenizer), tuple(rewritten), whole.altered, whole.unread)
 
 
 def prompt_ids(messages: Any, tokenizer: PreTrainedTokenizerFast, template: Template, given: Given = NOTHING) -> list[int]:
@@ -149,12 +146,7 @@ def prompt_of(
         unread, text = render_tulu(messages, tokenizer.eos_token, given).unread, tulu_prompt(messages, tokenizer.eos_token, given)
     else:
         text, unread = own_prompt(messages, tokenizer, given)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    lost, at = False, 0
-    for start, end in encoding["offset_mapping"]:
-        lost |= start > at and not text[at:start].isspace()
-        at = max(at, end)
-    return encoding["input_ids"], unread | _lost_of(lost or bool(text[at:].strip()))
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], unread
 
 
 def conversation_ids(messages: Any, tokenizer: PreTrainedTokenizerFast, template: Template, given: Given = NOTHING) -> list[int]:
@@ -171,22 +163,14 @@ def conversation_ids(messages: Any, tokenizer: PreTrainedTokenizerFast, template
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _lost_of(lost: bool) -> frozenset[str]:
-    return frozenset({LOST} if lost else ())
-
-
-def _sequence(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerFast) -> tuple[Sequence, bool]:
-    """The tokens of a text, and whether some of it has none."""
+def _sequence(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerFast) -> Sequence:
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoding["input_ids"]
     labels, ends, at = [IGNORE] * len(ids), {}, 0
-    lost, upto = False, 0
-    for position, (start, end) in enumerate(encoding["offset_mapping"]):
-        lost |= start > upto and not text[upto:start].isspace()
-        upto = max(upto, end)
+    for position, (start, _) in enumerate(encoding["offset_mapping"]):
         while at < len(spans) and start >= spans[at].end:
             at += 1
         if at < len(spans) and start >= spans[at].start:
             labels[position] = ids[position]
             ends[spans[at].message] = (ids[position], position + 1)
-    return Sequence(ids, labels, tuple(ends.values())), lost or bool(text[upto:].strip())
+    return Sequence(ids, labels, tuple(ends.values()))

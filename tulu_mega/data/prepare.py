@@ -24,14 +24,17 @@ from tulu_mega.data.encoding import ConversationEncoding, Encoded, Encoding, Pai
 from tulu_mega.data.forms.rated import Useless
 from tulu_mega.data.json_text import readable_line
 from tulu_mega.data.sources import Rows, load_rows
-from tulu_mega.data.store import REJECTS, VERSION, Reject, RejectKind, TokenStore, growing, new_directory, refuse_strangers
+from tulu_mega.data.store import FILES, REJECTS, VERSION, Reject, RejectKind, TokenStore, growing, new_directory, refuse_strangers
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.data.told import end_tokens, lines
 from tulu_mega.data.workers import cores, in_order
 from tulu_mega.errors import UserError
+from tulu_mega.pins.digest import digest
 
 _CHUNK = 256
 _SHOWN = 5
+_VERIFIED = 1 << 30
+"""Bytes of a store that are read again whenever it is taken; of larger ones when `check --verify` asks for it."""
 _ROWS_FOR_A_POOL = 4096
 """Below, starting worker processes takes longer than the work."""
 
@@ -127,7 +130,12 @@ def _up_to_date(directory: Path, key: str) -> TokenStore | None:
         store = TokenStore.open(directory)
     except UserError:
         return None
-    return store if store.key == key else None
+    if store.key != key:
+        return None
+    if damaged := store.damaged(_VERIFIED):
+        print(f"{', '.join(damaged)}: not what was written there; tokenised anew", file=sys.stderr, flush=True)
+        return None
+    return store
 
 
 @contextmanager
@@ -283,6 +291,7 @@ def _write(path: Path, rows: Rows, encoding: Encoding, workers: int, progress: b
         "truncated": int(np.count_nonzero(cuts)),
         "max_token": max_token,
         "sources": rows.sources(),
+        "digests": {name: digest(path / name) for name in FILES},
     }
 
 

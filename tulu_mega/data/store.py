@@ -14,12 +14,15 @@ import numpy as np
 from tulu_mega.errors import UserError
 from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import make_private
+from tulu_mega.pins.digest import digest
 from tulu_mega.records import TokenizedRow
 
 VERSION = 5
 """Raised whenever the same rows would give other tokens or another layout of the files."""
 
 REJECTS = "rejects.jsonl"
+FILES = tuple(f"{name}.npy" for name in ("tokens", "labels", "offsets", "supervised", "cuts", "origins", "margins"))
+"""The files that hold what is trained on."""
 
 
 RejectKind = Literal["malformed", "too_long", "nothing_to_train", "nothing_to_learn"]
@@ -73,6 +76,8 @@ class TokenStore:
         """tokens of the tokenizer's own that end turns which are trained, the most frequent first"""
         self.sources: list[dict] = meta["sources"]
         """as :meth:`tulu_mega.data.sources.Rows.sources`"""
+        self.digests: dict[str, str] = meta.get("digests", {})
+        """by name, of the files; none of stores that were made before there were any"""
         self.max_token: int = meta["max_token"]
         """largest token or label, to compare with the model's vocabulary"""
         self.lengths = np.diff(offsets)
@@ -102,6 +107,17 @@ class TokenStore:
         with open(self.directory / REJECTS, encoding="utf-8") as file:
             for line in file:
                 yield Reject(**read_json_text(line))
+
+    def damaged(self, limit: int | None = None) -> list[str]:
+        """The files whose content is not what was written.
+
+        Args:
+            limit: bytes of the files together above which none is read; None reads all.
+        """
+        files = {self.directory / name: self.digests[name] for name in FILES if name in self.digests}
+        if limit is not None and sum(file.stat().st_size for file in files) > limit:
+            return []
+        return [str(file) for file, content in files.items() if digest(file) != content]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -133,6 +149,8 @@ class TokenStore:
             known = [type(each["source"]) is type(each["unit"]) is str for each in meta["sources"]]
             if not all(known) or not all(type(count) is int for count in meta["rejected"].values()):
                 raise ValueError("sources or rejects of another form")
+            if not isinstance(meta.get("digests", {}), dict):
+                raise ValueError("digests of another form")
             origins = arrays[5]
             if offsets.ndim != 1 or origins.shape != (len(offsets) - 1, 2) or not np.all(origins[:, 0] < len(known)):
                 raise ValueError("rows of no source")

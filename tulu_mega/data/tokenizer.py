@@ -27,6 +27,8 @@ _SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json
 _MOST_BYTES = {".jinja": 16 << 20}
 _PROBE = "<|user|>\nThe  quick, 1234 Größen!\n\n    def f(x): # 😀\n"
 """Text of which conversions that go wrong make other tokens: blanks in a row, lines, digits, characters of several bytes."""
+_CHARACTERS = "".join(map(chr, range(33, 127))) + "é中😀"
+"""Characters that a tokenizer has tokens for, be it that of the unknown: all of ASCII's, and some of several bytes."""
 
 
 def load_tokenizer(
@@ -89,6 +91,9 @@ def load_tokenizer(
             f"{named}: transformers' {type(loaded).__name__} makes other tokens than {_VOCABULARY} itself; "
             'name the model\'s class in tokenizer_config.json (as "tokenizer_class": "LlamaTokenizer"), or give tokenizer.json'
         )
+    each = loaded([*_CHARACTERS], add_special_tokens=False)["input_ids"]
+    if lost := [char for char, ids in zip(_CHARACTERS, each, strict=True) if not ids or "\ufffd" in loaded.decode(ids)]:
+        problems.append(f"{named}: the tokenizer has no token for {''.join(lost)!r} and would leave it out; give a whole one")
     if loaded.is_fast and (share := getattr(loaded.backend_tokenizer.model, "dropout", None)):  # of BPE alone
         problems.append(
             f"{named}: tokenizer.json asks for dropout = {share:g}: other tokens of the same text each time; set it to null"

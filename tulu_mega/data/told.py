@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from tulu_mega.data.chat import LOST, Template
+from tulu_mega.data.chat import Template
 from tulu_mega.data.messages import NOTHING
 from tulu_mega.data.stops import own_tokens
 from tulu_mega.data.template_form import Form, form_of
@@ -37,14 +37,11 @@ def lines(
         template: of the conversations.
         rewritten: `data.rewritten`.
     """
-    lost, told = told[f"field {LOST}"], Counter({name: count for name, count in told.items() if name != f"field {LOST}"})
     found = [
         _names("rows of another form than messages, read by its columns", told, "form "),
         _names("columns that are not used", told, "column "),
         _names("fields of messages that the chat template does not use", told, "field "),
     ]
-    if lost:
-        found.append(f"warning: {lost:,} rows lose characters without a token; take the model's own tokenizer")
     if turns := told["rewritten"]:
         becomes = (
             "are rows of their own"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 import sys
 import sysconfig
@@ -10,26 +11,38 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tulu_mega
+from tulu_mega.errors import UserError
 from tulu_mega.pins.digest import digest
 from tulu_mega.pins.record import Part, Pin
 from tulu_mega.rewards import verifiers
+from tulu_mega.versions import of_package
 
 _OWN = Path(tulu_mega.__file__).parent
 _INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
 
 
 def custom(given: Mapping[str, str]) -> Pin:
-    """The pin of verifiers of one's own: the module of each, and what it imports that is no installed package.
+    """The pin of verifiers of one's own: the module of each, and what it imports of its own package or that is not installed.
 
     Args:
         given: name = ``module:function``, found importable before.
+
+    Raises:
+        UserError: a source file cannot be read by itself, as in a zip archive.
     """
     parts = {}
     for name, path in given.items():
         module, _, attribute = path.partition(":")
-        for found, file in _sources(module, _mine):
+        own = _package_directories(module)
+        for found, file in _sources(module, lambda file, own=own: _mine(file) or any(each in file.parents for each in own)):
             key = f"{name}:{attribute}" if found == module else f"{name}:{found}"
-            parts[key] = Part(f"{file} (verifier {name!r}, {attribute})", digest(file))
+            try:
+                parts[key] = Part(f"{file} (verifier {name!r}, {attribute})", digest(file))
+            except OSError as error:
+                raise UserError(
+                    f"rewards.custom: verifier {name!r} is made of {file}, which cannot be read: {error}; a verifier's code is "
+                    "compared at each start, so give it as plain files"
+                ) from None
     return Pin(", ".join(f"{name} = {path!r}" for name, path in given.items()), parts)
 
 
@@ -41,7 +54,28 @@ def built_in(names: Sequence[str]) -> Pin:
     if "python_code" in names:
         found.update((package / "sandboxed").glob("*.py"))  # no imports of it: they run as a program
     parts = {str(file.relative_to(_OWN)): Part(f"tulu_mega/{file.relative_to(_OWN)}", digest(file)) for file in sorted(found)}
+    imported = {each.partition(".")[0] for file in found for each in _imported(file, "")}
+    for name in sorted(imported - {*sys.stdlib_module_names, _OWN.name, ""}):
+        if version := of_package(name):
+            parts[f"package {name}"] = Part(f"the package {name} {version}", hashlib.sha256(version.encode()).hexdigest())
     return Pin(", ".join(names), parts)
+
+
+def adopt(before: Pin | None, now: Pin) -> None:
+    """Takes parts of verifiers that are pinned already, and that nobody looked at before, into their pin. A verifier that imports
+    more than it did has changed itself, which its own part tells.
+    """
+    known = {name.partition(":")[0] for name in before.parts} if before else ()
+    for name, part in now.parts.items():
+        if name.partition(":")[0] in known:
+            before.parts.setdefault(name, part)
+
+
+def _package_directories(module: str) -> tuple[Path, ...]:
+    """Where the package around a module lies; none of a module that is in no package."""
+    top, dot, _ = module.partition(".")
+    spec = importlib.util.find_spec(top) if dot else None
+    return tuple(map(Path, spec.submodule_search_locations or ())) if spec else ()
 
 
 def _mine(file: Path) -> bool:

@@ -20,7 +20,7 @@ from tulu_mega.platforms import releases
 from tulu_mega.platforms.unseen import unseen_gpus
 from tulu_mega.preflight import pinned
 from tulu_mega.preflight.findings import Findings
-from tulu_mega.preflight.rows import tokenise
+from tulu_mega.preflight.rows import damaged_stores, tokenise
 
 
 def check(settings: Section, verify: bool = False, tell: Callable[[str], None] | None = None) -> list[str]:
@@ -39,7 +39,7 @@ def check(settings: Section, verify: bool = False, tell: Callable[[str], None] |
         if verify:
             from tulu_mega.train.checkpoint_files import damaged  # brings torch's checkpoints, which no other check needs
 
-            findings.problems += damaged(Path(findings.pins.run_dir, CHECKPOINTS))
+            findings.problems += damaged(Path(findings.pins.run_dir, CHECKPOINTS)) + damaged_stores(findings)
         told += pinned.lines(findings)
     for line in dict.fromkeys(told) if tell else ():
         tell(line)

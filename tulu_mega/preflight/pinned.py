@@ -48,7 +48,9 @@ def verifiers(findings: Findings, custom: dict[str, str], needed: list[str]) -> 
         needed: names of the verifiers that rows name.
     """
     if custom:
-        findings.pins.settle("rewards.custom", code.custom(custom))
+        now = code.custom(custom)
+        code.adopt(findings.pins.pins.pins.get("rewards.custom"), now)
+        findings.pins.settle("rewards.custom", now)
     own = {name.lower() for name in custom}
     if built_in := [name for name in needed if name not in own]:
         findings.pins.settle("rewards.verifiers", code.built_in(built_in), some=True)

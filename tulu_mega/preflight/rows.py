@@ -103,3 +103,12 @@ def _discard(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # other things of a run are there
         directory.parent.rmdir()
+
+
+def damaged_stores(findings: Findings) -> list[str]:
+    """What of the tokenised rows of a run is not what was written, all of them read."""
+    found: list[str] = []
+    for rows in findings.rows:
+        with contextlib.suppress(UserError):  # none there yet, or none of this version: it is made at the start
+            found += TokenStore.open(rows.directory).damaged()
+    return [f"{file}: not what was written there; remove its directory, and the next start tokenises anew" for file in found]

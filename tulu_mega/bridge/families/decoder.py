@@ -91,6 +91,16 @@ def sizes(config: Config, written: Iterable[str] = ()) -> dict[str, int]:
         for name in ("attention_bias", "mlp_bias")
         if config.get(name)
     ]
+    if config.get("quantization_config"):
+        wrong.append(
+            "config.json: quantization_config says that the weights are quantised, which is not supported; give the whole "
+            "weights, or remove the entry where they are"
+        )
+    if config.get("logit_scale") not in (None, 1):
+        wrong.append(
+            f"config.json: logit_scale = {str(config['logit_scale'])[:100]} is not supported: vLLM would scale logits by it, "
+            "transformers would not"
+        )
     if config.get("hidden_act", "silu") != "silu":
         wrong.append(f"config.json: hidden_act = {config['hidden_act']!r} is not supported; expected 'silu'")
     wrong += _unknown_ropes(config)
@@ -119,14 +129,21 @@ def sizes(config: Config, written: Iterable[str] = ()) -> dict[str, int]:
 
 
 def _unknown_ropes(config: Config) -> list[str]:
-    """Scalings that are not in `ROPE_TYPES`; newer files have ``rope_parameters``, for one RoPE or for several."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    """Scalings that are not in `ROPE_TYPES`, and rotations of a part; newer files have ``rope_parameters``, for one RoPE or for
+    several. Where a file has both, transformers takes the older."""
+    partial = config.get("partial_rotary_factor")
+    found = [] if partial in (None, 1) else [f"config.json: partial_rotary_factor = {str(partial)[:100]} is not supported"]
+    return found + [each for key in ("rope_parameters", "rope_scaling") for each in _unknown_rope(config, key)]
+
+
+def _unknown_rope(config: Config, key: str) -> list[str]:
     said = config.get(key) or {}
     if not isinstance(said, Mapping):
         return [f"config.json: {key} = {said!r}, expected an object"]
     entries = [each for each in said.values() if isinstance(each, Mapping)] or [said]
     kinds = [each.get("rope_type") or each.get("type") or "default" for each in entries]
-    return [
+    parts = [each["partial_rotary_factor"] for each in entries if each.get("partial_rotary_factor") not in (None, 1)]
+    return [f"config.json: {key} has partial_rotary_factor = {str(part)[:100]}, which is not supported" for part in parts] + [
         f"config.json: {key} asks for rope_type {kind!r}, which is not supported; supported: {', '.join(ROPE_TYPES)}"
         for kind in kinds
         if kind not in ROPE_TYPES

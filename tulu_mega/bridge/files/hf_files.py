@@ -225,6 +225,11 @@ def _read_shards(directory: Path, problems: list[str]) -> dict[str, TensorInfo]:
         if len(problems) == before:
             absent = [name for name, where in weight_map.items() if where == file and name not in held]
             problems += _first(f"{directory / file}: tensor {name} is not in it, though {INDEX} says so" for name in absent)
+            twice = [name for name in held if weight_map.get(name, file) != file]
+            problems += _first(
+                f"{directory / file}: tensor {name} is in it, too, though {INDEX} says {weight_map[name]}; others read the last"
+                for name in twice
+            )
             unlisted = [name for name in held if name not in weight_map]
             problems += _first(f"{directory / file}: tensor {name} is in it, but not in {INDEX}" for name in unlisted)
     return tensors
