@@ -4,9 +4,10 @@
     python3 tools/gpu.py smoke ipc --logs out   some of them, in this order
     python3 tools/gpu.py --device cpu           small sizes on a CPU, to see that everything works
 
-Each part has its limit and ten seconds more to end in; the next part runs even if one fails. A part that no longer fits into the
-total is skipped and said. Everything is written under one folder (`--logs`): a log for each part, and `summary.json`, which is
-also the last line printed: the machine, and of each part how it ended, its seconds, and the JSON line that it ended with.
+Each part has its limit and ten seconds more to end in; the next part runs even if one fails or leaves processes behind. A part
+that no longer fits into the total is skipped and said. Everything is written under one folder (`--logs`): a log for each part,
+and `summary.json`, which is also the last line printed: the machine, and of each part how it ended, its seconds, and the JSON
+line that it ended with.
 
     smoke      `tulu-mega sft` and `score` in bf16 as users run them, beside transformers
     training   how fast Llama 3.1 8B's layers train as shipped, kernels by time
@@ -16,7 +17,8 @@ also the last line printed: the machine, and of each part how it ended, its seco
     kernels    our kernels beside torch: results and time
 
 Nothing has to be installed but megatron-core 0.16.1 and what setup.py lists.
-Exit status: 0 all passed, 1 a part failed, timed out or was skipped, 2 a wrong name or a package that is missing.
+`summary.json` is written after every part, so a call that is cut off leaves what came before. Exit status: 0 all passed, 1 a part
+failed, timed out or was skipped, 2 a wrong name or a package that is missing, 130 or 143 interrupted.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = (
@@ -44,6 +47,8 @@ NEEDED = (
 )  # fmt: skip
 TO_END_S = 10
 """Seconds that a part gets to end in after its limit."""
+LAST_WORDS_S = 5
+"""Seconds that a part's output may still take once it has ended."""
 LEAST = 0.5
 """Share of its limit that must be left for a part to be started."""
 KEPT = 1500
@@ -91,19 +96,41 @@ def main() -> int:
     missing = [name for name in NEEDED if not importable(name)]
     if missing:
         parser.error(f"{sys.executable} lacks {', '.join(missing)}; pip install them (megatron.core: megatron-core==0.16.1)")
-    options.logs.mkdir(parents=True, exist_ok=True)
-    ends = time.monotonic() + options.total
-    summary: dict[str, Any] = {"bench": "gpu", "machine": machine(), "parts": {}}
     try:
-        for name in options.parts or PARTS:
-            summary["parts"][name] = run(name, options.device == "cuda", ends, options.logs)
-    except KeyboardInterrupt:
-        summary["interrupted"] = True
-    summary["ok"] = all(part["ended"] == "ok" for part in summary["parts"].values()) and "interrupted" not in summary
+        options.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--logs {options.logs}: {error.strerror}; choose a folder you may write")
+    ends = time.monotonic() + options.total
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda got, _frame: asked.append(got))
+    summary: dict[str, Any] = {"bench": "gpu", "machine": machine(), "parts": {}, "ok": False}
+    for name in options.parts or PARTS:
+        summary["parts"][name] = run(name, options.device == "cuda", ends, options.logs, asked)
+        if asked:
+            summary["interrupted"] = True
+            break
+        tell(summary, options.logs)  # whoever is killed later has said this much
+    summary["ok"] = not asked and all(part["ended"] == "ok" for part in summary["parts"].values())
+    print(tell(summary, options.logs), flush=True)
+    return 128 + asked[0] if asked else int(not summary["ok"])
+
+
+def tell(summary: dict[str, Any], logs: Path) -> str:
+    """Writes the summary, where that can be done; its text."""
     text = json.dumps(summary)
-    (options.logs / "summary.json").write_text(text + "\n", encoding="utf-8")
-    print(text, flush=True)
-    return 130 if "interrupted" in summary else int(not summary["ok"])
+    with unstopped():
+        (logs / "summary.json").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+@contextlib.contextmanager
+def unstopped() -> Iterator[None]:
+    """A full disk stops no measurement: what is printed is still told."""
+    try:
+        yield
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def importable(name: str) -> bool:
@@ -126,14 +153,15 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def run(name: str, on_gpu: bool, ends: float, logs: Path) -> dict[str, Any]:
-    """Runs a part within its limit; its output is printed and written to its log.
+def run(name: str, on_gpu: bool, ends: float, logs: Path, asked: list[int]) -> dict[str, Any]:
+    """Runs a part within its limit; its output is printed and written to its log. What it leaves running is killed.
 
     Args:
         ends: `time.monotonic` by which all parts are to have ended.
+        asked: gets a signal's number when this program is asked to end.
 
     Returns:
-        How it `ended` ("ok", "failed", "timed out" or "skipped"), its `seconds`, and `result`, its last JSON line.
+        How it `ended` ("ok", "failed", "timed out", "interrupted" or "skipped"), its `seconds`, and `result`, its last JSON line.
     """
     part = PARTS[name]
     limit = min(part.limit_s, int(ends - time.monotonic()) - TO_END_S)
@@ -146,29 +174,52 @@ def run(name: str, on_gpu: bool, ends: float, logs: Path) -> dict[str, Any]:
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not on_gpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    began, last, timed_out = time.monotonic(), "", False
+    began = time.monotonic()
     command = ["timeout", "-k", str(TO_END_S), str(limit), sys.executable, *(part.on_gpu if on_gpu else part.on_cpu)]
-    with (logs / f"{name}.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        try:
-            for line in process.stdout:
-                sys.stdout.write(line)
-                sys.stdout.flush()
-                log.write(line)
-                if line.startswith("{"):
-                    last = line
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(TO_END_S)
-            process.kill()
-            raise
-        status = process.wait()
-        timed_out = status in (124, 137)
-    ended = "timed out" if timed_out else "failed" if status else "ok"
-    return {"ended": ended, "seconds": round(time.monotonic() - began, 1)} | result(last)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    last: list[str] = []
+    reader = threading.Thread(target=copy, args=(process.stdout, logs / f"{name}.log", last), daemon=True)
+    reader.start()
+    while process.poll() is None and not asked:
+        time.sleep(0.05)
+    if asked and process.poll() is None:
+        process.send_signal(asked[0])  # `timeout` hands it on
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TO_END_S)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # the group that `timeout` has made
+    status = process.wait()
+    reader.join(LAST_WORDS_S)  # what has left the group may hold the pipe for as long as it lives
+    ended = "timed out" if status in (124, 137) else "failed" if status else "ok"
+    if asked:
+        ended = "interrupted"
+    return {"ended": ended, "seconds": round(time.monotonic() - began, 1)} | result(last[-1] if last else "")
+
+
+def copy(output: IO[str], log: Path, last: list[str]) -> None:
+    """Prints a part's output and writes it to its log, as far as that can be done.
+
+    Args:
+        last: gets the lines that may be JSON.
+    """
+    with contextlib.ExitStack() as stack:
+        file = None
+        with unstopped():
+            file = stack.enter_context(log.open("w", encoding="utf-8"))
+        for line in output:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            if line.startswith("{"):
+                last.append(line)
+            if file:
+                try:
+                    file.write(line)
+                    file.flush()
+                except OSError as error:
+                    print(f"error: {log}: {error.strerror}; the rest is only printed", file=sys.stderr, flush=True)
+                    file = None
 
 
 def result(line: str) -> dict[str, Any]:

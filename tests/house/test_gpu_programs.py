@@ -107,6 +107,15 @@ def test_a_part_that_does_not_fit_is_skipped_and_said(tmp_path):
     assert {name: part["ended"] for name, part in summary["parts"].items()} == {"smoke": "skipped", "ipc": "ok"}
 
 
+LEAVING = """
+import subprocess
+subprocess.Popen(["sleep", "90"])                          # one in the part's group, one that has left it
+away = subprocess.Popen(["sleep", "90"], start_new_session=True)
+print('{"e": 5}', flush=True)
+"""
+"""A part that leaves processes behind which hold its output."""
+
+
 def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     import gpu as program
@@ -114,12 +123,54 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch):
     parts = {
         "failing": program.Part(9, ("-c", "print('{\"a\": 1}'); raise SystemExit(3)"), ()),
         "hanging": program.Part(2, ("-c", "import time; print('{\"b\": 2}', flush=True); time.sleep(60)"), ()),
+        "leaving": program.Part(9, ("-c", LEAVING), ()),
         "well": program.Part(9, ("-c", "print('{\"c\": \"' + 'x' * 4000 + '\", \"d\": 4}')"), ()),
     }
     monkeypatch.setattr(program, "PARTS", parts)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--logs", str(tmp_path)])
-    assert program.main() == 1
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert program.main() == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     found = json.loads((tmp_path / "summary.json").read_text())["parts"]
     assert found["failing"]["ended"] == "failed" and found["failing"]["result"] == {"a": 1}
     assert found["hanging"]["ended"] == "timed out" and found["hanging"]["result"] == {"b": 2}
+    assert found["leaving"]["ended"] == "ok" and found["leaving"]["seconds"] < 60 and found["leaving"]["result"] == {"e": 5}
     assert found["well"]["ended"] == "ok" and found["well"]["result"] == {"d": 4} and found["well"]["in_the_log"] == ["c"]
+
+
+SLOW = """
+import sys
+sys.path.insert(0, "tools")
+import gpu
+gpu.PARTS = {"first": gpu.Part(60, ("-c", "print('{\\"a\\": 1}')"), ()),
+             "second": gpu.Part(60, ("-c", "import time; print('{\\"b\\": 2}', flush=True); time.sleep(50)"), ()),
+             "third": gpu.Part(60, ("-c", ""), ())}
+sys.exit(gpu.main())
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_call_that_is_cut_off_leaves_what_came_before(tmp_path, how):
+    words = [sys.executable, "-c", SLOW, "--logs", str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith('{"b"'):
+                break
+        process.send_signal(how)
+        rest = process.stdout.read() if how == signal.SIGTERM else ""
+    told = json.loads((tmp_path / "summary.json").read_text())
+    assert told["parts"]["first"]["result"] == {"a": 1} and "third" not in told["parts"] and not told["ok"]
+    if how == signal.SIGTERM:
+        assert process.returncode == 143 and json.loads(rest.splitlines()[-1]) == told
+        assert told["parts"]["second"] | {"seconds": 0} == {"ended": "interrupted", "seconds": 0, "result": {"b": 2}}
+
+
+def test_a_full_disk_stops_no_part(tmp_path):
+    (tmp_path / "first.log").symlink_to("/dev/full")
+    (tmp_path / "summary.json").symlink_to("/dev/full")
+    done = gpu(sys.executable, "-c", SLOW.replace("time.sleep(50)", ""), "--logs", str(tmp_path))
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["ok"]
+    assert "first.log: No space left on device; the rest is only printed" in done.stderr

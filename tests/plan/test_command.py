@@ -15,6 +15,7 @@ from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.config.recompute import Recomputed
 from tulu_mega.errors import UserError
+from tulu_mega.layout.division import server_problems
 from tulu_mega.plan.outlook import outlook
 from tulu_mega.plan.run import ask
 from tulu_mega.plan.search import layouts, search
@@ -212,6 +213,15 @@ def test_the_picture_is_drawn(tmp_path):
 def test_mistakes_are_told(values, message):
     with pytest.raises(UserError, match=message):
         outlook(ask(asked("sft", **values)), sampled=1)
+
+
+def test_a_server_s_parts_are_told_before_it_is_started(capsys):
+    """vLLM's own rules; heads of keys are repeated where there are fewer than parts."""
+    config = {"num_attention_heads": 24, "num_key_value_heads": 4, "intermediate_size": 96}
+    assert [tensor for tensor in range(1, 25) if not server_problems(config, tensor)] == [1, 2, 4, 8, 12, 24]
+    assert cli.main(["plan", str(RECIPES / "grpo.toml"), "--model", MODEL, "--rollout.tensor", "3", "--dry_run"]) == 2
+    told = capsys.readouterr().err
+    assert "rollout.tensor = 3 does not divide the model's num_attention_heads = 32" in told
 
 
 @pytest.mark.parametrize(

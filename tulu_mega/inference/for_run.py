@@ -15,6 +15,7 @@ from tulu_mega.inference.command_line import ServerOptions, core_shares, crowd, 
 from tulu_mega.inference.interpreter import interpreter
 from tulu_mega.inference.offline import DTYPES
 from tulu_mega.inference.pool import ServerPool
+from tulu_mega.layout.division import server_problems
 from tulu_mega.layout.fp8 import rollout_fp8_problems
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
     python = interpreter(rollout.python, "rollout.python")
     directory = model_directory(model.path)
     config = read_config(directory)
-    if problems := fp8_obstacles(config, rollout):
+    if problems := server_problems(config, rollout.tensor) + fp8_obstacles(config, rollout):
         raise UserError(problems)
     limit = config.get("max_position_embeddings")
     asked = rollout.max_model_len or longest

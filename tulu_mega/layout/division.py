@@ -32,3 +32,23 @@ def layout_problems(config: Mapping[str, Any], parallel: ParallelSettings) -> li
     except UserError as error:
         problems += error.problems
     return problems
+
+
+def server_problems(config: Mapping[str, Any], tensor: int) -> list[str]:
+    """What of a model vLLM cannot cut into the parts of a server. Heads of keys it repeats where there are fewer.
+
+    Args:
+        config: the model's config.json.
+        tensor: GPUs of a server, or its workers on CPUs.
+    """
+    heads, ffn = config["num_attention_heads"], config["intermediate_size"]
+    keys = config.get("num_key_value_heads") or heads
+    sizes = {"num_attention_heads": heads, "intermediate_size": ffn} | ({"num_key_value_heads": keys} if keys > tensor else {})
+    problems = [
+        f"rollout.tensor = {tensor} does not divide the model's {name} = {size}; choose a divisor"
+        for name, size in sizes.items()
+        if size % tensor
+    ]
+    if keys <= tensor and tensor % keys:
+        problems.append(f"rollout.tensor = {tensor} is no multiple of the model's num_key_value_heads = {keys}; choose one")
+    return problems

@@ -13,7 +13,7 @@ from tulu_mega.config.stages import STAGES
 from tulu_mega.config.workload import Workload
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import resolve
-from tulu_mega.layout.division import layout_problems
+from tulu_mega.layout.division import layout_problems, server_problems
 from tulu_mega.layout.fp8 import fp8_problems, rollout_fp8_problems
 from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
@@ -247,7 +247,7 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         UserError: with what the layout cannot do with this model, these GPUs or these lengths.
     """
     settings, work = question.settings, question.workload
-    wrong = _divisions(question)
+    wrong = divisions(question)
     if wrong:
         raise UserError(wrong)
     drawn = [question.sequences(seed) for seed in range(sampled)]
@@ -299,13 +299,15 @@ def _mean(made: list[Step], updates: int) -> Step:
     return Step(**parts, tokens=round(tokens), flops=flops, world=made[0].world)
 
 
-def _divisions(question: Question) -> list[str]:
+def divisions(question: Question) -> list[str]:
     """What does not divide, all of it at once."""
     config, rollout = question.config, question.workload.rollout
     wrong = layout_problems(config, question.settings.parallel)
     if not wrong:
         wrong += fp8_problems(config, question.settings)
         wrong += rollout_fp8_problems(config, rollout) if rollout else []
+    if rollout and not rollout.urls:
+        wrong += server_problems(config, rollout.tensor)
     work = question.workload
     given = (
         ("mean_length", question.mean_length, work.longest_row),

@@ -8,7 +8,7 @@ from tulu_mega.config.stages import STAGES
 from tulu_mega.errors import UserError
 from tulu_mega.layout.hardware import gpu_named
 from tulu_mega.plan.explained import explained, explanation
-from tulu_mega.plan.outlook import Outlook, Question, outlook
+from tulu_mega.plan.outlook import Outlook, Question, divisions, outlook
 from tulu_mega.plan.picture import draw
 from tulu_mega.plan.search import search
 from tulu_mega.plan.settings import PlanSettings
@@ -24,6 +24,8 @@ def run(settings: PlanSettings) -> None:
     """
     question = ask(settings)
     if settings.dry_run:
+        if wrong := divisions(question):
+            raise UserError(wrong)
         from tulu_mega.plan.dry_run.run import dry_run  # brings torch along
         from tulu_mega.plan.dry_run.show import tell
 

@@ -13,6 +13,7 @@ from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import longest_wait, look
 from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
 from tulu_mega.inference.offline import check_vllm
+from tulu_mega.layout.division import server_problems
 from tulu_mega.layout.fp8 import rollout_fp8_problems
 from tulu_mega.pins import rows
 from tulu_mega.pins.directories import Directory
@@ -62,6 +63,7 @@ def _servable(settings: PolicyRunSettings, config: Mapping[str, Any] | None, not
     fp8 = fp8_obstacles if own else rollout_fp8_problems
     problems += fp8(config, settings.rollout) if config else []
     if own:
+        problems += server_problems(config, settings.rollout.tensor) if config else []
         parallel = settings.parallel
         problems += device_obstacles(settings.rollout, parallel.model_parallel * (parallel.data or 1))
     wait, limit = longest_wait(settings.rollout), settings.watchdog.timeout
