@@ -19,15 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path.cwd()))  # an older tree's package, where this is run in one
 
 from tulu_mega.errors import UserError  # noqa: E402
-from tulu_mega.plan.outlook import Outlook, Question, outlook  # noqa: E402
+from tulu_mega.plan.outlook import Outlook, outlook  # noqa: E402
+from tulu_mega.plan.question import Question  # noqa: E402
 from tulu_mega.plan.run import ask  # noqa: E402
 from tulu_mega.plan.settings import PlanSettings  # noqa: E402
 
 _GPUS = 8
 """Of recipes that leave the data-parallel size open: a machine."""
 _GIB = 2**30
-_KIND = {"405b": {"grpo": "h200"}}
+_KIND = {"405b": {"grpo": "h200", "ppo": "h200"}}
 """Servers' GPUs that are others than H100."""
+_VALUE = {"tulu3": "8b"}
+"""Size of the value models that are of another than the policy."""
 _NAMES = {
     "products": "products",
     "attention": "attention",
@@ -39,6 +42,7 @@ _NAMES = {
     "idle": "waiting in the pipeline",
     "data": "gradients and parameters",
     "optimizer": "optimizer",
+    "value": "value model",
     "scoring": "scoring",
     "generation": "generation",
     "sync": "weights to the servers",
@@ -55,8 +59,10 @@ def recipes() -> Iterator[Path]:
 def question_of(file: Path) -> Question:
     """What is asked about a recipe."""
     family, size = file.parts[-3], file.parts[-2]
-    model = ROOT / "examples/architectures" / f"{ {'tulu3': 'llama3.1', 'olmo2': 'olmo2'}[family] }_{size}"
-    asked = dict(config=[str(file)], model=str(model), stage=file.stem.split("_")[0])
+    architectures, name = ROOT / "examples/architectures", {"tulu3": "llama3.1", "olmo2": "olmo2"}[family]
+    asked = dict(config=[str(file)], model=str(architectures / f"{name}_{size}"), stage=file.stem.split("_")[0])
+    if asked["stage"] == "ppo":
+        asked["value"] = {"path": str(architectures / f"{name}_{_VALUE.get(family, size)}")}
     if kind := _KIND.get(size, {}).get(file.stem):
         asked["rollout_gpu"] = kind
     question = ask(PlanSettings(**asked))
@@ -67,7 +73,16 @@ def question_of(file: Path) -> Question:
 
 def figures(found: Outlook) -> dict:
     """Of a plan, as far as an older one has them too."""
-    parts = {**found.step.parts, "scoring": found.scoring, "generation": found.generation, "sync": found.sync}
+    value = getattr(found, "value", None)
+    steps = [found.step, *([value.step] if value else [])]
+    flops = sum(step.flops for step in steps) / sum(step.seconds for step in steps) / found.job.world
+    parts = {
+        **found.step.parts,
+        "value": value.seconds if value else 0.0,
+        "scoring": found.scoring,
+        "generation": found.generation,
+        "sync": found.sync,
+    }
     parallel = found.job.parallel
     sizes = dict(TP=parallel.tensor, PP=parallel.pipeline, VPP=parallel.virtual_pipeline, CP=parallel.context, DP=found.job.data)
     peak = found.job.gpu.fp8 if found.job.fp8 else found.job.gpu.bf16
@@ -79,8 +94,8 @@ def figures(found: Outlook) -> dict:
         "memory": found.fullest.total,
         "of": found.job.gpu.memory,
         "seconds": found.seconds,
-        "tflops": found.step.flops_per_gpu / 1e12,
-        "mfu": found.step.flops_per_gpu / peak,
+        "tflops": flops / 1e12,
+        "mfu": flops / peak,
         "tokens": found.step.tokens / found.seconds / found.gpus,
         "parts": parts,
         "problems": found.problems,

@@ -41,9 +41,10 @@ MODELS = {
     ("olmo2", "13b"): "olmo2_13b",
     ("olmo2", "32b"): "olmo2_32b",
 }
+VALUES = MODELS | {("tulu3", "70b"): "llama3.1_8b", ("tulu3", "405b"): "llama3.1_8b"}
 RECIPES = [EXAMPLES / recipe / size / f"{stage}.toml" for recipe, size in MODELS for stage in STAGES]
 RECIPES.append(EXAMPLES / "tulu3/405b/sft_fp8.toml")
-PPO = [EXAMPLES / f"tulu3/{size}/ppo.toml" for size in ("8b", "70b")]
+PPO = [EXAMPLES / f"{each}/ppo.toml" for each in ("tulu3/8b", "tulu3/70b", "olmo2/7b", "olmo2/13b")]
 RECIPES += PPO
 # learning rates, warm-up and batch as published, by size: SFT and DPO of Tulu 3, which all but the OLMo rates share
 RATES = {
@@ -57,8 +58,8 @@ SEEDS = {
     ("tulu3", "70b"): {"sft": 456, "dpo": 42, "rm": 1, "grpo": 8, "ppo": 8},
     ("tulu3", "405b"): {"sft": None, "dpo": 42, "rm": 1, "grpo": 3},
     # docs/archived_dev_scripts/olmo2_1124.sh and scripts/train/olmo2/*.sh
-    ("olmo2", "7b"): {"sft": 4, "dpo": None, "rm": 1, "grpo": 1},
-    ("olmo2", "13b"): {"sft": None, "dpo": 8, "rm": 1, "grpo": 1},
+    ("olmo2", "7b"): {"sft": 4, "dpo": None, "rm": 1, "grpo": 1, "ppo": 1},
+    ("olmo2", "13b"): {"sft": None, "dpo": 8, "rm": 1, "grpo": 1, "ppo": 52},
     ("olmo2", "32b"): {"sft": 8, "dpo": 1234, "rm": 1, "grpo": 1},
 }
 # --total_episodes, --penalty_reward_value, trainers x --local_rollout_batch_size (x --number_samples_per_prompt), updates a step
@@ -72,6 +73,14 @@ RL = {
     ("olmo2", "7b"): OLMO2_RL,
     ("olmo2", "13b"): OLMO2_RL,
     ("olmo2", "32b"): OLMO2_RL,
+}
+# trainers x --local_rollout_batch_size, --total_episodes over these, --learning_rate, --beta of the PPO commands:
+# docs/tulu3.md and, of OLMo 2, docs/archived_dev_scripts/olmo2_1124.sh
+PPO_RUNS = {
+    ("tulu3", "8b"): (7 * 32, 10_000_000 // (7 * 32), 3e-7, 0.05),
+    ("tulu3", "70b"): (40 * 16, 400_000 // (40 * 16), 1e-7, 0.07),
+    ("olmo2", "7b"): (31 * 8, 200_000 // (31 * 8), 3e-7, 0.05),
+    ("olmo2", "13b"): (31 * 8, 200_000 // (31 * 8), 3e-7, 0.1),
 }
 
 
@@ -104,13 +113,17 @@ def test_a_recipe_fits_its_model(file):
     assert settings.run_dir == f"runs/{file.parts[-3]}_{file.parts[-2]}_{file.stem}"
 
 
-@pytest.mark.parametrize("file", [file for file in RECIPES if file not in PPO], ids=named)  # plan knows no value model yet
+@pytest.mark.parametrize("file", RECIPES, ids=named)
 def test_a_recipe_fits_its_gpus(file):
     """On the GPUs its head names: the layout's own, or eight; 405B generates on H200s."""
     recipe, size = file.parts[-3:-1]
     asked = {"config": [str(file)], "model": str(EXAMPLES / "architectures" / MODELS[recipe, size])}
     if (recipe, size) == ("tulu3", "8b"):
         asked["gpus"] = 8
+    if stage(file) == "ppo":
+        asked["value"] = {"path": str(EXAMPLES / "architectures" / VALUES[recipe, size])}
+    if (recipe, size, stage(file)) == ("tulu3", "8b", "ppo"):
+        asked["gpus"] = 10
     if (size, stage(file)) == ("405b", "grpo"):
         asked["rollout_gpu"] = "h200"
     found = outlook(ask(PlanSettings(**asked)), sampled=1)
@@ -239,13 +252,14 @@ def test_a_recipe_has_the_published_values(file):
             assert (train.filter_equal, policy.importance) == (False, "none")
             assert policy.aggregation == "sequence" and published["micro"] <= 2
         case "ppo":
-            rollouts, steps, rate, beta = {"8b": (224, 44_642, 3e-7, 0.05), "70b": (640, 625, 1e-7, 0.07)}[size]
+            rollouts, steps, rate, beta = PPO_RUNS[recipe, size]
             policy, value, train = settings.policy, settings.value, settings.train
             assert (train.prompts, settings.sampling.samples, train.mini_batches, train.passes) == (rollouts, 1, 1, 4)
             assert (train.steps, optim.lr, optim.schedule) == (steps, rate, "linear")
             assert (optim.warmup, value.lr, value.updates) == (0.1 if size == "70b" else 0.0, None, 1)
             assert (policy.beta, policy.clip_low, policy.clip_high, policy.importance) == (beta, 0.2, 0.2, "none")
             assert (policy.overlong, policy.overlong_reward, settings.rewards.scale) == ("penalise", -10.0, 10.0)
+            assert settings.rewards.math_accepts == ["unevaluated", "several"]
             assert (value.coefficient, value.clip, settings.gae.gamma, settings.gae.lam) == (0.1, 0.2, 1.0, 0.95)
             assert (settings.sampling.max_tokens, settings.sampling.temperature) == (2048, 1.0)
 

@@ -16,6 +16,10 @@ from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.config.recompute import Recomputed
 from tulu_mega.errors import UserError
 from tulu_mega.layout.division import server_problems
+from tulu_mega.plan.model.calibration import RATES
+from tulu_mega.plan.model.memory import memory_by_rank
+from tulu_mega.plan.model.storage import storage
+from tulu_mega.plan.model.timing import score_seconds, train_step
 from tulu_mega.plan.outlook import outlook
 from tulu_mega.plan.run import ask
 from tulu_mega.plan.search import layouts, search
@@ -32,9 +36,80 @@ def asked(stage: str, **values) -> PlanSettings:
     return PlanSettings(config=[str(RECIPES / f"{stage}.toml")], **{"model": MODEL, "gpus": 8, **values})
 
 
-def test_a_value_model_is_said_not_to_be_planned():
-    with pytest.raises(UserError, match="stage ppo: a value model that trains beside the policy is not planned yet"):
-        ask(PlanSettings(config=[str(RECIPES / "ppo.toml")], model=MODEL))
+def of_ppo(size: str = "8b", **values) -> PlanSettings:
+    """A recipe of PPO, whose value model is of 8B."""
+    model = str(ROOT / f"examples/architectures/llama3.1_{size}")
+    return PlanSettings(config=[str(RECIPES.parent / size / "ppo.toml")], model=model, value={"path": MODEL}, **values)
+
+
+def test_a_value_model_is_planned_as_a_reward_model_in_training(tmp_path):
+    """What it holds, its passes and its updates are those of `rm` on the same sequences; the policy's are those of `grpo`."""
+    question = ask(of_ppo())
+    found = outlook(question, sampled=1)
+    assert found.problems == [] and found.gpus == 10
+    work, value = question.workload, found.value
+    assert (work.scorings, work.updates, work.value.scorings) == (2, 4, 1)
+    content = question.config | reward_fields(family_for(question.config), question.config)
+    job = replace(found.job, config=content)
+    assert memory_by_rank(job) == value.memory
+    alone = train_step(job, RATES)
+    assert value.step.seconds == pytest.approx(4 * alone.seconds) and value.step.flops == pytest.approx(4 * alone.flops)
+    assert value.scoring == pytest.approx(score_seconds(job, RATES))
+    assert found.scoring == pytest.approx(2 * score_seconds(found.job, RATES))
+    policy = memory_by_rank(found.job, 1, question.servers.bucket)
+    assert found.fullest.value == value.memory[0].weights + value.memory[0].gradients + value.memory[0].optimizer
+    assert found.fullest.total == pytest.approx(policy[0].total + found.fullest.value + 1.05 * found.fullest.value_passes)
+    assert found.seconds == pytest.approx(found.step.seconds + value.seconds + found.scoring + found.generation + found.sync)
+    models = [storage(each, 20e9, False) for each in (found.job, job)]
+    assert found.storage.size == sum(each.size for each in models) and found.storage.load == sum(each.load for each in models)
+
+    twice = outlook(ask(of_ppo(train={"passes": 2, "mini_batches": 2})), sampled=1)
+    assert twice.value.step.tokens == pytest.approx(value.step.tokens / 2, rel=1e-3)
+    updates = tmp_path / "ppo.toml"
+    updates.write_text((RECIPES / "ppo.toml").read_text().replace("[value]\n", "[value]\nupdates = 3\n"))
+    asked = of_ppo().model_copy(update={"config": [str(updates)]})
+    assert outlook(ask(asked), sampled=1).value.step.seconds == pytest.approx(3 * value.step.seconds)
+
+
+def test_a_smaller_value_model_comes_in_the_place_of_the_policys_passes():
+    found = outlook(ask(of_ppo("70b")), sampled=1)
+    assert found.problems == [] and found.fits
+    assert [rank.value_passes for rank in found.memory] == [0.0] * 4
+    assert all(rank.value > 3 * 2**30 for rank in found.memory)
+    larger = of_ppo("8b").model_copy(update={"value": {"path": str(ROOT / "examples/architectures/llama3.1_70b")}})
+    found = outlook(ask(larger), sampled=1)
+    assert found.fullest.value_passes > 2**30 and "value" in found.problems[0]
+
+
+def test_layouts_of_a_policy_and_its_value_model_are_looked_for_together():
+    found = search(ask(of_ppo(gpus=4, gpu="b200", train={"prompts": 8})))
+    assert found and all(each.fits and each.value.job.parallel == each.job.parallel for each in found)
+
+
+def test_what_is_wrong_with_a_value_model_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"value\.path = 'nowhere': no such directory; .*--value\.path DIR"):
+        ask(of_ppo().model_copy(update={"value": {"path": "nowhere"}}))
+    content = json.loads((Path(MODEL) / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    question = ask(of_ppo("70b").model_copy(update={"value": {"path": str(tmp_path)}}))
+    with pytest.raises(UserError, match="value model: the model's num_hidden_layers = 3 cannot be split"):
+        outlook(question)
+
+
+def test_json_and_tables_have_the_value_model(capsys):
+    flags = ["plan", str(RECIPES / "ppo.toml"), "--model", MODEL, "--value.path", MODEL]
+    assert cli.main([*flags, "--format", "json", "--explain"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["value"]["parameters"] == 7_504_928_768 and told["value"]["layout"]["tensor"] == 4
+    assert told["seconds"]["value"] == pytest.approx(told["value"]["seconds"]["step"])
+    parts = {name: seconds for name, seconds in told["seconds"].items() if name not in ("step", "before")}
+    assert told["seconds"]["step"] == pytest.approx(sum(parts.values()))
+    whole = sum(term["value"] for term in told["explained"]["value"]["memory"])
+    assert whole == pytest.approx(told["value"]["memory"][0]["total"], rel=1e-3)
+    assert cli.main([*flags, "--explain"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for each in ("value model: ", "value model's scoring", "memory of the value model's fullest rank"):
+        assert each in words
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "grpo"])

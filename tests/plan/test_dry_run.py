@@ -18,7 +18,7 @@ from tests.lib.layouts import size
 from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.families import family_for
 from tulu_mega.cli import main
-from tulu_mega.config import DpoSettings, GrpoSettings, RmSettings, ScoreSettings, SftSettings, load
+from tulu_mega.config import DpoSettings, GrpoSettings, PpoSettings, RmSettings, ScoreSettings, SftSettings, load
 from tulu_mega.errors import UserError
 from tulu_mega.plan.dry_run import check
 from tulu_mega.plan.dry_run.cover import uncovered
@@ -28,7 +28,7 @@ from tulu_mega.plan.dry_run.show import summary, tell
 pytestmark = pytest.mark.ranks
 
 ARCHITECTURES = Path(__file__).parents[2] / "examples/architectures"
-STAGES = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
+STAGES = {"sft": SftSettings, "rm": RmSettings, "dpo": DpoSettings, "grpo": GrpoSettings, "ppo": PpoSettings}
 LAYOUTS = {
     "TP2xPP2xCP2xDP2": (16, {"tensor": 2, "pipeline": 2, "context": 2}),
     "PP2xVPP2xDP3": (6, {"pipeline": 2, "virtual_pipeline": 2}),
@@ -49,11 +49,11 @@ def config_of(model: Path) -> dict:
     return json.loads((model / "config.json").read_text())
 
 
-def forked(directory: Path, asked, config: dict, ranks: int):
+def forked(directory: Path, asked, config: dict, ranks: int, value: dict | None = None):
     """`dry_run` in a fork of a process that has the libraries, which takes a second instead of ten."""
     began = time.monotonic()
     directory.mkdir(parents=True, exist_ok=True)
-    ask(directory, asked, config, ranks)
+    ask(directory, asked, config, ranks, value)
     world.run(1, dry_jobs.dry, str(directory))
     return answer(directory, asked, began)
 
@@ -154,6 +154,25 @@ def test_it_says_what_a_true_rank_holds_and_writes(tmp_path, layout, dtype, form
             place = (rank // (len(real) // found.layout.pipeline), rank % found.layout.tensor)
             like = next(report for report in found.ranks if (report.stage, report.tensor_rank) == place)
             assert true["written"] == 12 * like.training.saved_D[1]
+
+
+def test_a_value_model_is_built_beside(models, tmp_path, capsys):
+    """Of another family and depth than the policy; it is trained and saved, and sent nowhere."""
+    ranks, parallel = 2, {"pipeline": 2}
+    asked = settings("ppo", parallel, value={"path": "v"})
+    found = forked(tmp_path, asked, models["OLMo 2"], ranks, models["Llama"])
+    assert found.problems == () and found.value.problems == ()
+    alone = forked(tmp_path / "alone", settings("rm", parallel), models["Llama"], ranks)
+    assert [replace(report, beside=0, sending=None) for report in found.value.ranks] == list(alone.ranks)
+    assert found.value.hf_parameters == alone.hf_parameters
+    assert all(report.sending is None and report.beside == 0 for report in found.value.ranks)
+    assert all(report.sending and report.beside for report in found.ranks)
+    tell(found)
+    words = " ".join(capsys.readouterr().out.split())
+    assert words.count("nothing wrong found") == 2 and "What a rank holds of the value model" in words
+    tell(found, "json")
+    told = json.loads(capsys.readouterr().out)
+    assert [each["parameters"] for each in told["value"]["ranks"]] == [report.parameters for report in alone.ranks]
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +323,9 @@ RECIPES = [
 def test_every_recipe(tmp_path, capsys, file, architecture):
     asked = load(STAGES[file.stem.partition("_")[0]], str(file))
     ranks = asked.parallel.model_parallel * (asked.parallel.data or 4)
-    found = forked(tmp_path, asked, config_of(ARCHITECTURES / architecture), ranks)
-    assert found.problems == ()
+    value = config_of(ARCHITECTURES / architecture.replace("70b", "8b").replace("405b", "8b")) if file.stem == "ppo" else None
+    found = forked(tmp_path, asked, config_of(ARCHITECTURES / architecture), ranks, value)
+    assert found.problems == () and (found.value is not None) == (file.stem == "ppo")
     with capsys.disabled():
         print(f"\n{summary(found)}")
 

@@ -22,7 +22,7 @@ from tulu_mega.config.sections import (
     SpikeSettings,
     StragglerSettings,
 )
-from tulu_mega.config.workload import Workload
+from tulu_mega.config.workload import ValueWork, Workload
 
 MEAN_LENGTH = 200
 """Tokens of a prompt of Tulu 3's."""
@@ -175,13 +175,13 @@ class PolicyRunSettings(RunSettings):
         return self.data.max_prompt + self.sampling.max_tokens
 
 
-def sampled(settings: PolicyRunSettings, scorings: int, other_models: int, value: bool = False) -> Workload:
+def sampled(settings: PolicyRunSettings, scorings: int, other_models: int, value: ValueWork | None = None) -> Workload:
     """Prompts, to which servers sample groups of responses.
 
     Args:
-        scorings: times a step that log-probabilities, or values, are computed without training.
+        scorings: times a step that log-probabilities are computed without training.
         other_models: held beside.
-        value: whether a value model trains beside.
+        value: a value model that trains beside.
     """
     data, sampling, policy, train = settings.data, settings.sampling, settings.policy, settings.train
     return Workload(

@@ -11,7 +11,7 @@ from tulu_mega.config.effects import Effect
 from tulu_mega.config.policy_run import PolicyRunSettings, PolicyTrainSettings, sampled
 from tulu_mega.config.rollout import PolicyLossSettings, SamplingSettings
 from tulu_mega.config.sections import Fraction, PositiveInt, Section
-from tulu_mega.config.workload import Workload
+from tulu_mega.config.workload import ValueWork, Workload
 
 
 class PpoSamplingSettings(SamplingSettings):
@@ -90,5 +90,6 @@ class PpoSettings(PolicyRunSettings):
 def workload(settings: PpoSettings) -> Workload:
     """Prompts, to which servers sample responses; the old weights' log-probabilities and values are scored, and the reference's
     log-probabilities where the reward compares with it."""
-    scorings = 2 + settings.policy.reads_reference
-    return sampled(settings, scorings, int(settings.rewards.model is not None), value=True)
+    value = ValueWork(path=settings.value.path, parallel=settings.parallel, updates=settings.value.updates)
+    scorings = 1 + settings.policy.reads_reference
+    return sampled(settings, scorings, int(settings.rewards.model is not None), value)

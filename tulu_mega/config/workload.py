@@ -8,9 +8,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tulu_mega.config.rollout import RolloutSettings
     from tulu_mega.config.run import PreferenceStageSettings, StageSettings
+    from tulu_mega.config.sections import ParallelSettings
 
 _SIDE = 600
 """Mean tokens of a side of a pair of Tulu 3's preference mixtures; a pair takes some 1,200."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueWork:
+    """A value model that trains beside a policy, on the same sequences."""
+
+    path: str
+    """of the directory whose config.json tells its architecture"""
+    parallel: ParallelSettings
+    """its layout"""
+    updates: int
+    """of it, for each of the policy's"""
+    scorings: int = 1
+    """times a step that its values are computed without training"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +60,8 @@ class Workload:
     """the initial weights are held beside those that are trained"""
     other_models: int = 0
     """further models of the same size that are held beside, such as a reward model"""
-    value: bool = False
-    """a value model trains beside, of an architecture of its own"""
+    value: ValueWork | None = None
+    """a value model that trains beside, of an architecture of its own"""
     adapters: bool = False
     """low-rank adapters train, beside frozen weights"""
     entropy: bool = False

@@ -74,6 +74,8 @@ def memory_terms(job: Job, rank: RankMemory) -> list[Term]:
         "sync": ("buckets x the larger of bucket and largest tensor", n(SLOTS) * n(round(rank.sync / SLOTS))),
         "allocator": ("share x what comes and goes", n(UNUSABLE) * n(round(rank.allocator / UNUSABLE))),
         "reserved": ("CUDA, NCCL, workspaces: an estimate", n(rank.reserved)),
+        "value": ("weights, gradients and optimizer of the value model", n(round(rank.value))),
+        "value_passes": ("its passes less the policy's, where positive", n(round(rank.value_passes))),
     }
     return [Term(name, name.replace("_", "-"), *formulas[name]) for name, value in rank.parts.items() if value]
 

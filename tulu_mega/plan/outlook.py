@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
-from tulu_mega.config import ParallelSettings, RunSettings
-from tulu_mega.config.stages import STAGES
-from tulu_mega.config.workload import Workload
 from tulu_mega.errors import UserError
-from tulu_mega.launch.launcher import resolve
 from tulu_mega.layout.division import layout_problems, server_problems
 from tulu_mega.layout.fp8 import fp8_problems, rollout_fp8_problems
-from tulu_mega.layout.hardware import Gpu
-from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.plan.model.calibration import RATES
-from tulu_mega.plan.model.job import Job, Pack
-from tulu_mega.plan.model.kernels import host_share, kernels_of, moment_bytes
+from tulu_mega.plan.model.job import Job
 from tulu_mega.plan.model.memory import (
     RankMemory,
-    checkpoint_host_bytes,
+    beside_a_value_model,
     memory_by_rank,
     resume_host_bytes,
     state_host_bytes,
+    together_host_bytes,
 )
-from tulu_mega.plan.model.parameters import ITEMSIZE
-from tulu_mega.plan.model.rollouts import ServerMemory, Servers, generation_seconds, server_memory, sync_seconds
+from tulu_mega.plan.model.rollouts import ServerMemory, generation_seconds, server_memory, sync_seconds
 from tulu_mega.plan.model.storage import Storage, storage
-from tulu_mega.plan.model.timing import Step, score_seconds, train_step
-from tulu_mega.plan.model.workload import LABELLED, ROWS, draw_lengths, pack_step
+from tulu_mega.plan.model.timing import Step, mean_step, score_seconds, train_step
+from tulu_mega.plan.question import Question
+from tulu_mega.plan.value_outlook import ValueOutlook, value_outlook
 
 _SAMPLED = 3
 """Global batches that a step's time is the mean of."""
@@ -39,140 +33,6 @@ _IDLE = 0.25
 """Share of waiting in a step above which there is a warning."""
 _SPARE = 0.05
 """Share of a GPU's memory below which what is left is warned of: the plan was compared with no GPU yet."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked about.
-
-    Args:
-        stage: its name.
-        settings: its settings.
-        config: the model's config.json.
-        gpu, gpus: the cluster, GPUs that generate among them; what the layout takes when `gpus` is None.
-        rows: of the data, where it is known.
-        mean_length, response_length: mean tokens, as in `PlanSettings`.
-        rollout_gpu: of the servers; the trainers' kind when None.
-        storage: bytes/s of the file system for checkpoints.
-    """
-
-    stage: str
-    settings: RunSettings
-    config: Mapping[str, Any]
-    gpu: Gpu
-    gpus: int | None
-    rows: int | None = None
-    mean_length: int | None = None
-    response_length: int | None = None
-    rollout_gpu: Gpu | None = None
-    storage: float = 20e9
-
-    @cached_property
-    def workload(self) -> Workload:
-        """What a step of the stage is made of."""
-        return resolve(STAGES[self.stage].workload)(self.settings)
-
-    @cached_property
-    def servers(self) -> Servers | None:
-        """Of a policy's rollouts."""
-        rollout, model = self.workload.rollout, self.settings.model
-        if rollout is None:
-            return None
-        return Servers(
-            count=len(rollout.urls) or rollout.servers,
-            tensor=rollout.tensor,
-            gpu=self.rollout_gpu or self.gpu,
-            concurrency=rollout.concurrency,
-            share=rollout.memory_share,
-            itemsize=ITEMSIZE[model.dtype if rollout.dtype == "model" else rollout.dtype],
-            bucket=rollout.bucket_mib * 2**20,
-            fp8=rollout.quantization == "fp8",
-            elsewhere=bool(rollout.urls) or rollout.transport in ("nccl", "gloo"),
-        )
-
-    @cached_property
-    def trainers(self) -> int:
-        """Ranks that train.
-
-        Raises:
-            UserError: the layout does not divide them.
-        """
-        parallel = self.settings.parallel
-        aside = self.servers.gpus if self.servers else 0
-        if self.gpus is None:
-            return parallel.model_parallel * (parallel.data or 1)
-        left, replica = self.gpus - aside, parallel.model_parallel
-        if left == replica * (parallel.data or max(1, left // replica)):
-            return left
-        generating = f", of which {aside} generate" if aside else ""
-        sizes = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
-        data = "" if parallel.data is None else f" x data {parallel.data}"
-        lower = max(0, left) // replica
-        counts = {max(1, lower), lower + (left % replica > 0)} - {0, parallel.data}
-        others = [f"{each * replica + aside}" + (f" with --parallel.data {each}" if data else "") for each in sorted(counts)]
-        own = [f"{replica * parallel.data + aside}"] if parallel.data else []
-        raise UserError(
-            f"gpus = {self.gpus}{generating}: {sizes}{data} = {replica * (parallel.data or 1)}"
-            f"{', not' if data else ' does not divide'} the {left} that train; give {' or '.join(own + others)}, or another "
-            "layout (--search)"
-        )
-
-    def job(self, lengths: list[int], labelled: list[int]) -> Job:
-        """A step of these sequences.
-
-        Raises:
-            UserError: for lengths or a model that the layout cannot take.
-        """
-        settings, config, workload = self.settings, self.config, self.workload
-        replicas = self.trainers // settings.parallel.model_parallel
-        packs: tuple[tuple[Pack, ...], ...] = pack_step(
-            lengths,
-            labelled,
-            replicas,
-            workload.capacity,
-            pack_alignment(settings),
-            pipeline_of(config, settings),
-            config["hidden_size"],
-            config["intermediate_size"],
-            micro_batches=workload.micro_batches,
-            together=workload.sides,
-        )
-        return Job(
-            config,
-            settings.parallel,
-            self.gpu,
-            packs,
-            dtype=settings.model.dtype,
-            recompute=settings.model.recomputed,
-            kernels=kernels_of(settings),
-            fp8=settings.precision.recipe is not None,
-            fp8_weights=settings.precision.fp8_param_gather,
-            grad_bytes=ITEMSIZE[settings.parallel.grad_dtype],
-            moment_bytes=moment_bytes(settings.optim, settings.optimizer),
-            host_share=host_share(settings.optimizer),
-            grad_copies=not settings.optimizer.get("use_precision_aware_optimizer", False),
-            entropy=workload.entropy,
-        )
-
-    def sequences(self, seed: int) -> tuple[list[int], list[int]]:
-        """A step's sequences: tokens, and how many of these are trained."""
-        work = self.workload
-        mean = self.mean_length or work.mean_length
-        lengths = draw_lengths(work.rows * work.sides, mean, work.longest_row, seed)
-        if not work.samples:
-            return lengths, [max(1, round(LABELLED * length)) for length in lengths]
-        mean_response = self.response_length or max(1, work.longest_response // 4)
-        responses = draw_lengths(work.rows * work.samples, mean_response, work.longest_response, seed + 1)
-        return [lengths[at // work.samples] + each for at, each in enumerate(responses)], responses
-
-    @property
-    def steps(self) -> int | None:
-        """Of the whole stage; None where nobody says how many rows there are."""
-        train, source = self.settings.train, self.settings.data.train
-        if train.steps:
-            return train.steps
-        rows = self.rows or (ROWS.get(source) if isinstance(source, str) else None)
-        return None if rows is None else math.ceil(rows * train.epochs / self.workload.rows)
 
 
 @dataclass(frozen=True)
@@ -205,6 +65,8 @@ class Outlook:
     problems: list[str] = field(default_factory=list)
     """for which the run would not start or not fit"""
     warnings: list[str] = field(default_factory=list)
+    value: ValueOutlook | None = None
+    """of a value model that trains beside"""
 
     @property
     def gpus(self) -> int:
@@ -214,7 +76,14 @@ class Outlook:
     @property
     def seconds(self) -> float:
         """Of a step, everything in it."""
-        return self.step.seconds + self.scoring + self.generation + self.sync
+        value = self.value.seconds if self.value else 0.0
+        return self.step.seconds + value + self.scoring + self.generation + self.sync
+
+    @property
+    def flops_per_gpu(self) -> float:
+        """Model FLOP/s of a GPU while it trains, whichever model."""
+        steps = [self.step, *([self.value.step] if self.value else [])]
+        return sum(step.flops for step in steps) / sum(step.seconds for step in steps) / self.job.world
 
     @property
     def fullest(self) -> RankMemory:
@@ -258,6 +127,10 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
     forward = sum(score_seconds(each, RATES) for one in jobs for each in one) / len(jobs) if work.scorings or scores_once else 0.0
     servers = question.servers
     memory = memory_by_rank(job, work.reference + work.other_models, servers.bucket if servers else 0)
+    value = _value(question, drawn) if question.value else None
+    if value:
+        memory = beside_a_value_model(memory, [[each] for each in value.memory])
+    saved = [job, *([value.job] if value else [])]
     generation = 0.0
     if servers:
         for lengths, responses in drawn:
@@ -268,17 +141,18 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         question=question,
         job=job,
         memory=memory,
-        step=_mean(made, work.updates),
+        step=mean_step(made, work.updates),
         scoring=forward * work.scorings,
         generation=generation,
         sync=sync_seconds(job, servers, RATES) if servers else 0.0,
         servers=server_memory(question.config, servers, job) if servers else None,
-        offloaded=state_host_bytes(job),
-        host=checkpoint_host_bytes(job, settings.checkpoint.format, settings.checkpoint.asynchronous),
-        resume=resume_host_bytes(job),
-        storage=storage(job, question.storage, settings.checkpoint.asynchronous),
+        offloaded=sum(map(state_host_bytes, saved)),
+        host=together_host_bytes(saved, settings.checkpoint.format, settings.checkpoint.asynchronous),
+        resume=max(map(resume_host_bytes, saved)),
+        storage=reduce(add, (storage(each, question.storage, settings.checkpoint.asynchronous) for each in saved)),
         once=forward * question.steps / settings.train.epochs if scores_once else 0.0,
         padding=1 - sum(step.tokens for step in made) / positions,
+        value=value,
     )
     result.problems.extend(_unfit(result))
     result.warnings.extend(_doubts(result))
@@ -291,12 +165,15 @@ def _mini_batches(drawn: tuple[list[int], list[int]], parts: int) -> list[tuple[
     return [(lengths[a:b], labelled[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def _mean(made: list[Step], updates: int) -> Step:
-    """Steps' parts, their mean times the updates of a step."""
-    factor = updates / len(made)
-    parts = {name: sum(step.parts[name] for step in made) * factor for name in made[0].parts}
-    tokens, flops = (sum(getattr(step, name) for step in made) * factor for name in ("tokens", "flops"))
-    return Step(**parts, tokens=round(tokens), flops=flops, world=made[0].world)
+def _value(question: Question, drawn: Sequence[tuple[list[int], list[int]]]) -> ValueOutlook:
+    """Of the value model, on the policy's sequences.
+
+    Args:
+        drawn: of :meth:`Question.sequences`.
+    """
+    work, asked = question.workload, question.value
+    jobs = [[asked.job(*part) for part in _mini_batches(one, work.mini_batches)] for one in drawn]
+    return value_outlook(jobs, work.updates * work.value.updates, work.value.scorings)
 
 
 def divisions(question: Question) -> list[str]:
@@ -319,7 +196,9 @@ def divisions(question: Question) -> list[str]:
     try:
         _ = question.trainers
     except UserError as error:
-        wrong += error.problems
+        return wrong + error.problems
+    if question.value:
+        wrong += [f"value model: {problem}" for problem in divisions(question.value)]
     return wrong
 
 
@@ -376,9 +255,3 @@ def _doubts(result: Outlook) -> list[str]:
     if empty:
         found.append(f"{empty} micro-batches are empty: a step has too few sequences for this layout")
     return found
-
-
-def with_layout(question: Question, parallel: ParallelSettings, recompute: str | list[str], layers: int | None) -> Question:
-    """The same question under another layout, with something else recomputed."""
-    model = question.settings.model.model_copy(update={"recompute": recompute, "recompute_layers": layers})
-    return replace(question, settings=question.settings.model_copy(update={"parallel": parallel, "model": model}))

@@ -29,6 +29,8 @@ _COLOURS = (
     "#a05000",
     "#303030",
     "#dddddd",
+    "#b5cf6b",
+    "#e7969c",
 )
 _FORWARD, _BACKWARD = "#56b4e9", "#009e73"
 
@@ -47,7 +49,7 @@ def draw(result: Outlook, file: str) -> None:
     above, below = figure.subplots(2, 1)
     _memory(above, result)
     _timeline(below, result)
-    figure.suptitle(f"{result.question.stage} on {result.gpus} {result.job.gpu.name}, {layout(result)}", fontsize=11)
+    figure.suptitle(f"{result.question.stage} on {result.gpus} {result.job.gpu.name}, {layout(result.job)}", fontsize=11)
     target = Path(file).expanduser()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from tulu_mega.config.stages import STAGES
 from tulu_mega.errors import UserError
 from tulu_mega.layout.hardware import gpu_named
 from tulu_mega.plan.explained import explained, explanation
-from tulu_mega.plan.outlook import Outlook, Question, divisions, outlook
+from tulu_mega.plan.outlook import Outlook, divisions, outlook
 from tulu_mega.plan.picture import draw
+from tulu_mega.plan.question import Question
 from tulu_mega.plan.search import search
 from tulu_mega.plan.settings import PlanSettings
-from tulu_mega.plan.source import read_architecture, read_stage
+from tulu_mega.plan.source import read_architecture, read_stage, read_value_architecture
 from tulu_mega.plan.table import as_json, as_ranking, as_tables
 
 
@@ -29,7 +31,7 @@ def run(settings: PlanSettings) -> None:
         from tulu_mega.plan.dry_run.run import dry_run  # brings torch along
         from tulu_mega.plan.dry_run.show import tell
 
-        tell(dry_run(question.settings, question.config, question.trainers), settings.format)
+        tell(dry_run(question.settings, question.config, question.trainers, question.value_config), settings.format)
         return
     results = search(question) if settings.search else [outlook(question)]
     _print(settings, results)
@@ -57,17 +59,13 @@ def ask(settings: PlanSettings) -> Question:
         rollout_gpu,
         settings.storage * 1e9,
     )
-    if question.workload.value:
-        raise UserError(
-            f"stage {stage}: a value model that trains beside the policy is not planned yet: its memory and time would be "
-            "missing; plan the policy alone with the settings of grpo"
-        )
     if question.workload.adapters:
         raise UserError(
             f"stage {stage}: a run with [lora] is not planned yet, though frozen weights have neither gradients nor moments; "
             "plan it without [lora] for an upper bound"
         )
-    return question
+    work = question.workload.value
+    return replace(question, value_config=read_value_architecture(said.model, work.path)) if work else question
 
 
 def _print(settings: PlanSettings, results: list[Outlook]) -> None:

@@ -10,7 +10,8 @@ from tulu_mega.config.megatron_fields import ACTIVATION
 from tulu_mega.config.workload import Workload
 from tulu_mega.errors import UserError
 from tulu_mega.layout.flops import matmul_parameters
-from tulu_mega.plan.outlook import Outlook, Question, outlook, with_layout
+from tulu_mega.plan.outlook import Outlook, outlook
+from tulu_mega.plan.question import Question, with_layout
 
 _CHUNKS = (1, 2, 3, 4, 5, 8)
 _MOST = 16

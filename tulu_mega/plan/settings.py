@@ -58,6 +58,7 @@ class PlanSettings(Section):
     rollout: dict[str, Any] = {}
     sampling: dict[str, Any] = {}
     policy: dict[str, Any] = {}
+    value: dict[str, Any] = {}
 
     @field_validator("config")
     @classmethod

@@ -20,7 +20,7 @@ from tulu_mega.plan.settings import PlanSettings
 
 _OVERLAID = (
     *("model", "parallel", "data", "train", "optim", "checkpoint", "precision"),
-    *("megatron", "ddp", "optimizer", "rollout", "sampling", "policy"),
+    *("megatron", "ddp", "optimizer", "rollout", "sampling", "policy", "value"),
 )
 
 
@@ -56,6 +56,24 @@ def read_architecture(model: ModelSettings, reward: bool) -> dict[str, Any]:
     family = family_for(content)
     family.hf_shapes(content)  # says what is missing, or what does not fit together
     return content | reward_fields(family, content) if reward else content
+
+
+def read_value_architecture(model: ModelSettings, path: str) -> dict[str, Any]:
+    """config.json of a value model, with a reward model's head whatever the directory has.
+
+    Args:
+        model: of the policy, whose further settings are the value model's too.
+        path: as `model.path` may be.
+
+    Raises:
+        UserError: as :func:`read_architecture`, about `value.path`.
+    """
+    try:
+        return read_architecture(model.model_copy(update={"path": path}), reward=True)
+    except UserError as error:
+        raise UserError(
+            [problem.replace("model.path", "value.path").replace("--model DIR", "--value.path DIR") for problem in error.problems]
+        ) from None
 
 
 def _told(file: str) -> str:

@@ -13,6 +13,7 @@ from rich.text import Text
 from tulu_mega.config.recompute import Recomputed
 from tulu_mega.layout.flops import matmul_parameters
 from tulu_mega.plan.model.calibration import RATES
+from tulu_mega.plan.model.job import Job
 from tulu_mega.plan.model.parameters import model_parameters
 from tulu_mega.plan.outlook import Outlook
 
@@ -31,11 +32,18 @@ _PARTS = {
 }
 
 
-def layout(result: Outlook) -> str:
+def layout(job: Job) -> str:
     """A layout in short."""
-    parallel = result.job.parallel
-    sizes = dict(TP=parallel.tensor, PP=parallel.pipeline, VPP=parallel.virtual_pipeline, CP=parallel.context, DP=result.job.data)
+    parallel = job.parallel
+    sizes = dict(TP=parallel.tensor, PP=parallel.pipeline, VPP=parallel.virtual_pipeline, CP=parallel.context, DP=job.data)
     return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "DP"))
+
+
+def _sizes(job: Job) -> dict[str, int]:
+    """A layout in full."""
+    parallel = job.parallel
+    names = ("tensor", "pipeline", "virtual_pipeline", "context")
+    return {**{name: getattr(parallel, name) for name in names}, "data": job.data}
 
 
 def recomputed(what: Recomputed) -> str:
@@ -52,18 +60,11 @@ def as_json(result: Outlook) -> dict[str, Any]:
         {
             "stage": result.question.stage,
             "parameters": model_parameters(result.question.config),
+            "value": _value_json(result),
             "gpu": job.gpu.name,
             "gpus": result.gpus,
             "trainers": job.world,
-            "layout": {
-                "tensor": job.parallel.tensor,
-                "pipeline": job.parallel.pipeline,
-                "virtual_pipeline": job.parallel.virtual_pipeline,
-                "context": job.parallel.context,
-                "data": job.data,
-                "recompute": recomputed(job.recompute),
-                "layers": list(job.layers),
-            },
+            "layout": {**_sizes(job), "recompute": recomputed(job.recompute), "layers": list(job.layers)},
             "micro_batches": len(job.packs[0]),
             "padding": result.padding,
             "fits": result.fits,
@@ -77,6 +78,7 @@ def as_json(result: Outlook) -> dict[str, Any]:
             },
             "seconds": {
                 **result.step.parts,
+                "value": result.value.seconds if result.value else 0.0,
                 "scoring": result.scoring,
                 "generation": result.generation,
                 "sync": result.sync,
@@ -85,7 +87,7 @@ def as_json(result: Outlook) -> dict[str, Any]:
             },
             "checkpoint": vars(result.storage),
             "tokens_per_second_per_gpu": result.step.tokens / result.seconds / result.gpus,
-            "tflops_per_gpu": result.step.flops_per_gpu / 1e12,
+            "tflops_per_gpu": result.flops_per_gpu / 1e12,
             "steps": result.question.steps,
             "hours": hours,
             "gpu_hours": None if hours is None else hours * result.gpus,
@@ -94,6 +96,18 @@ def as_json(result: Outlook) -> dict[str, Any]:
             "warnings": result.warnings,
         }
     )
+
+
+def _value_json(result: Outlook) -> dict[str, Any] | None:
+    """What is known of the value model alone; null without one."""
+    value = result.value
+    return value and {
+        "parameters": model_parameters(value.job.config),
+        "layout": {**_sizes(value.job), "layers": list(value.job.layers)},
+        "micro_batches": len(value.job.packs[0]),
+        "memory": [{"rank": rank.rank, **rank.parts, "total": rank.total} for rank in value.memory],
+        "seconds": {**value.step.parts, "scoring": value.scoring, "step": value.seconds},
+    }
 
 
 def _duration(hours: float, of: str = "") -> str:
@@ -145,13 +159,13 @@ def as_ranking(results: Sequence[Outlook], top: int) -> Table:
         table.add_column(name, justify="left" if name in ("layout", "recompute") else "right", no_wrap=name == "layout")
     for each in results[:top]:
         table.add_row(
-            layout(each),
+            layout(each.job),
             recomputed(each.job.recompute),
             f"{len(each.job.packs[0])}",
             f"{each.fullest.total / _GIB:.1f}",
             f"{each.seconds:.2f}",
             f"{each.step.idle / each.step.seconds:.0%}",
-            f"{each.step.flops_per_gpu / 1e12:.0f}",
+            f"{each.flops_per_gpu / 1e12:.0f}",
             f"{each.step.tokens / each.seconds / each.gpus:,.0f}",
             "–" if each.hours is None else _duration(each.hours),
         )
@@ -163,11 +177,15 @@ def _heading(result: Outlook) -> Text:
     billions = model_parameters(question.config) / 1e9
     kind = "FP8" if job.fp8 else job.dtype
     aside = f" + {question.servers.gpus} that generate" if question.servers else ""
-    return Text(
+    text = (
         f"{question.stage}: {question.settings.model.path}, {billions:.2f} billion parameters ({kind}) on {job.world}{aside} "
-        f"{job.gpu.name}, {layout(result)}, recompute {recomputed(job.recompute)}, {len(job.packs[0])} micro-batches a replica, "
+        f"{job.gpu.name}, {layout(job)}, recompute {recomputed(job.recompute)}, {len(job.packs[0])} micro-batches a replica, "
         f"{result.padding:.1%} padding"
     )
+    if value := result.value:
+        billions = model_parameters(value.job.config) / 1e9
+        text += f"; value model: {question.value.settings.model.path}, {billions:.2f} billion parameters, {layout(value.job)}"
+    return Text(text)
 
 
 def _memory(result: Outlook) -> Table:
@@ -194,7 +212,8 @@ def _time(result: Outlook) -> Table:
     table.add_column("")
     table.add_column("", justify="right")
     table.add_column("", justify="right")
-    further = {"scoring": result.scoring, "generation": result.generation, "weights to the servers": result.sync}
+    value = {"value model": result.value.step.seconds, "value model's scoring": result.value.scoring} if result.value else {}
+    further = {**value, "scoring": result.scoring, "generation": result.generation, "weights to the servers": result.sync}
     rows = {_PARTS[name]: seconds for name, seconds in result.step.parts.items()} | further
     for name, seconds in rows.items():
         if seconds:
@@ -211,7 +230,7 @@ def _remarks(result: Outlook) -> list[Text]:
     peak = getattr(job.gpu, kind)
     lines = [
         f"{result.step.tokens / result.seconds / result.gpus:,.0f} tokens/s/GPU; while training "
-        f"{result.step.flops_per_gpu / 1e12:.0f} TFLOP/s/GPU, {result.step.flops_per_gpu / peak:.0%} of the {kind} peak",
+        f"{result.flops_per_gpu / 1e12:.0f} TFLOP/s/GPU, {result.flops_per_gpu / peak:.0%} of the {kind} peak",
         *(
             [f"the optimizer's state in main memory takes {_size(result.offloaded)} of a node's, all along"]
             if result.offloaded

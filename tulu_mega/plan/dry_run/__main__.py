@@ -2,7 +2,8 @@
 
 megatron-core's global state needs one.
 
-Reads job.json and config.json there and writes result.json: ``problems`` to tell the user, or else what `run` makes a record of.
+Reads job.json and config.json there, and of a value model beside a policy value/config.json, and writes result.json: ``problems``
+to tell the user, or else what `run` makes a record of.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tulu_mega.config import EngineSettings
 from tulu_mega.config.stages import stage_of
+from tulu_mega.config.workload import Workload
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import resolve
 from tulu_mega.platforms import meta
 
-RESULT, JOB = "result.json", "job.json"
+RESULT, JOB, VALUE = "result.json", "job.json", "value"
 
 
 def main(directory: Path) -> None:
@@ -36,6 +38,27 @@ def main(directory: Path) -> None:
 
 
 def _build(directory: Path, settings: EngineSettings, world: int, platform: Any) -> dict[str, Any]:
+    """What was found out about the model that the stage is for, under ``value`` about the value model beside it."""
+    stage = stage_of(settings)  # scoring is none
+    workload = resolve(stage.workload)(settings) if stage else None
+    made = _model(directory, settings, world, platform, bool(stage and stage.reward), workload)
+    if workload and workload.value:
+        own = settings.model_copy(update={"parallel": workload.value.parallel})
+        alone = replace(workload, value=None, rollout=None, reference=False)  # it is sent nowhere and compared with nothing
+        made["value"] = _model(directory / VALUE, own, world, platform, True, alone)
+    return {**made, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def _model(
+    directory: Path, settings: EngineSettings, world: int, platform: Any, reward: bool, workload: Workload | None
+) -> dict[str, Any]:
+    """What was found out about a model.
+
+    Args:
+        directory: that has its config.json.
+        reward: whether it is to be a reward model.
+        workload: of the stage that trains it; None where it is not trained.
+    """
     from tulu_mega.bridge.families import family_for
     from tulu_mega.bridge.families.reward import reward_fields
     from tulu_mega.distributed.grid import ShardGrid
@@ -48,9 +71,7 @@ def _build(directory: Path, settings: EngineSettings, world: int, platform: Any)
     layout = ShardGrid(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context, data)
     hf = load_config(settings.model.model_copy(update={"path": str(directory)}))
     family = family_for(hf.to_dict())
-    stage = stage_of(settings)  # scoring is none
-    reward = family.reward or bool(stage and stage.reward)
-    workload = resolve(stage.workload)(settings) if stage else None
+    reward = family.reward or reward
     if reward:
         hf.update(reward_fields(family, hf.to_dict()))
 
@@ -69,7 +90,6 @@ def _build(directory: Path, settings: EngineSettings, world: int, platform: Any)
         "first": first,
         "last": last,
         "hf_shapes": hf_shapes(hf, reward),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 

@@ -149,3 +149,5 @@ class DryRun:
     seconds: float
     peak_bytes: int
     """of memory, of the process that built the ranks"""
+    value: DryRun | None = None
+    """of the value model beside; its problems are among the policy's as well"""

@@ -22,6 +22,7 @@ _WIDTH = 96
 def as_json(found: DryRun) -> dict[str, Any]:
     """Everything but the lists of parameters and of the checkpoint's boxes; sizes in bytes, lengths in elements."""
     whole = asdict(found) | {"layout": found.layout.sizes | {"world": found.layout.world}}
+    whole["value"] = as_json(found.value) if found.value else None
     for told, report in zip(whole["ranks"], found.ranks, strict=True):
         del told["shards"], told["stored"]
         told |= {"parameters": report.parameters, "parameter_bytes": report.parameter_bytes}
@@ -30,20 +31,25 @@ def as_json(found: DryRun) -> dict[str, Any]:
     return whole
 
 
-def table(found: DryRun) -> Group:
-    """A row for each pipeline rank, the largest of its tensor ranks, and a line of what was looked at."""
+def table(found: DryRun, whose: str = "") -> Group:
+    """A row for each pipeline rank, the largest of its tensor ranks, and a line of what was looked at; the same of a value model
+    below.
+
+    Args:
+        whose: stands behind "a rank", of one model of two.
+    """
     trains = any(report.training for report in found.ranks)
     sends = any(report.sending for report in found.ranks)
     columns = ["stage", "layers", "elements (M)", "weights"]
     columns += ["gradients", "optimizer", "writes at a save"] if trains else []
     columns += ["to each engine", "its buffers"] if sends else []
-    title = "What a rank holds, writes and sends, GiB"
+    title = f"What a rank holds{whose}, writes and sends, GiB"
     drawn = Table(box=box.SIMPLE_HEAD, title=title, pad_edge=False, collapse_padding=True)
     for column in columns:  # a heading may break between words, not within
         drawn.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for stage in range(found.layout.pipeline):
         drawn.add_row(*_row([report for report in found.ranks if report.stage == stage], trains, sends))
-    return Group(drawn, summary(found))
+    return Group(drawn, summary(found), *([table(found.value, " of the value model")] if found.value else []))
 
 
 def summary(found: DryRun) -> str:

@@ -18,7 +18,9 @@ only, and one layer's whole activations are there at a time. How many micro-batc
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 from tulu_mega.layout.optimizer_state import PIECE
 from tulu_mega.layout.schedule import peak_held
@@ -65,11 +67,25 @@ class RankMemory:
     allocator: float
     """reserved over allocated"""
     reserved: float = RESERVED
+    value: float = 0.0
+    """weights, gradients and optimizer of a value model that trains beside"""
+    value_passes: float = 0.0
+    """what its passes take above the policy's, in whose place they come"""
 
     @property
     def parts(self) -> dict[str, float]:
         """By name."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "rank"}
+
+    @property
+    def held(self) -> float:
+        """What a model that trains takes all the time."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def passing(self) -> float:
+        """What comes and goes with its passes."""
+        return self.activations + self.working + self.log_probs + self.pipeline + self.outputs + self.communication
 
     @property
     def total(self) -> float:
@@ -128,13 +144,27 @@ def rank_memory(job: Job, rank: int, beside: int = 0, bucket: int = 0) -> RankMe
         sync=SLOTS * max(bucket, _largest(job, rank) * item) if bucket else 0.0,
         allocator=0.0,
     )
-    passing = made.activations + made.working + made.log_probs + made.pipeline + made.outputs + made.communication
-    return replace(made, allocator=UNUSABLE * passing)
+    return replace(made, allocator=UNUSABLE * made.passing)
 
 
 def memory_by_rank(job: Job, beside: int = 0, bucket: int = 0) -> list[RankMemory]:
     """Of every pipeline rank. Arguments and errors of :func:`rank_memory`."""
     return [rank_memory(job, rank, beside, bucket) for rank in range(job.parallel.pipeline)]
+
+
+def beside_a_value_model(policy: Sequence[RankMemory], value: Sequence[Collection[RankMemory]]) -> list[RankMemory]:
+    """The policy's pipeline ranks with what the value model takes there. The two pass in turn, so what comes and goes is there
+    once, as large as the larger needs it.
+
+    Args:
+        value: for each of them, the value model's pipeline ranks, each by itself, that lie on the same GPUs.
+    """
+    made = []
+    for own, others in zip(policy, value, strict=True):
+        held, passing = max(each.held for each in others), max(each.passing for each in others)
+        more = max(0.0, passing - own.passing)
+        made.append(replace(own, value=held, value_passes=more, allocator=UNUSABLE * (own.passing + more)))
+    return made
 
 
 def checkpoint_host_bytes(job: Job, format: str, asynchronous: bool) -> float:
@@ -157,6 +187,13 @@ def checkpoint_host_bytes(job: Job, format: str, asynchronous: bool) -> float:
         return passing + firsts * held * (job.state_bytes + job.itemsize)
     copied = 1.0 if format == "same_layout" else 1 - 1 / job.shards
     return passing + held * (per_node * job.state_bytes / job.shards + firsts * job.itemsize * copied)
+
+
+def together_host_bytes(jobs: Sequence[Job], format: str, asynchronous: bool) -> float:
+    """The same of models that one checkpoint has: they are written one after another, and copied all at once."""
+    passing = [min(job.gpu.per_node, job.world) * max(map(partial(_passing, job), range(job.parallel.pipeline))) for job in jobs]
+    copies = [checkpoint_host_bytes(job, format, asynchronous) - own for job, own in zip(jobs, passing, strict=True)]
+    return max(passing) + sum(copies)
 
 
 def resume_host_bytes(job: Job) -> float:

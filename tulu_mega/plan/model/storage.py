@@ -25,6 +25,9 @@ class Storage:
     load: float
     """seconds until all ranks have read what they need"""
 
+    def __add__(self, other: Storage) -> Storage:
+        return Storage(self.size + other.size, self.save + other.save, self.waits + other.waits, self.load + other.load)
+
 
 def storage(job: Job, rate: float, asynchronous: bool) -> Storage:
     """A checkpoint: each rank writes its share of the optimizer's state, the first of the data-parallel ones the weights too. On

@@ -97,6 +97,14 @@ def train_step(job: Job, rates: Rates) -> Step:
     )
 
 
+def mean_step(made: Sequence[Step], updates: int) -> Step:
+    """The mean of some steps, times the updates that a step of the stage has."""
+    factor = updates / len(made)
+    parts = {name: sum(step.parts[name] for step in made) * factor for name in made[0].parts}
+    tokens, flops = (sum(getattr(step, name) for step in made) * factor for name in ("tokens", "flops"))
+    return Step(**parts, tokens=round(tokens), flops=flops, world=made[0].world)
+
+
 def slowest_replica(job: Job, rates: Rates) -> tuple[Pack, ...]:
     """The micro-batches of the replica that the others wait for."""
     return max(set(job.packs), key=_Passes(job, rates).span)

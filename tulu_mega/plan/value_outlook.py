@@ -1,0 +1,47 @@
+"""What a value model takes beside a policy: its own steps and memory, planned as a model's of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tulu_mega.plan.model.calibration import RATES
+from tulu_mega.plan.model.job import Job
+from tulu_mega.plan.model.memory import RankMemory, memory_by_rank
+from tulu_mega.plan.model.timing import Step, mean_step, score_seconds, train_step
+
+
+@dataclass(frozen=True)
+class ValueOutlook:
+    """Of a value model."""
+
+    job: Job
+    """one sampled update"""
+    memory: list[RankMemory]
+    """of each of its pipeline ranks, as if it were alone"""
+    step: Step
+    """mean of the sampled updates; all of a step together"""
+    scoring: float
+    """seconds of a step in which values are computed without training"""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.step.seconds + self.scoring
+
+
+def value_outlook(jobs: Sequence[Sequence[Job]], updates: int, scorings: int) -> ValueOutlook:
+    """Plans a value model.
+
+    Args:
+        jobs: of each sampled step, its mini-batches.
+        updates: of a step.
+        scorings: passes over all a step's sequences without training.
+
+    Raises:
+        UserError: for a model or layout that does not fit together.
+    """
+    every = [job for one in jobs for job in one]
+    forward = sum(score_seconds(job, RATES) for job in every) / len(jobs)
+    made = mean_step([train_step(job, RATES) for job in every], updates)
+    return ValueOutlook(every[0], memory_by_rank(every[0]), made, forward * scorings)
