@@ -169,7 +169,7 @@ def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
         return config
 
     monkeypatch.setattr(model_checks, "model_config", model)
-    beside = config | {"architectures": ["LlamaForSequenceClassification"]}
+    beside = config | {"architectures": [config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")]}
     monkeypatch.setattr(policy_checks, "model_config", lambda settings: beside)
     monkeypatch.setattr(policy_checks, "look", lambda rollout: ({}, {}))  # nobody is at the recipes' addresses
     monkeypatch.setattr(run_checks, "model_directory", lambda path: local)  # with no tokenizer of its own
