@@ -25,7 +25,7 @@ EVERYWHERE = """
     train.profile.step train.profile.steps train.profile.ranks
     heldout.data heldout.split heldout.every
 """
-CONTENT = {"model.path", "data.train", "data.split", "data.tokenizer"}
+CONTENT = {"model.path", "data.train", "data.split", "data.tokenizer", "lora.adapter"}
 ROWS = "data.cache data.workers train.micro_batches heldout.batch"
 ROLLOUTS = """
         rollout.servers rollout.tensor rollout.python rollout.urls rollout.max_model_len rollout.gpu_memory rollout.cpu_cache_gib
@@ -40,14 +40,7 @@ INDIFFERENT = {
     "grpo": ROLLOUTS,
     "ppo": ROLLOUTS,
 }
-ADAPTERS = {"lora.adapter"}
-FURTHER = {
-    "sft": ADAPTERS,
-    "rm": ADAPTERS,
-    "dpo": ADAPTERS,
-    "grpo": {"rewards.model", "rewards.custom"},
-    "ppo": {"rewards.model", "rewards.custom", "value.path"},
-}
+FURTHER = {"grpo": {"rewards.model", "rewards.custom"}, "ppo": {"rewards.model", "rewards.custom", "value.path"}}
 """Content that a stage names besides."""
 
 

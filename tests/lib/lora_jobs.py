@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from tests.lib import families, jobs
 from tests.lib.checkpoints import save
+from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import OptimSettings
 from tulu_mega.config.lora import LoraSettings
 from tulu_mega.objectives.reward import RewardObjective
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.records import IGNORE
 from tulu_mega.train import checkpoint
+from tulu_mega.train.initial_adapters import AsItBegan
 
 LR, ADAMW_LR, STEPS = 0.01, 1e-3, 3
 
@@ -105,7 +108,6 @@ def trained(
             save(engine, Path(folder), steps, {}, keep=9)
         if out:
             made.export_adapters(Path(out, "adapter"), torch.float32 if dtype == "fp32" else torch.bfloat16)
-            made.merge_adapters()
             made.export(Path(out, "hf"), torch.float32 if dtype == "fp32" else torch.bfloat16, {})
         return seen
 
@@ -152,3 +154,30 @@ def peft_scores(directory: str, adapter: str) -> list[float]:
             states = hidden.model(torch.tensor([sequence.input_ids])).last_hidden_state
             scores.append(float(hidden.score(states)[0, -1, 0]))
     return scores
+
+
+def policy_parts(directory: str, layout: dict[str, Any], adapter: str, out: str) -> bool:
+    """What a policy with adapters needs: its reference, and weights for servers, each stage's in OUT; the model goes to OUT/hf.
+
+    Returns:
+        whether the reference is, after two steps, what the model was before them, and left the trained model as it was.
+    """
+    with jobs.session(directory, layout, lora=LoraSettings(adapter=adapter)) as made:
+        engine = made.engine
+        micro = jobs.share(made, jobs.sequences(engine.hf.vocab_size), 2)
+        before, reference = engine.score(micro), AsItBegan(engine)
+        optim = OptimSettings(name="sgd", lr=0.1, schedule="constant", warmup=0.0, clip=0.0, weight_decay=0.0)
+        engine.prepare_training(optim, 2)
+        for step in range(2):
+            engine.optimizer_step(step, engine.forward_backward(micro, SftObjective("token_mean")).loss)
+        trained, then = engine.score(micro), reference.score(micro)
+        again = engine.score(micro)
+        same = all(map(torch.equal, before, then)) and all(map(torch.equal, trained, again))
+        differ = not any(map(torch.equal, before, trained))
+        made.export(Path(out, "hf"), torch.float32, {})
+        if made.topology.first_copy:
+            stream = LiveWeights(made.shard(engine.hf.to_dict()), torch.float32)
+            held = {name: whole for name, whole in stream if whole is not None}
+            if held:
+                save_file(held, f"{out}/stage{made.topology.pipeline_rank}.safetensors")
+        return same and (differ or not before)

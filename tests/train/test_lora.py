@@ -136,6 +136,17 @@ def test_adapters_go_in_and_out_bit_for_bit_and_the_weights_stay(truth, tmp_path
     assert sorted(written["target_modules"]) == sorted(given["target_modules"])
 
 
+@pytest.mark.parametrize("layout", ["TP2xPP2", pytest.param("PP2xVPP2", marks=pytest.mark.acceptance)])
+def test_a_policys_reference_is_what_it_began_with_and_servers_get_merged_weights(truth, tmp_path, layout):
+    root = truth("Llama", "r3")[0]
+    arguments = (str(root / "model"), LAYOUTS[layout], str(root / "adapter"), str(tmp_path))
+    assert all(world.run(size(LAYOUTS[layout]), lora_jobs.policy_parts, *arguments))
+    sent, exported = weights(tmp_path), weights(tmp_path / "hf")
+    assert sent.keys() == exported.keys()
+    for name, value in exported.items():
+        np.testing.assert_array_equal(sent[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize("to", ["hf", "megatron"])
 def test_convert_merges_them(truth, tmp_path, to):
     root = truth("Llama", "r3")[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,16 @@ _SLAB_BYTES = 32 * 2**20
 _LAYERS = "decoder.layers."
 
 
+class Values(Protocol):
+    """A tensor, or what can be read like one, a box at a time."""
+
+    device: torch.device
+    dtype: torch.dtype
+    itemsize: int
+
+    def __getitem__(self, box: tuple[slice, ...]) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class ModelShard:
     """The part of a model that a rank holds."""
@@ -41,6 +52,8 @@ class ModelShard:
     """for what is collective; None for a size of 1"""
     pipeline_group: dist.ProcessGroup | None = None
     """as `tensor_group`"""
+    merged: Callable[[Tensor], Values] = lambda parameter: parameter
+    """What goes out for a parameter: its values with those of its adapters, where it has any."""
 
 
 def exportable(chunk: nn.Module, adapters: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
@@ -69,7 +82,7 @@ class Outbound:
     """A Hugging Face tensor to be sent or written, with the boxes that each tensor rank holds."""
 
     hf_name: str
-    parameter: Tensor
+    parameter: Values
     pieces: tuple[tuple[Piece, ...], ...]
     """per TP rank; of a replicated tensor only rank 0's"""
 
@@ -84,7 +97,7 @@ def outbound(shard: ModelShard) -> list[Outbound]:
                 continue
             for hf_name in dict.fromkeys(piece.hf_name for pieces in per_rank for piece in pieces):
                 chosen = tuple(tuple(piece for piece in pieces if piece.hf_name == hf_name) for pieces in per_rank)
-                items.append(Outbound(hf_name, parameter, chosen))
+                items.append(Outbound(hf_name, shard.merged(parameter), chosen))
     return items
 
 

@@ -97,6 +97,8 @@ class RunSettings(EngineSettings):
     the same setting is accepted by the name that its refusal prints."""
     seed: int = 123
     optim: OptimSettings = OptimSettings()
+    lora: LoraSettings | None = None
+    """Train low-rank adapters beside the frozen weights; unset, all weights are trained."""
     ddp: Annotated[dict[str, Any], Effect.NONE] = {}
     """Fields of megatron-core's DistributedDataParallelConfig that no setting of ours names."""
     optimizer: dict[str, Any] = {}
@@ -123,6 +125,12 @@ class RunSettings(EngineSettings):
                 f"optim.moments = 'bf16' needs optim.name = 'adamw', got {self.optim.name!r}, and "
                 "parallel.distributed_optimizer; set them, or leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_lie_beside_plain_weights(self) -> RunSettings:
+        if self.lora and self.precision.fp8_param_gather:
+            raise ValueError("[lora] does not go with precision.fp8_param_gather: frozen weights are gathered once; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -177,17 +185,8 @@ class StageSettings(RunSettings):
 
     data: DataSettings
     train: TrainSettings = TrainSettings()
-    lora: LoraSettings | None = None
-    """Train low-rank adapters beside the frozen weights; unset, all weights are trained."""
     heldout: Annotated[HeldOutSettings | None, Effect.NONE] = None
     """Rows to evaluate on while training."""
-
-    @model_validator(mode="after")
-    def _adapters_lie_beside_plain_weights(self) -> StageSettings:
-        if self.lora and self.precision.fp8_param_gather:
-            raise ValueError("[lora] does not go with precision.fp8_param_gather: frozen weights are gathered once; leave it out")
-        return self
-
 
 class OnePass(TrainSettings):
     epochs: Annotated[float, Field(gt=0), Effect.LENGTH] = 1.0

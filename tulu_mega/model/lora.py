@@ -54,6 +54,10 @@ class Pair(nn.Module):
         set_tensor_model_parallel_attributes(copied, is_parallel=False, dim=-1, stride=1)
         copied.sequence_parallel = sequence_parallel  # it sees its own tokens alone: megatron-core sums the gradients
 
+    def product(self, rows: slice, columns: slice) -> Tensor:
+        """A box of B A, in float32."""
+        return self.lora_B[rows].float() @ self.lora_A[:, columns].float()
+
 
 @dataclass(frozen=True)
 class _Layout:
@@ -86,11 +90,17 @@ class _CutByRows:
         ]
         return product + torch.cat(columns, dim=-1), bias
 
-    def added(self, rows: int) -> Tensor:
-        """What merging adds to the layer's weight, float32 [rows, in]."""
-        products = [pair.lora_B.float() @ pair.lora_A.float() * self.layout.scale for pair in self.pairs]
-        nothing = products[0].new_zeros(rows, products[0].shape[1])
-        return torch.cat([nothing[:n] if at is None else products[at][first : first + n] for at, first, n in self.parts])
+    def added(self, rows: slice, columns: slice) -> Tensor:
+        """A box of what merging adds to the layer's weight, in float32."""
+        made, at = [], 0
+        for which, first, count in self.parts:
+            low, high = max(rows.start, at), min(rows.stop, at + count)
+            if low < high and which is None:
+                made.append(torch.zeros(high - low, columns.stop - columns.start, device=self.pairs[0].lora_A.device))
+            elif low < high:
+                made.append(self.pairs[which].product(slice(first + low - at, first + high - at), columns))
+            at += count
+        return torch.cat(made) * self.layout.scale
 
 
 @dataclass(frozen=True)
@@ -109,9 +119,37 @@ class _CutByColumns:
             narrow = reduce_from_tensor_model_parallel_region(narrow, group=into.group)
         return product + F.linear(narrow, self.pair.lora_B), bias
 
-    def added(self, rows: int) -> Tensor:
-        """What merging adds to the layer's weight, float32 [rows, in / TP]."""
-        return self.pair.lora_B.float() @ self.pair.lora_A.float() * self.layout.scale
+    def added(self, rows: slice, columns: slice) -> Tensor:
+        """A box of what merging adds to the layer's weight, in float32."""
+        return self.pair.product(rows, columns) * self.layout.scale
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A layer's weight with its adapters' products added, in float32 and rounded once: made when it is read, a box at a time."""
+
+    weight: Tensor
+    pairs: _CutByRows | _CutByColumns
+
+    @property
+    def device(self) -> torch.device:
+        """The weight's."""
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's."""
+        return self.weight.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """The weight's."""
+        return self.weight.itemsize
+
+    @torch.no_grad()
+    def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
+        held = self.weight[box]
+        return (held.float() + self.pairs.added(*box)).to(held.dtype)
 
 
 class Adapters(nn.Module):
@@ -119,7 +157,7 @@ class Adapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._beside: list[tuple[nn.Module, _CutByRows | _CutByColumns]] = []
+        self._merged: dict[int, Merged] = {}
 
     def add(self, path: str, pair: Pair) -> None:
         """Puts a pair at its place."""
@@ -133,14 +171,12 @@ class Adapters(nn.Module):
 
     def act(self, linear: nn.Module, pairs: _CutByRows | _CutByColumns) -> None:
         """From now on they are added to what a linear layer gives."""
-        self._beside.append((linear, pairs))
+        self._merged[id(linear.weight)] = Merged(linear.weight, pairs)
         linear.register_forward_hook(pairs)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Adds the products to the weights, in float32 and rounded once. The pairs go on acting, so the model is for export."""
-        for linear, pairs in self._beside:
-            linear.weight.copy_(linear.weight.float() + pairs.added(len(linear.weight)))
+    def merged(self, parameter: Tensor) -> Tensor | Merged:
+        """What a parameter is with its adapters merged; itself where it has none."""
+        return self._merged.get(id(parameter), parameter)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """megatron-core's description for distributed checkpoints: names are the whole model's, so that any layout reads them."""

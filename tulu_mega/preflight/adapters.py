@@ -9,14 +9,14 @@ from tulu_mega.bridge.adapters import adapter_family
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.bridge.files.peft import open_adapter, settings_of
-from tulu_mega.config import StageSettings
+from tulu_mega.config import RunSettings
 from tulu_mega.errors import UserError
 from tulu_mega.pins.directories import Directory
 from tulu_mega.preflight import run
 from tulu_mega.preflight.findings import Findings
 
 
-def problems(settings: StageSettings, findings: Findings, reward: bool) -> None:
+def problems(settings: RunSettings, findings: Findings, reward: bool = False) -> None:
     """Of adapters that the run begins with, which are the model's; they are pinned.
 
     Args:

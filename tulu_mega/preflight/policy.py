@@ -17,7 +17,7 @@ from tulu_mega.layout.division import server_problems
 from tulu_mega.layout.fp8 import rollout_fp8_problems
 from tulu_mega.pins import rows
 from tulu_mega.pins.directories import Directory
-from tulu_mega.preflight import pinned, profile, run
+from tulu_mega.preflight import adapters, pinned, profile, run
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import model_config, within_vocabulary
 from tulu_mega.rl.prompts import Prompts, read
@@ -28,6 +28,7 @@ from tulu_mega.weight_transfer.counterpart import Model, between, differences
 def problems(settings: PolicyRunSettings, findings: Findings) -> None:
     """Of the run, its servers, its prompts and its reward model."""
     run.problems(settings, findings)
+    adapters.problems(settings, findings)
     config = findings.config
     findings.collect(lambda: _servable(settings, config, findings.notes))
     if settings.rollout.urls:

@@ -22,6 +22,7 @@ from tulu_mega.rl.batches import differences, packed, scored, split, with_column
 from tulu_mega.rl.collector import Collected
 from tulu_mega.train.batch_loss import BatchLoss
 from tulu_mega.train.engine import Engine, Objective, Update
+from tulu_mega.train.initial_adapters import AsItBegan
 from tulu_mega.train.step_clock import StepClock
 
 
@@ -91,7 +92,7 @@ class Trained:
 
     engine: Engine
     objective: Objective
-    reference: Engine | None = None
+    reference: Engine | AsItBegan | None = None
     """Of the model whose log-probabilities are compared with, if any."""
 
 

@@ -33,6 +33,8 @@ from tulu_mega.rl.reporter import Reporter
 from tulu_mega.rl.reward_model import RewardModelScores
 from tulu_mega.rl.scheduler import Generates, Scheduler
 from tulu_mega.train.checkpoint import Checkpoint
+from tulu_mega.train.engine import Engine
+from tulu_mega.train.initial_adapters import AsItBegan
 from tulu_mega.train.profiling import StepProfiler
 from tulu_mega.train.run import Beside, Run, opened_session
 from tulu_mega.train.save_schedule import SaveSchedule
@@ -199,13 +201,13 @@ def opened_policy(settings: PolicyRunSettings, world: World, method: Method) -> 
     """
     with contextlib.ExitStack() as stack:
         temperature, shares = settings.sampling.temperature, settings.train.share_prompts
-        session = stack.enter_context(opened_session(settings, world, reward=False, temperature=temperature, shares=shares))
+        session = stack.enter_context(opened_session(settings, world, False, temperature, shares, settings.lora))
         beside = method.beside(session)
         run, engine, lead = Run(settings, session, beside=beside), session.engine, session.lead
         prompts = read(settings, first_day(Path(settings.run_dir))) if lead else None
         steps = from_lead(steps_of(settings, len(prompts.train)) if lead else None)
 
-        reference = session.beside(settings.model.path, reward=False).engine if settings.policy.reads_reference else None
+        reference = _reference(session, run) if settings.policy.reads_reference else None
         found = run.weights(steps, settings.train.mini_batches * settings.train.passes)
         start = found.step if found else 0
         scores = None
@@ -253,6 +255,14 @@ def opened_policy(settings: PolicyRunSettings, world: World, method: Method) -> 
             saves=saves,
             profiler=run.profiler(start),
         )
+
+
+def _reference(session: Session, run: Run) -> Engine | AsItBegan:
+    """The model that the run began with: a second one, or of a run with adapters the same one with those that it began with."""
+    if session.engine.lora is None:
+        return session.beside(session.settings.model.path, reward=False).engine
+    run.initial_weights()
+    return AsItBegan(session.engine)
 
 
 def _scheduler(

@@ -220,7 +220,6 @@ class Run:
             self.session.export_adapters(self.run_dir / ADAPTER, dtype)
             if self.session.lead:
                 print(f"adapters in PEFT's format: {self.run_dir / ADAPTER}", flush=True)
-            self.session.merge_adapters()
         directory = self.run_dir / "hf"
         self.session.export(directory, dtype, beside, self._tokenizer, ends)
         if self.session.lead:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tulu_mega import platforms
 from tulu_mega.bridge.adapters import adapter_family
@@ -22,7 +23,7 @@ from tulu_mega.bridge.files.hub import is_megatron, model_directory
 from tulu_mega.bridge.files.peft import adapter_config, open_adapter, settings_of
 from tulu_mega.bridge.live import export_adapters, export_hf, load_hf
 from tulu_mega.bridge.rules import Config
-from tulu_mega.bridge.shards import ModelShard
+from tulu_mega.bridge.shards import ModelShard, Values
 from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import EngineSettings, RolloutSettings
 from tulu_mega.config.lora import LoraSettings
@@ -115,7 +116,12 @@ class Session:
             config: the config.json by which the model is read, written or sent.
         """
         place = self.topology
-        return ModelShard(self.engine.chunks, config, family_for(config), place, place.tensor_group, place.pipeline_group)
+        shard = ModelShard(self.engine.chunks, config, family_for(config), place, place.tensor_group, place.pipeline_group)
+        return replace(shard, merged=self._merged) if self.engine.lora else shard
+
+    def _merged(self, parameter: Tensor) -> Values:
+        found = (chunk.adapters.merged(parameter) for chunk in self.engine.chunks)
+        return next((each for each in found if each is not parameter), parameter)
 
     def beside(self, path: str, reward: bool, new_head: bool = False) -> Session:
         """Build another model under the same layout and load its weights. Only the weights take memory until it is trained.
@@ -192,12 +198,6 @@ class Session:
         lora = engine.lora
         told = adapter_config(self.settings.model.path, lora.rank, lora.alpha, lora.rslora, lora.names, engine.reward)
         export_adapters(self._thin(config), directory, dtype, told)
-
-    def merge_adapters(self) -> None:
-        """Adds the adapters to the weights, for the export of a model that needs none. It trains no further."""
-        self.engine.settle()
-        for chunk in self.engine.chunks:
-            chunk.adapters.merge()
 
 
 @contextlib.contextmanager
