@@ -271,7 +271,7 @@ def test_the_family_of_the_documentation_is_one():
     expected = FAMILIES["Qwen3ForCausalLM"].hf_shapes(config)
     expected |= {f"model.layers.{i}.self_attn.{name}": shape for i in range(2) for name, shape in beside.items()}
     assert shapes == expected
-    page = (docs / "families.md").read_text()
+    page = (docs / "reference/families.md").read_text()
     listed = [line.split("`")[1] for line in page.splitlines() if "ForCausalLM` |" in line]
     assert sorted(listed) == sorted(FAMILIES)
 
