@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -58,15 +59,20 @@ def judged_by_grpo(entries, objects=False):
 
 
 @pytest.fixture
-def watched(tmp_path, monkeypatch):
-    """A temporary directory of the workers, in which nothing and nobody is left."""
+def watched(monkeypatch):
+    """A temporary directory of the workers, in which nothing and nobody is left. Not one of pytest's, which another pytest closes."""
     before = sorted(os.listdir("/dev/shm"))
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setenv("TMPDIR", str(scratch))
-    yield victim
+    with tempfile.TemporaryDirectory(prefix="gallery-") as place:
+        victim, scratch = Path(place) / "victim", Path(place) / "scratch"
+        victim.write_text("precious")
+        scratch.mkdir()
+        monkeypatch.setenv("TMPDIR", str(scratch))
+        monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+        yield victim
+        nothing_is_left(victim, scratch, before)
+
+
+def nothing_is_left(victim, scratch, before):
     wait_until(lambda: not inhabitants(scratch), "processes are left")
     wait_until(lambda: not list(scratch.iterdir()), "files are left")  # of many the last are removed after the verdict
     assert [name for name in os.listdir("/dev/shm") if name not in before and "program" in name] == []
@@ -218,7 +224,7 @@ def checked(*arguments, before="", words=()):
 
 def as_ordinary_user():
     scratch = Path(os.environ["TMPDIR"])
-    open_to_all(scratch, scratch.parents[:3])
+    open_to_all(scratch, scratch.parents[:1])
     return words_before(ROOT, Path(os.path.dirname(pytest.__file__)), scratch)
 
 
