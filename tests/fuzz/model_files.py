@@ -23,6 +23,7 @@ from tulu_mega.bridge.files.megatron_files import MegatronCheckpoint
 from tulu_mega.bridge.files.megatron_index import read_index, screen
 from tulu_mega.config import ModelSettings
 from tulu_mega.convert import manifest
+from tulu_mega.data import limits
 from tulu_mega.data.chat import conversation_ids, encode
 from tulu_mega.data.stops import stop_ids
 from tulu_mega.data.tokenizer import load_tokenizer
@@ -134,6 +135,7 @@ def tokenizers(place: Path) -> dict[str, Parser]:
             for other, content in whole.items():
                 if other != name:
                     (directory / other).write_bytes(content)
+            limits.names("x")  # keeps the process that tries tokenizers, which would start anew for each
             loaded = load_tokenizer(str(directory))
             with contextlib.suppress(ValueError):
                 encode(TALK, loaded, "tulu", 100)

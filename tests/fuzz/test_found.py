@@ -44,6 +44,9 @@ FOUND = {
                                                                     "ground_truth": 10**400})),
     "ifeval: a count beyond floats": (answers, "verifier ifeval", told({"dataset": "ifeval", "response": "x", "ground_truth": {
         "func_name": "validate_word_constraint", "N": 10**400, "quantifier": "around"}})),
+    "rlvr: a verifier that is no name": (
+        rows, "rows of rlvr", told({"messages": [{"role": "user", "content": "x"}], "ground_truth": {}, "dataset": [None]})
+    ),
     "generation: a list": (model_files, "generation_config.json", b"[1]"),
     "generation: deep": (model_files, "generation_config.json", DEEP),
     "index: a name too long": (model_files, "safetensors: index", told({"weight_map": {"a": "x" * 300}})),

@@ -117,8 +117,8 @@ def test_a_worker_that_is_lost_over_a_reply_twice_is_a_zero_of_its_kind(monkeypa
     assert verdict_of(monkeypatch, BEGUN, "os._exit(7)") == Verdict.of(
         False, "the verifier's process ended (exit status 7)", "crash"
     )
-    late = verdict_of(monkeypatch, BEGUN, "time.sleep(3600)", timeout_s=0.5)
-    assert (late.score, late.kind) == (0.0, "time") or "within 0.5 s" in late.error  # it may have been too late to begin
+    late = verdict_of(monkeypatch, BEGUN, "time.sleep(3600)", timeout_s=0.3)
+    assert (late.score, late.kind) == (0.0, "time") or "within 0.3 s" in late.error  # it may have been too late to begin
 
 
 def test_a_worker_that_is_lost_over_a_reply_once_is_asked_again(monkeypatch, tmp_path):
@@ -128,7 +128,7 @@ def test_a_worker_that_is_lost_over_a_reply_once_is_asked_again(monkeypatch, tmp
 
 def test_a_worker_that_is_lost_before_is_an_error(monkeypatch):
     assert "exit status 7" in verdict_of(monkeypatch, "os._exit(7)").error
-    assert "within 0.5 s" in verdict_of(monkeypatch, "time.sleep(3600)", timeout_s=0.5).error
+    assert "within 0.2 s" in verdict_of(monkeypatch, "time.sleep(3600)", timeout_s=0.2).error
 
 
 # -- verifiers --------------------------------------------------------------------------------------------------------------
@@ -142,9 +142,9 @@ def test_a_reply_over_which_a_verifier_of_ours_takes_too_long_is_wrong():
 
 
 def test_a_reply_over_which_a_verifier_of_ours_takes_too_long_is_wrong_to_a_pool():
-    with VerifierPool(names=["format"], workers=1, timeout_s=1) as judges:
-        verdicts = judges.judge([ENDLESS, VerifierInput("aa", "format", r"\A(a+)+\Z")])
-    assert [(verdict.score, verdict.kind) for verdict in verdicts] == [(0.0, "time"), (1.0, "")]
+    with VerifierPool(names=["format"], workers=1, timeout_s=0.5) as judges:
+        (verdict,) = judges.judge([ENDLESS])
+    assert (verdict.score, verdict.kind) == (0.0, "time") or "within 0.5 s" in verdict.error  # it may be too late to begin
 
 
 @pytest.mark.parametrize("error", [MemoryError, RecursionError])

@@ -38,6 +38,16 @@ FAULTS = {
     "one answer for all calls alike": ("stubs.py", CALL, CACHED, "answers by the number of the call"),
     "an object's truth": ("stubs.py", 'raise self._refuse("the truth")', "return True", "a coroutine that is true"),
     "an exception's object": ("client.py", "Raised(name, (", "type(name, (", "an exception class in a function's place"),
+    "a function's text": (
+        "stubs.py", '        if not self._name:\n            raise self._refuse("the text")\n', "", "text of a function is long"
+    ),
+    "a coroutine's hash": (
+        "stubs.py", 'raise self._refuse("the hash")\n        return object', "pass\n        return object",
+        "coroutines in a set",
+    ),
+    "a function of the test's process": (
+        "client.py", "if home in _POWERFUL or", "if False and", "eval in the test opens the judge's report"
+    ),
     "a loop ended by the program": ("client.py", "            kind = RuntimeError", "            pass", ENDED),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ def read(row: Row) -> Problem:
     if messages[-1]["role"] == "assistant":
         raise ValueError("its last message is the assistant's, so there is nothing to answer; leave that message out")
     names = row.get("dataset")
-    if not (isinstance(names, str) or (isinstance(names, list) and names)):
+    if not (isinstance(names, str) or (isinstance(names, list) and names and all(isinstance(name, str) for name in names))):
         raise ValueError("dataset is missing; expected the name of the verifier, or a list of names")
     if "ground_truth" not in row:
         raise ValueError("ground_truth is missing")
