@@ -15,6 +15,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tulu_mega.process import uncollected
+
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")  # how busy a machine is decides nothing
 
@@ -30,6 +32,13 @@ SHARED = {
     "tests/evaluation/test_eval_vllm.py": "one vLLM",
 }
 """Beginning of a test file's path -> what its tests share, which takes long to start; one worker runs all that share it."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """All of the tests' modules are imported here, and stay."""
+    with uncollected():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

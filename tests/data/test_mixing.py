@@ -267,7 +267,7 @@ def test_two_runs_at_once_tokenise_once(settings, tmp_path, monkeypatch, capsys)
 
     def slow_build(*arguments):
         first_is_in.set()
-        assert second_waits.wait(30)
+        assert second_waits.wait(120)
         made.append(arguments[0])
         return build(*arguments)
 
@@ -280,9 +280,9 @@ def test_two_runs_at_once_tokenise_once(settings, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(prepare_module.fcntl, "flock", telling_flock)
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(prepare, data, model, tmp_path / "one", False)
-        assert first_is_in.wait(30)
+        assert first_is_in.wait(120)
         two = pool.submit(prepare, data, model, tmp_path / "two", False)
-        assert len(one.result(30)) == len(two.result(30)) == 2
+        assert len(one.result(120)) == len(two.result(120)) == 2
     assert len(made) == 1
     assert (tmp_path / "one").resolve() == (tmp_path / "two").resolve()
     assert "another run is tokenising the same data" in capsys.readouterr().err

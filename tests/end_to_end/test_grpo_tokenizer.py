@@ -54,10 +54,14 @@ def test_figures_are_means_over_trained_tokens(run):
     assert metrics["sampler_difference"] == pytest.approx(mean, rel=1e-5)
 
 
-def test_vllm_ends_at_it_by_what_the_exported_directory_says(run):
-    """Nothing tells it of the tokenizer's eos: neither the one who asks nor the tokenizer, which it does not load."""
+def test_the_exported_directory_says_what_ends(run):
     assert AutoTokenizer.from_pretrained(run / "hf").eos_token_id == EOS
     assert GenerationConfig.from_pretrained(run / "hf").eos_token_id == [EOS, 0]  # token 0 is the same in both
+
+
+@pytest.mark.acceptance
+def test_vllm_ends_at_it_by_what_the_exported_directory_says(run):
+    """Nothing tells it of the tokenizer's eos: neither the one who asks nor the tokenizer, which it does not load."""
     with Generator(str(run / "hf"), log=run / "vllm.log") as vllm:
         assert vllm([[5, 6, 7]], Sampling(max_tokens=5, allowed_ids=(EOS,))) == [[Completion([EOS], "stop")]]
         assert vllm([[5, 6, 7]], Sampling(max_tokens=5, allowed_ids=(EOS - 1,))) == [[Completion([EOS - 1] * 5, "length")]]

@@ -49,7 +49,12 @@ from tulu_mega.platforms import prepare_imports
 compiler = torch.compile
 prepare_imports()
 prepare_imports()
-assert "megatron.core.tensor_parallel" in sys.modules and torch.compile is compiler
+assert "megatron.core.tensor_parallel" in sys.modules and torch.compile is compiler and "wandb" not in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules, "something was compiled"
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+x = torch.randn(3, 8)
+gate, up = x.chunk(2, -1)
+assert torch.equal(swiglu(x), torch.nn.functional.silu(gate) * up)
 import tulu_mega.recipes.grpo
 assert "wandb" not in sys.modules
 """

@@ -72,7 +72,7 @@ def test_serve_is_attached_by_its_urls_and_ends_in_order(model, tmp_path, monkey
         key_file = tmp_path / "s/key"
         assert key_file.stat().st_mode & 0o777 == 0o600
         monkeypatch.setenv(KEY, key_file.read_text())
-        asked = rollout_settings(urls=urls, start_timeout=30.0)
+        asked = rollout_settings(urls=urls, start_timeout=START_SECONDS)
         (address,) = attached(asked, tmp_path / "run")
         label(address, VERSION)
         with RolloutClient([address], asked) as client:

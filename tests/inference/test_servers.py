@@ -46,6 +46,8 @@ pytestmark = [pytest.mark.servers, pytest.mark.skipif(not sys.platform.startswit
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45], [300], [17, 18, 19, 20]]
 SAMPLING = Sampling(max_tokens=12, temperature=0.7, samples=3, seed=4)
 VERSION = 3
+LONG = 120.0
+"""Seconds that a server may take to answer on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +109,13 @@ def test_no_route_answers_without_the_key(servers, verb, path, key):
     headers = {} if key is None else {"Authorization": key.replace("KEY", servers[0].key)}
     if key == "Bearer KEY ":
         headers = {"Authorization": f"Bearer {servers[0].key}x"}
-    assert httpx.request(verb, servers[0].url + path, headers=headers, json={} if verb == "POST" else None).status_code == 401
+    content = {} if verb == "POST" else None
+    assert httpx.request(verb, servers[0].url + path, headers=headers, json=content, timeout=LONG).status_code == 401
 
 
 def test_the_key_opens_and_stands_nowhere(servers, pool, run_dir):
-    assert httpx.get(f"{servers[0].url}/health", headers=with_key(servers[0])).status_code == 200
-    about = httpx.get(servers[0].url + ABOUT, headers=with_key(servers[0])).json()
+    assert httpx.get(f"{servers[0].url}/health", headers=with_key(servers[0]), timeout=LONG).status_code == 200
+    about = httpx.get(servers[0].url + ABOUT, headers=with_key(servers[0]), timeout=LONG).json()
     told = {"incarnation": servers[0].incarnation, "longest": 512, "vocabulary": 424}
     assert {name: about[name] for name in told} == told and about["process"]
     assert about["model"]["dtype"] == "float32" and about["model"]["config"]["vocab_size"] == 424
@@ -229,10 +232,10 @@ def test_what_is_cancelled_ends_at_the_server_too(servers):
         )
 
     def idle() -> bool:
-        answer = httpx.post(f"{servers[0].url}/abort_requests", json={}, headers=with_key(servers[0]))
+        answer = httpx.post(f"{servers[0].url}/abort_requests", json={}, headers=with_key(servers[0]), timeout=LONG)
         return answer.json()["aborted"] == 0
 
-    assert until(idle, 30)
+    assert until(idle, LONG)
 
 
 def honest(servers) -> list[list[list[int]]]:
@@ -245,7 +248,7 @@ def test_whoever_has_the_key_cannot_end_a_server_or_stop_it_from_serving(servers
     before = honest(servers)
     for path, asked in HOSTILE:
         content = asked if isinstance(asked, bytes) else json.dumps(asked).encode()
-        answer = httpx.post(servers[0].url + path, content=content, headers=with_key(servers[0]), timeout=30)
+        answer = httpx.post(servers[0].url + path, content=content, headers=with_key(servers[0]), timeout=LONG)
         assert 400 <= answer.status_code <= 503, (path, asked, answer.text)
     assert honest(servers) == before
 
@@ -271,7 +274,7 @@ def test_a_server_killed_during_generation_is_replaced_while_the_other_answers(s
     now = attached(rollout_settings(), run_dir)
     assert now[1] == servers[1]
     assert now[0].incarnation > servers[0].incarnation and now[0].url != servers[0].url
-    assert httpx.get(f"{now[0].url}/health", headers=with_key(now[0])).status_code == 200
+    assert httpx.get(f"{now[0].url}/health", headers=with_key(now[0]), timeout=LONG).status_code == 200
     assert not shared & set(os.listdir("/dev/shm")) and not left_over(segments, old)
 
 
@@ -363,7 +366,7 @@ def test_a_server_killed_while_it_starts_is_started_again(options, tmp_path):
         assert until(lambda: len(session_of(tmp_path, 0)) >= 2)
         session_of(tmp_path, 0)[1].kill()
         (address,) = pool.wait()
-        assert httpx.get(f"{address.url}/health", headers=with_key(address)).status_code == 200
+        assert httpx.get(f"{address.url}/health", headers=with_key(address), timeout=LONG).status_code == 200
         session_of(tmp_path, 0)[1].kill()
         assert until(lambda: read_record(tmp_path / "servers", 0).state == "failed")
         with pytest.raises(UserError, match=r"ended with status 137 after 1 restart"):

@@ -25,6 +25,7 @@ RANK = """
     from tulu_mega.launch import launcher, reporting
     from tulu_mega.errors import UserError
     launcher.die_with_launcher()
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "x")  # else torch is loaded, to be asked whether there is CUDA
     rank = int(os.environ["RANK"])
 
     def recipe(settings, world):

@@ -1,6 +1,7 @@
 """A server's processes as the kernel sees them, and what its answers are compared with."""
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +19,8 @@ START_SECONDS = 240.0
 
 def label(address: ServerAddress, version: int) -> None:
     """What a trainer's update does to the version, without the weights."""
-    answer = httpx.post(f"{address.url}/update_weight_version", json={"new_version": str(version)}, headers=with_key(address))
+    told, url = {"new_version": str(version)}, f"{address.url}/update_weight_version"
+    answer = httpx.post(url, json=told, headers=with_key(address), timeout=120)
     assert answer.json()["success"]
 
 
@@ -75,10 +77,9 @@ def mapped(processes: list[psutil.Process]) -> set[str]:
 def transformers_logp(model: Path, prompt: list[int], response: list[int], temperature: float, top_p: float) -> list[float]:
     """Log-probabilities of a response's tokens in the distribution they were drawn from: nucleus of the tempered softmax."""
     import torch
-    from transformers import LlamaForCausalLM
 
     with torch.no_grad():
-        logits = LlamaForCausalLM.from_pretrained(model)(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logits = _llama(model)(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     values = []
     for row, token in zip(logits.double() / temperature, response, strict=True):
         chances, order = row.softmax(-1).sort(descending=True)
@@ -88,5 +89,12 @@ def transformers_logp(model: Path, prompt: list[int], response: list[int], tempe
     return values
 
 
+@functools.cache
+def _llama(model: Path):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(model)
+
+
 def rollout_settings(**values) -> RolloutSettings:
-    return RolloutSettings(**{"servers": 2, "start_timeout": START_SECONDS, "request_timeout": 60.0, **values})
+    return RolloutSettings(**{"servers": 2, "start_timeout": START_SECONDS, "request_timeout": 120.0, **values})

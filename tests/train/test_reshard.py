@@ -249,7 +249,7 @@ def held_up(model: str, layout: dict, directory: str, format: str) -> tuple[bool
         return rounded
 
     def waiting(self):
-        go.wait(60)
+        go.wait(200)
         write(self)
 
     with jobs.session(model, layout) as made:
@@ -295,7 +295,7 @@ def behind_training(model: str, directory: str, fails: bool) -> dict:
     go, wrote, original = threading.Event(), [], ShardedSave.write
 
     def write(self):
-        go.wait(60)
+        go.wait(200)
         if fails and os.environ["RANK"] == "1" and wrote:
             raise OSError(28, "No space left on device")
         original(self)

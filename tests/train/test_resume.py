@@ -17,12 +17,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.launch.test_launcher import wait_until
 from tests.lib import world
 from tests.lib.sft_runs import EXAMPLE, PATIENCE, arguments, expect_same, run_sft, saving, steps_done, undisturbed
 from tulu_mega.config import SftSettings, load
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.preflight import check
+from tulu_mega.train import saver
 
 pytestmark = pytest.mark.ranks
 
@@ -92,6 +94,21 @@ class Run:
         assert not commands, f"left behind: {commands}"
 
 
+def run_until_a_save(settings: SftSettings, step: int, told: Path) -> None:
+    """Trains until the checkpoint of a step is all but there, says so and waits for the end."""
+    places = saver.put_in_place
+
+    def place(partial: Path, directory: Path, manifest: dict, digests: dict[str, str]) -> None:
+        if manifest["step"] == step:
+            told.touch()
+            time.sleep(600)
+        places(partial, directory, manifest, digests)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saver, "put_in_place", place)
+        run_sft(settings)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_in_a_save_and_by_a_dying_rank(material, tmp_path):
@@ -100,10 +117,14 @@ def test_killed_in_a_save_and_by_a_dying_rank(material, tmp_path):
     run_dir = tmp_path / "run"
     again = arguments(material, run_dir, steps, every=1)
 
-    first = Run(again, tmp_path / "first.log")
-    assert first.wait_until(lambda: steps_done(run_dir) >= 2 and saving(run_dir))
-    first.kill_launcher()
-    assert steps_done(run_dir) < steps
+    wanted = load(SftSettings, str(EXAMPLE), again[1:])
+    check.ready(wanted)
+    first = world.Started(2, run_until_a_save, wanted, 3, tmp_path / "saving")
+    try:
+        wait_until((tmp_path / "saving").exists, PATIENCE)
+    finally:
+        first.kill()
+    assert saving(run_dir) and steps_done(run_dir) < steps
 
     second = Run(again, tmp_path / "second.log")
     assert second.wait_until(lambda: "going on after step" in second.log.read_text() and steps_done(run_dir) >= 3)
@@ -111,11 +132,12 @@ def test_killed_in_a_save_and_by_a_dying_rank(material, tmp_path):
     assert second.launcher.returncode == 128 + signal.SIGKILL
     assert "error: rank 1 of 2 was killed by Killed (out of memory?)" in second.log.read_text()
 
-    Run(again, tmp_path / "third.log").finish()
+    check.ready(wanted)
+    world.run(2, run_sft, wanted, timeout=PATIENCE)
     expect_same(run_dir, tmp_path / "reference")
     export = run_dir / "hf/model.safetensors"
     before = (run_dir / "metrics.jsonl").read_bytes(), export.read_bytes()
-    world.run(2, run_sft, load(SftSettings, str(EXAMPLE), again[1:]), timeout=PATIENCE)  # after the last step: exports, no more
+    world.run(2, run_sft, wanted, timeout=PATIENCE)  # after the last step: exports, no more
     assert before == ((run_dir / "metrics.jsonl").read_bytes(), export.read_bytes())
 
 

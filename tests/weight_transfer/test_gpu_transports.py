@@ -108,7 +108,7 @@ def test_an_nccl_broadcast_is_waited_for_by_the_host_and_not_for_ever(nccl, wron
     group.done, group.wrong = False, wrong
     with pytest.raises(RuntimeError, match=told):
         made.broadcast(ON_GPU)
-    assert group.aborted and time.monotonic() - began < 5
+    assert group.aborted and time.monotonic() - began < 60
     with pytest.raises(RuntimeError, match="given up after an earlier failure"):
         made.broadcast(ON_GPU)
 
@@ -129,5 +129,5 @@ def test_an_nccl_groups_broadcasts_are_of_one_thread(nccl):
     made._group.done, broadcast = True, made._group.broadcast
     made._group.broadcast = lambda *given: threads.add(threading.get_ident()) or broadcast(*given)
     for _ in range(3):
-        in_daemon_thread(lambda: made.broadcast(ON_GPU)).result(5)
+        in_daemon_thread(lambda: made.broadcast(ON_GPU)).result(60)
     assert len(threads) == 1

@@ -175,4 +175,4 @@ def test_what_never_returns_keeps_nobody():
     """Neither the caller nor the end of the process."""
     left = subprocess.run([sys.executable, "-c", FOR_EVER], capture_output=True, text=True, timeout=120)
     assert left.stdout == "left\n" and left.returncode == 0, left.stderr
-    assert in_daemon_thread(lambda: 3).result(5) == 3
+    assert in_daemon_thread(lambda: 3).result(60) == 3

@@ -31,6 +31,6 @@ def models(tmp_path_factory) -> Callable[[str], tuple[str, str]]:
 @pytest.fixture(scope="package")
 def servers(models, tmp_path_factory) -> Iterator[Servers]:
     with Servers(tmp_path_factory.mktemp("servers")) as found:
-        for family, tensor in (("Llama", 2), ("Qwen 3", 1), ("OLMo 2", 1)):  # beside one another: each alone takes as long
+        for family, tensor in (("Llama", 2), ("Qwen 3", 1)):  # beside one another: each alone takes as long
             found.start(models(family)[0], tensor)
         yield found

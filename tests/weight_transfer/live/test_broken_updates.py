@@ -48,7 +48,7 @@ def refuses(server: ServerAddress, told: str) -> None:
     assert control.weight_info()["weight_version"] != "77"
     control.close()
     answer = httpx.post(
-        f"{server.url}/inference/v1/generate", json=BODY, headers={"Authorization": f"Bearer {server.key}"}, timeout=30
+        f"{server.url}/inference/v1/generate", json=BODY, headers={"Authorization": f"Bearer {server.key}"}, timeout=120
     )
     assert answer.status_code == 503
 
@@ -70,7 +70,7 @@ def heals(server: ServerAddress, model: str, version: int) -> None:
     assert all(worker["whole"] for worker in control.weights_status())
     senders.close()
     answer = httpx.post(
-        f"{server.url}/inference/v1/generate", json=BODY, headers={"Authorization": f"Bearer {server.key}"}, timeout=60
+        f"{server.url}/inference/v1/generate", json=BODY, headers={"Authorization": f"Bearer {server.key}"}, timeout=120
     )
     assert answer.status_code == 200, answer.text
 
