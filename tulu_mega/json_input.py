@@ -11,6 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 
+class NameTwice(ValueError):
+    """An object has a name twice."""
+
+
 def read_json_text(text: str | bytes) -> Any:
     """What JSON says, as `json.loads` reads it.
 
@@ -27,7 +31,7 @@ def read_whole_json(text: str | bytes) -> Any:
     """What JSON of a user's data says; a name that an object has twice is refused, since only one of the two could be used.
 
     Raises:
-        ValueError: as `read_json_text`, or an object has a name twice.
+        ValueError: as `read_json_text`; NameTwice, which is one, where an object has a name twice.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -49,5 +53,5 @@ def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         counts = Counter(name for name, _value in pairs)
-        raise ValueError(f"it has {counts.most_common(1)[0][0][:100]!r} twice")
+        raise NameTwice(f"it has {counts.most_common(1)[0][0][:100]!r} twice")
     return found

@@ -162,6 +162,17 @@ def test_a_tensor_in_two_shards_is_told(model):
     assert "two.safetensors: tensor a is in it, too, though model.safetensors.index.json says one.safetensors" in problem
 
 
+def test_shards_beside_a_single_file_without_an_index_are_told(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    save_file({"other": TENSORS["a"]}, tmp_path / "adapter.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"x")
+    assert HfCheckpoint.open(tmp_path).tensors.keys() == TENSORS.keys(), "files of other things are nobody's business"
+    save_file({"b": TENSORS["b"] + 1}, tmp_path / "model-00002-of-00002.safetensors")
+    (problem,) = problems_of(tmp_path)
+    assert problem.startswith(f"{tmp_path}/model-00002-of-00002.safetensors: holds tensor b, as model.safetensors does")
+
+
 def test_check_tells_missing_left_over_and_misshapen_together(model):
     save_file({"c": torch.ones(2, 3, dtype=torch.int64)}, model / "two.safetensors")
     checkpoint = HfCheckpoint.open(model)

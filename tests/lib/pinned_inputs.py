@@ -143,7 +143,13 @@ LESS = '{"ROOT/rows.jsonl" = 0.25}'
 CHANGES = [
     Change("weights", "sft", "model.path", "model.safetensors", lambda root: flip(root / WEIGHTS)),
     Change("link", "sft", "model.path", "model.safetensors", lambda root: swap(root / "model")),
-    Change("tokenizer", "sft", "model.path", "tokenizer.json", lambda root: edit(root / "model/tokenizer.json", "{", "{ ")),
+    Change(
+        "tokenizer",
+        "sft",
+        "model.path",
+        "tokenizer.json",
+        lambda root: edit(root / "model/tokenizer.json", '"version"', ' "version"'),
+    ),
     Change(
         "template",
         "sft",

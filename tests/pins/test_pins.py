@@ -160,7 +160,7 @@ def test_a_name_accepts_once(inputs):
     start(inputs)
     flip(inputs.root / WEIGHTS)
     start(inputs, "sft", "--accept_changes", "model")
-    edit(inputs.root / "model/tokenizer.json", "{", "{ ")
+    edit(inputs.root / "model/tokenizer.json", '"version"', ' "version"')
     (problem,) = refusal(inputs, "sft", "--accept_changes", "model")
     flag = problem.partition("add --accept_changes ")[2].split()[0]
     assert flag.startswith("model.path@")

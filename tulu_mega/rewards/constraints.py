@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from tulu_mega.errors import nearest
+from tulu_mega.json_input import read_whole_json
 from tulu_mega.rewards.arguments import READERS, Index, Language, Letter, Options, Quantifier, languages
 
 Function = Callable[..., bool]
@@ -295,7 +296,7 @@ def read_constraint(ground_truth: Any) -> Constraint:
     """
     if isinstance(ground_truth, str):
         try:
-            ground_truth = json.loads(ground_truth)
+            ground_truth = read_whole_json(ground_truth)
         except ValueError as error:
             raise ValueError(f"expected JSON such as {_EXAMPLE}, got {ground_truth[:80]!r} ({error})") from None
     if not isinstance(ground_truth, Mapping) or "func_name" not in ground_truth:

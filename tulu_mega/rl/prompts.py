@@ -48,7 +48,7 @@ class Prompts:
     """file that lists the rows which are not used"""
 
 
-def read(settings: PolicyRunSettings, day: str | None) -> Prompts:
+def read(settings: PolicyRunSettings, day: str | None = None) -> Prompts:
     """Read the rows that `data.train` and `heldout.data` name.
 
     Args:

@@ -82,6 +82,7 @@ class HfCheckpoint:
             tensors = _read_shards(directory, problems)
         elif (directory / SINGLE).exists():
             tensors = read_header(directory / SINGLE, problems)
+            problems += _beside_single(directory, tensors)
         else:
             problems.append(_no_weights(directory))
         if problems:
@@ -203,6 +204,18 @@ def _two_models(directory: Path) -> list[str]:
         f"{directory}: holds {SINGLE} and {INDEX}, which names {shards} and not it; transformers reads the former, others "
         f"the latter. Remove what is not meant: {SINGLE}, or {INDEX} and the files it names"
     ]
+
+
+def _beside_single(directory: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Files that hold tensors of the single file's once more, without an index to say which counts."""
+    found = []
+    for other in sorted(set(directory.glob("*.safetensors")) - {directory / SINGLE}):
+        if both := tensors.keys() & read_header(other, []).keys():
+            found.append(
+                f"{other}: holds tensor {min(both)}, as {SINGLE} does, and no {INDEX} says which counts; vLLM reads all files, "
+                f"transformers {SINGLE} alone. Remove what is not meant"
+            )
+    return found
 
 
 def _read_shards(directory: Path, problems: list[str]) -> dict[str, TensorInfo]:
