@@ -85,6 +85,16 @@ def test_machines_gather_and_others_of_another_run_are_told():
     assert f"{socket.gethostname()}: RUN_ID is 'another' here" in host
 
 
+def test_machines_gather_by_addresses_of_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    port = free_port()
+    assert together(place(port, False, master="::1"), place(port, True, master="::1")) == ["", ""]
+    assert route.own_address("::1", port) == "::1" and route.interface("::1") == "lo"
+
+
 def test_whoever_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setattr(gathering, "PATIENCE", 0.6)
     monkeypatch.setattr(gathering, "WORD_SECONDS", 0.2)
