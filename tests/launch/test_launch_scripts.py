@@ -226,6 +226,7 @@ def test_ssh_ends_the_others_with_whichever_fails_first(tmp_path, shell):
         ("torchrun.sh", {"NNODES": "2", "NODE_RANK": "2"}, "error: NODE_RANK = 2 of NNODES = 2: they count from 0"),
         ("torchrun.sh", {"GPUS_PER_NODE": "all"}, "error: GPUS_PER_NODE = all: expected a whole number"),
         ("torchrun.sh", {"GRACE": "5m"}, "error: GRACE = 5m: expected a whole number"),
+        ("torchrun.sh", {"PYTHON": "/bin/false", "GPUS_PER_NODE": ""}, "error: PYTHON = /bin/false cannot import torch"),
         ("torchrun.sh", {"PYTHON": "/nowhere/python"}, "error: PYTHON = /nowhere/python: no such program"),
         ("ssh.sh", {"HOSTS": "me@node1\nnode2\nnode1\n"}, "error: the host file names node1 twice"),
     ],
