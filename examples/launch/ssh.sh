@@ -22,6 +22,8 @@ mapfile -t hosts < <(sed 's/#.*//' "$1" | awk 'NF {print $1}')
 mapfile -t addresses < <(sed 's/#.*//' "$1" | awk 'NF {print $2}')
 shift
 [ ${#hosts[@]} -gt 0 ] || { echo "error: the host file names no machine; give one a line" >&2; exit 2; }
+twice=$(printf '%s\n' "${hosts[@]#*@}" | sort | uniq -d | head -n 1)
+[ -z "$twice" ] || { echo "error: the host file names $twice twice: its GPUs cannot be had twice; give each machine one line" >&2; exit 2; }
 
 if [ -n "${LOCAL_ADDR:-}" ]; then
   echo "error: LOCAL_ADDR = $LOCAL_ADDR is one machine's address: write each one's behind its name in the host file" >&2

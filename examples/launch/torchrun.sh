@@ -27,7 +27,14 @@ MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
 RUN_ID=${RUN_ID:-tulu-mega}
 PYTHON=${PYTHON:-python3}
-GPUS_PER_NODE=${GPUS_PER_NODE:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)')}
+command -v "$PYTHON" >/dev/null || { echo "error: PYTHON = $PYTHON: no such program; give the environment's python" >&2; exit 2; }
+GPUS_PER_NODE=${GPUS_PER_NODE:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)' 2>/dev/null || true)}
+[ -n "$GPUS_PER_NODE" ] || { echo "error: PYTHON = $PYTHON cannot import torch; give the environment's python" >&2; exit 2; }
+
+for name in NNODES NODE_RANK MASTER_PORT GPUS_PER_NODE MAX_RESTARTS GRACE; do
+  [[ ${!name-0} =~ ^[0-9]+$ ]] || { echo "error: $name = ${!name}: expected a whole number" >&2; exit 2; }
+done
+[ "$NODE_RANK" -lt "$NNODES" ] || { echo "error: NODE_RANK = $NODE_RANK of NNODES = $NNODES: they count from 0" >&2; exit 2; }
 
 # Tensor-parallel communication overlaps with computation only when kernels start in the order they are queued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}

@@ -98,6 +98,15 @@ def named(file: Path) -> str:
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=named)
+def test_a_recipe_has_the_fast_defaults(file):
+    """Messages of replicas go on behind passes, and attention, which keeps nothing large where it is fused, is not recomputed."""
+    settings = load(KINDS[stage(file)], str(file))
+    parallel = settings.parallel
+    assert parallel.data == 1 or (parallel.overlap_grad_reduce and parallel.overlap_param_gather)
+    assert "core_attn" not in settings.model.recomputed.modules
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=named)
 def test_a_recipe_fits_its_model(file):
     settings = load(KINDS[stage(file)], str(file))
     config = architecture(file)

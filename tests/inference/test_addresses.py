@@ -128,11 +128,14 @@ def test_check_asks_servers_elsewhere(tmp_path):
 
     class Run:
         model = type("model", (), {"path": "DIR", "dtype": "fp32"})
+        longest = 512
+
+    notes: list[str] = []
 
     def problems(url: str, starts: bool = False) -> list[str]:
         Run.rollout = settings(url)
         try:
-            policy._answering(Run, CONFIG, starts)
+            policy._answering(Run, CONFIG, starts, notes)
         except UserError as error:
             return error.problems
         return []
@@ -142,7 +145,10 @@ def test_check_asks_servers_elsewhere(tmp_path):
     assert "does not answer ([Errno 111] Connection refused); start tulu-mega serve there" in problem
     assert problems(absent, starts=True) == []
     with answering(ready()) as url:
+        assert problems(url) == [] and notes == []
+        Run.longest = 600
         assert problems(url) == []
+        assert "takes 512 tokens of prompt and response, and 600 may be asked for" in notes.pop()
         (problem,) = _with_key("another", lambda: problems(url, starts=True))
         assert "refuses the key" in problem
     with answering(ready(model=Model("OTHER", "bfloat16", shape({**CONFIG, "hidden_size": 32})))) as url:

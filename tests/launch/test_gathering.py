@@ -13,13 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from tests.launch.test_launcher import wait_until
 from tests.lib.clocks import SteppingClock
 from tests.lib.world import free_port
 from tulu_mega.errors import UserError
-from tulu_mega.launch import gathering, route
+from tulu_mega.launch import agent, gathering, route, stores
 from tulu_mega.launch.gathering import Place, gathered
+from tulu_mega.launch.meeting import met
 
 SECONDS = 60
 """In which what is wrong is told, on a busy machine too; a machine that is missing is waited for much longer."""
@@ -84,6 +86,16 @@ def test_machines_gather_and_others_of_another_run_are_told():
     assert f"{socket.gethostname()}: RUN_ID is 'another' here" in host
 
 
+def test_machines_gather_by_addresses_of_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    port = free_port()
+    assert together(place(port, False, master="::1"), place(port, True, master="::1")) == ["", ""]
+    assert route.own_address("::1", port) == "::1" and route.interface("::1") == "lo"
+
+
 def test_whoever_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setattr(gathering, "PATIENCE", 0.6)
     monkeypatch.setattr(gathering, "WORD_SECONDS", 0.2)
@@ -104,6 +116,66 @@ def test_a_port_that_is_taken_and_an_address_of_another_machine(monkeypatch):
     monkeypatch.setattr(gathering.socket, "create_connection", _refused)
     (told,) = together(place(free_port(), True))
     assert "MASTER_ADDR = 127.0.0.1 (127.0.0.2) does not lead to this machine, which has NODE_RANK 0 (Connection refused)" in told
+
+
+def test_what_listens_there_and_is_no_store_of_ours_is_told(monkeypatch, capsys):
+    """Another program, and the store of a torchrun that another started; by machines that gather, and by a rank that somebody
+    started by hand."""
+    monkeypatch.setattr(stores, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(stores, "STRANGER_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:  # it takes connections and says nothing
+        (told,) = together(place(port := other.getsockname()[1], False))
+        environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": str(port)}
+        with pytest.raises(UserError, match="does not answer as torchrun's store"), met(environ | {"MASTER_ADDR": "127.0.0.1"}):
+            pass
+        first = environ | {"RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        with pytest.raises(UserError, match=f"MASTER_PORT = {port}: cannot listen there"), met(first):
+            pass
+    assert f"port {port}: what listens there does not answer as torchrun's store" in told
+    assert "choose another MASTER_PORT, the same on all machines" in told
+    monkeypatch.setattr(stores, "HANDSHAKE_SECONDS", 2.0)
+    monkeypatch.setattr(stores, "STRANGER_SECONDS", 60.0)
+    theirs = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    (told,) = together(place(theirs.port, False))
+    assert "the store that listens there is none of this program's, but another torchrun's" in told
+
+
+def test_one_machine_more_is_told(capsys):
+    port, kept = free_port(), []
+    threads = [threading.Thread(target=lambda host=host: kept.append(gathered(place(port, host)))) for host in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kept.append(gathered(place(port, False)))
+    assert "all 2 machines have come before; this one takes the place of one that left" in capsys.readouterr().err
+
+
+def agents(*words: str, local: str = "1") -> tuple[int, str]:
+    """Exit status and word of an agent that is given these, and would run a module that is not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr(agent, "print", lambda text, **_: said.append(text), raising=False)
+        patch.setattr(agent, "_moments", dict)
+        rest = [f"--nproc-per-node={local}", "--rdzv-backend", "c10d", "--rdzv-conf", "is_host=true", "-m", "no_such_module"]
+        return agent.main([*words, *rest]), "\n".join(said)
+
+
+def test_two_runs_on_one_machine_and_no_numbers_are_told_by_the_agent():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        status, told = agents("--nnodes", "1", "--rdzv-endpoint", f"127.0.0.1:{port}")
+    assert status == 2 and told.startswith(f"error: MASTER_PORT = {port}: cannot listen there (Address already in use)")
+    for nodes in ("two", "0", "1:x"):
+        status, told = agents("--nnodes", nodes, "--rdzv-endpoint", f"127.0.0.1:{port}")
+        assert (status, told) == (2, f"error: NNODES = {nodes}: expected the number of machines")
+    ends = {"127.0.0.1:70000": "MASTER_PORT = 70000", "h:http": "MASTER_PORT = http", ":29500": "MASTER_ADDR is empty"}
+    for end, wanted in ends.items():
+        status, told = agents("--nnodes", "1", "--rdzv-endpoint", end)
+        assert status == 2 and told.startswith(f"error: {wanted}")
+    for local in ("0", "-1", "1.5"):
+        status, told = agents("--nnodes", "1", "--rdzv-endpoint", f"127.0.0.1:{port}", local=local)
+        assert status == 2 and told.startswith(f"error: GPUS_PER_NODE = {local}: ")
 
 
 def _refused(*_, **__):

@@ -226,10 +226,17 @@ def test_ssh_ends_the_others_with_whichever_fails_first(tmp_path, shell):
     [
         ("slurm.sbatch", {}, "error: this is a Slurm job: hand it to sbatch"),
         ("ssh.sh", {"LOCAL_ADDR": "10.0.0.1"}, "error: LOCAL_ADDR = 10.0.0.1 is one machine's address"),
+        ("torchrun.sh", {"NODE_RANK": "x"}, "error: NODE_RANK = x: expected a whole number"),
+        ("torchrun.sh", {"NNODES": "2", "NODE_RANK": "2"}, "error: NODE_RANK = 2 of NNODES = 2: they count from 0"),
+        ("torchrun.sh", {"GPUS_PER_NODE": "all"}, "error: GPUS_PER_NODE = all: expected a whole number"),
+        ("torchrun.sh", {"GRACE": "5m"}, "error: GRACE = 5m: expected a whole number"),
+        ("torchrun.sh", {"PYTHON": "/bin/false", "GPUS_PER_NODE": ""}, "error: PYTHON = /bin/false cannot import torch"),
+        ("torchrun.sh", {"PYTHON": "/nowhere/python"}, "error: PYTHON = /nowhere/python: no such program"),
+        ("ssh.sh", {"HOSTS": "me@node1\nnode2\nnode1\n"}, "error: the host file names node1 twice"),
     ],
 )
 def test_what_a_script_cannot_do_is_told(tmp_path, shell, script, variables, told):
-    (tmp_path / "hosts").write_text("node1\n")
+    (tmp_path / "hosts").write_text(variables.get("HOSTS", "node1\n"))
     words = [str(tmp_path / "hosts"), "sft"] if script == "ssh.sh" else ["sft", "c.toml"]
     done = subprocess.run([str(SCRIPTS / script), *words], env=shell | variables, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(told)

@@ -17,6 +17,7 @@ from tulu_mega.config import SftSettings
 from tulu_mega.errors import UserError
 from tulu_mega.launch import launcher, meeting, sameness
 from tulu_mega.launch.launcher import World
+from tulu_mega.versions import of_package
 
 SECONDS = 60
 """In which what is wrong with a node is told, on a busy machine too; one that is missing is waited for much longer."""
@@ -82,6 +83,8 @@ def started(home: Path, case: str, rank: str) -> int:
             patch.setattr(sameness, "CODE", home / "older")
             patch.setattr(sameness, "__version__", "0.0.1")
             patch.setenv("NVTE_FLASH_ATTN", "0")
+            patch.setenv("NCCL_P2P_DISABLE", "1")
+            patch.setattr(sameness, "of_package", lambda name: "3.6.1" if name == "triton" else of_package(name))
         if case == "disk":  # the same path leads elsewhere
             (home / rank).mkdir()
             patch.chdir(home / rank)
@@ -102,12 +105,14 @@ def test_what_differs_ends_the_start_on_every_node(tmp_path):
     assert "(rank 1): tulu_mega's code is " in told["program"]
     assert "(rank 1): tulu_mega is 0.0.1, elsewhere " in told["program"]
     assert "(rank 1): variable NVTE_FLASH_ATTN is 0, elsewhere missing; make them the same" in told["program"]
+    for more in ("variable NCCL_P2P_DISABLE is 1", "package triton is 3.6.1"):
+        assert f"(rank 1): {more}, elsewhere " in told["program"]
     assert (
         "(rank 1): a file that node " in told["disk"]
         and "run_dir has to be on a file system that all nodes share" in told["disk"]
     )
     assert told["data"] == "the data is not there"
-    assert [len(told[case].splitlines()) for case in cases[:-1]] == [2, 1, 3, 1, 1]
+    assert [len(told[case].splitlines()) for case in cases[:-1]] == [2, 1, 5, 1, 1]
     assert not list(tmp_path.rglob("run/*"))  # nothing is left behind
 
 
@@ -167,6 +172,15 @@ def test_on_one_machine_nobody_is_waited_for():
         nodes.lead(lambda: pytest.fail("the first rank leads"))
     with meeting.met({}) as nodes:
         assert nodes.refuse(["a problem"]) == ["a problem"]
+
+
+def test_nodes_have_as_many_processes(monkeypatch):
+    programs = {}
+    for node, count in (("a", "8"), ("b", "4"), ("c", "8")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+        programs[node] = sameness.of_program()
+    (told,) = sameness.differences(programs)
+    assert told == "b: number of processes (GPUS_PER_NODE) is 4, elsewhere 8; make them the same"
 
 
 def test_many_nodes_are_not_all_named():

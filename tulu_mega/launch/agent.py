@@ -81,26 +81,36 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _met(parsed: argparse.Namespace) -> Store | None:
-    """Completes torchrun's arguments by what this machine is called and its interface, and waits for the other machines.
+    """Looks at torchrun's arguments, completes them by this machine's address and interface, and waits for the other machines.
 
     Raises:
         UserError: the machines cannot meet.
     """
+    local = str(parsed.nproc_per_node)
+    if not local.isalpha() and not (local.isdigit() and int(local)):
+        raise UserError(f"GPUS_PER_NODE = {local}: expected the number of this machine's processes, at least 1")
     least, _, most = str(parsed.nnodes).partition(":")
+    if not least.isdigit() or int(least) < 1 or not (most or least).isdigit():
+        raise UserError(f"NNODES = {parsed.nnodes}: expected the number of machines")
     if parsed.standalone or parsed.rdzv_backend != "c10d" or not parsed.rdzv_endpoint:
         return None
     master, _, port = parsed.rdzv_endpoint.rpartition(":")
     master = master.strip("[]")
-    if not master or not port.isdigit():
-        return None  # torchrun says what is wrong
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"MASTER_PORT = {port}: expected a number up to 65535, the same on all machines")
+    if not master:
+        raise UserError("MASTER_ADDR is empty; give the address of the machine with NODE_RANK 0")
     parsed.local_addr = route.own_address(master, int(port), parsed.local_addr)
     if name := route.interface(parsed.local_addr):  # gloo asks what the host name resolves to: on Debian the loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     asked = parsed.rdzv_conf.replace(" ", "").lower().split(",")
     host = "is_host=true" in asked
+    place = gathering.Place(master, int(port), parsed.rdzv_id, int(least), host)
+    if most in ("", least) and int(least) == 1 and host:
+        gathering.check_port(place)  # of another run on this machine, mostly
     if most not in ("", least) or int(least) < 2 or not (host or "is_host=false" in asked):
         return None  # how many come, or where they meet, is left to torchrun
-    return gathering.gathered(gathering.Place(master, int(port), parsed.rdzv_id, int(least), host))
+    return gathering.gathered(place)
 
 
 class _Restarts(logging.Filter):

@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from tulu_mega.errors import UserError
+from tulu_mega.launch import stores
 from tulu_mega.launch.route import resolved
 
 if TYPE_CHECKING:
@@ -47,18 +48,16 @@ def gathered(place: Place) -> Store:
         UserError: the port is taken or cannot be reached here, another run gathers there or one of another size, or some
             machines do not come.
     """
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError
 
     if place.host:
-        _check_port(place)
+        check_port(place)
     else:
         _await_host(place)
+    store = stores.opened(place.master, place.port, place.host, stores.HANDSHAKE_SECONDS)
     try:
-        patience = timedelta(seconds=60)
-        store = TCPStore(
-            place.master, place.port, is_master=place.host, wait_for_workers=False, multi_tenant=True, timeout=patience
-        )
         _compare(store, place)
+        store.set_timeout(timedelta(seconds=60))
         _await_all(store, place)
     except DistError as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -66,7 +65,7 @@ def gathered(place: Place) -> Store:
     return store
 
 
-def _check_port(place: Place) -> None:
+def check_port(place: Place) -> None:
     """Sees whether the others will find this machine at the address and port that they were given."""
     addresses = resolved(place.master, place.port, "MASTER_ADDR")
     family = socket.AF_INET6 if ":" in addresses[0] else socket.AF_INET
@@ -109,12 +108,20 @@ def _await_host(place: Place) -> None:
 
 def _compare(store: Store, place: Place) -> None:
     """Holds this machine's word on the run against the first one's."""
+    from torch.distributed import DistStoreError
+
     mine = {"RUN_ID": place.run_id, "NNODES": place.nodes}
     key = f"{_PREFIX}/run"
     if place.host:
         store.set(key, json.dumps(mine))
         return
-    theirs = json.loads(store.get(key))
+    try:
+        theirs = json.loads(store.get(key))
+    except DistStoreError:  # the first machine writes it as soon as there is a store
+        raise UserError(
+            f"{_where(place)}: the store that listens there is none of this program's, but another torchrun's; choose another "
+            "MASTER_PORT, the same on all machines"
+        ) from None
     if odd := [f"{name} is {mine[name]!r} here, {theirs[name]!r} there" for name in mine if mine[name] != theirs[name]]:
         store.set(f"{_PREFIX}/odd", f"{socket.gethostname()}: {'; '.join(odd)}")
         raise UserError(f"{_where(place)}: {'; '.join(odd)}; give all machines of a run the same")
@@ -123,6 +130,13 @@ def _compare(store: Store, place: Place) -> None:
 def _await_all(store: Store, place: Place) -> None:
     number = store.add(f"{_PREFIX}/come", 1)  # one that comes again counts again, and then nobody is missing
     store.set(f"{_PREFIX}/name/{number}", f"{socket.gethostname()} ({os.getpid()})")
+    if number > place.nodes:
+        print(
+            f"{_where(place)}: all {place.nodes} machines have come before; this one takes the place of one that left. If it is "
+            "of another run, end it and give that another MASTER_PORT",
+            file=sys.stderr,
+            flush=True,
+        )
     began = said = time.monotonic()
     while (come := store.add(f"{_PREFIX}/come", 0)) < place.nodes:
         if store.check([f"{_PREFIX}/odd"]):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega.errors import UserError
-from tulu_mega.launch import sameness
+from tulu_mega.launch import sameness, stores
 from tulu_mega.launch.reporting import started_by_launcher
 from tulu_mega.launch.run_dir import make_private
 
@@ -211,15 +211,12 @@ def met(environ: Mapping[str, str]) -> Iterator[Nodes]:
     if here >= size or again or started_by_launcher():
         yield Nodes(rank, size, False, None)
         return
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore
 
     holds = rank == 0 and not _agents_store(environ)
     if not holds:
         _await_listener(address, port, rank, local == 0)
-    seconds = timedelta(seconds=PATIENCE)
-    store = TCPStore(
-        address, port, is_master=holds, wait_for_workers=False, timeout=seconds, multi_tenant=not _agents_store(environ)
-    )
+    store = stores.opened(address, port, holds, PATIENCE, multi_tenant=not _agents_store(environ))
     yield Nodes(rank, size, local == 0, PrefixStore("tulu_mega/nodes", store))
 
 

@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 
 CODE = Path(__file__).parents[1]
 """The package's own directory, all of whose modules have to be the same on every node."""
-_PACKAGES = "torch megatron-core transformers transformer-engine vllm flash-attn safetensors numpy".split()
+_PACKAGES = (
+    "torch megatron-core transformers transformer-engine vllm flash-attn flash-attn-3 apex triton nvidia-nccl-cu12 "
+    "nvidia-nccl-cu13 nvidia-cudnn-cu12 nvidia-cudnn-cu13 safetensors numpy"
+).split()
 _DECIDE = (
-    "CUBLAS_WORKSPACE_CONFIG CUDA_DEVICE_MAX_CONNECTIONS NCCL_ALGO NCCL_PROTO NVIDIA_TF32_OVERRIDE "
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+    "CUBLAS_WORKSPACE_CONFIG CUDA_DEVICE_MAX_CONNECTIONS NCCL_ALGO NCCL_BUFFSIZE NCCL_COLLNET_ENABLE NCCL_IB_DISABLE "
+    "NCCL_MAX_CTAS NCCL_MAX_NCHANNELS NCCL_MIN_CTAS NCCL_MIN_NCHANNELS NCCL_NET NCCL_NET_PLUGIN NCCL_NVLS_ENABLE "
+    "NCCL_P2P_DISABLE NCCL_PROTO NCCL_PXN_DISABLE NCCL_SHM_DISABLE NVIDIA_TF32_OVERRIDE TORCH_ALLOW_TF32_CUBLAS_OVERRIDE "
+    "TRITON_INTERPRET"
 ).split()
 """Environment variables that decide what is computed or how ranks talk, beside those of Transformer Engine (NVTE_*)."""
 _NAMED = 4
@@ -38,6 +43,8 @@ def of_program() -> dict[str, str]:
     same["tulu_mega's code"] = code_digest(CODE)
     if kernels := importlib.util.find_spec("tulu_kernels"):
         same["tulu_kernels' code"] = code_digest(Path(kernels.origin).parent)
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        same["number of processes (GPUS_PER_NODE)"] = os.environ["LOCAL_WORLD_SIZE"]
     for name in sorted(os.environ):
         if name in _DECIDE or name.startswith("NVTE_"):
             same[f"variable {name}"] = os.environ[name]

@@ -32,7 +32,7 @@ def problems(settings: PolicyRunSettings, findings: Findings) -> None:
     config = findings.config
     findings.collect(lambda: _servable(settings, config, findings.notes))
     if settings.rollout.urls:
-        findings.collect(lambda: _answering(settings, config, findings.starts))
+        findings.collect(lambda: _answering(settings, config, findings.starts, findings.notes))
     prompts = findings.collect(lambda: read(settings, findings.pins.pins.day if findings.pins else None))
     if prompts:
         findings.notes += [*left_out(prompts), *prompts.told]
@@ -105,13 +105,20 @@ def _one_nccl(settings: PolicyRunSettings, theirs: Mapping[str, str]) -> list[st
     ]
 
 
-def _answering(settings: PolicyRunSettings, config: Mapping[str, Any] | None, starts: bool) -> None:
+def _answering(settings: PolicyRunSettings, config: Mapping[str, Any] | None, starts: bool, notes: list[str]) -> None:
     """What servers elsewhere would find out when weights are sent, which is after the model was loaded.
 
     Args:
         starts: those that do not answer yet will be waited for.
+        notes: get what is no problem as long as prompts are short.
     """
     about, missing = look(settings.rollout)
+    notes += [
+        f"{url}: takes {told['longest']} tokens of prompt and response, and {settings.longest} may be asked for (data.max_prompt "
+        "+ sampling.max_tokens); start it with --rollout.max_model_len of that, or lower these"
+        for url, told in about.items()
+        if int(told.get("longest", settings.longest)) < settings.longest
+    ]
     problems = []
     if config:
         ours = Model.asked(settings.model.path, settings.model.dtype, settings.rollout.dtype, config)
