@@ -38,6 +38,7 @@ setup(
         "psutil",  # megatron-core's checkpoint writer needs it and does not ask for it
         "rich",
         "jinja2",
+        "pyyaml",  # prompts out of lm-evaluation-harness' files
         "packaging",  # which releases go together
         "math-verify[antlr4_13_2]",  # the verifiers of rewards/: answers of mathematics,
         "langdetect",  # and replies' languages
