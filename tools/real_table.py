@@ -61,7 +61,10 @@ def recipe(directory: Path, sizes: Sizes, small: bool) -> str:
         "",
         "| held out | before | after |",
         "| --- | --- | --- |",
-        *(f"| {name} | {first:.3f} | {last:.3f} |" for name, (first, last) in stages.items()),
+        *(
+            f"| {name} | {'all alike' if name.endswith('DPO-norm') else f'{first:.3f}'} | {last:.3f} |"
+            for name, (first, last) in stages.items()
+        ),
         "",
         f"Log-probabilities of {score['tokens']:,} tokens are within {score['largest']:.1e} of transformers', of the same file.",
         f"GRPO's checkpoint, converted back, is what the run exported. {sum(seconds.values()) / 60:.0f} minutes: "

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tulu_mega.data.sources import JsonArray, Part, Rows, load_rows
 from tulu_mega.errors import UserError
+from tulu_mega.evaluation import harness_prompts
 from tulu_mega.evaluation.choice import even
 from tulu_mega.evaluation.settings import TaskSettings
-from tulu_mega.evaluation.task import Problem, Shot, Task
+from tulu_mega.evaluation.task import Problem, Row, Shot, Task, asked
 from tulu_mega.json_input import read_json_text
 
 MAX_PROBLEMS = 5
@@ -27,7 +29,7 @@ def problems(task: Task, settings: TaskSettings) -> list[Problem]:
     """
     named = f"tasks.{task.name}"
     rows = _open(settings.data or list(task.hub), settings.split or task.split, f"{named}.data", f"{named}.split")
-    found = _each(rows, task.read, task)
+    found = _each(rows, _worded(task, settings) if harness_prompts.named(settings.shots_from) else task.read, task)
     # a file's place, not its name: the same rows elsewhere are the same problems
     groups = [problem.group or f"file {rows.origin(row)[0]}" for row, problem in enumerate(found)]
     return [replace(found[row], row=row) for row in even(groups, settings.limit)]
@@ -43,12 +45,26 @@ def shots(task: Task, settings: TaskSettings) -> list[Shot]:
         return list(task.own_shots)
     if task.shot is None:
         raise UserError(f"tasks.{task.name}.shots_from = {settings.shots_from!r}, but {task.title} takes no worked examples")
+    if harness_prompts.named(settings.shots_from):
+        return harness_prompts.read(settings.shots_from, task.name, f"tasks.{task.name}.shots_from").shots
     path = Path(settings.shots_from).expanduser()
     if path.is_dir() and any(path.glob("*.txt")):
         return _cot_prompts(path)
     named = f"tasks.{task.name}"
     rows = _open(settings.shots_from, settings.shots_split, f"{named}.shots_from", f"{named}.shots_split")
     return _each(rows, task.shot, task)
+
+
+def _worded(task: Task, settings: TaskSettings) -> Callable[[Row], Problem]:
+    """Reads rows into problems that are asked in the words of the harness' task whose worked examples are taken."""
+    prompts = harness_prompts.read(str(settings.shots_from), task.name, f"tasks.{task.name}.shots_from")
+
+    def read(row: Row) -> Problem:
+        problem = task.read(row)
+        question = prompts.question(row, problem.group)
+        return problem if question is None else replace(problem, messages=asked(question))
+
+    return read
 
 
 def problems_and_shots(task: Task, settings: TaskSettings, shots_wanted: bool) -> tuple[list[Problem], list[Shot]]:

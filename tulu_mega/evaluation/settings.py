@@ -22,7 +22,8 @@ class TaskSettings(Section):
     shots: Annotated[int, Field(ge=0)] | None = None
     """Worked examples before each question."""
     shots_from: str | None = None
-    """File or hub name of the rows they are taken from; neutral ones of our own when unset."""
+    """File or hub name of the rows they are taken from. `lm_eval:gsm8k_cot` or `lm_eval:bbh_cot_fewshot`: the published prompts
+    in lm-evaluation-harness' words, of its installed package (or a YAML file of its). Neutral ones of our own when unset."""
     shots_split: str = "train"
     """Split of a hub data set of worked examples."""
     max_tokens: PositiveInt | None = None

@@ -29,7 +29,7 @@ def read(row: Row) -> Problem:
         ValueError: a row of another form.
     """
     question, _, number = _parts(row)
-    return Problem(asked(_question(question)), number, verifier="gsm8k")
+    return Problem(asked(_question(question)), number, verifier="last_number")
 
 
 def shot(row: Row) -> Shot:

@@ -1,0 +1,52 @@
+"""What lm-evaluation-harness makes of given responses: its filters and its comparison, with no model and no download.
+
+    python harness_verdicts.py GIVEN.json VERDICTS.jsonl
+
+GIVEN.json holds by task the harness' own settings of judging (`filter_list`, `metric_list`) and rows of `target` and `response`.
+A line of VERDICTS.jsonl is a row's: task, its place, filter, what was found in the response, and whether it is right.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import simple_evaluate
+
+
+class Replay(LM):
+    """Answers with what a row brings."""
+
+    def generate_until(self, requests, **_):
+        return [request.doc["response"] for request in requests]
+
+    def loglikelihood(self, requests, **_):
+        raise NotImplementedError("responses are given, nothing is ranked")
+
+    loglikelihood_rolling = loglikelihood
+
+
+def main(given: str, verdicts: str) -> None:
+    tasks = json.loads(Path(given).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as scratch, open(verdicts, "w", encoding="utf-8") as out:
+        for name, task in tasks.items():
+            file = Path(scratch, f"{name}.jsonl")
+            file.write_text(
+                "".join(json.dumps({"place": place, **row}) + "\n" for place, row in enumerate(task["rows"])), encoding="utf-8"
+            )
+            config = {
+                "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test",
+                "output_type": "generate_until", "doc_to_text": "{{place}}", "doc_to_target": "{{target}}",
+                "generation_kwargs": {"until": [], "do_sample": False}, **task["judging"],
+            }  # fmt: skip
+            result = simple_evaluate(Replay(), tasks=[ConfigurableTask(config=config)], log_samples=True, bootstrap_iters=0)
+            for sample in result["samples"][name]:
+                found = sample["filtered_resps"][0]
+                row = {"task": name, "place": sample["doc"]["place"], "filter": sample["filter"], "found": found}
+                out.write(json.dumps({**row, "right": bool(sample["exact_match"])}) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
