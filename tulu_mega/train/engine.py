@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from tulu_mega.config import EngineSettings, OptimSettings
-from tulu_mega.distributed.topology import Topology
+from tulu_mega.distributed.topology import Topology, in_its_layout
 from tulu_mega.layout.context import context_rows, context_share
 from tulu_mega.model.build import attention_of, build_model, wrap_for_training
 from tulu_mega.model.gpt import PolicyModel
@@ -100,7 +100,9 @@ class Engine:
         shares: bool = False,
     ):
         self.hf, self.settings, self.topology, self.platform, self.reward = hf, settings, topology, platform, reward
-        self.chunks: list[PolicyModel] | list[RewardModel] = build_model(hf, settings, topology, platform, reward, shares)
+        with topology.entered():
+            chunks = build_model(hf, settings, topology, platform, reward, shares)
+        self.chunks: list[PolicyModel] | list[RewardModel] = chunks
         """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
         self.temperature, self.at, self.shares = temperature, at, shares
         self.ddp: list[DistributedDataParallel] = []
@@ -115,6 +117,7 @@ class Engine:
         attention = attention_of(self.hf, self.settings, self.topology, self.platform, self.shares)
         return self.topology.context == 1 and attention != "te"
 
+    @in_its_layout
     def prepare_training(
         self, optim: OptimSettings, steps: int, ddp: Mapping[str, Any] | None = None, optimizer: Mapping[str, Any] | None = None
     ) -> None:
@@ -143,6 +146,7 @@ class Engine:
             config.no_sync_func = [ddp.no_sync for ddp in self.ddp] if several else self.ddp[0].no_sync
             config.grad_sync_func = [ddp.start_grad_sync for ddp in self.ddp] if several else self.ddp[0].start_grad_sync
 
+    @in_its_layout
     def forward_backward(
         self,
         micro_batches: Sequence[PackedBatch],
@@ -165,6 +169,7 @@ class Engine:
         return self._losses(micro_batches, objective, forward_only=False, seen=seen, marks=marks)
 
     @torch.no_grad()
+    @in_its_layout
     def evaluate(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> ReducedLoss:
         """The loss of a batch by the weights as they are, in evaluation mode, and no gradients.
 
@@ -174,6 +179,7 @@ class Engine:
         with self._evaluating():
             return self._losses(micro_batches, objective, forward_only=True)
 
+    @in_its_layout
     def optimizer_step(self, step: int, loss: SupportsFloat, allow: Callable[[float, float], bool] | None = None) -> Update:
         """Clips by the global norm and updates, unless loss or norm is not finite.
 
@@ -207,6 +213,7 @@ class Engine:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @torch.no_grad()
+    @in_its_layout
     def score(self, micro_batches: Sequence[PackedBatch]) -> list[Tensor]:
         """Log-probabilities of every micro-batch's labels.
 
@@ -236,6 +243,7 @@ class Engine:
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
         return bool(everywhere.item())
 
+    @in_its_layout
     def settle(self) -> None:
         """Ends what overlap left under way, so that every rank's parameters are the updated ones; before they are read."""
         for ddp in self.ddp:

@@ -22,7 +22,7 @@ from tulu_mega.bridge.live import export_hf, load_hf
 from tulu_mega.bridge.rules import Config
 from tulu_mega.bridge.shards import ModelShard
 from tulu_mega.bridge.stream import LiveWeights
-from tulu_mega.config import EngineSettings, RolloutSettings
+from tulu_mega.config import EngineSettings, ParallelSettings, RolloutSettings
 from tulu_mega.distributed import topology
 from tulu_mega.distributed.topology import Topology
 from tulu_mega.errors import Stopped, UserError
@@ -98,29 +98,31 @@ class Session:
         place = self.topology
         return ModelShard(self.engine.chunks, config, family_for(config), place, place.tensor_group, place.pipeline_group)
 
-    def beside(self, path: str, reward: bool, new_head: bool = False) -> Session:
-        """Another model under the same layout, weights loaded: nothing of it but the weights takes memory until it is trained.
+    def beside(self, path: str, reward: bool, new_head: bool = False, parallel: ParallelSettings | None = None) -> Session:
+        """Another model, weights loaded: nothing of it but the weights takes memory until it is trained.
 
-        Of equal weights it computes the same bits as this one.
+        Under the same layout it computes of equal weights the same bits as this one.
 
         Args:
             path: its directory of either format, or hub name.
             reward: whether it is to be a reward model.
             new_head: whether a language model will do for one, whose head is drawn.
+            parallel: its layout; this one's when None.
 
         Raises:
-            UserError: it cannot be had or built, or is of the other kind.
+            UserError: it cannot be had or built, or is of the other kind, or its layout does not fit the world.
         """
+        place, patience = self.topology, _patience(self.settings.watchdog.timeout)
+        if parallel is not None:
+            place = topology.another(parallel, self.engine.platform, patience)
         settings = EngineSettings(
             model=self.settings.model.model_copy(update={"path": path}),
-            parallel=self.settings.parallel,
+            parallel=parallel or self.settings.parallel,
             precision=self.settings.precision,
             megatron=self.settings.megatron,
         )
         engine = self.engine
-        made = _session(
-            settings, self.topology, engine.platform, self.seed, reward, self.watch, engine.temperature, engine.shares
-        )
+        made = _session(settings, place, engine.platform, self.seed, reward, self.watch, engine.temperature, engine.shares)
         if reward and not new_head and not family_for(read_config(made.source)).reward:
             raise UserError(f"{path}: not a reward model but a language model; tulu-mega rm makes reward models")
         made.load_weights()
