@@ -44,7 +44,7 @@ MODELS = {
 VALUES = MODELS | {("tulu3", "70b"): "llama3.1_8b", ("tulu3", "405b"): "llama3.1_8b"}
 RECIPES = [EXAMPLES / recipe / size / f"{stage}.toml" for recipe, size in MODELS for stage in STAGES]
 RECIPES.append(EXAMPLES / "tulu3/405b/sft_fp8.toml")
-PPO = [EXAMPLES / f"{each}/ppo.toml" for each in ("tulu3/8b", "tulu3/70b", "olmo2/7b", "olmo2/13b")]
+PPO = [EXAMPLES / f"{each}/ppo.toml" for each in ("tulu3/8b", "tulu3/70b", "tulu3/405b", "olmo2/7b", "olmo2/13b")]
 RECIPES += PPO
 # learning rates, warm-up and batch as published, by size: SFT and DPO of Tulu 3, which all but the OLMo rates share
 RATES = {
@@ -56,7 +56,7 @@ RATES = {
 SEEDS = {
     ("tulu3", "8b"): {"sft": 123, "dpo": 42, "rm": 1, "grpo": 1, "ppo": 3},
     ("tulu3", "70b"): {"sft": 456, "dpo": 42, "rm": 1, "grpo": 8, "ppo": 8},
-    ("tulu3", "405b"): {"sft": None, "dpo": 42, "rm": 1, "grpo": 3},
+    ("tulu3", "405b"): {"sft": None, "dpo": 42, "rm": 1, "grpo": 3, "ppo": 3},
     # docs/archived_dev_scripts/olmo2_1124.sh and scripts/train/olmo2/*.sh
     ("olmo2", "7b"): {"sft": 4, "dpo": None, "rm": 1, "grpo": 1, "ppo": 1},
     ("olmo2", "13b"): {"sft": None, "dpo": 8, "rm": 1, "grpo": 1, "ppo": 52},
@@ -79,6 +79,7 @@ RL = {
 PPO_RUNS = {
     ("tulu3", "8b"): (7 * 32, 10_000_000 // (7 * 32), 3e-7, 0.05),
     ("tulu3", "70b"): (40 * 16, 400_000 // (40 * 16), 1e-7, 0.07),
+    ("tulu3", "405b"): (232 * 8, 75, 1e-7, 0.05),  # steps: the released model's
     ("olmo2", "7b"): (31 * 8, 200_000 // (31 * 8), 3e-7, 0.05),
     ("olmo2", "13b"): (31 * 8, 200_000 // (31 * 8), 3e-7, 0.1),
 }
@@ -133,7 +134,7 @@ def test_a_recipe_fits_its_gpus(file):
         asked["value"] = {"path": str(EXAMPLES / "architectures" / VALUES[recipe, size])}
     if (recipe, size, stage(file)) == ("tulu3", "8b", "ppo"):
         asked["gpus"] = 10
-    if (size, stage(file)) == ("405b", "grpo"):
+    if size == "405b" and stage(file) in ("grpo", "ppo"):
         asked["rollout_gpu"] = "h200"
     found = outlook(ask(PlanSettings(**asked)), sampled=1)
     assert found.problems == [] and found.fits
@@ -171,6 +172,7 @@ def local(tmp_path_factory):
 def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
     """All that `check` looks at; of what is on the hub the model's config.json is the published one, data and tokenizer ours."""
     config = architecture(file)
+    value = json.loads((EXAMPLES / "architectures" / VALUES[file.parts[-3:-1]] / "config.json").read_text())
 
     def model(settings):
         if problems := layout_problems(config, settings.parallel):
@@ -178,8 +180,14 @@ def test_check_finds_nothing_wrong(file, local, monkeypatch, tmp_path):
         return config
 
     monkeypatch.setattr(model_checks, "model_config", model)
-    beside = config | {"architectures": [config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")]}
-    monkeypatch.setattr(policy_checks, "model_config", lambda settings: beside)
+
+    def beside(settings):
+        if problems := layout_problems(value, settings.parallel):
+            raise UserError(problems)
+        return value | {"architectures": [value["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")]}
+
+    monkeypatch.setattr(policy_checks, "model_config", beside)
+    monkeypatch.setattr(policy_checks, "model_directory", lambda path: local)
     monkeypatch.setattr(policy_checks, "look", lambda rollout: ({}, {}))  # nobody is at the recipes' addresses
     monkeypatch.setattr(run_checks, "model_directory", lambda path: local)  # with no tokenizer of its own
     monkeypatch.setattr(directories, "model_directory", lambda path: local)
@@ -270,16 +278,20 @@ def test_a_recipe_has_the_published_values(file):
             assert (policy.overlong, policy.overlong_reward, settings.rewards.scale) == ("penalise", -10.0, 10.0)
             assert settings.rewards.math_accepts == ["unevaluated", "several"]
             assert (value.coefficient, value.clip, settings.gae.gamma, settings.gae.lam) == (0.1, 0.2, 1.0, 0.95)
-            assert (settings.sampling.max_tokens, settings.sampling.temperature) == (2048, 1.0)
+            assert settings.sampling.max_tokens == (1024 if size == "405b" else 2048)
+            assert settings.sampling.temperature == 1.0
 
 
 @pytest.mark.parametrize("size", ["8b", "70b", "405b"])
 def test_the_rate_of_rl_goes_as_published(size):
     """Constant in Tulu 3.1; PPO's falls to 0 over the command's episodes, of which 405B's released model had 75 steps."""
     optim = load(GrpoSettings, str(EXAMPLES / f"tulu3/{size}/grpo.toml")).optim
+    of_ppo = load(PpoSettings, str(EXAMPLES / f"tulu3/{size}/ppo.toml")).optim
     if size == "8b":
         assert (optim.schedule, optim.warmup) == ("constant", 0.0)
+        assert (of_ppo.schedule, of_ppo.warmup, of_ppo.min_lr) == ("linear", 0.0, 0.0)
         return
+    assert of_ppo == optim
     published = RL["tulu3", size]
     steps = published["episodes"] // published["rollouts"]
     end = 1 - 75 / steps if size == "405b" else 0.0
@@ -317,8 +329,38 @@ def test_fp8_is_the_same_run_but_for_its_matrix_products():
     assert fp8 == plain
 
 
+PPO_FLAGS = """
+exp_name dataset_mixer dataset_train_splits dataset_eval_mixer dataset_eval_splits max_token_length max_prompt_token_length
+response_length model_name_or_path reward_model_path non_stop_penalty stop_token temperature ground_truths_key chat_template
+sft_messages_key learning_rate total_episodes penalty_reward_value deepspeed_stage per_device_train_batch_size
+local_rollout_forward_batch_size local_mini_batch_size local_rollout_batch_size actor_num_gpus_per_node
+vllm_tensor_parallel_size beta apply_verifiable_reward output_dir seed num_evals save_freq reward_model_multiplier
+gradient_checkpointing with_tracking warmup_ratio vllm_num_engines no_gather_whole_model dataset_mixer_list
+dataset_mixer_list_splits dataset_mixer_eval_list dataset_mixer_eval_list_splits num_epochs vllm_enforce_eager
+no_try_launch_beaker_eval_jobs try_launch_beaker_eval_jobs_on_weka hf_metadata_dataset model_revision reward_model_revision
+chat_template_name
+""".split()
+"""Of the commands of Tulu 3 8B, 70B and 405B in open-instruct's docs/tulu3.md and of OLMo 2 in olmo2_1124.sh."""
+MEANINGLESS = {
+    "vllm_enforce_eager", "no_try_launch_beaker_eval_jobs", "try_launch_beaker_eval_jobs_on_weka", "hf_metadata_dataset",
+}  # fmt: skip
+
+
+def test_every_flag_of_the_published_ppo_commands_has_its_setting():
+    page = (EXAMPLES.parent / "docs/reference/recipes_vs_ai2.md").read_text()
+    section = page[page.index("### PPO, Tulu 3") : page.index("## OLMo 2")]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `--")]
+    told = {flag: ours for theirs, ours in rows for flag in re.findall(r"--([a-z_]+)", theirs)}
+    assert set(PPO_FLAGS) <= told.keys(), set(PPO_FLAGS) - told.keys()
+    assert {flag for flag in PPO_FLAGS if told[flag].strip() == "none"} == MEANINGLESS
+    known = {row[0] for row in describe(PpoSettings)}
+    named = {name for ours in told.values() for name in re.findall(r"`([a-z_]+\.[a-z_]+)`", ours)}
+    assert named - {"value.parallel"} <= known, named - known
+    assert {"value.parallel.tensor", "value.clip"} <= known
+
+
 def test_the_settings_that_the_page_on_tulu3_names_are_there():
-    known = {row[0] for kind in STAGES.values() for row in describe(kind)}
+    known = {row[0] for kind in KINDS.values() for row in describe(kind)} | {"value.parallel"}
     sections = "|".join({name.partition(".")[0] for name in known if "." in name})
     page = (EXAMPLES.parent / "docs/reference/recipes_vs_ai2.md").read_text()
     named = set(re.findall(rf"`((?:{sections})\.[a-z_]+)`", page))

@@ -40,7 +40,7 @@ SCRIPTS = ("examples/launch/torchrun.sh", "examples/launch/ssh.sh", "examples/la
 """Scripts whose arguments are those of tulu-mega."""
 LEFT_OPEN = ("required, but not given", "'NAME'")
 """Problems of settings that a page shows a part of, or with a name that readers choose."""
-OF_READERS = re.compile(r"distil|docs/tulu3\.md")
+OF_READERS = re.compile(r"distil|docs/tulu3\.md|archived_dev_scripts")
 """Paths that a page has readers make, and one of open-instruct's repository."""
 ELSEWHERE = {"docs/tulu3.md", "docs/performance-summary-archive.md", "docs/source/api-guide/dist_optimizer.md"}
 """Pages of open-instruct and of NVIDIA's repositories."""

@@ -127,20 +127,28 @@ def hugging_face(directory: str) -> dict[str, Any]:
     return told
 
 
-def engine(directory: str, layout: dict[str, Any], out: str, share: bool) -> dict[str, Any]:
-    """The same by the learner on packs."""
+def engine(
+    directory: str, layout: dict[str, Any], out: str, share: bool, value_layout: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The same by the learner on packs.
+
+    Args:
+        value_layout: the value model's, where it has its own.
+    """
     train = {"mini_batches": MINI_BATCHES, "passes": PASSES, "share_prompts": share}
     settings = PpoSettings.model_validate(
         {
             "model": {"path": f"{directory}/model", "dtype": "fp32"}, "parallel": layout, "run_dir": f"{out}/run",
             "data": {"train": "none", "pack_length": response_jobs.CAPACITY}, "sampling": {"max_tokens": 1000},
-            "value": {"path": f"{directory}/value", "clip": RANGE, "coefficient": COEFFICIENT},
+            "value": {
+                "path": f"{directory}/value", "clip": RANGE, "coefficient": COEFFICIENT, "parallel": value_layout,
+            },
             "gae": {"lam": LAM}, "policy": {"beta": BETA, "importance": "none"}, "train": train,
         }
     )  # fmt: skip
     with jobs.session(f"{directory}/model", layout) as made:
         sgd = OptimSettings(name="sgd", lr=LR, schedule="linear", warmup=0.0, clip=0.0)
-        value = made.beside(f"{directory}/value", reward=True)
+        value = made.beside(f"{directory}/value", reward=True, parallel=settings.value.parallel)
         reference = made.beside(f"{directory}/reference", reward=False).engine
         updates = MINI_BATCHES * PASSES
         made.engine.prepare_training(sgd, updates)

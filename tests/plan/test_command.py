@@ -16,6 +16,7 @@ from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.config.recompute import Recomputed
 from tulu_mega.errors import UserError
 from tulu_mega.layout.division import server_problems
+from tulu_mega.plan.model import memory
 from tulu_mega.plan.model.calibration import RATES
 from tulu_mega.plan.model.memory import memory_by_rank
 from tulu_mega.plan.model.storage import storage
@@ -79,6 +80,23 @@ def test_a_smaller_value_model_comes_in_the_place_of_the_policys_passes():
     larger = of_ppo("8b").model_copy(update={"value": {"path": str(ROOT / "examples/architectures/llama3.1_70b")}})
     found = outlook(ask(larger), sampled=1)
     assert found.fullest.value_passes > 2**30 and "value" in found.problems[0]
+
+
+def test_a_layout_of_the_value_models_own():
+    """Each of the policy's pipeline ranks has the fullest of the value model's ranks on the same GPUs, and further groups."""
+    own = {"tensor": 4, "pipeline": 2, "data": 4}
+    asked = of_ppo("70b").model_copy(update={"value": {"path": MODEL, "parallel": own}})
+    found = outlook(ask(asked), sampled=1)
+    assert found.problems == [] and (found.value.job.data, found.value.job.parallel.pipeline) == (4, 2)
+    assert [len(found.value.by_policys_rank(found.job)[rank]) for rank in range(4)] == [1, 1, 1, 1]
+    held = [rank.held for rank in found.value.memory]
+    assert held[0] != held[1] and [rank.value - memory.GROUPS for rank in found.memory] == [held[0], held[0], held[1], held[1]]
+    deep = of_ppo("8b").model_copy(update={"value": {"path": MODEL, "parallel": {"pipeline": 8, "data": 1}}})
+    found = outlook(ask(deep), sampled=1)
+    assert found.value.by_policys_rank(found.job) == [found.value.memory] and len(found.value.memory) == 8
+    wrong = of_ppo("70b").model_copy(update={"value": {"path": MODEL, "parallel": {"pipeline": 33}}})
+    with pytest.raises(UserError, match=r"value\.parallel: .* do not divide the world of 32"):
+        ask(wrong)
 
 
 def test_layouts_of_a_policy_and_its_value_model_are_looked_for_together():

@@ -159,10 +159,11 @@ def test_it_says_what_a_true_rank_holds_and_writes(tmp_path, layout, dtype, form
 def test_a_value_model_is_built_beside(models, tmp_path, capsys):
     """Of another family and depth than the policy; it is trained and saved, and sent nowhere."""
     ranks, parallel = 2, {"pipeline": 2}
-    asked = settings("ppo", parallel, value={"path": "v"})
+    asked = settings("ppo", parallel, value={"path": "v", "parallel": {"tensor": 2}})
     found = forked(tmp_path, asked, models["OLMo 2"], ranks, models["Llama"])
     assert found.problems == () and found.value.problems == ()
-    alone = forked(tmp_path / "alone", settings("rm", parallel), models["Llama"], ranks)
+    assert (found.layout.pipeline, found.layout.tensor, found.value.layout.pipeline, found.value.layout.tensor) == (2, 1, 1, 2)
+    alone = forked(tmp_path / "alone", settings("rm", {"tensor": 2}), models["Llama"], ranks)
     assert [replace(report, beside=0, sending=None) for report in found.value.ranks] == list(alone.ranks)
     assert found.value.hf_parameters == alone.hf_parameters
     assert all(report.sending is None and report.beside == 0 for report in found.value.ranks)
@@ -328,6 +329,17 @@ def test_every_recipe(tmp_path, capsys, file, architecture):
     assert found.problems == () and (found.value is not None) == (file.stem == "ppo")
     with capsys.disabled():
         print(f"\n{summary(found)}")
+
+
+@pytest.mark.acceptance
+def test_405b_and_its_value_model(capsys):
+    """Of the recipe, on its 224 ranks: both within three minutes and 4 GiB."""
+    asked = load(PpoSettings, str(ARCHITECTURES.parent / "tulu3/405b/ppo.toml"))
+    found = dry_run(asked, config_of(ARCHITECTURES / "llama3.1_405b"), 224, config_of(ARCHITECTURES / "llama3.1_8b"))
+    assert found.problems == () and (len(found.ranks), len(found.value.ranks)) == (112, 16)
+    assert found.peak_bytes < 4 * 2**30
+    with capsys.disabled():
+        print(f"\n{summary(found)}\n{summary(found.value)}")
 
 
 @pytest.mark.acceptance

@@ -13,6 +13,12 @@ pytestmark = pytest.mark.ranks
 CASES = [("TP2", True), ("PP2xVPP2", False), ("DP2", True), ("CP2", False)]
 MORE = [("TP1", True), ("TP2 without SP", False), ("PP2", True), ("TP2xPP2", True), ("DP2xTP2", True), ("TP4", False)]
 """layout, whether prompts are shared"""
+APART = [("TP2", True, "DP2"), ("PP2xVPP2", False, "TP2")]
+APART_MORE = [
+    ("TP2xPP2", True, "TP4"), ("TP2xPP2", False, "DP4"), ("DP2", True, "PP2xVPP2"), ("CP2", False, "DP2"), ("DP2", True, "CP2"),
+    ("DP2xTP2", True, "TP2xPP2"),
+]  # fmt: skip
+"""layout, whether prompts are shared, layout of the value model"""
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +28,21 @@ def truth(tmp_path_factory):
     return directory, world.run(1, ppo_jobs.hugging_face, directory)[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [*CASES, *(pytest.param(*case, marks=pytest.mark.acceptance) for case in MORE)]
-)
+@pytest.mark.parametrize(("name", "share"), [*CASES, *(pytest.param(*case, marks=pytest.mark.acceptance) for case in MORE)])
 def test_layout_equals_autograd(truth, tmp_path, name, share):
+    equals_autograd(truth, tmp_path, LAYOUTS[name], share, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "of_value"), [*APART, *(pytest.param(*case, marks=pytest.mark.acceptance) for case in APART_MORE)]
+)
+def test_a_layout_of_the_value_models_own_equals_autograd(truth, tmp_path, name, share, of_value):
+    equals_autograd(truth, tmp_path, LAYOUTS[name], share, {"tensor": 1, "data": 4} if of_value == "DP4" else LAYOUTS[of_value])
+
+
+def equals_autograd(truth, tmp_path, layout, share, of_value) -> None:
     directory, want = truth
-    layout = LAYOUTS[name]
-    ranks = world.run(size(layout), ppo_jobs.engine, directory, layout, str(tmp_path), share)
+    ranks = world.run(size(layout), ppo_jobs.engine, directory, layout, str(tmp_path), share, of_value)
     for rank in ranks:
         for model in ("value", "policy"):
             np.testing.assert_allclose([loss for loss, _ in rank[model]], [loss for loss, _ in want[model]], rtol=1e-5, atol=1e-6)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -14,9 +16,10 @@ from megatron.core import dist_checkpointing
 
 from tests.lib import jobs, world
 from tests.lib.layouts import size
-from tulu_mega.config import OptimSettings
+from tulu_mega.config import OptimSettings, ParallelSettings
 from tulu_mega.errors import UserError
 from tulu_mega.objectives.sft import SftObjective
+from tulu_mega.platforms.group_sets import state_of
 from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.saver import Saver
@@ -38,19 +41,23 @@ def models(tmp_path_factory) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def engines(models: tuple[str, str], layout: dict) -> Iterator[tuple[jobs.Session, dict[str, Engine]]]:
+def engines(
+    models: tuple[str, str], layout: dict, of_value: dict | None = None
+) -> Iterator[tuple[list[jobs.Session], dict[str, Engine]]]:
     with jobs.session(models[0], layout) as made:
-        both = {"policy": made.engine, "value": made.beside(models[1], reward=False).engine}
+        own = None if of_value is None else ParallelSettings(**of_value)
+        sessions = [made, made.beside(models[1], reward=False, parallel=own)]
+        both = {name: each.engine for name, each in zip(("policy", "value"), sessions, strict=True)}
         for engine in both.values():
             engine.prepare_training(OptimSettings(**OPTIM), STEPS)
-        yield made, both
+        yield sessions, both
 
 
-def step(made: jobs.Session, both: dict[str, Engine], number: int) -> list[float]:
+def step(sessions: list[jobs.Session], both: dict[str, Engine], number: int) -> list[float]:
     """Losses of the engines, each trained on batches of its own."""
     losses = []
-    for at, engine in enumerate(both.values()):
-        batch = jobs.share(made, jobs.sequences(496, seed=10 * at + number), 4)
+    for at, (session, engine) in enumerate(zip(sessions, both.values(), strict=True)):
+        batch = jobs.share(session, jobs.sequences(496, seed=10 * at + number), 4)
         loss = engine.forward_backward(batch, SftObjective("sum"))
         engine.optimizer_step(number, loss.loss)
         losses.append(loss.loss)
@@ -59,8 +66,8 @@ def step(made: jobs.Session, both: dict[str, Engine], number: int) -> list[float
 
 def train(models, layout: dict, directory: str, first: int, last: int, options: dict) -> list[list[float]]:
     """Losses of the steps first..last, from the newest checkpoint there if first is not 0; a save after each step."""
-    settings = {"format": "reshardable", "asynchronous": False} | options
-    with engines(models, layout) as (made, both):
+    settings = {"format": "reshardable", "asynchronous": False, "of_value": None} | options
+    with engines(models, layout, settings["of_value"]) as (made, both):
         if first:
             checkpoint.restore(both, checkpoint.find(Path(directory))[-1])
         saver = Saver(both, Path(directory), 9, settings["format"], settings["asynchronous"])
@@ -86,6 +93,8 @@ def only(directory: Path, steps: int) -> None:
         ({"tensor": 2}, {"asynchronous": True}),
         pytest.param({"data": 2}, {"asynchronous": False}, marks=pytest.mark.acceptance),
         ({"data": 2}, {"asynchronous": True, "format": "same_layout"}),
+        ({"tensor": 2}, {"asynchronous": True, "of_value": {"data": 2}}),
+        pytest.param({"data": 2}, {"of_value": {"pipeline": 2, "virtual_pipeline": 2}}, marks=pytest.mark.acceptance),
     ],
 )
 def test_both_go_on_bit_for_bit(models, tmp_path, layout, options):
@@ -98,9 +107,9 @@ def test_both_go_on_bit_for_bit(models, tmp_path, layout, options):
     assert world.run(2, train, models, layout, str(tmp_path), 2, STEPS, options)[0] == stayed[2:]
 
 
-def saved_again(models, layout: dict, source: str, target: str, asynchronous: bool) -> None:
+def saved_again(models, layout: dict, source: str, target: str, asynchronous: bool, of_value: dict | None = None) -> None:
     """Restores under a layout and saves what is there."""
-    with engines(models, layout) as (_, both):
+    with engines(models, layout, of_value) as (_, both):
         found = checkpoint.find(Path(source))[-1]
         checkpoint.restore(both, found)
         saver = Saver(both, Path(target), 9, "reshardable", asynchronous)
@@ -109,23 +118,72 @@ def saved_again(models, layout: dict, source: str, target: str, asynchronous: bo
 
 
 @pytest.mark.parametrize(
-    ("target", "asynchronous"),
+    ("target", "asynchronous", "of_value"),
     [
-        ({"pipeline": 2, "virtual_pipeline": 2}, True),
-        pytest.param({"pipeline": 2}, False, marks=pytest.mark.acceptance),
-        pytest.param({"tensor": 2}, True, marks=pytest.mark.acceptance),
+        ({"pipeline": 2, "virtual_pipeline": 2}, True, {"tensor": 2}),
+        pytest.param({"pipeline": 2, "virtual_pipeline": 2}, True, None, marks=pytest.mark.acceptance),
+        pytest.param({"pipeline": 2}, False, None, marks=pytest.mark.acceptance),
+        pytest.param({"tensor": 2}, True, None, marks=pytest.mark.acceptance),
     ],
 )
-def test_another_layout_has_equal_bits_of_both(models, tmp_path, target, asynchronous):
+def test_another_layout_has_equal_bits_of_both(models, tmp_path, target, asynchronous, of_value):
     here, there = tmp_path / "here", tmp_path / "there"
     world.run(2, train, models, {"data": 2}, str(here), 0, 2, {})
-    world.run(size(target), saved_again, models, target, str(here), str(there), asynchronous)
+    world.run(size(target), saved_again, models, target, str(here), str(there), asynchronous, of_value)
     before, after = checkpoint.find(here)[-1], checkpoint.find(there)[-1]
     assert before.state == after.state and before.first.layout != after.first.layout
+    assert (after.others["value"].layout == after.first.layout) == (of_value is None)
     for one, other in ((before.first, after.first), (before.others["value"], after.others["value"])):
         wanted, got = world.run(1, plain_tensors, str(one.path)), world.run(1, plain_tensors, str(other.path))
         assert wanted == got and any("exp_avg_sq" in name for name in wanted[0])
         assert len(wanted[0]) > 20
+
+
+def what_is_in_place(layout: dict, of_value: dict) -> dict[str, object]:
+    """What megatron-core's state names within and without the second layout; whether equal layouts have the same groups."""
+    from megatron.core import parallel_state
+
+    from tulu_mega.distributed import topology
+    from tulu_mega.platforms import install
+
+    platform = install()
+    first = topology.start(ParallelSettings(**layout), platform, seed=1)
+    before = state_of(parallel_state)
+    second = topology.another(ParallelSettings(**of_value), platform)
+    again = topology.another(ParallelSettings(**of_value), platform)
+    sizes = {}
+    with second.entered():
+        inside = state_of(parallel_state)
+        sizes["second"] = parallel_state.get_tensor_model_parallel_world_size(), second.tensor_group.size()
+        sizes["first"] = first.tensor_group.size()  # each knows its own wherever it is asked
+        with first.entered():
+            sizes["within"] = parallel_state.get_tensor_model_parallel_world_size()
+        with pytest.raises(ZeroDivisionError), first.entered():
+            raise ZeroDivisionError
+        sizes["after"] = parallel_state.get_tensor_model_parallel_world_size()
+    return sizes | {
+        "kept": state_of(parallel_state) == before,
+        "buffer": inside["_GLOBAL_MEMORY_BUFFER"] is before["_GLOBAL_MEMORY_BUFFER"],
+        "shared": again.data_context_group is second.data_context_group and again == second,
+        "equal": topology.another(ParallelSettings(**layout), platform).tensor_group is first.tensor_group,
+    }
+
+
+def test_each_layout_has_groups_of_its_own_and_equal_ones_share_them():
+    for told in world.run(2, what_is_in_place, {"tensor": 2}, {"data": 2}):
+        assert told == {
+            "second": (1, 1), "first": 2, "within": 2, "after": 1, "kept": True, "buffer": True, "shared": True, "equal": True,
+        }  # fmt: skip
+
+
+def test_all_of_megatron_cores_parallel_state_is_exchanged():
+    """What a release of it might add under another kind of name would stay the first layout's."""
+    from megatron.core import parallel_state
+
+    tree = ast.parse(inspect.getsource(parallel_state))
+    set_by_functions = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    assert len(set_by_functions) > 40
+    assert set_by_functions - state_of(parallel_state).keys() == {"_global_process_group_list"}  # all groups, to time them out
 
 
 def plain_tensors(directory: str) -> dict[str, bytes]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from tulu_kernels.policy_choices import Aggregation
 
 from tulu_mega.config.effects import Effect
 from tulu_mega.config.policy_run import PolicyRunSettings, PolicyTrainSettings, sampled
 from tulu_mega.config.rollout import PolicyLossSettings, SamplingSettings
-from tulu_mega.config.sections import Fraction, PositiveInt, Section
+from tulu_mega.config.sections import Fraction, ParallelSettings, PositiveInt, Section
 from tulu_mega.config.workload import ValueWork, Workload
+from tulu_mega.errors import UserError
 
 
 class PpoSamplingSettings(SamplingSettings):
@@ -52,8 +53,9 @@ class GaeSettings(Section):
 
 class ValueSettings(Section):
     path: Annotated[str, Effect.CONTENT]
-    """Directory of the reward model that the value model begins as (`tulu-mega rm`, or anyone's with one label), in the layout of
-    `parallel`."""
+    """Directory of the reward model that the value model begins as (`tulu-mega rm`, or anyone's with one label)."""
+    parallel: Annotated[ParallelSettings | None, Effect.NONE] = None
+    """Its own layout over the same ranks, with the defaults of `parallel` where it says nothing; the policy's when unset."""
     new_head: bool = False
     """Take a language model, too, and draw its head."""
     lr: Annotated[float, Field(ge=0)] | None = None
@@ -86,10 +88,37 @@ class PpoSettings(PolicyRunSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_value_model_has_a_layout(self) -> PpoSettings:
+        policy, value = self.parallel, self.value.parallel
+        if value is None:
+            return self
+        if policy.data is None and value.data is not None:
+            ranks = value.model_parallel * value.data
+            if ranks % policy.model_parallel:
+                raise ValueError(
+                    f"value.parallel: {ranks} processes, but the policy's layout takes multiples of {policy.model_parallel}; "
+                    "change either"
+                )
+        if policy.data is not None:
+            try:
+                value.replicas(policy.model_parallel * policy.data)
+            except UserError as error:
+                raise ValueError(f"value.{error.problems[0]}") from None
+        # whatever settings ask of the policy's layout, they ask of this one
+        alone = self.model_dump() | {"parallel": value.model_dump(), "value": self.value.model_dump() | {"parallel": None}}
+        try:
+            type(self).model_validate(alone)
+        except ValidationError as error:
+            told = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+            raise ValueError(f"value.parallel, looked at as parallel: {told}") from None
+        return self
+
 
 def workload(settings: PpoSettings) -> Workload:
     """Prompts, to which servers sample responses; the old weights' log-probabilities and values are scored, and the reference's
     log-probabilities where the reward compares with it."""
-    value = ValueWork(path=settings.value.path, parallel=settings.parallel, updates=settings.value.updates)
+    parallel = settings.value.parallel or settings.parallel
+    value = ValueWork(path=settings.value.path, parallel=parallel, updates=settings.value.updates)
     scorings = 1 + settings.policy.reads_reference
     return sampled(settings, scorings, int(settings.rewards.model is not None), value)

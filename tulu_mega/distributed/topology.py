@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import ParamSpec, TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -16,6 +20,10 @@ from tulu_mega.config import ParallelSettings
 from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
 from tulu_mega.platforms import Platform
+from tulu_mega.platforms.group_sets import GroupSet, GroupSets
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,22 +53,50 @@ class Topology(ShardGrid):
         add up to the whole; each context rank has its share."""
         return self.last_stage and self.tensor_rank == 0
 
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """This layout's groups are megatron-core's for a while, where another layout's were."""
+        known = _known.get(tuple(self.sizes.values()))
+        with _sets[0].in_place(known) if known else contextlib.nullcontext():
+            yield
+
     @property
     def tensor_group(self) -> ProcessGroup:
-        return parallel_state.get_tensor_model_parallel_group()
+        with self.entered():
+            return parallel_state.get_tensor_model_parallel_group()
 
     @property
     def pipeline_group(self) -> ProcessGroup:
-        return parallel_state.get_pipeline_model_parallel_group()
+        with self.entered():
+            return parallel_state.get_pipeline_model_parallel_group()
 
     @property
     def context_group(self) -> ProcessGroup:
-        return parallel_state.get_context_parallel_group()
+        with self.entered():
+            return parallel_state.get_context_parallel_group()
 
     @property
     def data_context_group(self) -> ProcessGroup:
         """The ranks gradients are summed over: DP x CP."""
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+        with self.entered():
+            return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+_sets: list[GroupSets] = []
+"""The process's sets of groups, once there are any."""
+_known: dict[tuple[int, ...], GroupSet] = {}
+"""Each layout's, by its sizes: equal layouts share groups."""
+
+
+def in_its_layout(work: Callable[P, T]) -> Callable[P, T]:
+    """The same, done while the layout of the first argument, which has a `topology`, is entered."""
+
+    @functools.wraps(work)
+    def inside(*args: P.args, **named: P.kwargs) -> T:
+        with args[0].topology.entered():
+            return work(*args, **named)
+
+    return inside
 
 
 def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: timedelta = timedelta(minutes=30)) -> Topology:
@@ -82,7 +118,48 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         # entries of the flight recorder, for whoever looks into a hang: under NCCL a step of a pipeline has hundreds
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000" if platform.backend == "nccl" else "256")
         dist.init_process_group(platform.backend, timeout=timeout)
-    data = parallel.replicas(dist.get_world_size())
+    here = _place(parallel)
+    _build(parallel, platform, timeout)
+    seed_ranks(seed)
+    _sets.append(GroupSets(parallel_state))
+    _known[tuple(here.sizes.values())] = _sets[0].first
+    _check_order(here)
+    return here
+
+
+def another(parallel: ParallelSettings, platform: Platform, timeout: timedelta = timedelta(minutes=30)) -> Topology:
+    """Builds the groups of a further layout over the same world, unless a layout of its sizes has them; a collective. They are
+    megatron-core's only where the layout is :meth:`Topology.entered`; random states stay the first layout's.
+
+    Args:
+        timeout: as for :func:`start`.
+
+    Raises:
+        UserError: the layout does not fit the world.
+    """
+    here = _place(parallel)
+    key = tuple(here.sizes.values())
+    if key not in _known:
+        _known[key] = _sets[0].another(lambda: _build(parallel, platform, timeout))
+    with here.entered():
+        _check_order(here)
+    return here
+
+
+def _place(parallel: ParallelSettings) -> Topology:
+    """This process in a layout. Raises UserError where the layout does not fit the world."""
+    return Topology(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual=parallel.virtual_pipeline,
+        context=parallel.context,
+        data=parallel.replicas(dist.get_world_size()),
+        rank=dist.get_rank(),
+    )
+
+
+def _build(parallel: ParallelSettings, platform: Platform, timeout: timedelta) -> None:
+    """Makes megatron-core's groups. Arguments as for :func:`start`."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -91,17 +168,6 @@ def start(parallel: ParallelSettings, platform: Platform, seed: int, timeout: ti
         distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
         create_gloo_process_groups=platform.backend == "nccl",  # where gloo carries everything the groups serve as they are
     )
-    seed_ranks(seed)
-    here = Topology(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual=parallel.virtual_pipeline,
-        context=parallel.context,
-        data=data,
-        rank=dist.get_rank(),
-    )
-    _check_order(here)
-    return here
 
 
 def seed_ranks(seed: int, step: int = 0) -> None:
@@ -144,6 +210,8 @@ def _check_store() -> None:
 
 def stop() -> None:
     """Leaves the groups and the world."""
+    _known.clear()
+    _sets.clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -129,7 +129,7 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
     memory = memory_by_rank(job, work.reference + work.other_models, servers.bucket if servers else 0)
     value = _value(question, drawn) if question.value else None
     if value:
-        memory = beside_a_value_model(memory, [[each] for each in value.memory])
+        memory = beside_a_value_model(memory, value.by_policys_rank(job), groups=value.has_groups(job))
     saved = [job, *([value.job] if value else [])]
     generation = 0.0
     if servers:

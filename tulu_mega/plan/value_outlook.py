@@ -24,6 +24,24 @@ class ValueOutlook:
     scoring: float
     """seconds of a step in which values are computed without training"""
 
+    def by_policys_rank(self, policy: Job) -> list[list[RankMemory]]:
+        """For each of the policy's pipeline ranks, those of the value model on the same GPUs: ranks are numbered along the
+        pipeline last."""
+        own, ranks = policy.parallel.pipeline, self.job.parallel.pipeline
+        size = self.job.world // ranks
+        return [
+            [
+                self.memory[at]
+                for at in range(rank * policy.world // own // size, ((rank + 1) * policy.world // own - 1) // size + 1)
+            ]
+            for rank in range(own)
+        ]
+
+    def has_groups(self, policy: Job) -> bool:
+        """Whether its layout has groups of its own beside the policy's."""
+        both = (policy.parallel, self.job.parallel)
+        return len({(each.tensor, each.context, each.pipeline, each.virtual_pipeline) for each in both}) > 1
+
     @property
     def seconds(self) -> float:
         """Of a step."""

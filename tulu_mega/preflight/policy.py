@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from tulu_mega.bridge.families import family_for
-from tulu_mega.config import EngineSettings, PolicyRunSettings
+from tulu_mega.bridge.files.hub import model_directory
+from tulu_mega.config import EngineSettings, ParallelSettings, PolicyRunSettings
 from tulu_mega.config.policy_run import steps_of
 from tulu_mega.errors import UserError
 from tulu_mega.inference.addresses import longest_wait, look
@@ -17,7 +18,7 @@ from tulu_mega.layout.division import server_problems
 from tulu_mega.layout.fp8 import rollout_fp8_problems
 from tulu_mega.pins import rows
 from tulu_mega.pins.directories import Directory
-from tulu_mega.preflight import adapters, pinned, profile, run
+from tulu_mega.preflight import adapters, pinned, profile, run, vocabularies
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import model_config, within_vocabulary
 from tulu_mega.rl.prompts import Prompts, read
@@ -153,25 +154,33 @@ def answerable(prompts: Prompts, config: Mapping[str, Any]) -> None:
 
 
 def of_the_policys_tokens(
-    settings: PolicyRunSettings, name: str, path: str, policy: Mapping[str, Any] | None, advice: str | None
+    settings: PolicyRunSettings,
+    name: str,
+    path: str,
+    policy: Mapping[str, Any] | None,
+    advice: str | None,
+    parallel: ParallelSettings | None = None,
 ) -> None:
-    """A reward model beside the policy has its tokens.
+    """A reward model beside the policy has its tokens, and goes into its layout.
 
     Args:
         name: of the setting that names the model.
         path: the model's directory or hub name.
         policy: the policy's config.json, if it could be read.
         advice: what else to do with a language model than to make a reward model of it; None where one will do.
+        parallel: the model's layout; the policy's when None.
 
     Raises:
         UserError: it has other tokens, or is a language model where that will not do.
     """
     model = settings.model.model_copy(update={"path": path})
-    parts = dict(parallel=settings.parallel, precision=settings.precision, megatron=settings.megatron)
+    parts = dict(parallel=parallel or settings.parallel, precision=settings.precision, megatron=settings.megatron)
     try:
         config = model_config(EngineSettings(model=model, **parts))
     except UserError as error:  # which knows the model by the name of the setting that it mostly has
-        raise UserError([problem.replace("model.path = ", f"{name} = ") for problem in error.problems]) from None
+        told = [problem.replace("model.path = ", f"{name} = ") for problem in error.problems]
+        told = [each.replace("parallel.", "value.parallel.") for each in told] if parallel else told
+        raise UserError([each if path in each else f"{name} = {path}: {each}" for each in told]) from None
     if advice is not None and not family_for(config).reward:
         advice = f"; {advice}" if advice else ""
         raise UserError(f"{name} = {path}: a language model; expected what tulu-mega rm makes{advice}")
@@ -180,3 +189,5 @@ def of_the_policys_tokens(
             f"{name} = {path} has a vocabulary of {config['vocab_size']}, the policy one of {policy['vocab_size']}; expected a "
             "reward model of the same tokenizer"
         )
+    if other := vocabularies.difference(model_directory(settings.data.tokenizer or settings.model.path), model_directory(path)):
+        raise UserError(f"{name} = {path} has another tokenizer than the policy: {other}; expected a reward model of the same")

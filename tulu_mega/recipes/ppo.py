@@ -54,7 +54,7 @@ class Ppo:
         value, optim = self._settings.value, self._settings.optim
         if value.lr is not None:
             optim = optim.model_copy(update={"lr": value.lr, "min_lr": min(optim.min_lr, value.lr)})
-        model = session.beside(value.path, reward=True, new_head=value.new_head)
+        model = session.beside(value.path, reward=True, new_head=value.new_head, parallel=value.parallel)
         return {"value": Beside(model, optim, value.updates, "hf_value")}
 
     def learner(self, policy: Trained, beside: Mapping[str, Beside], guards: Guards, clock: StepClock) -> ActorCritic:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tulu_mega.config import PolicyRunSettings
 from tulu_mega.distributed.collectives import gathered_at_lead
+from tulu_mega.distributed.topology import Topology
 from tulu_mega.errors import UserError
 from tulu_mega.layout.flops import training_flops
 from tulu_mega.records import PackedBatch
@@ -225,8 +226,12 @@ class Learner:
     @property
     def _sees(self) -> bool:
         """Whether this rank is the one of its replica that tells what the model's output was."""
-        place = self._policy.engine.topology
-        return place.reports_loss and place.context_rank == 0
+        return tells(self._policy.engine.topology)
+
+
+def tells(place: Topology) -> bool:
+    """Whether a rank is the one of its replica that tells what a model's output was."""
+    return place.reports_loss and place.context_rank == 0
 
 
 def passes_flops(trained: Trained, collected: Collected, repeated: list[int], passes: int, scorings: int) -> float:

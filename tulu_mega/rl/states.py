@@ -49,6 +49,30 @@ def traces(batch: PackedBatch, cut_off: Set[int]) -> list[Trace]:
     return found
 
 
+def values_of(batches: Iterable[PackedBatch], cut_off: Set[int]) -> dict[int, np.ndarray]:
+    """The values of each response's states, float32, by its number.
+
+    Args:
+        batches: whole packs with the column ``old_values_T``.
+        cut_off: as for :func:`traces`.
+    """
+    return {
+        trace.number: batch.column("old_values_T")[trace.states].numpy() for batch in batches for trace in traces(batch, cut_off)
+    }
+
+
+def with_values(batch: PackedBatch, values: Mapping[int, np.ndarray], cut_off: Set[int]) -> PackedBatch:
+    """The pack with the column ``old_values_T``, as if the value model had read this pack.
+
+    Args:
+        values: of :func:`values_of`, for each of the pack's responses.
+    """
+    values_T = torch.zeros(len(batch.tokens_T))
+    for trace in traces(batch, cut_off):
+        values_T[trace.states] = torch.from_numpy(values[trace.number])
+    return batch.with_columns(old_values_T=values_T)
+
+
 def estimates(
     batches: Iterable[PackedBatch], scores: Mapping[int, float], cut_off: Set[int], beta: float, discounts: Discounts
 ) -> dict[int, tuple[TokenEstimates, np.ndarray]]:

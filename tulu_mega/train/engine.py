@@ -28,7 +28,7 @@ from transformers import PretrainedConfig
 from tulu_mega.bridge.families import family_for
 from tulu_mega.config import EngineSettings, OptimSettings
 from tulu_mega.config.lora import LoraSettings
-from tulu_mega.distributed.topology import Topology
+from tulu_mega.distributed.topology import Topology, in_its_layout
 from tulu_mega.layout.context import context_rows, context_share
 from tulu_mega.model.build import attention_of, build_model, wrap_for_training
 from tulu_mega.model.gpt import PolicyModel
@@ -106,12 +106,14 @@ class Engine:
         lora: LoraSettings | None = None,
     ):
         self.hf, self.settings, self.topology, self.platform, self.reward = hf, settings, topology, platform, reward
-        chunks = build_model(hf, settings, topology, platform, reward, shares, apart=lora is not None)
+        with topology.entered():
+            chunks = build_model(hf, settings, topology, platform, reward, shares, apart=lora is not None)
         self.chunks: list[PolicyModel] | list[RewardModel] = chunks
         """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
         self.lora = lora
         if lora:
-            attach(chunks, lora, family_for(hf.to_dict()), hf.to_dict(), topology)
+            with topology.entered():
+                attach(chunks, lora, family_for(hf.to_dict()), hf.to_dict(), topology)
         self.temperature, self.at, self.shares = temperature, at, shares
         self.ddp: list[DistributedDataParallel] = []
         """each chunk in its gradient buffers; empty, as the three below are None, until :meth:`prepare_training`"""
@@ -125,6 +127,7 @@ class Engine:
         attention = attention_of(self.hf, self.settings, self.topology, self.platform, self.shares)
         return self.topology.context == 1 and attention != "te"
 
+    @in_its_layout
     def prepare_training(
         self, optim: OptimSettings, steps: int, ddp: Mapping[str, Any] | None = None, optimizer: Mapping[str, Any] | None = None
     ) -> None:
@@ -153,6 +156,7 @@ class Engine:
             config.no_sync_func = [ddp.no_sync for ddp in self.ddp] if several else self.ddp[0].no_sync
             config.grad_sync_func = [ddp.start_grad_sync for ddp in self.ddp] if several else self.ddp[0].start_grad_sync
 
+    @in_its_layout
     def forward_backward(
         self,
         micro_batches: Sequence[PackedBatch],
@@ -175,6 +179,7 @@ class Engine:
         return self._losses(micro_batches, objective, forward_only=False, seen=seen, marks=marks)
 
     @torch.no_grad()
+    @in_its_layout
     def evaluate(self, micro_batches: Sequence[PackedBatch], objective: Objective) -> ReducedLoss:
         """Compute the loss of a batch by the current weights, in evaluation mode and without gradients.
 
@@ -184,6 +189,7 @@ class Engine:
         with self._evaluating():
             return self._losses(micro_batches, objective, forward_only=True)
 
+    @in_its_layout
     def optimizer_step(self, step: int, loss: SupportsFloat, allow: Callable[[float, float], bool] | None = None) -> Update:
         """Clip the gradients by their global norm and update the weights, unless loss or norm is not finite.
 
@@ -217,6 +223,7 @@ class Engine:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @torch.no_grad()
+    @in_its_layout
     def score(self, micro_batches: Sequence[PackedBatch]) -> list[Tensor]:
         """Compute the log-probabilities of the labels of every micro-batch.
 
@@ -246,6 +253,7 @@ class Engine:
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
         return bool(everywhere.item())
 
+    @in_its_layout
     def settle(self) -> None:
         """Wait for parameter gathers that overlap left under way, so that every rank has the updated parameters. Call it before
         they are read."""

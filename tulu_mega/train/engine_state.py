@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from transformers import PretrainedConfig
 
 from tulu_mega.bridge.shards import exportable, global_name
+from tulu_mega.distributed.topology import in_its_layout
 from tulu_mega.layout.stages import stage_layers
 from tulu_mega.model.hf_config import head_dim
 from tulu_mega.train.engine import Engine
@@ -58,6 +59,7 @@ def cut_of(engine: Engine) -> dict[str, Any]:
     return cut
 
 
+@in_its_layout
 def sharded_state(engine: Engine, format: Format, loading: bool) -> dict[str, Any]:
     """Parameters, optimizer and random states as megatron-core saves and loads them. No data are copied."""
     engine.settle()
@@ -66,6 +68,7 @@ def sharded_state(engine: Engine, format: Format, loading: bool) -> dict[str, An
     return {**model, **optimizer, "rng": held_state(engine.topology, engine.platform.device, "every rank's")}
 
 
+@in_its_layout
 def load_state(engine: Engine, directory: Path, format: Format, random: Kept | None) -> None:
     """Loads what `sharded_state` saved. A collective; raises whatever is wrong with the files.
 
@@ -87,6 +90,7 @@ def load_state(engine: Engine, directory: Path, format: Format, random: Kept | N
         put_back(loaded["rng"], engine.platform.device)
 
 
+@in_its_layout
 def load_parameters(engine: Engine, directory: Path, leave: Collection[str]) -> None:
     """Loads the weights alone, of any layout and precision. A collective; raises whatever is wrong with the files.
 
@@ -121,6 +125,7 @@ class Share:
     """those of this rank that it, or another of its data-parallel ranks, writes; the others are written elsewhere"""
 
 
+@in_its_layout
 def share(engine: Engine, format: Format) -> Share:
     """This rank's share of a checkpoint. No collective: the model may lie on the meta device.
 

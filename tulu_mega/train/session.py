@@ -25,7 +25,7 @@ from tulu_mega.bridge.live import export_adapters, export_hf, load_hf
 from tulu_mega.bridge.rules import Config
 from tulu_mega.bridge.shards import ModelShard, Values
 from tulu_mega.bridge.stream import LiveWeights
-from tulu_mega.config import EngineSettings, RolloutSettings
+from tulu_mega.config import EngineSettings, ParallelSettings, RolloutSettings
 from tulu_mega.config.lora import LoraSettings
 from tulu_mega.distributed import topology
 from tulu_mega.distributed.topology import Topology
@@ -123,29 +123,31 @@ class Session:
         found = (chunk.adapters.merged(parameter) for chunk in self.engine.chunks)
         return next((each for each in found if each is not parameter), parameter)
 
-    def beside(self, path: str, reward: bool, new_head: bool = False) -> Session:
-        """Build another model under the same layout and load its weights. Only the weights take memory until it is trained.
+    def beside(self, path: str, reward: bool, new_head: bool = False, parallel: ParallelSettings | None = None) -> Session:
+        """Build another model and load its weights. Only the weights take memory until it is trained.
 
-        With equal weights it computes the same bits as this session's model.
+        Under the same layout and with equal weights it computes the same bits as this session's model.
 
         Args:
             path: its directory of either format, or hub name.
             reward: whether it is to be a reward model.
             new_head: whether a language model will do for one, whose head is drawn.
+            parallel: its layout; this one's when None.
 
         Raises:
-            UserError: it cannot be had or built, or is of the other kind.
+            UserError: it cannot be had or built, or is of the other kind, or its layout does not fit the world.
         """
+        place, patience = self.topology, _patience(self.settings.watchdog.timeout)
+        if parallel is not None:
+            place = topology.another(parallel, self.engine.platform, patience)
         settings = EngineSettings(
             model=self.settings.model.model_copy(update={"path": path}),
-            parallel=self.settings.parallel,
+            parallel=parallel or self.settings.parallel,
             precision=self.settings.precision,
             megatron=self.settings.megatron,
         )
         engine = self.engine
-        made = _session(
-            settings, self.topology, engine.platform, self.seed, reward, self.watch, engine.temperature, engine.shares
-        )
+        made = _session(settings, place, engine.platform, self.seed, reward, self.watch, engine.temperature, engine.shares)
         if reward and not new_head and not family_for(read_config(made.source)).reward:
             raise UserError(f"{path}: expected a reward model, got a language model; tulu-mega rm makes reward models")
         made.load_weights()

@@ -28,9 +28,11 @@ from tulu_mega.plan.model.job import Job
 from tulu_mega.plan.model.kept import token_bytes
 from tulu_mega.weight_transfer.slots import SLOTS
 
-RESERVED = 3 * 2**30
-"""Bytes beside torch's allocations: the CUDA context and its modules (0.5 GiB), NCCL's buffers for about ten groups (1.5 GiB),
-cuBLAS' and Transformer Engine's workspaces. An estimate, not measured here."""
+GROUPS = 3 * 2**29
+"""Bytes of NCCL's buffers for about ten groups. An estimate, not measured here."""
+RESERVED = 3 * 2**29 + GROUPS
+"""Bytes beside torch's allocations: the CUDA context and its modules (0.5 GiB), NCCL's buffers for about ten groups, cuBLAS' and
+Transformer Engine's workspaces. An estimate, not measured here."""
 UNUSABLE = 0.05
 """Share of what comes and goes that the caching allocator reserves beyond what is allocated, with expandable segments. An
 estimate, not measured here: packs of every step have other lengths; without such segments it is several times that."""
@@ -68,7 +70,7 @@ class RankMemory:
     """reserved over allocated"""
     reserved: float = RESERVED
     value: float = 0.0
-    """weights, gradients and optimizer of a value model that trains beside"""
+    """weights, gradients and optimizer of a value model that trains beside, and NCCL's buffers for groups of its own"""
     value_passes: float = 0.0
     """what its passes take above the policy's, in whose place they come"""
 
@@ -152,16 +154,20 @@ def memory_by_rank(job: Job, beside: int = 0, bucket: int = 0) -> list[RankMemor
     return [rank_memory(job, rank, beside, bucket) for rank in range(job.parallel.pipeline)]
 
 
-def beside_a_value_model(policy: Sequence[RankMemory], value: Sequence[Collection[RankMemory]]) -> list[RankMemory]:
+def beside_a_value_model(
+    policy: Sequence[RankMemory], value: Sequence[Collection[RankMemory]], groups: bool = False
+) -> list[RankMemory]:
     """The policy's pipeline ranks with what the value model takes there. The two pass in turn, so what comes and goes is there
     once, as large as the larger needs it.
 
     Args:
         value: for each of them, the value model's pipeline ranks, each by itself, that lie on the same GPUs.
+        groups: whether it has groups of its own.
     """
     made = []
     for own, others in zip(policy, value, strict=True):
-        held, passing = max(each.held for each in others), max(each.passing for each in others)
+        held = max(each.held for each in others) + GROUPS * groups
+        passing = max(each.passing for each in others)
         more = max(0.0, passing - own.passing)
         made.append(replace(own, value=held, value_passes=more, allocator=UNUSABLE * (own.passing + more)))
     return made
