@@ -68,5 +68,5 @@ def test_imports_have_no_side_effects():
 
 
 def test_a_prepared_process_imports_recipes_quietly():
-    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=280)
     assert (done.returncode, done.stderr) == (0, "")
