@@ -117,15 +117,17 @@ def records(place: Path) -> dict[str, Parser]:
     }
 
 
+TRAINING = {
+    "step": 3, "state": {"streak": 0, "seen": 9}, "finite": True, "random": "every rank's", "format": "reshardable",
+    "model": {"hidden_size": 64}, "layout": {"tensor": 1}, "cut": {}, "files": {"x.distcp": 4}, "digests": {"x.distcp": "ab"},
+    "engines": {"value": {"model": {}, "layout": {}, "cut": {}}},
+}  # fmt: skip
+
+
 def checkpoints(place: Path) -> dict[str, Parser]:
     step = place / "checkpoints" / "step_3"
     step.mkdir(parents=True)
     (step / "x.distcp").write_bytes(b"1234")
-    told = {
-        "step": 3, "state": {"streak": 0, "seen": 9}, "finite": True, "random": "every rank's", "format": "reshardable",
-        "model": {"hidden_size": 64}, "layout": {"tensor": 1}, "cut": {}, "files": {"x.distcp": 4}, "digests": {"x.distcp": "ab"},
-        "engines": {"value": {"model": {}, "layout": {}, "cut": {}}},
-    }  # fmt: skip
 
     def found() -> None:
         for each in checkpoint.find(step.parent):
@@ -134,7 +136,7 @@ def checkpoints(place: Path) -> dict[str, Parser]:
     def bytes_of() -> None:
         damaged(step.parent)
 
-    seeds = [json.dumps(told).encode()]
+    seeds = [json.dumps(TRAINING).encode()]
     return {
         "training.json": Parser(after_writing(step / checkpoint.MANIFEST, found), seeds, ()),
         "training.json: digests": Parser(after_writing(step / checkpoint.MANIFEST, bytes_of), seeds, ()),

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fuzz import answers, messages, model_files, rows, run_files
 from tests.fuzz.model_files import LLAMA, OLMO, QWEN
-from tests.fuzz.run_files import METRICS, RESULTS, ROLLOUT, SAMPLE
+from tests.fuzz.run_files import METRICS, RESULTS, ROLLOUT, SAMPLE, TRAINING
 from tulu_mega.data.store import VERSION
 
 DEEP = b"[" * 5000
@@ -47,6 +47,8 @@ FOUND = {
     "rlvr: a verifier that is no name": (
         rows, "rows of rlvr", told({"messages": [{"role": "user", "content": "x"}], "ground_truth": {}, "dataset": [None]})
     ),
+    "checkpoint: a state that is none": (run_files, "training.json", told(TRAINING, state=False)),
+    "checkpoint: a step of text": (run_files, "training.json", told(TRAINING, step="")),
     "generation: a list": (model_files, "generation_config.json", b"[1]"),
     "generation: deep": (model_files, "generation_config.json", DEEP),
     "index: a name too long": (model_files, "safetensors: index", told({"weight_map": {"a": "x" * 300}})),

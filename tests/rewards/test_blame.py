@@ -161,6 +161,23 @@ def test_what_a_verifier_of_ours_cannot_hold_is_wrong_and_what_anothers_cannot_i
     assert not own.built_in("gsm") and judge.built_in("sums") and not judge.built_in(["sums", "own"])
 
 
+LONG = {
+    "opened titles": ("ifeval", "<<" * 60_000, {"func_name": "validate_title"}),
+    "opened titles of 2024": ("ifeval_2024", "<" * 60_000, {"func_name": "validate_title"}),
+    "opened brackets": ("ifeval", "[" * 60_000, {"func_name": "validate_placeholders", "N": 3}),
+    "opened comments": ("format", "<think>" + "<!--" * 60_000 + "</think>", {"sections": ["<think>", "</think>"]}),
+    "blanks behind a box": ("math", r"\boxed{4}" + " " * 60_000 + "is wrong", "4"),
+}
+"""Replies that took from 15 s to minutes; but for the last, whose answer was no longer seen to be taken back."""
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_replies_are_read_once(name):
+    verifier, reply, truth = LONG[name]
+    verdict = Judge(seconds=5)(VerifierInput(reply, verifier, truth))
+    assert (verdict.score, verdict.kind) == (0.0, "")
+
+
 def anothers(response, ground_truth, *, messages):
     raise {"MemoryError": MemoryError, "RecursionError": RecursionError}[response]
 

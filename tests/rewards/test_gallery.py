@@ -60,8 +60,7 @@ def judged_by_grpo(entries, objects=False):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """A temporary directory of the workers, in which nothing and nobody is left. It isn't one of pytest's: another pytest
-    closes these."""
+    """A temporary directory of the workers, in which nothing and nobody is left. Another pytest would close one of pytest's."""
     before = sorted(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory(prefix="gallery-") as place:
         victim, scratch = Path(place) / "victim", Path(place) / "scratch"

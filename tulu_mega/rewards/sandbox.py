@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -187,6 +188,10 @@ def _remove(path: str) -> None:
     null = subprocess.DEVNULL
     command = ["sh", "-c", _REMOVE, "sh", path]
     where = os.path.dirname(path)
-    removing = subprocess.Popen(command, cwd=where, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    try:
+        removing = subprocess.Popen(command, cwd=where, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    except OSError:  # no process to be had just now, which takes no verdict away
+        shutil.rmtree(path, ignore_errors=True)
+        return
     with suppress(subprocess.TimeoutExpired):
         removing.wait(_REMOVE_S)

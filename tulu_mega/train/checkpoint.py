@@ -89,6 +89,8 @@ def find(directory: Path) -> list[Checkpoint]:
                 others = {name: _saved(path / name, each) for name, each in manifest.get("engines", {}).items()}
                 step, state, format = (manifest[name] for name in ("step", "state", "format"))
                 finite, random = manifest.get("finite", True), manifest.get("random", "first copy's")  # older ones do not say
+                if type(step) is not int or not isinstance(state, dict):
+                    continue
                 found.append(Checkpoint(path, step, state, finite, random, format, _saved(path, manifest), others))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
