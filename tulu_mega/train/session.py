@@ -99,9 +99,9 @@ class Session:
         return ModelShard(self.engine.chunks, config, family_for(config), place, place.tensor_group, place.pipeline_group)
 
     def beside(self, path: str, reward: bool, new_head: bool = False) -> Session:
-        """Build another model under the same layout and load its weights. Only the weights take memory until it is trained.
+        """Another model under the same layout, weights loaded: nothing of it but the weights takes memory until it is trained.
 
-        With equal weights it computes the same bits as this session's model.
+        Of equal weights it computes the same bits as this one.
 
         Args:
             path: its directory of either format, or hub name.
