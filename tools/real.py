@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a few rows and steps of everything: a look, no measurement")
     parser.add_argument("--seeds", type=int, default=3, help="of grpo: how many, each with a control")
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: expected 1 or more")
     story = Story(options.run_dir, options.data, options.seed, options.small)
     try:
         if options.what == "recipe":
