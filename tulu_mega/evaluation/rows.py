@@ -28,7 +28,8 @@ def problems(task: Task, settings: TaskSettings) -> list[Problem]:
         UserError: no such data, or rows of another format; the first ones by file and line, with the fields expected.
     """
     named = f"tasks.{task.name}"
-    rows = _open(settings.data or list(task.hub), settings.split or task.split, f"{named}.data", f"{named}.split", bool(task.choices))
+    source, split = settings.data or list(task.hub), settings.split or task.split
+    rows = _open(source, split, f"{named}.data", f"{named}.split", bool(task.choices))
     found = _each(rows, _worded(task, settings) if harness_prompts.named(settings.shots_from) else task.read, task)
     # a file's place, not its name: the same rows elsewhere are the same problems
     groups = [problem.group or f"file {rows.origin(row)[0]}" for row, problem in enumerate(found)]
