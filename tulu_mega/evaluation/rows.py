@@ -28,7 +28,8 @@ def problems(task: Task, settings: TaskSettings) -> list[Problem]:
         UserError: no such data, or rows of another format; the first ones by file and line, with the fields expected.
     """
     named = f"tasks.{task.name}"
-    rows = _open(settings.data or list(task.hub), settings.split or task.split, f"{named}.data", f"{named}.split")
+    source, split = settings.data or list(task.hub), settings.split or task.split
+    rows = _open(source, split, f"{named}.data", f"{named}.split", bool(task.choices))
     found = _each(rows, _worded(task, settings) if harness_prompts.named(settings.shots_from) else task.read, task)
     # a file's place, not its name: the same rows elsewhere are the same problems
     groups = [problem.group or f"file {rows.origin(row)[0]}" for row, problem in enumerate(found)]
@@ -51,7 +52,7 @@ def shots(task: Task, settings: TaskSettings) -> list[Shot]:
     if path.is_dir() and any(path.glob("*.txt")):
         return _cot_prompts(path)
     named = f"tasks.{task.name}"
-    rows = _open(settings.shots_from, settings.shots_split, f"{named}.shots_from", f"{named}.shots_split")
+    rows = _open(settings.shots_from, settings.shots_split, f"{named}.shots_from", f"{named}.shots_split", bool(task.choices))
     return _each(rows, task.shot, task)
 
 
@@ -112,20 +113,21 @@ def _each(rows: Rows, read: Any, task: Task) -> list[Any]:
     return found
 
 
-def _open(names: str | list[str], split: str, setting: str, split_setting: str) -> Rows:
+def _open(names: str | list[str], split: str, setting: str, split_setting: str, tables: bool) -> Rows:
     """Rows of files and hub names; also of what BIG-Bench Hard and MMLU were published as, JSON objects with `examples` and CSV
     without headings, and of directories of that.
 
     Args:
         setting, split_setting: where they and their split are named, for messages.
+        tables: whether CSV is read, as questions with choices.
     """
     parts: list[Part] = []
     problems: list[str] = []
     for name in [names] if isinstance(names, str) else names:
         path = Path(name).expanduser()
         try:
-            if tables := _files(path, ".csv"):
-                parts += [_choices(file) for file in tables]
+            if tables and (files := _files(path, ".csv")):
+                parts += [_choices(file) for file in files]
                 continue
             examples = [part for file in _files(path, ".json") if (part := _examples(file)) is not None]
             parts += examples or load_rows(name, split, setting=setting, split_setting=split_setting).parts
