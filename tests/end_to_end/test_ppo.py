@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import psutil
 import pytest
 
+from tests.inference.test_reward_vllm import ENVIRONMENT, POOL
 from tests.lib.grpo_runs import STEPS, after, check_same, ended, lines, rank_of, start, weights
 
 pytestmark = pytest.mark.servers
@@ -47,6 +52,26 @@ def test_both_models_learn(undisturbed, place):
 def test_values_become_better(undisturbed):
     losses = [step["value_loss"] for step in lines(undisturbed / "metrics.jsonl")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(600)
+def test_vllm_gives_the_values_that_transformers_does(undisturbed, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model, source = tmp_path / "value", tmp_path / "texts.json"
+    shutil.copytree(undisturbed / "hf_value", model)
+    texts = [[5, 6, 7], [40, 41, 42, 43, 44, 45], [7]]
+    source.write_text(json.dumps(texts))
+    command = [sys.executable, "-c", POOL, str(source), str(model)]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ours = json.loads((tmp_path / "value.scores.json").read_text())
+    with torch.no_grad():
+        value = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
+        theirs = [value(torch.tensor([ids])).logits[0].tolist() for ids in texts]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
 @pytest.mark.acceptance
