@@ -1,0 +1,1 @@
+"""What kills ranks at told moments: its directory goes on PYTHONPATH."""
