@@ -158,7 +158,7 @@ def interrupted_export(source: Path, out: Path) -> None:
     photos = out.parent / "photos"
     photos.mkdir()
     (photos / "cat.jpg").write_text("")
-    for wrong, says in ((photos, "no model directory"), (source, "export to another directory")):
+    for wrong, says in ((photos, "no model directory"), (source, "export to another one")):
         with pytest.raises(UserError, match=says):
             rank.export(model, wrong, source, "fp32")
     assert (photos / "cat.jpg").exists()

@@ -49,7 +49,7 @@ def megatron_names(family, config, spec):
 
 
 def cut_of(family, name):
-    return family._rule(name, {"num_hidden_layers": 10})[0].cut
+    return family.rule(name, {"num_hidden_layers": 10})[0].cut
 
 
 @settings(max_examples=60, deadline=None)

@@ -33,12 +33,14 @@ ROLLOUTS = """
         rollout.update_timeout rollout.retries rollout.restarts rewards.workers rewards.timeout rewards.memory_mib
         train.share_prompts train.max_policy_lag train.rollouts_every restarts
 """
+OWN_LAYOUT = " ".join(f" value.{name}" for name in EVERYWHERE.split() if name.startswith("parallel."))
+"""Of the value model."""
 INDIFFERENT = {
     "sft": ROWS,
     "rm": ROWS,
     "dpo": ROWS + " reference.cache reference.only",
     "grpo": ROLLOUTS,
-    "ppo": ROLLOUTS,
+    "ppo": ROLLOUTS + OWN_LAYOUT,
 }
 FURTHER = {"grpo": {"rewards.model", "rewards.custom"}, "ppo": {"rewards.model", "rewards.custom", "value.path"}}
 """Content that a stage names besides."""

@@ -23,7 +23,8 @@ def run(tmp_path_factory, served) -> Path:
     """A step of two mini-batches, whose loss counts responses."""
     pytest.importorskip("vllm")
     place = make_place(tmp_path_factory.mktemp("grpo"))
-    byte_tokenizer(eos_token="<|im_end|>").save_pretrained(place / "tokenizer")
+    for directory in ("tokenizer", "rm"):  # a reward model is to read what the policy writes
+        byte_tokenizer(eos_token="<|im_end|>").save_pretrained(place / directory)
     assert AutoTokenizer.from_pretrained(place / "tokenizer").eos_token_id == EOS
     assert GenerationConfig.from_pretrained(place / "model").eos_token_id == 0
     values = {

@@ -185,5 +185,5 @@ def test_an_agent_that_had_to_kill_its_ranks_does_not_say_that_they_saved(tmp_pa
 def test_ranks_that_could_not_meet_say_why(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(UserError, match=r"started the ranks again.*tulu_mega\.agent, or with TORCH_DISABLE"):
+    with pytest.raises(UserError, match=r"restarted the ranks.*tulu_mega\.agent, or with TORCH_DISABLE"):
         topology.start(ParallelSettings(), platforms.install(), seed=0)

@@ -116,7 +116,7 @@ def test_settings_that_are_refused():
     with pytest.raises(UserError) as caught:
         load(GrpoSettings, None, [*flags, "--rollout.urls", '["10.0.0.5:8000"]'])
     told = "\n".join(caught.value.problems)
-    assert "only 0 (synchronous) is offered" in told and "sampling.samples" in told and "http://10.0.0.5:8000" in told
+    assert "expected 0 (synchronous)" in told and "sampling.samples" in told and "http://10.0.0.5:8000" in told
 
 
 def test_a_run_goes_on_with_its_own_settings_only(problems, tmp_path):
