@@ -110,7 +110,7 @@ def test_servers_that_do_not_answer_are_asked_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("urls", "told"),
     [
-        (["http://h:8000", "http://H:8000/"], "http://h:8000 and http://H:8000: these URLs are one server; name each server once"),
+        (["http://h:8000", "http://H:8000/"], "http://h:8000 and http://H:8000: these URLs are one server"),
         (["http://h", "http://h:80"], "http://h and http://h:80: these URLs are one server"),
         (["http://h:80a"], "http://h:80a: Port could not be cast to integer"),
         (["http://h:99999"], "Port out of range"),
