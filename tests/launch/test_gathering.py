@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from torch.distributed import TCPStore
@@ -153,7 +154,7 @@ def test_one_machine_more_is_told(capsys):
 
 def agents(*words: str, local: str = "1") -> tuple[int, str]:
     """Exit status and word of an agent that is given these, and would run a module that is not there."""
-    with pytest.MonkeyPatch.context() as patch:
+    with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patch:  # an agent names itself to its ranks there
         said = []
         patch.setattr(agent, "print", lambda text, **_: said.append(text), raising=False)
         patch.setattr(agent, "_moments", dict)
