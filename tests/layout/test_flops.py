@@ -35,6 +35,12 @@ def test_attention_counts_each_sequence_by_itself():
     assert training_flops(config, []) == 0
 
 
+def test_frozen_weights_have_no_gradients():
+    config = llama(64, 128, 2, 4, groups=2, vocab=100)
+    work = training_flops(config, [10, 30]) - training_flops(config, [10, 30], frozen=True)
+    assert work == 2 * matmul_parameters(config) * 40  # attention, which has no weights, is as before
+
+
 def test_a_window_bounds_what_a_token_attends_to():
     """Against counting the pairs; the closed form leaves out half a token on the diagonal, as for full attention."""
     config = llama(64, 128, 3, 4, groups=2, vocab=100)

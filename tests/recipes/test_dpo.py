@@ -19,7 +19,8 @@ from tulu_mega.data.store import TokenStore
 from tulu_mega.errors import UserError
 from tulu_mega.launch.launcher import World
 from tulu_mega.objectives.preference_objective import PreferenceObjective
-from tulu_mega.preflight import check
+from tulu_mega.preflight import adapters, check
+from tulu_mega.preflight.findings import Findings
 from tulu_mega.quickstart import task, tiny_model
 from tulu_mega.recipes.dpo import check_first_loss, run
 from tulu_mega.train import reference_cache
@@ -361,6 +362,12 @@ def test_adapters_of_another_model_are_refused(material, tmp_path):
     ran(settings(material, tmp_path / "run", **lora, lora={"rank": 2, "targets": ["q_proj"]}, train={"steps": 1}))
     adapter = tmp_path / "run" / "adapter"
     told = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": "a/b", "lora_dropout": 0.05}))
+    wanted, found = settings(material, tmp_path / "then", lora={"adapter": str(adapter)}), Findings()
+    found.config = json.loads((material / "model" / "config.json").read_text())
+    adapters.problems(wanted, found)
+    base, dropped = found.notes
+    assert not found.problems and "was made for a/b" in base and "lora_dropout = 0.05" in dropped
     (adapter / "adapter_config.json").write_text(json.dumps(told | {"r": 3}))
     with pytest.raises(UserError) as error:
         check.ready(settings(material, tmp_path / "then", **lora, lora={"adapter": str(adapter)}))

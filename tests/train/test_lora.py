@@ -201,6 +201,9 @@ def adapter(directory: Path, **changes) -> Path:
         ({"lora_alpha": -1}, "lora_alpha = -1"),
         ({"target_modules": ["c_attn"]}, "c_attn: expected 'all-linear' or some of q_proj"),
         ({"target_modules": None}, "target_modules"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4' changes the model's weights, too"),
+        ({"kasa_config": {"beta": 1.0}}, "kasa_config = {'beta': 1.0} is not had here; expected {}"),
+        ({"what_a_later_version_adds": 3}, "what_a_later_version_adds = 3 is not had here; expected 0"),
     ],
     ids=str,
 )
@@ -208,6 +211,12 @@ def test_adapters_that_are_not_had_are_refused_by_name(tmp_path, changes, told):
     with pytest.raises(UserError) as error:
         settings_of(adapter(tmp_path / "adapter", **changes))
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize("more", [{}, {"init_lora_weights": "eva", "lora_dropout": 0.1, "eva_config": {"rho": 2.0}}], ids=str)
+def test_what_says_nothing_of_trained_adapters_is_passed_over(tmp_path, more):
+    settings = settings_of(adapter(tmp_path / "adapter", **more))
+    assert settings.names == ("q_proj",) and settings.scale == 2.0
 
 
 def test_directories_that_are_no_adapters(tmp_path):

@@ -34,7 +34,7 @@ def matmul_parameters(config: Mapping[str, Any]) -> int:
     return config["num_hidden_layers"] * (attention + mlp) + hidden * head_columns(config)
 
 
-def training_flops(config: Mapping[str, Any], lengths: Iterable[int]) -> float:
+def training_flops(config: Mapping[str, Any], lengths: Iterable[int], frozen: bool = False) -> float:
     """FLOPs of one forward and backward pass over sequences that attend causally within themselves.
 
     ``6 (N - embedding) tokens + 6 L h sum(length ** 2)``: every parameter is multiplied and added once forward and twice
@@ -45,6 +45,8 @@ def training_flops(config: Mapping[str, Any], lengths: Iterable[int]) -> float:
     Args:
         config: Hugging Face's config.json.
         lengths: real tokens of each sequence; padding is no work.
+        frozen: whether the weights have no gradients, so that each is multiplied and added once backward. The work of adapters
+            beside them is not counted.
 
     Raises:
         UserError: for a family that is not known.
@@ -59,4 +61,4 @@ def training_flops(config: Mapping[str, Any], lengths: Iterable[int]) -> float:
         squares += layers * length**2
         if windowed and length > needs.window:
             squares -= windowed * (length - needs.window) ** 2
-    return 6.0 * matmul_parameters(config) * tokens + 6.0 * width * squares
+    return (4.0 if frozen else 6.0) * matmul_parameters(config) * tokens + 6.0 * width * squares

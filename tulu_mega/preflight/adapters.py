@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tulu_mega.bridge.adapters import adapter_family
@@ -26,7 +27,20 @@ def problems(settings: RunSettings, findings: Findings, reward: bool = False) ->
         return
     path = settings.lora.adapter
     if (config := findings.config) and findings.collect(lambda: _of_the_model(path, config, reward)):
+        findings.notes += _told(path, settings.model.path)
         run.pin(findings, "lora.adapter", Directory(path))
+
+
+def _told(path: str, model: str) -> list[str]:
+    """Lines about what the adapters' directory says and the run does not do."""
+    told, _files = open_adapter(path)
+    base, dropout = told.get("base_model_name_or_path"), told.get("lora_dropout")
+    lines = []
+    if base and Path(base).expanduser().resolve() != Path(model).expanduser().resolve():
+        lines.append(f"lora.adapter = {path}: was made for {base}; here it goes with model.path = {model}")
+    if dropout:
+        lines.append(f"lora.adapter = {path}: was trained with lora_dropout = {dropout}; here nothing is dropped")
+    return lines
 
 
 def _of_the_model(path: str, config: Mapping[str, Any], reward: bool) -> bool:

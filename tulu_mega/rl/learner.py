@@ -242,7 +242,11 @@ def passes_flops(trained: Trained, collected: Collected, repeated: list[int], pa
         scorings: forward passes alone.
     """
     hf, lengths = trained.engine.hf.to_dict(), [one.response.num_tokens for one in collected.responses]
-    return (training_flops(hf, lengths) - training_flops(hf, repeated)) * (passes + scorings / 3)
+
+    def once(frozen: bool) -> float:
+        return training_flops(hf, lengths, frozen) - training_flops(hf, repeated, frozen)
+
+    return passes * once(trained.engine.lora is not None) + scorings * once(False) / 3
 
 
 class PolicyLearner(Learner):

@@ -75,7 +75,6 @@ class DatasetRun(Run):
         found = self.weights(loader.steps)
         start = found.step if found else 0
         config = self.session.engine.hf.to_dict()
-        worked = 2 / 3 if self.settings.lora else 1.0  # frozen weights have no gradients of their own
         with contextlib.ExitStack() as stack:
             log = None
             if self.session.lead:
@@ -90,7 +89,7 @@ class DatasetRun(Run):
                 guards=guards,
                 saves=self.saves(loader.steps, guards),
                 where=self.store.where,
-                flops=lambda data: worked * training_flops(config, self.store.lengths[data.rows]),
+                flops=lambda data: training_flops(config, self.store.lengths[data.rows], frozen=self.settings.lora is not None),
                 log=log,
                 profiler=self.profiler(start),
                 heldout=heldout,

@@ -22,24 +22,18 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEAD = ["score"]
 """What is saved whole beside a reward model's adapters."""
-_PLAIN: Mapping[str, Any] = {
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "use_dora": False,
-    "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "exclude_modules": None,
-    "megatron_config": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-}
-"""What an adapter's configuration may say about things that are not had here, beside nothing: that they are not there."""
+_READ = (
+    *("peft_type", "task_type", "r", "lora_alpha", "use_rslora"),
+    *("target_modules", "modules_to_save", "bias", "init_lora_weights"),
+)
+_WITHOUT_MEANING = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version"),
+    *("qalora_group_size", "revision", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+)
+"""Fields that say nothing of what trained adapters compute. Any other has to be empty: what it asks for would be left out."""
+_BESIDE_THE_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Ways to draw new adapters that leave the model's weights alone. Others change these first, so that the adapters go with
+weights that are not the model's."""
 
 
 def adapter_config(base: str, rank: int, alpha: float, rslora: bool, targets: Sequence[str], reward: bool) -> dict[str, Any]:
@@ -91,10 +85,17 @@ def open_adapter(path: str | Path) -> tuple[dict[str, Any], HfCheckpoint]:
     if config.get("peft_type") != "LORA":
         problems.append(f"{directory / CONFIG}: peft_type = {config.get('peft_type')!r}, expected 'LORA'")
     problems += [
-        f"{directory / CONFIG}: {name} = {str(config[name])[:80]} is not had here; expected {plain!r}"
-        for name, plain in _PLAIN.items()
-        if config.get(name) not in (plain, None, {}, [])
+        f"{directory / CONFIG}: {name} = {str(value)[:80]} is not had here; expected {type(value)()!r}"
+        for name, value in config.items()
+        if value and name not in (*_READ, *_WITHOUT_MEANING)
     ]
+    if (bias := config.get("bias") or "none") != "none":
+        problems.append(f"{directory / CONFIG}: bias = {str(bias)[:80]} is not had here; expected 'none'")
+    if (drawn := config.get("init_lora_weights", True)) not in _BESIDE_THE_WEIGHTS:
+        problems.append(
+            f"{directory / CONFIG}: init_lora_weights = {str(drawn)[:80]!r} changes the model's weights, too; convert the adapters "
+            "by PEFT's path_initial_model_for_weight_conversion"
+        )
     head, saved = HEAD if config.get("task_type") == "SEQ_CLS" else [], config.get("modules_to_save") or []
     if saved not in ([], head):
         problems.append(f"{directory / CONFIG}: modules_to_save = {str(saved)[:80]} is not had here; expected {head}")
