@@ -93,8 +93,8 @@ def open_adapter(path: str | Path) -> tuple[dict[str, Any], HfCheckpoint]:
         problems.append(f"{directory / CONFIG}: bias = {str(bias)[:80]} is not had here; expected 'none'")
     if (drawn := config.get("init_lora_weights", True)) not in _BESIDE_THE_WEIGHTS:
         problems.append(
-            f"{directory / CONFIG}: init_lora_weights = {str(drawn)[:80]!r} changes the model's weights, too; convert the adapters "
-            "by PEFT's path_initial_model_for_weight_conversion"
+            f"{directory / CONFIG}: init_lora_weights = {str(drawn)[:80]!r} changes the model's weights, too; convert the "
+            "adapters by PEFT's path_initial_model_for_weight_conversion"
         )
     head, saved = HEAD if config.get("task_type") == "SEQ_CLS" else [], config.get("modules_to_save") or []
     if saved not in ([], head):
