@@ -22,7 +22,7 @@ from tulu_mega.bridge.files.megatron_files import MegatronCheckpoint
 from tulu_mega.bridge.files.megatron_index import read_index, screen
 from tulu_mega.bridge.files.untrusted import open_plain
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import parse_json
+from tulu_mega.outside.json_input import parse_json
 
 DEEP = b"[" * 200_000
 

@@ -12,7 +12,7 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOP = {"__init__", "__main__", "agent", "cli", "errors", "json_input", "process", "records", "versions"}
+TOP = {"__init__", "__main__", "agent", "cli", "errors", "process", "records"}
 LONGEST = 400
 """Lines of a Python file."""
 ELEMENT = 2

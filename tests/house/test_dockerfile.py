@@ -21,8 +21,8 @@ from packaging.requirements import Requirement
 from tulu_mega.cli import COMMANDS
 from tulu_mega.inference.command_line import ServerOptions, command
 from tulu_mega.inference.offline import Generator
+from tulu_mega.outside.versions import ENGINE, TOGETHER
 from tulu_mega.platforms.releases import Environment, untried, wrong
-from tulu_mega.versions import ENGINE, TOGETHER
 from tulu_mega.vllm_plugin import gate
 
 ROOT = Path(__file__).parents[2]

@@ -14,10 +14,10 @@ from tulu_mega.config import GrpoSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference.command_line import ServerOptions, command, environment, path_of
 from tulu_mega.inference.interpreter import Interpreter, here, interpreter
+from tulu_mega.outside.versions import code_digest, installed
 from tulu_mega.preflight import policy
 from tulu_mega.preflight.check import check
 from tulu_mega.quickstart import tiny_model
-from tulu_mega.versions import code_digest, installed
 
 SAYS = {
     "python": [3, 12, 1], "prefix": "/opt/serve", "missing": [], "program": __version__, "code": code_digest(), "cuda": "13.0",

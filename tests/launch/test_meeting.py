@@ -17,7 +17,7 @@ from tulu_mega.config import SftSettings
 from tulu_mega.errors import UserError
 from tulu_mega.launch import launcher, meeting, sameness
 from tulu_mega.launch.launcher import World
-from tulu_mega.versions import of_package
+from tulu_mega.outside.versions import of_package
 
 SECONDS = 60
 """In which what is wrong with a node is told, on a busy machine too; one that is missing is waited for much longer."""

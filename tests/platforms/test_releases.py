@@ -13,13 +13,13 @@ import pytest
 import setuptools
 from packaging.requirements import Requirement
 
-from tulu_mega import versions
 from tulu_mega.errors import UserError
 from tulu_mega.launch import launcher
+from tulu_mega.outside import versions
+from tulu_mega.outside.versions import ENGINE, TOGETHER, installed
 from tulu_mega.platforms import releases
 from tulu_mega.platforms.releases import BROKEN, Environment, this_environment, untried, wrong
 from tulu_mega.preflight import check
-from tulu_mega.versions import ENGINE, TOGETHER, installed
 
 ROOT = Path(__file__).parents[2]
 FITS = {"torch": "2.13.0+cu130", "megatron-core": "0.16.1", "transformers": "5.19.0", "vllm": "0.32.0", "tokenizers": "0.23.2"}
@@ -208,6 +208,7 @@ def test_a_module_that_cannot_be_imported_for_a_release_says_which(others, tmp_p
 
 
 def test_versions_without_torch_import_nothing_heavy():
-    code = "import sys, tulu_mega.versions; print([name for name in ('torch', 'transformers', 'vllm') if name in sys.modules])"
+    heavy = "name for name in ('torch', 'transformers', 'vllm') if name in sys.modules"
+    code = f"import sys, tulu_mega.outside.versions; print([{heavy}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -15,7 +15,7 @@ from torch import Tensor
 from tulu_mega.bridge.files.disk import tensor_bytes
 from tulu_mega.bridge.files.hf_writer import write_durably
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 
 NAME = "manifest.json"
 _HASHES = {"blake3": blake3, "sha256": hashlib.sha256}

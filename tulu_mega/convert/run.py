@@ -37,8 +37,8 @@ from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.convert.sources import HfSource, MegatronSource, Source
 from tulu_mega.convert.targets import HfTarget, MegatronTarget, Target
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import taken
+from tulu_mega.outside.json_input import read_json_text
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PLAN = ".plan.json"

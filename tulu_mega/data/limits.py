@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 
 LENGTH = struct.Struct("<Q")
 _MOST = 1 << 30

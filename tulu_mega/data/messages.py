@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tulu_mega.json_input import read_whole_json
+from tulu_mega.outside.json_input import read_whole_json
 
 ROLES = ("system", "user", "assistant")
 FURTHER_ROLES = ("tool", "developer", "function", "ipython", "environment")

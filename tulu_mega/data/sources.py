@@ -20,7 +20,7 @@ from tulu_mega.data.file_digests import directory_sha256, sha256
 from tulu_mega.data.json_text import json_line, strict_line
 from tulu_mega.data.mixing import Amount, draw
 from tulu_mega.errors import UserError, nearest
-from tulu_mega.json_input import read_whole_json
+from tulu_mega.outside.json_input import read_whole_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _COMPRESSED = tuple(f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in compressed.SUFFIXES)

@@ -10,7 +10,7 @@ from tulu_mega.bridge.files.companions import CONFIG, GENERATION
 from tulu_mega.data.chat import Template
 from tulu_mega.data.messages import NOTHING
 from tulu_mega.data.template_form import form_of
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,8 +12,8 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import make_private
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.pins.digest import digest
 from tulu_mega.records import TokenizedRow
 

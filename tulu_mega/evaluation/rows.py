@@ -15,7 +15,7 @@ from tulu_mega.evaluation import harness_prompts
 from tulu_mega.evaluation.choice import even
 from tulu_mega.evaluation.settings import TaskSettings
 from tulu_mega.evaluation.task import Problem, Row, Shot, Task, asked
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 
 MAX_PROBLEMS = 5
 """Bad rows that are told at once."""

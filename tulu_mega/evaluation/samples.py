@@ -16,7 +16,7 @@ from tulu_mega.bridge.files.hub import config_directory
 from tulu_mega.data.json_text import json_line
 from tulu_mega.data.places import check_writable
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.pins.digest import stamp
 from tulu_mega.pins.directories import revision
 

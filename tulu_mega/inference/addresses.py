@@ -26,7 +26,7 @@ import httpx
 
 from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.vllm_plugin.auth import KEY, RESTART
 from tulu_mega.weight_transfer.counterpart import ABOUT
 from tulu_mega.weight_transfer.server import ServerAddress

@@ -17,7 +17,7 @@ from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference.reply import parsed, responses
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.records import Response
 from tulu_mega.vllm_plugin.auth import ABOUT
 from tulu_mega.vllm_plugin.batch_route import ROUTE

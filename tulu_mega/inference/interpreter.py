@@ -16,9 +16,9 @@ from typing import Any
 
 from tulu_mega import __version__
 from tulu_mega.errors import UserError
+from tulu_mega.outside.versions import code_digest, installed
 from tulu_mega.platforms import releases
 from tulu_mega.platforms.releases import Environment
-from tulu_mega.versions import code_digest, installed
 
 OLDEST = (3, 11)
 LOOK_SECONDS = 180.0
@@ -45,7 +45,7 @@ class Interpreter:
     prefix: str = sys.prefix
     """directory of its environment"""
     installed: Mapping[str, str] = field(default_factory=dict)
-    """versions, as `tulu_mega.versions.installed` has them; nothing for this Python"""
+    """versions, as `tulu_mega.outside.versions.installed` has them; nothing for this Python"""
     notes: tuple[str, ...] = ()
     """what is no problem, yet should be known"""
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.records import Response
 
 FINISHED = ("stop", "length")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.errors import Stopped
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 
 LAUNCHER_PID = "TULU_MEGA_LAUNCHER_PID"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun gives one to each of its ranks and shows what is in it; so do we

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tulu_mega import __version__
-from tulu_mega.versions import code_digest, of_package
+from tulu_mega.outside.versions import code_digest, of_package
 
 if TYPE_CHECKING:
     from tulu_mega.config import Section

@@ -21,9 +21,9 @@ from tulu_mega.model.lean_mlp import LeanMLP
 from tulu_mega.model.norms import AddNormed, ProjectionNorm, RMSNorm
 from tulu_mega.model.rope import OwnRopeAttention, ropes
 from tulu_mega.model.swiglu import Swiglu
+from tulu_mega.outside.versions import INSTALL_ENGINE
 from tulu_mega.platforms import Platform
 from tulu_mega.platforms.cpu_speed.linear import linear_layers
-from tulu_mega.versions import INSTALL_ENGINE
 
 
 def use_transformer_engine(spec: Literal["auto", "local", "te"], platform: Platform) -> bool:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import tulu_mega
 from tulu_mega.errors import UserError
+from tulu_mega.outside.versions import of_package
 from tulu_mega.pins.digest import digest
 from tulu_mega.pins.record import Part, Pin
 from tulu_mega.rewards import verifiers
-from tulu_mega.versions import of_package
 
 _OWN = Path(tulu_mega.__file__).parent
 _INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))

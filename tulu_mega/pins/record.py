@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import make_private
 from tulu_mega.launch.run_files import write_whole
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.pins.digest import Stamp
 
 PINS = "pins.json"

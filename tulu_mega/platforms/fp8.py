@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from tulu_mega.versions import INSTALL_ENGINE, of_package
+from tulu_mega.outside.versions import INSTALL_ENGINE, of_package
 
 Recipe = Literal["delayed", "tensorwise", "blockwise"]
 

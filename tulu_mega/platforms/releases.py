@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from tulu_mega.errors import UserError
-from tulu_mega.versions import INSTALL_ENGINE, PACKAGES, TOGETHER
+from tulu_mega.outside.versions import INSTALL_ENGINE, PACKAGES, TOGETHER
 
 Part = Literal["training", "servers"]
 PARTS: dict[Part, tuple[str, ...]] = {
@@ -60,7 +60,7 @@ class Environment:
         """The distribution that a package is installed as, and its version; None where it is not.
 
         Args:
-            package: one of `tulu_mega.versions.PACKAGES`, or a distribution.
+            package: one of `tulu_mega.outside.versions.PACKAGES`, or a distribution.
         """
         found = (name for name in PACKAGES.get(package, (package,)) if name in self.versions)
         return next(((name, self.versions[name]) for name in found), None)

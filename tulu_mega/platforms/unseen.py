@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tulu_mega.versions import of_package
+from tulu_mega.outside.versions import of_package
 
 
 def unseen_gpus() -> list[str]:

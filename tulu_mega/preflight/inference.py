@@ -15,8 +15,8 @@ from tulu_mega.errors import UserError
 from tulu_mega.inference.for_run import device_obstacles, server_options
 from tulu_mega.inference.generate import how_taken, prepared
 from tulu_mega.inference.offline import check_vllm
-from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import CONFIG
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import any_model_problems
 

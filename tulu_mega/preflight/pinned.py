@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from tulu_mega.config import RunSettings
-from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_dir import CONFIG, DATA, HELDOUT
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.pins import code, directories, rows
 from tulu_mega.pins.compare import Pinning
 from tulu_mega.pins.directories import Directory

@@ -16,13 +16,13 @@ from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
 from tulu_mega.inference.offline import check_vllm
 from tulu_mega.layout.division import server_problems
 from tulu_mega.layout.fp8 import rollout_fp8_problems
+from tulu_mega.outside.versions import installed
 from tulu_mega.pins import rows
 from tulu_mega.pins.directories import Directory
 from tulu_mega.preflight import adapters, pinned, profile, run, vocabularies
 from tulu_mega.preflight.findings import Findings
 from tulu_mega.preflight.model import model_config, within_vocabulary
 from tulu_mega.rl.prompts import Prompts, read
-from tulu_mega.versions import installed
 from tulu_mega.weight_transfer.counterpart import Model, between, differences
 
 

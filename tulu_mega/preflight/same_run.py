@@ -11,9 +11,9 @@ from tulu_mega.config import RunSettings
 from tulu_mega.config.effects import Effect, decides
 from tulu_mega.config.stages import STAGES
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.launcher import resolve
 from tulu_mega.launch.run_dir import CONFIG
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.pins.record import Pins
 from tulu_mega.preflight.earlier_defaults import as_before
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.report.profiles import Profile, read_profiles
 from tulu_mega.report.shapes import finite, is_step, shows_rollout, shows_sample, shows_task
 

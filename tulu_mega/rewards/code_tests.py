@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from tulu_mega.json_input import NameTwice, read_whole_json
+from tulu_mega.outside.json_input import NameTwice, read_whole_json
 
 
 def tests_of(ground_truth: Any) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from tulu_mega.errors import nearest
-from tulu_mega.json_input import read_whole_json
+from tulu_mega.outside.json_input import read_whole_json
 from tulu_mega.rewards.arguments import READERS, Index, Language, Letter, Options, Quantifier, languages
 
 Function = Callable[..., bool]

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tulu_mega.distributed.collectives import gathered, together
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.pins.digest import digest
 
 MANIFEST = "training.json"

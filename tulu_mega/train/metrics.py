@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tulu_mega.config import RunSettings, WandbSettings
 from tulu_mega.errors import Stopped
-from tulu_mega.json_input import read_json_text
 from tulu_mega.launch.run_files import Lines, write_whole
 from tulu_mega.layout.hardware import named_peak
+from tulu_mega.outside.json_input import read_json_text
 
 if TYPE_CHECKING:
     import torch

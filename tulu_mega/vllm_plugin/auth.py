@@ -13,7 +13,7 @@ import secrets
 import sys
 from typing import Any
 
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, answer, body, refuse
 from tulu_mega.weight_transfer.counterpart import ABOUT, Model, shape, told
 

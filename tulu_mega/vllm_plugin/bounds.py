@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tulu_mega.json_input import read_json_text
+from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, body, refuse
 from tulu_mega.vllm_plugin.batch_route import ASKED, MAX_BODY, ROUTE
 

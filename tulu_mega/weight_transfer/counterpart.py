@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega import versions
+from tulu_mega.outside import versions
 
 if TYPE_CHECKING:
     from tulu_mega.weight_transfer.transports import Transport

@@ -18,7 +18,7 @@ from tulu_mega.bridge.files.config_json import read_generation
 from tulu_mega.bridge.files.untrusted import open_plain, read_json
 from tulu_mega.bridge.rules import Shape
 from tulu_mega.errors import UserError
-from tulu_mega.json_input import parse_json
+from tulu_mega.outside.json_input import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tulu_mega.json_input import parse_json
+from tulu_mega.outside.json_input import parse_json
 
 MAX_JSON_BYTES = 256 << 20
 """Of a JSON file. The index of a model of 405B parameters, the largest that is read so, has a quarter of a megabyte."""

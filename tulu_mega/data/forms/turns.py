@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tulu_mega.data.messages import FURTHER_ROLES, ROLES, Messages, short
-from tulu_mega.json_input import read_whole_json
+from tulu_mega.outside.json_input import read_whole_json
 
 Row = dict[str, Any]
 

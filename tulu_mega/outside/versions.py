@@ -46,7 +46,7 @@ def of_package(name: str) -> str | None:
     return None
 
 
-def code_digest(package: Path = Path(__file__).parent) -> str:
+def code_digest(package: Path = Path(__file__).parents[1]) -> str:
     """What a package's modules are, in twelve hexadecimal digits: the same release may be of different checkouts.
 
     Args:
