@@ -62,11 +62,15 @@ def place(tmp_path_factory):
     ],
 )
 def test_value_models(place, tmp_path, value, says):
+    looked_at(place, tmp_path, says, value=value | {"path": str(place / value["path"])})
+
+
+def looked_at(place, tmp_path, says: str | None, **sections) -> None:
+    """What `check` says of a run with these sections."""
     settings = {
         "model": {"path": str(place / "model"), "dtype": "fp32"}, "run_dir": str(tmp_path / "run"),
         "data": {"train": str(place / "prompts.jsonl"), "max_prompt": 64}, "sampling": {"max_tokens": 16},
-        "value": value | {"path": str(place / value["path"])},
-    }  # fmt: skip
+    } | sections  # fmt: skip
     found = check(PpoSettings.model_validate(settings))
     if says is None:
         assert found == []
@@ -93,16 +97,7 @@ def test_value_models(place, tmp_path, value, says):
 )
 def test_layouts(place, tmp_path, parallel, value, says):
     """What does not fit either model is said of it, before anything starts."""
-    settings = {
-        "model": {"path": str(place / "model"), "dtype": "fp32"}, "run_dir": str(tmp_path / "run"), "parallel": parallel,
-        "data": {"train": str(place / "prompts.jsonl"), "max_prompt": 64}, "sampling": {"max_tokens": 16},
-        "value": {"path": str(place / "rm"), "parallel": value},
-    }  # fmt: skip
-    found = check(PpoSettings.model_validate(settings))
-    if says is None:
-        assert found == []
-    else:
-        assert any(problem.startswith(says.format(place)) for problem in found), found
+    looked_at(place, tmp_path, says, parallel=parallel, value={"path": str(place / "rm"), "parallel": value})
 
 
 @pytest.mark.parametrize(
