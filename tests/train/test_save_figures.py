@@ -108,6 +108,7 @@ class Process:
 def test_the_watch_keeps_the_peak_and_the_seconds_that_training_waited(monkeypatch):
     process = Process(1000)
     monkeypatch.setattr(save_figures, "resident_memory", process)
+    monkeypatch.setattr(save_figures, "most_memory", lambda: 5000)
     watch = SaveWatch()
     with watch.waiting():
         process.holds(1064)
@@ -115,6 +116,16 @@ def test_the_watch_keeps_the_peak_and_the_seconds_that_training_waited(monkeypat
     seconds, waited, memory = watch.end()
     assert 0 < waited <= seconds
     assert memory == 64
+
+
+@pytest.mark.parametrize(("most", "told"), [((2000, 2300), 1300), ((2000, 2000), 64)])
+def test_a_peak_above_all_before_is_the_kernels(monkeypatch, most, told):
+    process = Process(1000)
+    monkeypatch.setattr(save_figures, "resident_memory", process)
+    monkeypatch.setattr(save_figures, "most_memory", iter(most).__next__)
+    watch = SaveWatch()
+    process.holds(1064)
+    assert watch.end()[2] == told
 
 
 def test_where_the_system_tells_no_memory_the_watch_says_so(monkeypatch):

@@ -103,13 +103,12 @@ def test_a_save_takes_no_more_than_it_must(tmp_path, ranks):
         assert found["at once"]["peak"] < ALLOWED + largest
         assert found["resume"]["peak"] < ALLOWED + largest
         copies = own + (2 * found["held"] if ranks > 1 and rank == 0 else 0)  # alone it has the main parameters of all weights
-        # pages that were freed before count as taken already, so less than all copies may be seen
-        assert 0.7 * copies < found["behind"]["peak"] < ALLOWED + largest + copies
+        assert 0.9 * copies < found["behind"]["peak"] < ALLOWED + largest + copies
         assert all(found[name]["stays"] < own / 2 for name in ("at once", "behind", "resume"))
         assert [each.step for each in found["told"]] == ([] if rank else [1, 2, 3])
-        if rank == 0:  # the run's own figures are those that the kernel has, as far as a thread that is kept waiting sees them
+        if rank == 0:  # the run's own figures are those that the kernel has, of the rank that has most
             most = max(each["behind"]["peak"] for each in by_rank)
-            assert 0.4 * most < found["told"][2].memory < 1.1 * most
+            assert found["told"][2].memory == pytest.approx(most, rel=0.1)
             assert 0 < found["told"][2].waited <= found["told"][2].seconds
 
 

@@ -34,11 +34,14 @@ class SaveFigures:
 
 
 class SaveWatch:
-    """Watches this process while it saves: a thread looks at its resident memory, begun here and ended by :meth:`end`."""
+    """Watches this process while it saves: a thread looks at its resident memory, begun here and ended by :meth:`end`. Where the
+    process came to hold more than ever before, the kernel has the peak, and what the thread missed of it does not matter.
+    """
 
     def __init__(self) -> None:
         self._began, self.waited = time.perf_counter(), 0.0
         self._before = self._peak = resident_memory()
+        self._most_before = most_memory()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="save memory", daemon=True)
         if self._before is not None:
@@ -63,6 +66,8 @@ class SaveWatch:
         if self._before is None:
             return time.perf_counter() - self._began, self.waited, -1.0
         self._thread.join()
+        if (most := most_memory()) > self._most_before:
+            self._peak = max(self._peak, most)
         return time.perf_counter() - self._began, self.waited, float(self._peak - self._before)
 
     def _look(self) -> None:
@@ -77,6 +82,15 @@ def resident_memory() -> int | None:
             return int(told.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return None
+
+
+def most_memory() -> int:
+    """The most bytes of main memory that this process ever held; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/status") as told:
+            return next(int(line.split()[1]) * 1024 for line in told if line.startswith("VmHWM:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return 0
 
 
 def tell(file: Path, figures: SaveFigures) -> None:
