@@ -19,7 +19,7 @@ from tulu_mega.objectives.reward import RewardObjective
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.records import IGNORE
 from tulu_mega.train import checkpoint
-from tulu_mega.train.initial_adapters import AsItBegan
+from tulu_mega.train.adapter_reference import AdapterReference
 
 LR, ADAMW_LR, STEPS = 0.01, 1e-3, 3
 
@@ -165,7 +165,7 @@ def policy_parts(directory: str, layout: dict[str, Any], adapter: str, out: str)
     with jobs.session(directory, layout, lora=LoraSettings(adapter=adapter)) as made:
         engine = made.engine
         micro = jobs.share(made, jobs.sequences(engine.hf.vocab_size), 2)
-        before, reference = engine.score(micro), AsItBegan(engine)
+        before, reference = engine.score(micro), AdapterReference(engine)
         optim = OptimSettings(name="sgd", lr=0.1, schedule="constant", warmup=0.0, clip=0.0, weight_decay=0.0)
         engine.prepare_training(optim, 2)
         for step in range(2):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tulu_mega.bridge.rules import Config, Cut, Family, Rule
+from tulu_mega.distributed.grid import ShardGrid
 
 ROOT = "adapters."
 """What the names of adapters in a Megatron model begin with; what follows is the Hugging Face matrix and `A` or `B`."""
@@ -49,7 +50,7 @@ def adapter_name(hf_name: str) -> str:
     return ROOT + hf_name.removesuffix(_WEIGHT)
 
 
-def rows_of(family: Family, megatron_name: str, config: Config, grid) -> Mapping[str, list[tuple[int, int, int]]]:
+def rows_of(family: Family, megatron_name: str, config: Config, grid: ShardGrid) -> Mapping[str, list[tuple[int, int, int]]]:
     """Where the rows of a parameter's shard come from: for each matrix in it, (its row, row of the shard, how many).
 
     Args:

@@ -2,9 +2,9 @@
 
     y = W x + scale B A x        A [rank, in], B [out, rank]
 
-One pair for each Hugging Face matrix, as PEFT has it, also where megatron-core keeps several matrices in one parameter. A pair is
-cut as its matrix is (`bridge.adapters`), so that between tensor ranks nothing wider than the rank is sent. Pairs lie in
-a tree of their own under the model, named as PEFT names them; a linear layer's output gets its pairs' on the way out.
+One adapter for each Hugging Face matrix, as PEFT has it, also where megatron-core keeps several matrices in one parameter. An
+adapter is cut as its matrix is (`bridge.adapters`), so that between tensor ranks nothing wider than the rank is sent. Adapters
+lie in a tree of their own under the model, named as PEFT names them; what they make is added to the output of their layer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tulu_mega.config.lora import LoraSettings
 from tulu_mega.distributed.topology import Topology
 
 
-class Pair(nn.Module):
+class Adapter(nn.Module):
     """This rank's part of the two thin matrices beside one matrix, not initialised.
 
     Args:
@@ -68,22 +68,22 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _CutByRows:
-    """The pairs of a column-parallel layer: A x is made of the tokens at hand, then every rank multiplies its rows of B."""
+    """The adapters of a column-parallel layer: A x is made of the tokens at hand, then every rank multiplies its rows of B."""
 
-    pairs: tuple[Pair, ...]
+    adapters: tuple[Adapter, ...]
     parts: tuple[tuple[int | None, int, int], ...]
-    """what the layer's output is made of: which pair (None: a matrix without), first row of its B, rows"""
+    """what the layer's output is made of: which adapter (None: a matrix without), first row of its B, rows"""
     layout: _Layout
 
     def __call__(self, _linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]):
-        into, (product, bias) = self.layout, output
-        narrow = F.linear(inputs[0], torch.cat([pair.lora_A for pair in self.pairs])) * into.scale
-        if into.sequence_parallel:  # backward: reduce-scatter of the ranks' partial gradients
-            narrow = gather_from_sequence_parallel_region(narrow, tensor_parallel_output_grad=True, group=into.group)
+        layout, (product, bias) = self.layout, output
+        narrow = F.linear(inputs[0], torch.cat([adapter.lora_A for adapter in self.adapters])) * layout.scale
+        if layout.sequence_parallel:  # backward: reduce-scatter of the ranks' partial gradients
+            narrow = gather_from_sequence_parallel_region(narrow, tensor_parallel_output_grad=True, group=layout.group)
         else:  # backward: all-reduce of them
-            narrow = copy_to_tensor_model_parallel_region(narrow, group=into.group)
-        split = narrow.split([len(pair.lora_A) for pair in self.pairs], dim=-1)
-        made = [F.linear(each, pair.lora_B) for each, pair in zip(split, self.pairs, strict=True)]
+            narrow = copy_to_tensor_model_parallel_region(narrow, group=layout.group)
+        split = narrow.split([len(adapter.lora_A) for adapter in self.adapters], dim=-1)
+        made = [F.linear(each, adapter.lora_B) for each, adapter in zip(split, self.adapters, strict=True)]
         columns = [
             product.new_zeros(*product.shape[:-1], rows) if which is None else made[which][..., first : first + rows]
             for which, first, rows in self.parts
@@ -96,40 +96,40 @@ class _CutByRows:
         for which, first, count in self.parts:
             low, high = max(rows.start, at), min(rows.stop, at + count)
             if low < high and which is None:
-                made.append(torch.zeros(high - low, columns.stop - columns.start, device=self.pairs[0].lora_A.device))
+                made.append(torch.zeros(high - low, columns.stop - columns.start, device=self.adapters[0].lora_A.device))
             elif low < high:
-                made.append(self.pairs[which].product(slice(first + low - at, first + high - at), columns))
+                made.append(self.adapters[which].product(slice(first + low - at, first + high - at), columns))
             at += count
         return torch.cat(made) * self.layout.scale
 
 
 @dataclass(frozen=True)
 class _CutByColumns:
-    """The pair of a row-parallel layer: the ranks' shares of A x are added up, then each has all of B."""
+    """The adapter of a row-parallel layer: the ranks' shares of A x are added up, then each has all of B."""
 
-    pair: Pair
+    adapter: Adapter
     layout: _Layout
 
     def __call__(self, _linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]):
-        into, (product, bias) = self.layout, output
-        narrow = F.linear(inputs[0], self.pair.lora_A) * into.scale
-        if into.sequence_parallel:
-            narrow = reduce_scatter_to_sequence_parallel_region(narrow, group=into.group)
+        layout, (product, bias) = self.layout, output
+        narrow = F.linear(inputs[0], self.adapter.lora_A) * layout.scale
+        if layout.sequence_parallel:
+            narrow = reduce_scatter_to_sequence_parallel_region(narrow, group=layout.group)
         else:
-            narrow = reduce_from_tensor_model_parallel_region(narrow, group=into.group)
-        return product + F.linear(narrow, self.pair.lora_B), bias
+            narrow = reduce_from_tensor_model_parallel_region(narrow, group=layout.group)
+        return product + F.linear(narrow, self.adapter.lora_B), bias
 
     def added(self, rows: slice, columns: slice) -> Tensor:
         """A box of what merging adds to the layer's weight, in float32."""
-        return self.pair.product(rows, columns) * self.layout.scale
+        return self.adapter.product(rows, columns) * self.layout.scale
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedWeight:
     """A layer's weight with its adapters' products added, in float32 and rounded once: made when it is read, a box at a time."""
 
     weight: Tensor
-    pairs: _CutByRows | _CutByColumns
+    adapters: _CutByRows | _CutByColumns
 
     @property
     def device(self) -> torch.device:
@@ -149,32 +149,32 @@ class Merged:
     @torch.no_grad()
     def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
         held = self.weight[box]
-        return (held.float() + self.pairs.added(*box)).to(held.dtype)
+        return (held.float() + self.adapters.added(*box)).to(held.dtype)
 
 
-class Adapters(nn.Module):
-    """The tree of a chunk's pairs: ``model.layers.3.self_attn.q_proj.lora_A``, layers numbered in the whole model."""
+class AdapterTree(nn.Module):
+    """The tree of a chunk's adapters: ``model.layers.3.self_attn.q_proj.lora_A``, layers numbered in the whole model."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._merged: dict[int, Merged] = {}
+        self._merged: dict[int, MergedWeight] = {}
 
-    def add(self, path: str, pair: Pair) -> None:
-        """Puts a pair at its place."""
+    def add(self, path: str, adapter: Adapter) -> None:
+        """Puts an adapter at its place."""
         *above, name = path.split(".")
         place: nn.Module = self
         for each in above:
             if each not in dict(place.named_children()):
                 place.add_module(each, nn.Module())
             place = place.get_submodule(each)
-        place.add_module(name, pair)
+        place.add_module(name, adapter)
 
-    def act(self, linear: nn.Module, pairs: _CutByRows | _CutByColumns) -> None:
-        """From now on they are added to what a linear layer gives."""
-        self._merged[id(linear.weight)] = Merged(linear.weight, pairs)
-        linear.register_forward_hook(pairs)
+    def join(self, linear: nn.Module, adapters: _CutByRows | _CutByColumns) -> None:
+        """Adds what adapters make to a linear layer's output, from now on."""
+        self._merged[id(linear.weight)] = MergedWeight(linear.weight, adapters)
+        linear.register_forward_hook(adapters)
 
-    def merged(self, parameter: Tensor) -> Tensor | Merged:
+    def merged(self, parameter: Tensor) -> Tensor | MergedWeight:
         """What a parameter is with its adapters merged; itself where it has none."""
         return self._merged.get(id(parameter), parameter)
 
@@ -199,12 +199,13 @@ def attach(chunks: Sequence[nn.Module], lora: LoraSettings, family: Family, conf
         chunk.requires_grad_(False)
         if family.reward and chunk.post_process:
             chunk.output_layer.requires_grad_(True)
-        adapters = Adapters()
+        tree = AdapterTree()
         layout = _Layout(lora.scale, chunk.config.sequence_parallel, here.tensor_group)
-        for path, linear in list(chunk.named_modules()):
-            if isinstance(linear.__dict__["_parameters"].get("weight"), nn.Parameter):
-                _attach(adapters, linear, global_name(chunk, f"{path}.weight"), lora, family, config, here, layout)
-        chunk.adapters = adapters
+        for name, _weight in list(chunk.named_parameters()):
+            if name.endswith(".weight"):
+                linear = chunk.get_submodule(name.removesuffix(".weight"))
+                _attach(tree, linear, global_name(chunk, name), lora, family, config, here, layout)
+        chunk.adapters = tree
         if chunk.pre_process:  # what is computed again backward has to hang on something that wants a gradient
             chunk.embedding.register_forward_hook(_wanting_gradient)
 
@@ -214,7 +215,7 @@ def _wanting_gradient(_embedding: nn.Module, _inputs: tuple, embedded: Tensor) -
 
 
 def _attach(
-    adapters: Adapters,
+    tree: AdapterTree,
     linear: nn.Module,
     name: str,
     lora: LoraSettings,
@@ -228,24 +229,24 @@ def _attach(
         return
     thin, by_columns = adapter_family(family, lora.names, lora.rank), rule.cut is Cut.ROW
     rows = rows_of(family, name, config, here)
-    pairs: dict[str, Pair] = {}
+    adapters: dict[str, Adapter] = {}
     for hf in rows:
         if has_adapter(hf, lora.names):
             shapes = (thin.local_shape(adapter_name(hf) + which, config, here) for which in (A, B))
-            pairs[hf] = Pair(*shapes, by_columns, linear.weight, layout.sequence_parallel)
-            adapters.add(adapter_name(hf).removeprefix(ROOT), pairs[hf])
+            adapters[hf] = Adapter(*shapes, by_columns, linear.weight, layout.sequence_parallel)
+            tree.add(adapter_name(hf).removeprefix(ROOT), adapters[hf])
     if by_columns:
-        (pair,) = pairs.values()
-        adapters.act(linear, _CutByColumns(pair, layout))
+        (adapter,) = adapters.values()
+        tree.join(linear, _CutByColumns(adapter, layout))
         return
-    order = list(pairs)
+    order = list(adapters)
     begins = {hf: min(first for first, _, _ in runs) for hf, runs in rows.items()}
     parts = [
-        (at, order.index(hf) if hf in pairs else None, first - begins[hf], count)
+        (at, order.index(hf) if hf in adapters else None, first - begins[hf], count)
         for hf, runs in rows.items()
         for first, at, count in runs
     ]
-    adapters.act(linear, _CutByRows(tuple(pairs.values()), tuple(part[1:] for part in sorted(parts)), layout))
+    tree.join(linear, _CutByRows(tuple(adapters.values()), tuple(part[1:] for part in sorted(parts)), layout))
 
 
 @torch.no_grad()

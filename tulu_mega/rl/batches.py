@@ -11,8 +11,8 @@ from tulu_mega.data.batch import by_token, pack_prefix_groups
 from tulu_mega.data.prefix_sharing import plan_prefix_groups
 from tulu_mega.layout.packing_rules import pack_alignment, pipeline_of
 from tulu_mega.records import PackedBatch, Response, TokenizedRow
+from tulu_mega.train.adapter_reference import AdapterReference
 from tulu_mega.train.engine import Engine
-from tulu_mega.train.initial_adapters import AsItBegan
 from tulu_mega.train.scoring import flops_of
 
 
@@ -77,7 +77,7 @@ def packed(
     )
 
 
-def scored(engine: Engine | AsItBegan, batches: list[PackedBatch], column: str) -> list[PackedBatch]:
+def scored(engine: Engine | AdapterReference, batches: list[PackedBatch], column: str) -> list[PackedBatch]:
     """The same packs with a model's log-probabilities, computed as in training: equal weights give equal bits.
 
     Args:

@@ -21,9 +21,9 @@ from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl import journal
 from tulu_mega.rl.batches import differences, packed, scored, split, with_column
 from tulu_mega.rl.collector import Collected
+from tulu_mega.train.adapter_reference import AdapterReference
 from tulu_mega.train.batch_loss import BatchLoss
 from tulu_mega.train.engine import Engine, Objective, Update
-from tulu_mega.train.initial_adapters import AsItBegan
 from tulu_mega.train.step_clock import StepClock
 
 
@@ -93,7 +93,7 @@ class Trained:
 
     engine: Engine
     objective: Objective
-    reference: Engine | AsItBegan | None = None
+    reference: Engine | AdapterReference | None = None
     """Of the model whose log-probabilities are compared with, if any."""
 
 

@@ -32,9 +32,9 @@ from tulu_mega.rl.prompts import Prompts, read, write_rejects
 from tulu_mega.rl.reporter import Reporter
 from tulu_mega.rl.reward_model import RewardModelScores
 from tulu_mega.rl.scheduler import Generates, Scheduler
+from tulu_mega.train.adapter_reference import AdapterReference
 from tulu_mega.train.checkpoint import Checkpoint
 from tulu_mega.train.engine import Engine
-from tulu_mega.train.initial_adapters import AsItBegan
 from tulu_mega.train.profiling import StepProfiler
 from tulu_mega.train.run import Beside, Run, opened_session
 from tulu_mega.train.save_schedule import SaveSchedule
@@ -257,12 +257,12 @@ def opened_policy(settings: PolicyRunSettings, world: World, method: Method) -> 
         )
 
 
-def _reference(session: Session, run: Run) -> Engine | AsItBegan:
+def _reference(session: Session, run: Run) -> Engine | AdapterReference:
     """The model that the run began with: a second one, or of a run with adapters the same one with those that it began with."""
     if session.engine.lora is None:
         return session.beside(session.settings.model.path, reward=False).engine
     run.initial_weights()
-    return AsItBegan(session.engine)
+    return AdapterReference(session.engine)
 
 
 def _scheduler(

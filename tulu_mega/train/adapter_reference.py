@@ -11,7 +11,7 @@ from tulu_mega.records import PackedBatch
 from tulu_mega.train.engine import Engine
 
 
-class AsItBegan:
+class AdapterReference:
     """An engine's model with the adapters that are in it now, however they are trained later.
 
     New adapters add nothing yet, so that this is the bare model; others count as they were given.
