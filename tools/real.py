@@ -207,8 +207,8 @@ class Story:
             if command == "grpo":
                 self._grpo("grpo", self.seed, None, False)
                 return
-            made = {"sft": real_stages.sft, "rm": real_stages.rm, "dpo": real_stages.dpo}[command]
-            running.stage(command, self.directory, made(self.directory.as_posix(), model.as_posix(), self.seed, self.sizes))
+            settings = real_stages.trained(command, self.directory.as_posix(), model.as_posix(), self.seed, self.sizes)
+            running.stage(command, self.directory, settings)
 
     def _grpo(self, name: str, seed: int, steps: int | None, control: bool) -> None:
         model = (self.directory / "dpo/hf").as_posix()

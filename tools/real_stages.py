@@ -108,23 +108,14 @@ schedule = "constant"
 )
 
 
-def sft(run_dir: str, model: str, seed: int, sizes: Sizes) -> str:
-    return _TRAINED.format(
-        run_dir=run_dir, name="sft", seed=seed, model=model, rows="sft", steps=sizes.sft_steps, batch=sizes.batch, lr="2e-5"
-    )
-
-
-def rm(run_dir: str, model: str, seed: int, sizes: Sizes) -> str:
-    return _TRAINED.format(
-        run_dir=run_dir, name="rm", seed=seed, model=model, rows="pairs", steps=sizes.rm_steps, batch=sizes.batch, lr="2e-5"
-    )
-
-
-def dpo(run_dir: str, model: str, seed: int, sizes: Sizes) -> str:
-    """DPO-norm, the default."""
-    return _TRAINED.format(
-        run_dir=run_dir, name="dpo", seed=seed, model=model, rows="pairs", steps=sizes.dpo_steps, batch=sizes.batch, lr="2e-6"
-    )
+def trained(stage: str, run_dir: str, model: str, seed: int, sizes: Sizes) -> str:
+    """`sft`, `rm` or `dpo` (DPO-norm, the default)."""
+    rows, steps, lr = {
+        "sft": ("sft", sizes.sft_steps, "2e-5"),
+        "rm": ("pairs", sizes.rm_steps, "2e-5"),
+        "dpo": ("pairs", sizes.dpo_steps, "2e-6"),
+    }[stage]
+    return _TRAINED.format(run_dir=run_dir, name=stage, seed=seed, model=model, rows=rows, steps=steps, batch=sizes.batch, lr=lr)
 
 
 def grpo(

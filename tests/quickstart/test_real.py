@@ -127,7 +127,10 @@ def test_sources_with_too_few_rows_or_other_fields_are_told(real, public, tmp_pa
 def test_the_stages_settings_load_and_no_row_is_seen_twice(real, command, sizes, tmp_path):
     sizes = getattr(real.stages, sizes)
     file = tmp_path / "stage.toml"
-    file.write_text(getattr(real.stages, command)("runs/real", "runs/real/model", 3, sizes))
+    if command == "grpo":
+        file.write_text(real.stages.grpo("runs/real", "runs/real/model", 3, sizes))
+    else:
+        file.write_text(real.stages.trained(command, "runs/real", "runs/real/model", 3, sizes))
     settings = load(KINDS[command], str(file))
     assert (settings.run_dir, settings.seed, settings.model.path) == (f"runs/real/{command}", 3, "runs/real/model")
     if command == "grpo":
