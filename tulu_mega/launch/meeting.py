@@ -170,7 +170,7 @@ class Nodes:
 
     @contextlib.contextmanager
     def _mark(self, run_dir: str) -> Iterator[str | None]:
-        """Yield a file that the first rank makes in the run's directory, for the nodes to look for; None where it cannot be made."""
+        """Yield a file that the first rank makes in the run's directory for the nodes to find; None where it cannot be made."""
         if self.rank:
             told = self._hear("marked", PATIENCE)
             yield told[0] if told else None
