@@ -58,7 +58,7 @@ def test_what_will_never_do_ends_at_once(tmp_path):
     with answering({ABOUT: (200, {"model": "x"}), "/health": (200, {})}) as url:
         assert "as no server of tulu-mega serve does" in refused(tmp_path, url)
     with speaking(b"220 mail.example ready\r\n\r\n") as url:
-        assert f"{url}: what listens there does not speak HTTP" in refused(tmp_path, url)
+        assert f"{url}: the program that listens there does not speak HTTP" in refused(tmp_path, url)
 
 
 def _with_key(key, work):

@@ -236,7 +236,7 @@ def _sides(row: dict[str, Any]) -> tuple[list[Messages], Given, bool]:
         where = f"at message {at}" if at else f"in length ({len(chosen) - 1} and {len(rejected) - 1} messages)"
         raise ValueError(f"the prompts of chosen and rejected differ {where}; expected the same messages but for the last")
     if all(message["role"] in ("assistant", "system") for message in chosen[:-1]):
-        raise ValueError("chosen and rejected do not say what they answer; expected a message of the user's before, or in prompt")
+        raise ValueError("chosen and rejected do not say what they answer; expected the user's message before them, or in prompt")
     return sides, given, prompted
 
 
@@ -258,7 +258,7 @@ def _behind_prompt(prompt: Any, side: Any) -> tuple[Any, bool]:
     if _said(side[: len(prompt)]) == _said(prompt) and len(side) > len(prompt):
         return side, True
     if prompt[-1].get("role") == "assistant":
-        raise ValueError("the last message of prompt is the assistant's; expected the one that is answered")
+        raise ValueError("the last message of prompt is the assistant's; expected the message that is answered")
     if side and side[0].get("role") in ("system", "user"):
         raise ValueError("begins with a prompt of its own, which is not that of the prompt column; leave one of them out")
     return [*prompt, *side], True
@@ -273,7 +273,7 @@ def _attended(mask: Any, length: int, name: str) -> slice:
     if not isinstance(mask, list) or len(mask) != length or any(value not in (0, 1) for value in mask):
         raise ValueError(f"{name} is {short(mask)}; expected {length} values of 0 or 1, as many as tokens")
     if 1 not in mask:
-        raise ValueError(f"{name} is 0 throughout; expected a token at least")
+        raise ValueError(f"{name} is 0 throughout; expected at least one token")
     start, count = mask.index(1), int(sum(mask))
     if not all(mask[start : start + count]):
         raise ValueError(f"{name} is 0 between tokens; expected 0 for padding alone, before or behind them")

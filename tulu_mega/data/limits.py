@@ -163,7 +163,7 @@ def rendered(template: str, arguments: Mapping[str, Any], marks: bool) -> tuple[
     try:
         text, ranges = _worker.do("render", TEMPLATE, template=template, arguments=dict(arguments), marks=marks)
     except Exceeded as error:
-        raise UserError(f"the tokenizer's chat template is not to be used: {error}; take the template 'tulu'") from None
+        raise UserError(f"the tokenizer's chat template cannot be used: {error}; take the template 'tulu'") from None
     return text, [(start, end) for start, end in ranges]
 
 
@@ -178,7 +178,7 @@ def names(template: str) -> tuple[frozenset[str], frozenset[str]]:
     except Refused:  # it cannot be rendered either, which is told then
         return frozenset(), frozenset()
     except Exceeded as error:
-        raise UserError(f"the tokenizer's chat template is not to be used: {error}; take the template 'tulu'") from None
+        raise UserError(f"the tokenizer's chat template cannot be used: {error}; take the template 'tulu'") from None
     return frozenset(variables), frozenset(fields)
 
 
@@ -192,7 +192,7 @@ def tried(tokenizer: str) -> None:
     try:
         _worker.do("try_tokenizer", TOKENIZER, path=tokenizer)
     except Exceeded as error:
-        raise ValueError(f"it is not to be used: {error}") from None
+        raise ValueError(f"it cannot be used: {error}") from None
     finally:
         if not worked:  # a large vocabulary leaves much memory behind
             _worker.close()

@@ -131,6 +131,6 @@ def _beginning(before: Messages, text: str, tokenizer: PreTrainedTokenizerFast, 
     if text.startswith(shared):
         return len(shared)
     raise ValueError(
-        f"the tokenizer's chat template writes what comes before message {len(before) + 1} otherwise when it asks for it, so the "
-        "assistant's text cannot be told; mark it there with {% generation %} or use the template 'tulu'"
+        f"the tokenizer's chat template changes the text before message {len(before) + 1} when it asks for that message, so the "
+        "assistant's text cannot be located; mark it in the template with {% generation %} or use the template 'tulu'"
     )

@@ -212,4 +212,4 @@ def new_directory(target: Path) -> Iterator[Path]:
 def refuse_strangers(target: Path) -> None:
     """Raises UserError where something lies that is neither a store nor an empty directory."""
     if target.exists() and not (target / "meta.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: something else than tokenised data is there; move it away or give another directory")
+        raise UserError(f"{target}: something other than tokenised data is there; move it away or give another directory")

@@ -76,7 +76,7 @@ def load_tokenizer(
     except BaseException as error:  # whatever is wrong with the files; what Rust panics come as is no Exception
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         if path.is_dir() and not (path / "tokenizer.json").is_file():
-            reason = f"{_VOCABULARY} is not to be used ({reason})" if kind else "no tokenizer.json there"
+            reason = f"{_VOCABULARY} cannot be used ({reason})" if kind else "no tokenizer.json there"
         hint = f"{setting} names another directory or hub name" if setting else "put the files of the model's tokenizer there"
         if "trust_remote_code" in str(error):
             hint = "set model.trust_remote_code = true if you trust the code that comes with it"

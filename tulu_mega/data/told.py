@@ -77,7 +77,7 @@ def form_lines(form: Form) -> list[str]:
             "have it, those of other programs have not"
         )
     if form.header_behind:
-        found.append("the chat template begins another answer behind the last one, asked for or not; that is not trained")
+        found.append("the chat template writes the header of a further answer behind the last one; this header is not trained")
     return found
 
 

@@ -83,7 +83,7 @@ def read_record(folder: Path, number: int) -> ServerRecord | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{file}: is no record of a server ({error}); start the run again") from None
+        raise UserError(f"{file}: is not a server's record ({error}); start the run again") from None
 
 
 def key_from_environment() -> str | None:
@@ -275,13 +275,13 @@ def _hopeless(error: httpx.HTTPError) -> str:
     for each in chain:
         if isinstance(each, ssl.SSLError):
             return (
-                f"no TLS connection ({each.reason or each}); tulu-mega serve speaks plain HTTP: write http://, or see to the "
-                "certificate of what stands before it"
+                f"no TLS connection ({each.reason or each}); tulu-mega serve speaks plain HTTP: write http://, or check the "
+                "certificate of the proxy before it"
             )
         if isinstance(each, socket.gaierror) and each.errno != socket.EAI_AGAIN:
             return f"there is no such host ({each.strerror}); write the address that tulu-mega serve prints"
     if isinstance(error, httpx.RemoteProtocolError) and "illegal" in str(error):
-        return f"what listens there does not speak HTTP ({error}); write the address that tulu-mega serve prints"
+        return f"the program that listens there does not speak HTTP ({error}); write the address that tulu-mega serve prints"
     return ""
 
 

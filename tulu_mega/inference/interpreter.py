@@ -97,7 +97,7 @@ def _executable(given: str, where: str) -> str:
     if not path.exists():
         raise UserError(f"{where}: no such file; give the Python of an environment that has vllm and tulu_mega, or leave it out")
     if not os.access(path, os.X_OK):
-        raise UserError(f"{where} may not be executed by you; give the Python of an environment that has vllm and tulu_mega")
+        raise UserError(f"{where} is not executable for you; give the Python of an environment that has vllm and tulu_mega")
     return str(path)
 
 
@@ -136,7 +136,7 @@ def _told(path: str, where: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         told, why = None, f"it said nothing for {LOOK_SECONDS:g} s"
     except (OSError, ValueError) as error:
-        told, why = None, error.strerror if isinstance(error, OSError) else "what it says is not what a Python would"
+        told, why = None, error.strerror if isinstance(error, OSError) else "its output is no list of packages"
     if not isinstance(told, dict) or "missing" not in told:
         raise UserError(f"{where} cannot be used as a Python with vllm and tulu_mega: {why}")
     return told

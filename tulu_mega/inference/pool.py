@@ -163,7 +163,7 @@ class ServerPool:
                     server.limit_log()
         except OSError as error:  # nobody would look after the servers any more, and nobody would know
             for server in self._servers:
-                server.state, server.why = "failed", f"vLLM servers in {self._folder.parent} cannot be looked after: {error}"
+                server.state, server.why = "failed", f"vLLM servers in {self._folder.parent} cannot be watched any more: {error}"
                 with contextlib.suppress(OSError):
                     self._say(server, "failed")
         finally:

@@ -99,7 +99,7 @@ def _await_host(place: Place) -> None:
         now = time.monotonic()
         told = f"{_where(place)}: the first machine does not answer there ({why})"
         if now - began > PATIENCE:
-            raise UserError(f"{told}; start NODE_RANK 0, or see to the addresses and ports between the machines")
+            raise UserError(f"{told}; start NODE_RANK 0, or check the addresses and ports between the machines")
         if now - said >= WORD_SECONDS:
             said = now
             print(f"{now - began:.0f} s: {told} yet", file=sys.stderr, flush=True)
@@ -119,7 +119,7 @@ def _compare(store: Store, place: Place) -> None:
         theirs = json.loads(store.get(key))
     except DistStoreError:  # the first machine writes it as soon as there is a store
         raise UserError(
-            f"{_where(place)}: the store that listens there is none of this program's, but another torchrun's; choose another "
+            f"{_where(place)}: the store that listens there belongs to another torchrun, not to this program; choose another "
             "MASTER_PORT, the same on all machines"
         ) from None
     if odd := [f"{name} is {mine[name]!r} here, {theirs[name]!r} there" for name in mine if mine[name] != theirs[name]]:
@@ -132,8 +132,8 @@ def _await_all(store: Store, place: Place) -> None:
     store.set(f"{_PREFIX}/name/{number}", f"{socket.gethostname()} ({os.getpid()})")
     if number > place.nodes:
         print(
-            f"{_where(place)}: all {place.nodes} machines have come before; this one takes the place of one that left. If it is "
-            "of another run, end it and give that another MASTER_PORT",
+            f"{_where(place)}: all {place.nodes} machines had come already; this one replaces one that left. If this machine "
+            "belongs to another run, end it and give that run another MASTER_PORT",
             file=sys.stderr,
             flush=True,
         )

@@ -153,7 +153,7 @@ def _wait(
         status = _ended(context, asked, grace, run_dir)
         stopped = any("stopped" in read_record(_error_file(scratch, rank)) for rank in range(size))
         if status == Stopped.status and not stopped:
-            print("asked to end: nothing was done yet that is not saved", file=sys.stderr, flush=True)
+            print("asked to end: no finished step was unsaved", file=sys.stderr, flush=True)
         return status, True
     if not result.is_failed():
         return 0, True

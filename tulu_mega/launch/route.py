@@ -42,7 +42,7 @@ def own_address(master: str, port: int, given: str | None = None) -> str:
     ways = [way for address in found if (way := _way(address, port))]
     if not ways:
         raise UserError(
-            f"MASTER_ADDR = {master} ({', '.join(found)}): there is no way there from this machine; see to its network"
+            f"MASTER_ADDR = {master} ({', '.join(found)}): no network route leads there from this machine; check its network"
         )
     if alone:
         return ways[0]

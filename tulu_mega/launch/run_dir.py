@@ -80,7 +80,7 @@ def taken(handle: int, directory: Path) -> bool:
         return False
     except OSError as error:
         print(
-            f"warning: {directory}: its file system has no locks ({error.strerror}); see to it that nothing else writes there",
+            f"warning: {directory}: its file system has no locks ({error.strerror}); make sure that nothing else writes there",
             file=sys.stderr,
             flush=True,
         )

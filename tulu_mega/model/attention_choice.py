@@ -68,7 +68,7 @@ def _choose(situation: Situation, asked: Attention | Literal["auto"]) -> Attenti
     order, passed = list(_ORDER), []
     if situation.shares and situation.context == 1:
         order.append(order.pop(0))
-        passed.append("prefixes are shared, for which Transformer Engine's has no place")
+        passed.append("sequences share prefixes, which Transformer Engine's attention does not support")
     for kind in order:
         obstacle = _obstacle(kind, situation)
         if obstacle is None:

@@ -19,7 +19,7 @@ def tests_of(ground_truth: Any) -> list[dict[str, str]]:
         try:
             tests = read_whole_json(tests)
         except NameTwice as error:
-            raise ValueError(f"the tests are no JSON to go by: {error}") from None
+            raise ValueError(f"the tests are not valid JSON: {error}") from None
         except ValueError:
             tests = [tests]  # one statement
     if not isinstance(tests, list) or not tests:

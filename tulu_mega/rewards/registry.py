@@ -275,4 +275,6 @@ def _names(custom: Mapping[str, str], aliases: Mapping[str, str]) -> tuple[dict[
 
 
 def _unknown(name: str, names: Mapping[str, str]) -> str:
-    return f"unknown verifier {name!r}{nearest(name.lower(), names)}; known: {', '.join(sorted(set(names.values())))}"
+    known = ", ".join(sorted(set(names.values())))
+    own = "name one of your own in rewards.custom (of eval: verifiers)"
+    return f"unknown verifier {name!r}{nearest(name.lower(), names)}; known: {known}; {own}"

@@ -28,7 +28,7 @@ def pair_of(instruction: Any, completions: Any) -> tuple[str, str]:
     if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
         raise ValueError(f"completions is {short(completions)}; expected a list of objects with response and scores")
     if len(completions) < 2:
-        raise ValueError(f"has {len(completions)} completions; expected at least two, to choose of")
+        raise ValueError(f"has {len(completions)} completions; expected at least two to choose from")
     for number, one in enumerate(completions, 1):
         if not isinstance(one.get("response"), str):
             raise ValueError(f"completion {number} has the response {short(one.get('response'))}; expected text")

@@ -50,7 +50,7 @@ class Client:
         return Over(detail)
 
     def tampered(self, what: object) -> Over:
-        return self.over("tampered", f"the program's process answered with what is no answer: {what}")
+        return self.over("tampered", f"the program's process sent a malformed answer: {what}")
 
     def hear_start(self) -> None:
         """Waits until the program's own code has run."""
