@@ -16,7 +16,7 @@ import pytest
 
 from tulu_mega import cli
 from tulu_mega.config import ParallelSettings, ScoreSettings, SftSettings
-from tulu_mega.errors import UserError
+from tulu_mega.errors import HUNG, UserError
 from tulu_mega.launch import launcher, ranks, reporting, run_dir
 
 # A rank: what `python -m tulu_mega COMMAND` does, with a target of the test's own.
@@ -131,6 +131,24 @@ def test_a_killed_rank(start, capfd):
     status = start("os.kill(os.getpid(), 9) if world.rank == 1 else time.sleep(600)")
     assert status == 128 + signal.SIGKILL
     assert "rank 1 of 2 was killed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("codes", "times", "first"),
+    [
+        ({0: HUNG, 1: -signal.SIGKILL}, {}, 0),  # rank 1 was stopped, and killed because it did not react to SIGTERM
+        ({0: -signal.SIGTERM, 1: HUNG, 2: HUNG}, {1: 5.0, 2: 4.0}, 2),
+        ({0: 1, 1: -signal.SIGKILL}, {0: 1.0}, 1),
+        ({0: 1, 1: -signal.SIGTERM, 2: 1}, {0: 2.0, 2: 1.0}, 2),
+    ],
+)
+def test_the_rank_that_failed_first(codes, times, first):
+    assert ranks._first_failure(codes, {rank: {"time": times[rank]} if rank in times else {} for rank in codes}) == first
+
+
+def test_a_rank_that_its_watchdog_ended_is_told_with_its_status(start, capfd):
+    assert start("os._exit(124) if world.rank == 0 else time.sleep(600)") == HUNG
+    assert "rank 0 of 2 made no progress and was ended (status 124)" in capfd.readouterr().err
 
 
 LAUNCHER = """

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega.errors import Stopped, UserError
+from tulu_mega.errors import HUNG, Stopped, UserError
 from tulu_mega.launch.reporting import (
     ASKS,
     ERROR_FILE,
@@ -201,13 +201,16 @@ def _ended(context: PContext, asked: list[signal.Signals], grace: float, run_dir
 
 
 def _first_failure(codes: Mapping[int, int], records: Mapping[int, dict[str, Any]]) -> int:
-    """Return the rank that failed first and so made others fail: one killed by a signal that was not ours, else the earliest
-    recorded."""
+    """Return the rank that failed first and so made others fail: one that its watchdog ended, one killed by a signal that was not
+    ours, else the earliest recorded.
+
+    A watchdog ends a rank that waits for another one. The other one may not react to SIGTERM, and is then killed by elastic.
+    """
 
     def order(rank: int):
         killed = codes[rank] < 0 and codes[rank] != -signal.SIGTERM
         ended_by_us = codes[rank] == -signal.SIGTERM
-        return (not killed, ended_by_us, records[rank].get("time", float("inf")), rank)
+        return (codes[rank] != HUNG, not killed, ended_by_us, records[rank].get("time", float("inf")), rank)
 
     return min(codes, key=order)
 
@@ -216,6 +219,8 @@ def _describe_failure(rank: int, size: int, code: int, stderr: str, stdout: str,
     if code < 0:
         how = f"was killed by {signal.strsignal(-code) or f'signal {-code}'}"
         how += " (out of memory?)" if code == -signal.SIGKILL else ""
+    elif code == HUNG:
+        how = f"made no progress and was ended (status {code}); the watchdog's report says which rank is missing"
     else:
         how = f"failed with exit status {code}"
     message = f"error: rank {rank} of {size} {how}"
