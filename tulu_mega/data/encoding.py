@@ -174,7 +174,7 @@ class PairEncoding(Encoding):
     """
 
     turns: Turns = "all"
-    """of the assistant whose log-probabilities count"""
+    """which of the assistant's turns have log-probabilities that count"""
     margin_column: str | None = None
     width: ClassVar[int] = 2
     token_columns: ClassVar[tuple[str, ...]] = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")

@@ -34,9 +34,9 @@ class Limits:
     """What one piece of work may take."""
 
     seconds: float
-    """of processor time"""
+    """seconds of processor time"""
     nbytes: int
-    """of memory, beyond what the process has before its first work"""
+    """bytes of memory beyond those of the process before its first work"""
 
     def __str__(self) -> str:
         return f"{self.seconds:g} s of processor time or {self.nbytes >> 20} MiB of memory"

@@ -20,7 +20,7 @@ class Span(NamedTuple):
     start: int
     end: int
     message: int
-    """whose turn it is, counted from 0"""
+    """number of the message whose turn it is, counted from 0"""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class TokenStore:
         self.rejected: dict[str, int] = meta["rejected"]
         """rows that are not used, by the reason's kind; ``rejects.jsonl`` lists them"""
         self.template: Literal["tulu", "tokenizer"] = meta["template"]
-        """that conversations are rendered by"""
+        """template by which conversations are rendered"""
         self.told: list[str] = meta["told"]
         """what of the rows is not used, or changed, and where their turns end: a line each"""
         self.ends: list[int] = meta["ends"]

@@ -27,7 +27,7 @@ class Situation:
     capability: tuple[int, int] | None
     """CUDA's compute capability; None elsewhere"""
     dtype: torch.dtype
-    """of queries, keys and values"""
+    """type of queries, keys and values"""
     head_dim: int
     windowed: bool
     """whether some layers see a window only"""

@@ -18,7 +18,7 @@ class ValueOutlook:
     job: Job
     """one sampled update"""
     memory: list[RankMemory]
-    """of each of its pipeline ranks, as if it were alone"""
+    """memory of each of its pipeline ranks, as if it were alone"""
     step: Step
     """mean of the sampled updates; all of a step together"""
     scoring: float

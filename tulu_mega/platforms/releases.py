@@ -54,7 +54,7 @@ class Environment:
     requirements: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """requirements of each distribution, from its metadata"""
     cuda: str | None = None
-    """that torch was built with; None for a CPU build"""
+    """CUDA version that torch was built with; None for a CPU build"""
 
     def version(self, package: str) -> tuple[str, str] | None:
         """The distribution that a package is installed as, and its version; None where it is not.

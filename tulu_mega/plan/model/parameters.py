@@ -49,7 +49,7 @@ class Parameters:
     layers: int = 0
     """matrices and biases of the layers, without norms"""
     norms: int = 0
-    """of the layers, and the final one"""
+    """elements of the layers' norms and of the final one"""
     head: int = 0
 
     @property

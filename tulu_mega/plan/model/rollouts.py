@@ -40,7 +40,7 @@ class Servers:
     concurrency: int
     """responses that a server computes at once, if its memory holds their keys and values"""
     share: float
-    """of a GPU's memory that vLLM takes"""
+    """share of a GPU's memory that vLLM takes"""
     itemsize: int
     """bytes of a weight, and of a key or value"""
     bucket: int
