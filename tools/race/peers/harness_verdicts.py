@@ -54,10 +54,16 @@ def main(given: str, verdicts: str) -> None:
 
 
 def followed(doc, results):
-    """The harness' verdicts of a response to a prompt of IFEval."""
+    """The harness' verdicts of a response to a prompt of IFEval: those of the prompt go back to the harness."""
     from lm_eval.tasks.ifeval import utils  # it looks for NLTK's data
 
-    return utils.process_results({"key": doc["place"], **doc, "kwargs": json.loads(doc["kwargs"])}, results)
+    verdicts = utils.process_results({"key": doc["place"], **doc, "kwargs": json.loads(doc["kwargs"])}, results)
+    FOLLOWED[doc["place"]] = verdicts
+    return {name: value for name, value in verdicts.items() if name.startswith("prompt")}
+
+
+FOLLOWED = {}
+"""place of a row of IFEval -> all of its verdicts; the harness would take the mean of each"""
 
 
 def read(sample, instructions):
@@ -65,7 +71,11 @@ def read(sample, instructions):
     if not instructions:
         return [{"filter": sample["filter"], "found": sample["filtered_resps"][0], "right": bool(sample["exact_match"])}]
     return [
-        {"filter": kind, "found": sample[f"inst_level_{kind}_acc"], "right": bool(sample[f"prompt_level_{kind}_acc"])}
+        {
+            "filter": kind,
+            "found": FOLLOWED[sample["doc"]["place"]][f"inst_level_{kind}_acc"],
+            "right": bool(sample[f"prompt_level_{kind}_acc"]),
+        }
         for kind in ("strict", "loose")
     ]
 
