@@ -145,19 +145,22 @@ LAUNCHER = """
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl")
 @pytest.mark.parametrize(
-    ("number", "status"),
+    ("number", "status", "told"),
     [
-        (signal.SIGKILL, -signal.SIGKILL),
-        (signal.SIGTERM, 128 + signal.SIGTERM),
-        (signal.SIGINT, 128 + signal.SIGINT),
-        (signal.SIGHUP, 128 + signal.SIGTERM),  # asked to end, as by that
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+        (signal.SIGTERM, 128 + signal.SIGTERM, "asked to end: nothing was done yet that is not saved"),  # before the first step
+        (signal.SIGINT, 128 + signal.SIGINT, "interrupted: nothing is kept"),
+        (signal.SIGHUP, 128 + signal.SIGTERM, "SIGHUP, the terminal was closed: the run is asked to end"),  # as by SIGTERM
     ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else None,
 )
-def test_ranks_die_with_the_launcher(tmp_path, number, status):
-    """Also where a signal comes again at once: two of a terminal that closes, or an impatient Ctrl-C."""
+def test_ranks_die_with_the_launcher(tmp_path, number, status, told):
+    """Also where a signal comes again at once: two of a terminal that closes, or an impatient Ctrl-C. What is lost is said."""
     script = write_rank(tmp_path, f"open(f'{tmp_path}/pid{{world.rank}}', 'w').write(f'{{os.getpid()}}.'); time.sleep(600)")
     (tmp_path / "launch.py").write_text(textwrap.dedent(LAUNCHER))
-    process = subprocess.Popen([sys.executable, str(tmp_path / "launch.py"), str(script)], preexec_fn=as_from_a_terminal)
+    words = [sys.executable, str(tmp_path / "launch.py"), str(script)]
+    with (said := tmp_path / "said").open("w") as errors:
+        process = subprocess.Popen(words, preexec_fn=as_from_a_terminal, stderr=errors)
     files = [tmp_path / f"pid{rank}" for rank in range(2)]
     try:
         wait_until(lambda: process.poll() is not None or all(f.exists() and f.read_text().endswith(".") for f in files), 90)
@@ -169,6 +172,7 @@ def test_ranks_die_with_the_launcher(tmp_path, number, status):
             if number in (signal.SIGINT, signal.SIGHUP):  # until it is gone: also while the interpreter tidies up
                 process.send_signal(number)
         assert process.poll() == status
+        assert told in said.read_text()
         wait_until(lambda: not any(alive(pid) for pid in pids), 60)
     finally:
         process.kill()
