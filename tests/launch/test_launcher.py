@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -352,6 +353,25 @@ def test_under_a_foreign_torchrun_rank_0_prints_and_all_record(tmp_path, monkeyp
         reporting.report(["wrong"])
         assert capsys.readouterr().err == printed
         assert '"message": "wrong"' in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "cuda", "seen"),
+    [
+        ({}, True, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, False, {}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, True, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, True, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_a_rank_s_allocator_grows_its_segments_unless_told_otherwise(monkeypatch, given, cuda, seen):
+    """Packs of another length each step would leave gaps between segments of a fixed size."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    with mock.patch.dict(os.environ, given | {"GLOO_SOCKET_IFNAME": "lo"}):
+        for name in {*launcher.ALLOCATOR} - given.keys():
+            os.environ.pop(name, None)
+        launcher._usual_environment()
+        assert {name: os.environ[name] for name in launcher.ALLOCATOR if name in os.environ} == seen
 
 
 def test_the_environment_is_left_alone():
