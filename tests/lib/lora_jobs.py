@@ -42,6 +42,19 @@ def peft_model(directory: str, how: dict[str, Any], adapter: str | None = None):
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, init_lora_weights=False, **how))
 
 
+def peft_matches(names: list[str], targets: list[Any], patterns: list[dict[str, int]]) -> tuple[list, list]:
+    """For each of the targets which modules PEFT gives adapters; for each of the patterns the ranks that it finds, else 11."""
+    see_oracles()
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    of_all = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # as PEFT writes "all-linear" down
+    configs = [LoraConfig(target_modules=of_all if each == "all-linear" else each) for each in targets]
+    has = [[bool(check_target_module_exists(config, name)) for name in names] for config in configs]
+    return has, [[each.get(get_pattern_key(each.keys(), name), 11) for name in names] for each in patterns]
+
+
 def peft_truth(kind: str, root: str, how: dict[str, Any], optimizer: str = "sgd") -> dict[str, Any]:
     """Makes a model and adapters in ROOT/model and ROOT/adapter, trains these, and leaves ROOT/trained and ROOT/merged.
 

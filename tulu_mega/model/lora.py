@@ -27,7 +27,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from tulu_mega.bridge.adapters import ROOT, A, B, adapter_family, adapter_name, has_adapter, rows_of
+from tulu_mega.bridge.adapters import ROOT, A, B, adapter_family, adapter_name, rows_of
 from tulu_mega.bridge.rules import Config, Cut, Family
 from tulu_mega.bridge.shards import exportable, global_name
 from tulu_mega.config.lora import LoraSettings
@@ -39,13 +39,23 @@ class Adapter(nn.Module):
 
     Args:
         a_shape, b_shape: [rank, in] and [out, rank] of the part.
+        scale: factor of the product.
         by_columns: whether the matrix is cut along its columns.
         beside: the matrix's parameter, for type and device.
         sequence_parallel: whether the tensor ranks share the tokens.
     """
 
-    def __init__(self, a_shape: Sequence[int], b_shape: Sequence[int], by_columns: bool, beside: Tensor, sequence_parallel: bool):
+    def __init__(
+        self,
+        a_shape: Sequence[int],
+        b_shape: Sequence[int],
+        scale: float,
+        by_columns: bool,
+        beside: Tensor,
+        sequence_parallel: bool,
+    ):
         super().__init__()
+        self.scale = scale
         self.lora_A, self.lora_B = (
             nn.Parameter(torch.empty(*shape, dtype=beside.dtype, device=beside.device)) for shape in (a_shape, b_shape)
         )
@@ -55,13 +65,12 @@ class Adapter(nn.Module):
         copied.sequence_parallel = sequence_parallel  # it sees its own tokens alone: megatron-core sums the gradients
 
     def product(self, rows: slice, columns: slice) -> Tensor:
-        """A box of B A, in float32."""
-        return self.lora_B[rows].float() @ self.lora_A[:, columns].float()
+        """A box of scale B A, in float32."""
+        return self.lora_B[rows].float() @ self.lora_A[:, columns].float() * self.scale
 
 
 @dataclass(frozen=True)
 class _Layout:
-    scale: float
     sequence_parallel: bool
     group: ProcessGroup
 
@@ -77,13 +86,13 @@ class _CutByRows:
 
     def __call__(self, _linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]):
         layout, (product, bias) = self.layout, output
-        narrow = F.linear(inputs[0], torch.cat([adapter.lora_A for adapter in self.adapters])) * layout.scale
+        narrow = F.linear(inputs[0], torch.cat([adapter.lora_A for adapter in self.adapters]))
         if layout.sequence_parallel:  # backward: reduce-scatter of the ranks' partial gradients
             narrow = gather_from_sequence_parallel_region(narrow, tensor_parallel_output_grad=True, group=layout.group)
         else:  # backward: all-reduce of them
             narrow = copy_to_tensor_model_parallel_region(narrow, group=layout.group)
         split = narrow.split([len(adapter.lora_A) for adapter in self.adapters], dim=-1)
-        made = [F.linear(each, adapter.lora_B) for each, adapter in zip(split, self.adapters, strict=True)]
+        made = [F.linear(each * adapter.scale, adapter.lora_B) for each, adapter in zip(split, self.adapters, strict=True)]
         columns = [
             product.new_zeros(*product.shape[:-1], rows) if which is None else made[which][..., first : first + rows]
             for which, first, rows in self.parts
@@ -100,7 +109,7 @@ class _CutByRows:
             elif low < high:
                 made.append(self.adapters[which].product(slice(first + low - at, first + high - at), columns))
             at += count
-        return torch.cat(made) * self.layout.scale
+        return torch.cat(made)
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ class _CutByColumns:
 
     def __call__(self, _linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]):
         layout, (product, bias) = self.layout, output
-        narrow = F.linear(inputs[0], self.adapter.lora_A) * layout.scale
+        narrow = F.linear(inputs[0], self.adapter.lora_A) * self.adapter.scale
         if layout.sequence_parallel:
             narrow = reduce_scatter_to_sequence_parallel_region(narrow, group=layout.group)
         else:
@@ -121,7 +130,7 @@ class _CutByColumns:
 
     def added(self, rows: slice, columns: slice) -> Tensor:
         """A box of what merging adds to the layer's weight, in float32."""
-        return self.adapter.product(rows, columns) * self.layout.scale
+        return self.adapter.product(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ def attach(chunks: Sequence[nn.Module], lora: LoraSettings, family: Family, conf
         if family.reward and chunk.post_process:
             chunk.output_layer.requires_grad_(True)
         tree = AdapterTree()
-        layout = _Layout(lora.scale, chunk.config.sequence_parallel, here.tensor_group)
+        layout = _Layout(chunk.config.sequence_parallel, here.tensor_group)
         for name, _weight in list(chunk.named_parameters()):
             if name.endswith(".weight"):
                 linear = chunk.get_submodule(name.removesuffix(".weight"))
@@ -224,17 +233,15 @@ def _attach(
     here: Topology,
     layout: _Layout,
 ) -> None:
-    rule, _layer = family.rule(name, config)
-    if not any(has_adapter(hf, lora.names) for hf in rule.hf):
-        return
-    thin, by_columns = adapter_family(family, lora.names, lora.rank), rule.cut is Cut.ROW
     rows = rows_of(family, name, config, here)
+    if not any(map(lora.has, rows)):
+        return
+    thin, by_columns = adapter_family(family, lora, config), family.rule(name, config)[0].cut is Cut.ROW
     adapters: dict[str, Adapter] = {}
-    for hf in rows:
-        if has_adapter(hf, lora.names):
-            shapes = (thin.local_shape(adapter_name(hf) + which, config, here) for which in (A, B))
-            adapters[hf] = Adapter(*shapes, by_columns, linear.weight, layout.sequence_parallel)
-            tree.add(adapter_name(hf).removeprefix(ROOT), adapters[hf])
+    for hf in filter(lora.has, rows):
+        shapes = (thin.local_shape(adapter_name(hf) + which, config, here) for which in (A, B))
+        adapters[hf] = Adapter(*shapes, lora.scale_of(hf), by_columns, linear.weight, layout.sequence_parallel)
+        tree.add(adapter_name(hf).removeprefix(ROOT), adapters[hf])
     if by_columns:
         (adapter,) = adapters.values()
         tree.join(linear, _CutByColumns(adapter, layout))
@@ -255,7 +262,7 @@ def draw(chunks: Sequence[nn.Module], lora: LoraSettings, family: Family, config
 
     Arguments are those of `attach`.
     """
-    thin = adapter_family(family, lora.names, lora.rank)
+    thin = adapter_family(family, lora, config)
     shapes = thin.hf_shapes(config)
     for name, parameter in (each for chunk in chunks for each in exportable(chunk, adapters=True)):
         if not name.startswith(ROOT):

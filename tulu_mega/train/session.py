@@ -107,7 +107,7 @@ class Session:
     def _thin(self, config: Config) -> ModelShard:
         """This rank's part of the adapters."""
         lora, shard = self.engine.lora, self.shard(config)
-        return replace(shard, family=adapter_family(shard.family, lora.names, lora.rank))
+        return replace(shard, family=adapter_family(shard.family, lora, config))
 
     def shard(self, config: Config) -> ModelShard:
         """This rank's part of the model.
@@ -198,7 +198,7 @@ class Session:
         engine.at("export")
         engine.settle()
         lora = engine.lora
-        told = adapter_config(self.settings.model.path, lora.rank, lora.alpha, lora.rslora, lora.names, engine.reward)
+        told = adapter_config(self.settings.model.path, lora, engine.reward)
         export_adapters(self._thin(config), directory, dtype, told)
 
 
