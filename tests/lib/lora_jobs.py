@@ -22,6 +22,8 @@ from tulu_mega.train import checkpoint
 from tulu_mega.train.adapter_reference import AdapterReference
 
 LR, ADAMW_LR, STEPS = 0.01, 1e-3, 3
+TOKENS = 64
+"""of `kept_narrow`"""
 
 
 def see_oracles() -> None:
@@ -167,6 +169,25 @@ def peft_scores(directory: str, adapter: str) -> list[float]:
             states = hidden.model(torch.tensor([sequence.input_ids])).last_hidden_state
             scores.append(float(hidden.score(states)[0, -1, 0]))
     return scores
+
+
+def kept_narrow(directory: str, layout: dict[str, Any], lora: LoraSettings) -> dict[str, int]:
+    """Bytes of tensors as narrow as the rank that autograd keeps in a forward pass over `TOKENS` tokens, without parameters."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() > 1 and tensor.shape[-1] == lora.rank and tensor.untyped_storage().data_ptr() not in own:
+            found[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with jobs.session(directory, layout, lora=lora) as made:
+        engine = made.engine
+        engine.prepare_training(OptimSettings(), 1)
+        own = {each.untyped_storage().data_ptr() for chunk in engine.chunks for each in chunk.parameters()}
+        micro = jobs.share(made, jobs.sequences(engine.hf.vocab_size, [TOKENS]), 1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            engine.forward_backward(micro, SftObjective("token_mean"))
+    return {"narrow": sum(found.values())}
 
 
 def policy_parts(directory: str, layout: dict[str, Any], adapter: str, out: str) -> bool:

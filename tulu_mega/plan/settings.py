@@ -52,6 +52,7 @@ class PlanSettings(Section):
     optim: dict[str, Any] = {}
     checkpoint: dict[str, Any] = {}
     precision: str | dict[str, Any] = {}
+    lora: dict[str, Any] = {}
     ddp: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
     megatron: dict[str, Any] = {}

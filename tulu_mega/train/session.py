@@ -20,7 +20,7 @@ from tulu_mega.bridge.files.companions import OtherTokenizer
 from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.bridge.files.hf_files import HfCheckpoint
 from tulu_mega.bridge.files.hub import is_megatron, model_directory
-from tulu_mega.bridge.files.peft import adapter_config, open_adapter, settings_of
+from tulu_mega.bridge.files.peft import adapter_config, open_adapter, resolved
 from tulu_mega.bridge.live import export_adapters, export_hf, load_hf
 from tulu_mega.bridge.rules import Config
 from tulu_mega.bridge.shards import ModelShard, Values
@@ -259,9 +259,8 @@ def _session(
     if reward or family.reward:
         hf.update(reward_fields(family, hf.to_dict()))
     rewards = family.reward if reward is None else reward
-    if lora and lora.adapter:
-        lora = settings_of(lora.adapter).model_copy(update={"adapter": lora.adapter})
-    engine = Engine(hf, settings, place, platform, rewards, temperature, at=watch.at, shares=shares, lora=lora)
+    adapters = resolved(lora)
+    engine = Engine(hf, settings, place, platform, rewards, temperature, at=watch.at, shares=shares, lora=adapters)
     return Session(settings, place, engine, source, seed, watch)
 
 

@@ -136,6 +136,17 @@ def settings_of(directory: str | Path) -> LoraSettings:
         ) from None
 
 
+def resolved(lora: LoraSettings | None) -> LoraSettings | None:
+    """Settings with what the directory says that they name, where they name one.
+
+    Raises:
+        UserError: as :func:`settings_of`.
+    """
+    if lora is None or lora.adapter is None:
+        return lora
+    return settings_of(lora.adapter).model_copy(update={"adapter": lora.adapter})
+
+
 def write_adapters(final: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Writes a directory of adapters whole or not at all.
 
