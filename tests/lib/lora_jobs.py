@@ -32,7 +32,7 @@ def see_oracles() -> None:
 
 
 def peft_model(directory: str, how: dict[str, Any], adapter: str | None = None):
-    """The model with PEFT's adapters beside it, float32; B drawn too, so that A has a gradient."""
+    """The model with PEFT's adapters beside it, float32; B and lengths drawn too, so that A has a gradient."""
     see_oracles()
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -41,7 +41,12 @@ def peft_model(directory: str, how: dict[str, Any], adapter: str | None = None):
     if adapter:
         return PeftModel.from_pretrained(base, adapter, is_trainable=True)
     torch.manual_seed(7)
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, init_lora_weights=False, **how))
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, init_lora_weights=False, **how))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:  # PEFT begins with the lengths of the rows, by which nothing is changed
+                parameter *= 1 + 0.2 * torch.randn_like(parameter)
+    return model
 
 
 def peft_matches(names: list[str], targets: list[Any], patterns: list[dict[str, int]]) -> tuple[list, list]:

@@ -163,7 +163,7 @@ def test_the_command_plans_them(tmp_path, capsys):
     said = capsys.readouterr().out
     for told in ("bytes x P of adapters", "adapters' narrow products", "adapters' inputs and results"):
         assert told in said, told
-    assert cli.main(["plan", str(file), *flags, "--search", "--lora.rank", "64", "--format", "json"]) == 0
+    assert cli.main(["plan", str(file), *flags, "--gpus", "2", "--search", "--lora.rank", "64", "--format", "json"]) == 0
     best = json.loads(capsys.readouterr().out)[0]
     assert best["fits"] and best["layout"]["tensor"] == 1  # whose weights, gradients and moments would take two GPUs
     assert cli.main(["plan", str(file), *flags, "--lora.targets", '["layers.40.mlp.up_proj"]']) == 2

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.ranks
 HOW = {
     "r3": {"r": 3, "lora_alpha": 6, "target_modules": "all-linear"},
     "r8 rslora, some": {"r": 8, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj", "o_proj"]},
+    "dora": {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]},
     "patterns": {
         "r": 3, "lora_alpha": 6, "target_modules": r"model\.layers\.(0|1|3)\..*(_proj)",
         "rank_pattern": {"k_proj": 5, r"1\.mlp\..*": 2, "down_proj": 7},
@@ -36,8 +37,8 @@ HOW = {
 }  # fmt: skip
 FEW = [  # kind, layout, adapters, recompute
     ("Llama", "TP2", "r3", "none"),
-    ("Qwen 2", "TP2xPP2", "r8 rslora, some", "none"),
-    ("OLMo 2", "TP2 without SP", "r3", "full"),
+    ("Qwen 2", "TP2xPP2", "dora", "none"),
+    ("OLMo 2", "TP2 without SP", "r8 rslora, some", "full"),
     ("Llama", "PP2xVPP2", "patterns", "full"),
 ]
 FAMILIES = ("Llama", "Llama tied", "Qwen 2", "Qwen 3", "Mistral", "OLMo 2", "OLMo 3")
@@ -103,7 +104,7 @@ def test_adamw(truth, tmp_path, layout):
 
 def test_new_adapters_and_their_run_are_the_same_under_every_layout_and_go_on_under_another(truth, tmp_path):
     model = str(truth("Llama", "r3")[0] / "model")
-    lora = {"rank": 3, "targets": ["q_proj", "k_proj", "down_proj"]}
+    lora = {"rank": 3, "targets": ["q_proj", "k_proj", "down_proj"], "dora": True}
 
     def run(name: str, layout: str, steps: int, first: int = 0, folder: str | None = None) -> list[float]:
         arguments = (LAYOUTS[layout], lora, str(tmp_path / name), "adamw", steps, "none", folder, first)
@@ -112,7 +113,11 @@ def test_new_adapters_and_their_run_are_the_same_under_every_layout_and_go_on_un
     folder = str(tmp_path / "checkpoints")
     run("drawn", "TP1", 0)
     drawn = weights(tmp_path / "drawn" / "adapter")
-    assert sum(not value.any() for value in drawn.values()) == len(drawn) / 2  # B
+    assert sum(not value.any() for value in drawn.values()) == len(drawn) / 3  # B
+    base = weights(model)
+    for name in (name for name in drawn if name.endswith("magnitude_vector")):
+        rows = base[name.removeprefix("base_model.model.").replace("lora_magnitude_vector", "weight")]
+        np.testing.assert_allclose(drawn[name], np.linalg.norm(rows, axis=1), rtol=1e-6)
     bound = max(abs(value).max() * value.shape[1] ** 0.5 for name, value in drawn.items() if "lora_A" in name)
     assert 0.9 < bound <= 1
     whole = run("whole", "TP1", 3)
@@ -157,7 +162,7 @@ def test_a_policys_reference_is_what_it_began_with_and_servers_get_merged_weight
 
 @pytest.mark.parametrize("to", ["hf", "megatron"])
 def test_convert_merges_them(truth, tmp_path, to):
-    root = truth("Llama", "patterns" if to == "hf" else "r3")[0]
+    root = truth(*{"hf": ("Qwen 2", "dora"), "megatron": ("Llama", "patterns")}[to])[0]
     settings = {"source": str(root / "model"), "adapter": str(root / "trained"), "workers": 1}
     convert(ConvertSettings(**settings, output=str(tmp_path / "merged"), to=to))
     if to == "megatron":
@@ -200,7 +205,7 @@ def adapter(directory: Path, **changes) -> Path:
     ("changes", "told"),
     [
         ({"peft_type": "IA3"}, "peft_type = 'IA3', expected 'LORA'"),
-        ({"use_dora": True}, "use_dora = True is not had here; expected False"),
+        ({"use_dora": "very"}, "use_dora = 'very': Input should be a valid boolean"),
         ({"rank_pattern": {"k_proj": 0}}, "rank_pattern = 0: Input should be greater than or equal to 1"),
         ({"alpha_pattern": {"k_proj(": 4}}, "'k_proj(' is no regular expression"),
         ({"target_modules": "("}, "target_modules = '(': Value error, '(' is no regular expression"),

@@ -1,7 +1,8 @@
 """The table of a model's low-rank adapters, as PEFT names and cuts them; it follows from the model's own.
 
 Of a matrix [out, in] that tensor parallelism cuts along its rows, A [rank, in] is copied and B [out, rank] cut; of one that it
-cuts along its columns, A is cut and B copied. So a pair lies where its matrix does, whatever the rank.
+cuts along its columns, A is cut and B copied. Lengths of rows (DoRA) are cut as B is. So all of an adapter lies where its matrix
+does, whatever the rank.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from tulu_mega.distributed.grid import ShardGrid
 ROOT = "adapters."
 """What the names of adapters in a Megatron model begin with; what follows is the Hugging Face matrix and `A` or `B`."""
 A, B = ".lora_A", ".lora_B"
+MAGNITUDE = ".lora_magnitude_vector"
+"""The lengths of a matrix's rows, where these are trained apart (DoRA); PEFT's name of it ends so, too."""
 PEFT_ROOT = "base_model.model."
 """What PEFT's names begin with, before the matrix."""
 _WEIGHT = ".weight"
@@ -35,7 +38,7 @@ def adapter_family(family: Family, lora: LoraSettings, config: Config) -> Family
         for pattern, dims in rule.hf.items()
         for hf, rank in _ranks(pattern, lora, config["num_hidden_layers"])
     ]
-    rules = tuple(row for matrix in matrices for row in _rows(*matrix))
+    rules = tuple(row for matrix in matrices for row in _rows(*matrix, lora.dora))
     if family.reward:
         rules += (Rule(("output_layer.weight",), {PEFT_ROOT + family.head: _head(family)}, Cut.COPY),)
     ranks = {_extent(rank): rank for *_, rank in matrices}
@@ -82,11 +85,13 @@ def _head(family: Family) -> tuple[str, ...]:
     return next(rule.hf[family.head] for rule in family.rules if family.head in rule.hf)
 
 
-def _rows(hf: str, dims: tuple[str, ...], cut: Cut, rank: int) -> tuple[Rule, Rule]:
+def _rows(hf: str, dims: tuple[str, ...], cut: Cut, rank: int, dora: bool) -> tuple[Rule, ...]:
     (out, into), thin = dims, _extent(rank)
     name, peft = adapter_name(hf), PEFT_ROOT + hf.removesuffix(_WEIGHT)
     by_columns = cut is Cut.ROW
+    magnitude = Rule((name + MAGNITUDE,), {peft + MAGNITUDE: (out,)}, Cut.COPY if by_columns else Cut.COLUMN)
     return (
+        *([magnitude] if dora else []),
         Rule((name + A,), {f"{peft}{A}{_WEIGHT}": (thin, into)}, Cut.ROW if by_columns else Cut.COPY),
         Rule((name + B,), {f"{peft}{B}{_WEIGHT}": (out, thin)}, Cut.COPY if by_columns else Cut.COLUMN),
     )

@@ -29,6 +29,8 @@ class LoraSettings(Section):
     """The product is scaled by alpha / rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the lengths of the rows of W + scale B A apart (arXiv 2402.09353), as PEFT's `use_dora` does."""
     targets: str | list[str] = ALL
     """Matrices that have adapters: all of a layer's, or some of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
     `down_proj`, of one layer as `layers.3.mlp.up_proj`; or a regular expression for whole names such as

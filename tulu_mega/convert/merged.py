@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tulu_mega.bridge.adapters import PEFT_ROOT, A, B, adapter_family
+from tulu_mega.bridge.adapters import MAGNITUDE, PEFT_ROOT, A, B, adapter_family
 from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.files import peft
 from tulu_mega.bridge.megatron_keys import Slab
@@ -20,7 +20,7 @@ _WEIGHT = ".weight"
 
 
 class MergedSource:
-    """W + scale B A for W: added in float32, rounded once.
+    """W + scale B A for W, its rows brought to the lengths that DoRA trained: made in float32, rounded once.
 
     Args:
         source: the model's weights.
@@ -79,6 +79,8 @@ class MergedSource:
         thin = PEFT_ROOT + name.removesuffix(_WEIGHT)
         tall, wide = self._read(f"{thin}{B}{_WEIGHT}"), self._read(f"{thin}{A}{_WEIGHT}")
         rows += self._lora.scale_of(name) * (tall[first : first + len(rows)] @ wide)
+        if self._lora.dora:
+            rows *= (self._read(thin + MAGNITUDE)[first : first + len(rows)] / torch.linalg.norm(rows, dim=1))[:, None]
 
     def _read(self, name: str) -> Tensor:
         return self._files.read_box(name, Box.whole(self._files.tensors[name].shape)).float()

@@ -166,7 +166,7 @@ class Session:
             weights = LiveWeights(self.shard(engine.hf.to_dict()), dtype, fp8=fp8, kernels=kernels)
         sends = place.gives_whole_tensors
         model = Model.asked(self.settings.model.path, self.settings.model.dtype, rollout.dtype, engine.hf.to_dict())
-        return Sender(model, weights, sends, place.pipeline_rank, engine.platform.device, engine.at, engine.settle)
+        return Sender(model, weights, sends, place.pipeline_rank, engine.platform.device, engine.at, self._settle)
 
     def export(
         self,
@@ -182,11 +182,18 @@ class Session:
             UserError: the directory cannot be used.
         """
         self.engine.at("export")
-        self.engine.settle()
+        self._settle()
         config = read_config(self.source)
         if self.engine.reward:
             config |= reward_fields(family_for(config), config)
         export_hf(self.shard(config), directory, dtype, self.source, extra_files, tokenizer, ends)
+
+    def _settle(self) -> None:
+        """Wait until the parameters are those of the last update, and what is merged goes with them. A collective."""
+        self.engine.settle()
+        if self.engine.lora:
+            for chunk in self.engine.chunks:
+                chunk.adapters.look()
 
     def export_adapters(self, directory: Path, dtype: torch.dtype) -> None:
         """Writes the adapters as PEFT does; every rank calls it.

@@ -24,7 +24,7 @@ HEAD = ["score"]
 """What is saved whole beside a reward model's adapters."""
 _READ = (
     *("peft_type", "task_type", "r", "lora_alpha", "use_rslora"),
-    *("target_modules", "modules_to_save", "bias", "init_lora_weights", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "modules_to_save", "bias", "init_lora_weights", "use_dora", "rank_pattern", "alpha_pattern"),
 )
 _WITHOUT_MEANING = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version"),
@@ -58,7 +58,7 @@ def adapter_config(base: str, lora: LoraSettings, reward: bool) -> dict[str, Any
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": HEAD if reward else None,
-        "use_dora": False,
+        "use_dora": lora.dora,
         "rank_pattern": dict(lora.rank_pattern),
         "alpha_pattern": {each: _short(alpha) for each, alpha in lora.alpha_pattern.items()},
     }
@@ -124,12 +124,13 @@ def settings_of(directory: str | Path) -> LoraSettings:
             rank=config.get("r"),
             alpha=config.get("lora_alpha"),
             rslora=config.get("use_rslora", False),
+            dora=config.get("use_dora", False),
             targets=sorted(map(str, targets)) if isinstance(targets, list) else targets,
             rank_pattern=config.get("rank_pattern") or {},
             alpha_pattern=config.get("alpha_pattern") or {},
         )
     except ValidationError as error:
-        theirs = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "targets": "target_modules"}
+        theirs = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora", "targets": "target_modules"}
         wrong = {each["loc"][0]: each for each in error.errors()}  # of a setting of several types one problem
         raise UserError(
             [f"{files.path / CONFIG}: {theirs.get(at, at)} = {each['input']!r}: {each['msg']}" for at, each in wrong.items()]
