@@ -158,7 +158,7 @@ def _known(job: Job, packs: Sequence[Pack]) -> Iterator[Term]:
         "2 T x weights x (forward + backward L) / (share x peak)",
         tokens * n(work) * (twice + n(backward_products(job)) * layers) / (n(RATES.products) * n(peak(job))),
     )
-    yield from _of_adapters(job, tokens, twice, layers)
+    yield from _of_adapters(job, n(len(packs)), tokens, twice, layers)
     bf16 = n(job.gpu.fp32 if job.dtype == "fp32" else job.gpu.bf16)
     labelled = n(sum(pack.labelled for pack in packs) / parallel.context)
     if size.columns > 1:
@@ -232,7 +232,7 @@ def _known(job: Job, packs: Sequence[Pack]) -> Iterator[Term]:
     )
 
 
-def _of_adapters(job: Job, tokens: Number, twice: Number, layers: Number) -> Iterator[Term]:
+def _of_adapters(job: Job, packs: Number, tokens: Number, twice: Number, layers: Number) -> Iterator[Term]:
     """Their own products, and what passes through memory for them."""
     if job.lora is None:
         return
@@ -249,3 +249,10 @@ def _of_adapters(job: Job, tokens: Number, twice: Number, layers: Number) -> Ite
         "T x bytes x L, forward and backward / (share x memory's rate)",
         tokens * (n(work.forward) * twice + n(work.backward) * layers) / (n(RATES.memory) * n(job.gpu.bandwidth)),
     )
+    if job.lora.dora:
+        yield Term(
+            "elementwise",
+            "lengths of weights' rows",
+            "M x bytes x L, forward / (share x memory's rate)",
+            packs * n(work.lengths) * twice / (n(RATES.memory) * n(job.gpu.bandwidth)),
+        )

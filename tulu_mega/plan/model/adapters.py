@@ -68,11 +68,13 @@ class AdapterWork:
     """bytes of narrow products, which B's gradients need; what A's need the layer keeps anyway"""
     launches: float
     """kernels forward; backward twice as many"""
+    lengths: float
+    """bytes that pass through memory for the lengths of weights' rows, once a pass over a micro-batch"""
     deltas: float
     """bytes of what the adapters of the layer's tallest matrix add, made apart and joined"""
 
 
-NONE = AdapterWork(0, 0, 0, 0, 0, 0)
+NONE = AdapterWork(0, 0, 0, 0, 0, 0, 0)
 
 
 def adapter_work(job: Job) -> AdapterWork:
@@ -81,15 +83,18 @@ def adapter_work(job: Job) -> AdapterWork:
     Forward A reads its input (once for matrices that have it in common); B's product is written, joined to its neighbours' where
     the layer has several (a read and a write) and added (two reads and a write). Backward the gradient is read for B and for the
     narrow product, the input for A; what comes of it for the input is written and added. These products are too narrow for the
-    GPU to be busy with them: their time is that of the bytes. Kernels: for each of megatron-core's matrices one product with A,
-    joining and adding, for each adapter a scaling and a product with B, and a message between tensor ranks.
+    GPU to be busy with them: their time is that of the bytes. Where lengths of rows are trained, what is scaled is kept, read and
+    written once more each way, and each pass reads the weight, adds the product and squares in float32.
+
+    Kernels: for each of megatron-core's matrices one product with A, joining and adding, for each adapter a scaling and a product
+    with B, and a message between tensor ranks.
     """
     if job.lora is None:
         return NONE
     family, t, item = family_for(job.config), job.parallel.tensor, job.itemsize
     own = t if job.sequence else 1
     layers, sizes = job.config["num_hidden_layers"], family.sizes(job.config)
-    flops = forward = backward = kept = launches = 0.0
+    flops = forward = backward = kept = launches = lengths = 0.0
     deltas: dict[str, float] = {}
     for rule, layer in ((rule, layer) for rule in family.rules for layer in range(layers) if "{i}" in rule.megatron[0]):
         names = {pattern.format(i=layer): dims for pattern, dims in rule.hf.items()}
@@ -99,17 +104,23 @@ def adapter_work(job: Job) -> AdapterWork:
         by_columns = rule.cut is Cut.ROW
         wide, tall = (t, own) if by_columns else (own, t)  # what shares out columns and rows of a token's product
         into = sizes[next(iter(found.values()))[1]] / wide
-        for name, (out, _into) in found.items():
+        for name, (out, dims_into) in found.items():
             rank, rows = job.lora.rank_of(name), sizes[out] / tall
             flops += 2 * rank * (into + rows)
             forward += item * (4 if by_columns else 6) * rows
             backward += item * 3 * rows
             kept += item * rank / (own if by_columns else 1)
+            if job.lora.dora:
+                kept += item * rows
+                forward += item * 2 * rows
+                backward += item * 4 * rows
+                lengths += (item + 5 * 4) * sizes[out] * sizes[dims_into] / t
+                launches += 6
         forward += item * into
         backward += item * 5 * into
         launches += 2 * len(found) + 3 + (t > 1)
         if not by_columns:
             made = item * 2 * sum(sizes[out] / tall for out, _into in names.values())
             deltas[rule.megatron[0]] = made
-    sums = (each / layers for each in (flops, forward, backward, kept, launches))
+    sums = (each / layers for each in (flops, forward, backward, kept, launches, lengths))
     return AdapterWork(*sums, deltas=max(deltas.values(), default=0.0))

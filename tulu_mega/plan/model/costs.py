@@ -121,7 +121,7 @@ def layer_cost(job: Job, pack: Pack, rates: Rates) -> LayerCost:
     forward = Cost(
         product / speed + tokens * adapters.flops / narrow,
         attention_forward,
-        between_forward + result_forward / memory + tokens * adapters.forward / memory,
+        between_forward + result_forward / memory + (tokens * adapters.forward + adapters.lengths) / memory,
         tensor_forward,
         max(0.0, context_forward - attention_forward),
     )

@@ -90,7 +90,10 @@ def layer_kept(job: Job) -> tuple[Kept, ...]:
         kept += [Kept("gate's activation, and up once more", "2 b f / t", 2 * b * f / t, "activation mlp")]
     kept += [Kept("their product", "c f / t", c * f / t, "activation mlp")]
     if job.lora:
-        kept += [Kept("adapters' narrow products", "b r for each (row-parallel: / s)", job.adapter_work.kept)]
+        what, formula = "adapters' narrow products", "b r for each (row-parallel: / s)"
+        if job.lora.dora:
+            what, formula = f"{what}, and what their lengths scale", f"{formula}, b o"
+        kept += [Kept(what, formula, job.adapter_work.kept)]
     return tuple(kept)
 
 
