@@ -126,7 +126,9 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
     scores_once = work.scores_once and question.steps
     forward = sum(score_seconds(each, RATES) for one in jobs for each in one) / len(jobs) if work.scorings or scores_once else 0.0
     servers = question.servers
-    memory = memory_by_rank(job, work.reference + work.other_models, servers.bucket if servers else 0)
+    adapted = question.lora is not None  # whose reference is a copy of the adapters, with another while it is scored with
+    beside = work.other_models + (work.reference and not adapted)
+    memory = memory_by_rank(job, beside, servers.bucket if servers else 0, 2 * (work.reference and adapted))
     value = _value(question, drawn) if question.value else None
     if value:
         memory = beside_a_value_model(memory, value.by_policys_rank(job), groups=value.has_groups(job))

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from tulu_mega.bridge.files.peft import resolved
 from tulu_mega.config import ParallelSettings, RunSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.config.stages import STAGES
 from tulu_mega.config.workload import Workload
 from tulu_mega.errors import UserError
@@ -63,7 +65,7 @@ class Question:
             return None
         gpus = self.trainers + (self.servers.gpus if self.servers else 0)
         own = settings.model_copy(
-            update={"parallel": work.parallel, "model": settings.model.model_copy(update={"path": work.path})}
+            update={"lora": None, "parallel": work.parallel, "model": settings.model.model_copy(update={"path": work.path})}
         )
         return replace(self, settings=own, config=self.value_config, value_config=None, gpus=gpus)
 
@@ -147,7 +149,17 @@ class Question:
             host_share=host_share(settings.optimizer),
             grad_copies=not settings.optimizer.get("use_precision_aware_optimizer", False),
             entropy=workload.entropy,
+            lora=self.lora,
         )
+
+    @cached_property
+    def lora(self) -> LoraSettings | None:
+        """Adapters that train beside frozen weights.
+
+        Raises:
+            UserError: of a directory that cannot be read.
+        """
+        return resolved(self.settings.lora)
 
     def sequences(self, seed: int) -> tuple[list[int], list[int]]:
         """A step's sequences: tokens, and how many of these are trained."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+from tulu_mega.bridge.adapters import adapted
+from tulu_mega.bridge.families import family_for
 from tulu_mega.config.stages import STAGES
 from tulu_mega.errors import UserError
 from tulu_mega.layout.hardware import gpu_named
@@ -59,11 +61,8 @@ def ask(settings: PlanSettings) -> Question:
         rollout_gpu,
         settings.storage * 1e9,
     )
-    if question.workload.adapters:
-        raise UserError(
-            f"stage {stage}: a run with [lora] is not planned yet, though frozen weights have neither gradients nor moments; "
-            "plan it without [lora] for an upper bound"
-        )
+    if said.lora and not said.lora.adapter and (wrong := said.lora.unmatched(adapted(family_for(config), config))):
+        raise UserError([f"lora.{each}" for each in wrong])
     work = question.workload.value
     return replace(question, value_config=read_value_architecture(said.model, work.path)) if work else question
 

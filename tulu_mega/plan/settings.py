@@ -52,6 +52,7 @@ class PlanSettings(Section):
     optim: dict[str, Any] = {}
     checkpoint: dict[str, Any] = {}
     precision: Annotated[str | dict[str, Any], Alone("fp8")] = {}
+    lora: dict[str, Any] = {}
     ddp: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
     megatron: dict[str, Any] = {}

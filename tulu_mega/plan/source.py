@@ -19,7 +19,7 @@ from tulu_mega.launch.launcher import resolve
 from tulu_mega.plan.settings import PlanSettings
 
 _OVERLAID = (
-    *("model", "parallel", "data", "train", "optim", "checkpoint", "precision"),
+    *("model", "parallel", "data", "train", "optim", "checkpoint", "precision", "lora"),
     *("megatron", "ddp", "optimizer", "rollout", "sampling", "policy", "value"),
 )
 
