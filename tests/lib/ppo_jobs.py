@@ -13,10 +13,12 @@ from tests.lib import jobs, response_jobs
 from tests.lib.oracles import ppo as oracle
 from tulu_mega.config import OptimSettings, PpoSettings
 from tulu_mega.config.ppo import PpoTrainSettings
+from tulu_mega.data.batch import pack
 from tulu_mega.distributed.collectives import from_lead
+from tulu_mega.layout.packing_rules import pack_alignment
 from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.objectives.value import ValueObjective
-from tulu_mega.records import IGNORE
+from tulu_mega.records import IGNORE, TokenizedRow
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl.actor_critic import ActorCritic
 from tulu_mega.rl.batches import TrainedResponse, packed, split
@@ -201,7 +203,7 @@ def engine(
         critic = Trained(value.engine, ValueObjective(COEFFICIENT, RANGE))
         learner = ActorCritic(policy, critic, settings, guards, StepClock(made.watch.at))
         groups = responses(made.engine.hf.vocab_size)
-        apart = scores_apart(value.engine, groups)
+        apart, last, same = first_values(value.engine, groups)
         learned = learner.learn(0, Collected(groups, None))
         made.export(Path(out, "policy"), torch.float32, {})
         value.export(Path(out, "value"), torch.float32, {})
@@ -211,22 +213,30 @@ def engine(
             "figures": dict(learned.figures),
             "advantages": learned.advantages,
             "apart": apart,
+            "last": last,
+            "same": same,
         }
 
 
-def scores_apart(value: Engine, groups: list[list[TrainedResponse]]) -> float:
-    """The largest difference of the values on the last tokens from what `score` says of the same responses by a reward model,
-    in packs of other sizes; 0 where this rank sees none."""
+def first_values(value: Engine, groups: list[list[TrainedResponse]]) -> tuple[float, dict[int, float], bool]:
+    """The largest difference of the values on the last tokens from what a reward model of the rewards says of the same responses,
+    in packs of other sizes; these values, by response; whether every value has the bits of a score in the same packs, made as
+    `tulu-mega score` makes them. 0, nothing and True where this rank sees none."""
     every = [one for group in groups for one in group]
     scores = RewardModelScores(value, 64)([one.response for one in every])
     scores = from_lead(scores)
-    packs = packed(value, every, response_jobs.CAPACITY, ends=True).packs
-    found = {
-        number: float(values_T[batch.ends_T & (batch.segments_T == segment)])
-        for batch, values_T in zip(packs, value.score(packs), strict=False)
-        for segment, number in enumerate(batch.rows_S.tolist())
-        if number >= 0
-    }
-    # a response that ends with what a tool said is scored there, and valued on its last trained token
-    whole = [one.number for one in every if one.response.segments[-1].trained]
-    return max((abs(found[number] - scores[number]) for number in whole if number in found), default=0.0)
+    packs = packed(value, every, response_jobs.CAPACITY, False, True).packs
+    given = {one.number: one.response.token_ids for one in every}
+    whole = [
+        [TokenizedRow(number, given[number], given[number]) for number in each.rows_S.tolist() if number >= 0] for each in packs
+    ]
+    scored = value.score(packs), value.score([pack(rows, pack_alignment(value.settings)) for rows in whole])
+    found, same = {}, True
+    for batch, values_T, scores_T in zip(packs, *scored, strict=False):
+        at = torch.isin(batch.segments_T, (batch.rows_S >= 0).nonzero().squeeze(1))
+        same = same and torch.equal(values_T[at], scores_T[at])
+        for segment, number in enumerate(batch.rows_S.tolist()):
+            # a response that ends with what a tool said is scored there, and valued on its last trained token
+            if number >= 0 and every[number].response.segments[-1].trained:
+                found[number] = float(values_T[batch.ends_T & (batch.segments_T == segment)])
+    return max((abs(found[number] - scores[number]) for number in found), default=0.0), found, same

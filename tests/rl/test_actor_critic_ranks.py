@@ -3,11 +3,14 @@ torch's optimizers."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from tests.lib import ppo_jobs, world
 from tests.lib.layouts import LAYOUTS, size, weights
+from tests.recipes.test_score import job as score
 
 pytestmark = pytest.mark.ranks
 
@@ -66,13 +69,28 @@ def equals_autograd(truth, tmp_path, layout, share, of_value, updates) -> None:
             np.testing.assert_allclose([norm for _, norm in rank[model]], [norm for _, norm in want[model]], rtol=1e-5)
     np.testing.assert_allclose(ranks[0]["figures"]["explained_variance"], want["explained_variance"], atol=1e-5)
     assert sorted(ranks[0]["advantages"]) == list(range(6))
-    assert all(rank["apart"] <= 1e-6 for rank in ranks)
+    assert all(rank["apart"] <= 1e-6 and rank["same"] for rank in ranks)
     for model in ("policy", "value"):
         ours, theirs = weights(tmp_path / model), weights(f"{directory}/{updates}_{model}")
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             difference = np.linalg.norm(ours[key].astype(np.float64) - value) / np.linalg.norm(value.astype(np.float64))
             assert difference < 1e-5, f"{model} {key}: {difference}"
+
+
+def test_before_any_update_the_value_of_the_last_token_is_what_the_command_score_says(truth, tmp_path):
+    """Of the directory that the value model begins as, under another layout."""
+    directory = truth[0]
+    given = {one.number: one.response.token_ids for group in ppo_jobs.responses(509) for one in group}
+    texts, scores = tmp_path / "texts.jsonl", tmp_path / "scores.jsonl"
+    texts.write_text("".join(json.dumps({"id": number, "input_ids": ids}) + "\n" for number, ids in given.items()))
+    flags = ["--model", f"{directory}/value", "--model.dtype", "fp32", "--input", str(texts), "--output", str(scores)]
+    world.run(1, score, flags)
+    said = {row["id"]: row["score"] for row in map(json.loads, scores.read_text().splitlines())}
+    ranks = world.run(2, ppo_jobs.engine, directory, LAYOUTS["TP2"], str(tmp_path), True, None, "adamw")
+    last = ranks[0]["last"]
+    assert len(last) == len(given) - 1 and max(abs(last[number] - said[number]) for number in last) <= 1e-6
+    assert max(said.values()) - min(said.values()) > 0.1
 
 
 def test_the_case_is_not_idle(truth):
