@@ -60,6 +60,7 @@ class PlanSettings(Section):
     sampling: dict[str, Any] = {}
     policy: dict[str, Any] = {}
     value: dict[str, Any] = {}
+    rewards: dict[str, Any] = {}
 
     @field_validator("config")
     @classmethod
