@@ -74,7 +74,7 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
         blackwell=fp8 and (this_machine().capability or (0,)) >= (10,),
         python=python.path,
         prefix=python.prefix,
-        random_weights=is_megatron(directory),  # vLLM cannot read it, and is sent the weights
+        random_weights=rollout.random_weights or is_megatron(directory),  # vLLM cannot read the latter
         extra=extra,
     )
 

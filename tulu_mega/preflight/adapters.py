@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tulu_mega.bridge.adapters import adapter_family
+from tulu_mega.bridge.adapters import adapted, adapter_family
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.bridge.files.peft import open_adapter, settings_of
@@ -18,15 +18,20 @@ from tulu_mega.preflight.findings import Findings
 
 
 def problems(settings: RunSettings, findings: Findings, reward: bool = False) -> None:
-    """Of adapters that the run begins with, which are the model's; they are pinned.
+    """Of new adapters, which have a matrix each, and of those that the run begins with, which are the model's; these are pinned.
 
     Args:
         reward: it trains a reward model.
     """
-    if not settings.lora or not settings.lora.adapter:
+    lora, config = settings.lora, findings.config
+    if not lora:
         return
-    path = settings.lora.adapter
-    if (config := findings.config) and findings.collect(lambda: _of_the_model(path, config, reward)):
+    if not lora.adapter:
+        if config:
+            findings.problems += [f"lora.{each}" for each in lora.unmatched(adapted(family_for(config), config))]
+        return
+    path = lora.adapter
+    if config and findings.collect(lambda: _of_the_model(path, config, reward)):
         findings.notes += _told(path, settings.model.path)
         run.pin(findings, "lora.adapter", Directory(path))
 
@@ -48,7 +53,7 @@ def _of_the_model(path: str, config: Mapping[str, Any], reward: bool) -> bool:
     if reward and not family.reward:
         config = {**config, **reward_fields(family, config)}
         family = family_for(config)
-    thin = adapter_family(family, lora.names, lora.rank)
+    thin = adapter_family(family, lora, config)
     if wrong := open_adapter(path)[1].check(thin.hf_shapes(config)):
         raise UserError([*wrong, f"lora.adapter = {path!r} does not belong to the model; name one that was made for it"])
     return True

@@ -17,6 +17,8 @@ BACKEND = "tulu_mega"
 ASK_SECONDS = 60.0
 KIND = "WeightsError"
 """Type of the errors that it answers."""
+_BETWEEN = "the weights of this server are being updated, or an update of them broke; ask another"
+_BARE = "this server was started with random weights, and no trainer has sent it others yet; ask another"
 SERVING = ("/v1/", "/inference/", "/generate")
 """Beginnings of the routes that use the model."""
 
@@ -34,11 +36,14 @@ def server_arguments() -> list[str]:
 
 
 class WeightsGate:
-    """Middleware: an update begins only on a paused server and finishes only if it came whole; nothing is served meanwhile."""
+    """Middleware: an update begins only on a paused server and finishes only if it came whole; nothing is served meanwhile, nor
+    by random weights before the first update."""
 
     def __init__(self, app: App):
         self._app = app
         self._updating = False
+        self._started_whole: bool | None = None
+        """whether the server read weights when it started; None until the workers are asked"""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -46,13 +51,16 @@ class WeightsGate:
             refusal = None
             try:
                 if scope["method"] == "POST":
-                    refusal = await self._refusal(path, scope["app"].state.engine_client)
+                    engine = scope["app"].state.engine_client
+                    refusal = await self._refusal(path, engine)
+                    if self._started_whole is None and path.startswith(SERVING):
+                        self._started_whole = all(worker["whole"] for worker in await _status(engine))
+                        self._updating |= not self._started_whole
             except TimeoutError:
                 await refuse(send, 503, f"the workers of this server have not answered for {ASK_SECONDS:g} s; ask another", KIND)
                 return
             if self._updating and path.startswith(SERVING):
-                why = "the weights of this server are being updated, or an update of them broke; ask another"
-                await refuse(send, 503, why, KIND)
+                await refuse(send, 503, _BARE if self._started_whole is False else _BETWEEN, KIND)
                 return
             if refusal is not None:
                 await refuse(send, 409, refusal, KIND)
@@ -67,7 +75,8 @@ class WeightsGate:
             return await _unless_all(engine, "committed")
         if path == "/resume":
             refusal = await _unless_all(engine, "whole")
-            self._updating = self._updating and refusal is not None
+            if refusal is None:
+                self._updating, self._started_whole = False, True
             return refusal
         return None
 
