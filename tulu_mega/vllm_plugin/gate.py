@@ -15,6 +15,8 @@ from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, refuse
 BACKEND = "tulu_mega"
 """Our weight transfer engine's name in vLLM's registries."""
 ASK_SECONDS = 60.0
+ADAPTER = "tulu_mega_adapter"
+"""Name in the server's state of the version of the trainer's adapter that requests may name; None or nothing: there is none."""
 KIND = "WeightsError"
 """Type of the errors that it answers."""
 SERVING = ("/v1/", "/inference/", "/generate")
@@ -46,7 +48,7 @@ class WeightsGate:
             refusal = None
             try:
                 if scope["method"] == "POST":
-                    refusal = await self._refusal(path, scope["app"].state.engine_client)
+                    refusal = await self._refusal(path, scope["app"].state)
             except TimeoutError:
                 await refuse(send, 503, f"the workers of this server have not answered for {ASK_SECONDS:g} s; ask another", KIND)
                 return
@@ -59,15 +61,19 @@ class WeightsGate:
                 return
         await self._app(scope, receive, send)
 
-    async def _refusal(self, path: str, engine: Any) -> str | None:
+    async def _refusal(self, path: str, state: Any) -> str | None:
         """Why a request is not handed on."""
+        engine = state.engine_client
         if path == "/start_weight_update":
             return await self._may_start(engine)
         if path == "/finish_weight_update":
-            return await _unless_all(engine, "committed")
+            return _unless_all(await _asked(engine, "weights_status"), "committed")
         if path == "/resume":
-            refusal = await _unless_all(engine, "whole")
+            # what vLLM threw out when the update ended is put back by all workers, or none of them serves
+            workers = await _asked(engine, "place_adapter")
+            refusal = _unless_all(workers, "whole")
             self._updating = self._updating and refusal is not None
+            setattr(state, ADAPTER, workers[0]["adapter"] if refusal is None else None)
             return refusal
         return None
 
@@ -75,23 +81,23 @@ class WeightsGate:
         if not await engine.is_paused():
             return "the server is not paused: POST /pause first"
         self._updating = True
-        if any(worker["open"] for worker in await _status(engine)):
+        if any(worker["open"] for worker in await _asked(engine, "weights_status")):
             await engine.finish_weight_update()  # of a trainer that went away; vLLM opens no second one beside it
         return None
 
 
-async def _status(engine: Any) -> list[dict[str, Any]]:
-    """
+async def _asked(engine: Any, method: str) -> list[dict[str, Any]]:
+    """What all workers answer.
+
     Raises:
         TimeoutError: the workers do not answer.
     """
     # the engine itself goes on waiting for their replies: it would take those that come too late for other calls'
-    return await asyncio.wait_for(engine.collective_rpc("weights_status"), ASK_SECONDS)
+    return await asyncio.wait_for(engine.collective_rpc(method), ASK_SECONDS)
 
 
-async def _unless_all(engine: Any, state: str) -> str | None:
+def _unless_all(workers: list[dict[str, Any]], state: str) -> str | None:
     """What is wrong, unless all workers are in a state."""
-    workers = await _status(engine)
     wrong = [worker for worker in workers if not worker[state]]
     if not wrong:
         return None
