@@ -125,6 +125,14 @@ def _answering(settings: PolicyRunSettings, config: Mapping[str, Any] | None, st
         for url, told in about.items()
         if int(told.get("longest", settings.longest)) < settings.longest
     ]
+    if settings.lora and settings.rollout.adapters == "auto":
+        rank, _ = holds(described(settings.model.path, settings.lora), merged=False)
+        notes += [
+            f"{url}: holds no adapters of rank {rank} apart, so that each update sends whole weights; start all servers with "
+            f"--lora_rank {rank} for updates of the adapters alone"
+            for url, told in about.items()
+            if int(told.get("lora_rank") or 0) < rank
+        ]
     problems = []
     if config:
         ours = Model.asked(settings.model.path, settings.model.dtype, settings.rollout.dtype, config)

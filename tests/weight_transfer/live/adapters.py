@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def updates(
         if keep_cache:
             for control in connection.led.values():
                 control.reset_prefix_cache = lambda: None
+                control.pause = partial(control._ask, "POST", "/pause", params={"mode": "keep", "clear_cache": "false"})
         for step, version in enumerate(versions):
             trained(made, step)
             report = pushing.push(connection, version)
