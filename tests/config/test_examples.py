@@ -45,7 +45,8 @@ VALUES = MODELS | {("tulu3", "70b"): "llama3.1_8b", ("tulu3", "405b"): "llama3.1
 RECIPES = [EXAMPLES / recipe / size / f"{stage}.toml" for recipe, size in MODELS for stage in STAGES]
 RECIPES.append(EXAMPLES / "tulu3/405b/sft_fp8.toml")
 PPO = [EXAMPLES / f"{each}/ppo.toml" for each in ("tulu3/8b", "tulu3/70b", "tulu3/405b", "olmo2/7b", "olmo2/13b")]
-RECIPES += PPO
+ADAPTERS = [EXAMPLES / f"tulu3/{each}.toml" for each in ("8b/sft_lora", "8b/grpo_lora")]
+RECIPES += PPO + ADAPTERS
 # learning rates, warm-up and batch as published, by size: SFT and DPO of Tulu 3, which all but the OLMo rates share
 RATES = {
     "tulu3": {"8b": (5e-6, 5e-7), "70b": (2e-6, 2e-7), "405b": (2e-6, 2e-7)},
@@ -230,7 +231,7 @@ def test_every_recipe_is_there():
     assert sorted(RECIPES) == sorted([*EXAMPLES.glob("tulu3/**/*.toml"), *EXAMPLES.glob("olmo2/**/*.toml")])
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=named)
+@pytest.mark.parametrize("file", [file for file in RECIPES if file not in ADAPTERS], ids=named)
 def test_a_recipe_has_the_published_values(file):
     recipe, size = file.parts[-3:-1]
     settings = load(KINDS[stage(file)], str(file))
@@ -327,6 +328,20 @@ def test_fp8_is_the_same_run_but_for_its_matrix_products():
     assert fp8.pop("run_dir") != plain.pop("run_dir")
     fp8["train"].pop("micro_batches"), plain["train"].pop("micro_batches")  # how the batch is cut, which changes nothing
     assert fp8 == plain
+
+
+@pytest.mark.parametrize("file", ADAPTERS, ids=named)
+def test_adapters_train_in_the_same_run_at_ten_times_the_rate(file):
+    kind = KINDS[stage(file)]
+    plain, thin = (load(kind, str(each)).model_dump() for each in (file.with_stem(stage(file)), file))
+    assert plain.pop("lora") is None and thin.pop("lora")["targets"] == "all-linear"
+    assert thin["optim"].pop("lr") == pytest.approx(10 * plain["optim"].pop("lr"))
+    for each in (plain, thin):  # where it lies and how it is cut, which changes nothing
+        for table in ("run_dir", "parallel"):
+            del each[table]
+        del each["model"]["recompute"], each["data"]["pack_length"]
+        each["train"].pop("micro_batches", None)
+    assert thin == plain
 
 
 PPO_FLAGS = """

@@ -14,6 +14,7 @@ from tests.lib.checkpoints import save
 from tulu_mega.bridge.shards import exportable
 from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import OptimSettings
+from tulu_mega.config.lora import LoraSettings
 
 
 def dry(directory: str) -> None:
@@ -23,18 +24,23 @@ def dry(directory: str) -> None:
     importlib.import_module("tulu_mega.plan.dry_run.__main__").main(Path(directory))
 
 
-def real(model: str, layout: dict[str, Any], dtype: str, format: str, checkpoints: str) -> dict[str, Any]:
+def real(
+    model: str, layout: dict[str, Any], dtype: str, format: str, checkpoints: str, lora: LoraSettings | None = None
+) -> dict[str, Any]:
     """What a rank of a true world holds, sends and, after a save, has written."""
-    with jobs.session(model, layout, dtype, load=False) as made:
+    with jobs.session(model, layout, dtype, load=False, lora=lora) as made:
         engine, place = made.engine, made.topology
         for chunk in engine.chunks:
             for parameter in chunk.parameters():
                 parameter.data.zero_()
-        shards = [
-            (name, tuple(parameter.shape), bool(getattr(parameter, "tensor_model_parallel", False)))
-            for chunk in engine.chunks
-            for name, parameter in exportable(chunk)
-        ]
+        shards, adapters = (
+            [
+                (name, tuple(parameter.shape), bool(getattr(parameter, "tensor_model_parallel", False)))
+                for chunk in engine.chunks
+                for name, parameter in exportable(chunk, kind)
+            ]
+            for kind in (False, True)
+        )
         engine.prepare_training(OptimSettings(), 1)
         path = save(engine, Path(checkpoints), 1, {}, keep=1, format=format)
         sent = {}
@@ -47,6 +53,8 @@ def real(model: str, layout: dict[str, Any], dtype: str, format: str, checkpoint
         return {
             "rank": place.rank,
             "shards": shards,
+            "adapters": adapters if lora else [],
+            "bytes": sum(each.nbytes for chunk in engine.chunks for each in chunk.parameters()),
             "gradients": sum(buffer.grad_data.nbytes for ddp in engine.ddp for buffer in ddp.buffers),
             "main": sum(parameter.numel() for parameter in engine.optimizer_parameters()),
             "moments": sum(each.nbytes for each in moments),

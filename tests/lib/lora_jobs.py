@@ -23,6 +23,8 @@ from tulu_mega.train.adapter_figures import adapter_figures
 from tulu_mega.train.adapter_reference import AdapterReference
 
 LR, ADAMW_LR, STEPS = 0.01, 1e-3, 3
+TOKENS = 64
+"""of `kept_narrow`"""
 
 
 def see_oracles() -> None:
@@ -31,7 +33,7 @@ def see_oracles() -> None:
 
 
 def peft_model(directory: str, how: dict[str, Any], adapter: str | None = None):
-    """The model with PEFT's adapters beside it, float32; B drawn too, so that A has a gradient."""
+    """The model with PEFT's adapters beside it, float32; B and lengths drawn too, so that A has a gradient."""
     see_oracles()
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -40,7 +42,25 @@ def peft_model(directory: str, how: dict[str, Any], adapter: str | None = None):
     if adapter:
         return PeftModel.from_pretrained(base, adapter, is_trainable=True)
     torch.manual_seed(7)
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, init_lora_weights=False, **how))
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, init_lora_weights=False, **how))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:  # PEFT begins with the lengths of the rows, by which nothing is changed
+                parameter *= 1 + 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def peft_matches(names: list[str], targets: list[Any], patterns: list[dict[str, int]]) -> tuple[list, list]:
+    """For each of the targets which modules PEFT gives adapters; for each of the patterns the ranks that it finds, else 11."""
+    see_oracles()
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    of_all = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # as PEFT writes "all-linear" down
+    configs = [LoraConfig(target_modules=of_all if each == "all-linear" else each) for each in targets]
+    has = [[bool(check_target_module_exists(config, name)) for name in names] for config in configs]
+    return has, [[each.get(get_pattern_key(each.keys(), name), 11) for name in names] for each in patterns]
 
 
 def peft_truth(kind: str, root: str, how: dict[str, Any], optimizer: str = "sgd") -> dict[str, Any]:
@@ -156,6 +176,25 @@ def peft_scores(directory: str, adapter: str) -> list[float]:
             states = hidden.model(torch.tensor([sequence.input_ids])).last_hidden_state
             scores.append(float(hidden.score(states)[0, -1, 0]))
     return scores
+
+
+def kept_narrow(directory: str, layout: dict[str, Any], lora: LoraSettings) -> dict[str, int]:
+    """Bytes of tensors as narrow as the rank that autograd keeps in a forward pass over `TOKENS` tokens, without parameters."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() > 1 and tensor.shape[-1] == lora.rank and tensor.untyped_storage().data_ptr() not in own:
+            found[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with jobs.session(directory, layout, lora=lora) as made:
+        engine = made.engine
+        engine.prepare_training(OptimSettings(), 1)
+        own = {each.untyped_storage().data_ptr() for chunk in engine.chunks for each in chunk.parameters()}
+        micro = jobs.share(made, jobs.sequences(engine.hf.vocab_size, [TOKENS]), 1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            engine.forward_backward(micro, SftObjective("token_mean"))
+    return {"narrow": sum(found.values())}
 
 
 def policy_parts(directory: str, layout: dict[str, Any], adapter: str, out: str) -> bool:

@@ -281,6 +281,15 @@ def test_a_switch_needs_no_value(capsys):
     assert "layouts fit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("after", [True, False])
+def test_a_table_may_be_given_as_a_value_with_more_of_its_settings_beside(capsys, after):
+    """`--model DIR` and `--model.recompute`: as with the commands that train."""
+    more = ["--model.recompute", "full"]
+    words = ["--model", MODEL, *more] if after else [*more, "--model", MODEL]
+    assert cli.main(["plan", str(RECIPES / "sft.toml"), "--gpus", "8", *words]) == 0
+    assert "recompute full" in capsys.readouterr().out
+
+
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     target = tmp_path / "plan.png"

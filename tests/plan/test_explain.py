@@ -10,6 +10,7 @@ import pytest
 
 from tulu_mega import cli
 from tulu_mega.config import ParallelSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.config.recompute import Recomputed, recomputed
 from tulu_mega.layout.hardware import GPUS
 from tulu_mega.plan.explain import kept_terms, memory_terms, time_terms
@@ -40,6 +41,8 @@ JOBS = {
     "OLMo 2": job("olmo2_13b", ParallelSettings(tensor=4), grad_bytes=2, moment_bytes=2),
     "FP8": job("llama3.1_8b", ParallelSettings(tensor=2), fp8=True, entropy=True),
     "no sequence parallelism": job("llama3.1_8b", ParallelSettings(tensor=2, sequence=False)),
+    "adapters": job("llama3.1_8b", ParallelSettings(tensor=2), lora=LoraSettings(rank=64)),
+    "DoRA": job("llama3.1_70b", ParallelSettings(tensor=4, pipeline=2), lora=LoraSettings(targets=["q_proj"], dora=True)),
     **{run.name: run.job(content(run.architecture)) for run in CALIBRATION + HELD_OUT + HELD_OUT_BF16},
 }
 
@@ -57,7 +60,7 @@ def test_every_part_is_the_sum_of_its_terms_and_can_be_done_again(name):
     for part, seconds in step.parts.items():
         own = [term for term in terms if term.part == part]
         assert sum(again(term.amount.text) for term in own) == pytest.approx(seconds, rel=5e-3, abs=1e-6), part
-    for rank in memory_by_rank(asked, beside=1, bucket=2**28):
+    for rank in memory_by_rank(asked, beside=1, bucket=2**28, copies=2 * bool(asked.lora)):
         terms = {term.part: term for term in memory_terms(asked, rank)}
         for part, size in rank.parts.items():
             assert (again(terms[part].amount.text) if size else 0.0) == pytest.approx(size, rel=1e-3), part

@@ -14,8 +14,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.lib import lora_jobs, world
 from tests.lib.layouts import LAYOUTS, size, weights
+from tulu_mega.bridge.adapters import adapted
+from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.files.peft import open_adapter, settings_of
 from tulu_mega.config import SftSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.convert.run import run as convert
 from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.errors import UserError
@@ -25,12 +28,18 @@ pytestmark = pytest.mark.ranks
 HOW = {
     "r3": {"r": 3, "lora_alpha": 6, "target_modules": "all-linear"},
     "r8 rslora, some": {"r": 8, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj", "o_proj"]},
-}
+    "dora": {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]},
+    "patterns": {
+        "r": 3, "lora_alpha": 6, "target_modules": r"model\.layers\.(0|1|3)\..*(_proj)",
+        "rank_pattern": {"k_proj": 5, r"1\.mlp\..*": 2, "down_proj": 7},
+        "alpha_pattern": {"layers.3.self_attn.q_proj": 12, "o_proj": 1.5},
+    },
+}  # fmt: skip
 FEW = [  # kind, layout, adapters, recompute
     ("Llama", "TP2", "r3", "none"),
-    ("Qwen 2", "TP2xPP2", "r8 rslora, some", "none"),
-    ("OLMo 2", "TP2 without SP", "r3", "full"),
-    ("Llama", "PP2xVPP2", "r8 rslora, some", "full"),
+    ("Qwen 2", "TP2xPP2", "dora", "none"),
+    ("OLMo 2", "TP2 without SP", "r8 rslora, some", "full"),
+    ("Llama", "PP2xVPP2", "patterns", "full"),
 ]
 FAMILIES = ("Llama", "Llama tied", "Qwen 2", "Qwen 3", "Mistral", "OLMo 2", "OLMo 3")
 GRID = [
@@ -99,7 +108,7 @@ def test_adamw(truth, tmp_path, layout):
 
 def test_new_adapters_and_their_run_are_the_same_under_every_layout_and_go_on_under_another(truth, tmp_path):
     model = str(truth("Llama", "r3")[0] / "model")
-    lora = {"rank": 3, "targets": ["q_proj", "k_proj", "down_proj"]}
+    lora = {"rank": 3, "targets": ["q_proj", "k_proj", "down_proj"], "dora": True}
 
     def run(name: str, layout: str, steps: int, first: int = 0, folder: str | None = None) -> list[float]:
         arguments = (LAYOUTS[layout], lora, str(tmp_path / name), "adamw", steps, "none", folder, first)
@@ -108,7 +117,11 @@ def test_new_adapters_and_their_run_are_the_same_under_every_layout_and_go_on_un
     folder = str(tmp_path / "checkpoints")
     run("drawn", "TP1", 0)
     drawn = weights(tmp_path / "drawn" / "adapter")
-    assert sum(not value.any() for value in drawn.values()) == len(drawn) / 2  # B
+    assert sum(not value.any() for value in drawn.values()) == len(drawn) / 3  # B
+    base = weights(model)
+    for name in (name for name in drawn if name.endswith("magnitude_vector")):
+        rows = base[name.removeprefix("base_model.model.").replace("lora_magnitude_vector", "weight")]
+        np.testing.assert_allclose(drawn[name], np.linalg.norm(rows, axis=1), rtol=1e-6)
     bound = max(abs(value).max() * value.shape[1] ** 0.5 for name, value in drawn.items() if "lora_A" in name)
     assert 0.9 < bound <= 1
     whole = run("whole", "TP1", 3)
@@ -153,7 +166,7 @@ def test_a_policys_reference_is_what_it_began_with_and_servers_get_merged_weight
 
 @pytest.mark.parametrize("to", ["hf", "megatron"])
 def test_convert_merges_them(truth, tmp_path, to):
-    root = truth("Llama", "r3")[0]
+    root = truth(*{"hf": ("Qwen 2", "dora"), "megatron": ("Llama", "patterns")}[to])[0]
     settings = {"source": str(root / "model"), "adapter": str(root / "trained"), "workers": 1}
     convert(ConvertSettings(**settings, output=str(tmp_path / "merged"), to=to))
     if to == "megatron":
@@ -196,8 +209,10 @@ def adapter(directory: Path, **changes) -> Path:
     ("changes", "told"),
     [
         ({"peft_type": "IA3"}, "peft_type = 'IA3', expected 'LORA'"),
-        ({"use_dora": True}, "use_dora = True is not had here; expected False"),
-        ({"rank_pattern": {"k_proj": 4}}, "rank_pattern = {'k_proj': 4} is not had here"),
+        ({"use_dora": "very"}, "use_dora = 'very': Input should be a valid boolean"),
+        ({"rank_pattern": {"k_proj": 0}}, "rank_pattern = 0: Input should be greater than or equal to 1"),
+        ({"alpha_pattern": {"k_proj(": 4}}, "'k_proj(' is no regular expression"),
+        ({"target_modules": "("}, "target_modules = '(': Value error, '(' is no regular expression"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not had here"),
         ({"bias": "all"}, "bias = all is not had here; expected 'none'"),
         ({"r": 0}, "r = 0"),
@@ -220,7 +235,7 @@ def test_adapters_that_are_not_had_are_refused_by_name(tmp_path, changes, told):
 @pytest.mark.parametrize("more", [{}, {"init_lora_weights": "eva", "lora_dropout": 0.1, "eva_config": {"rho": 2.0}}], ids=str)
 def test_what_says_nothing_of_trained_adapters_is_passed_over(tmp_path, more):
     settings = settings_of(adapter(tmp_path / "adapter", **more))
-    assert settings.names == ("q_proj",) and settings.scale == 2.0
+    assert settings.targets == ["q_proj"] and settings.scale_of("model.layers.0.self_attn.q_proj") == 2.0
 
 
 def test_directories_that_are_no_adapters(tmp_path):
@@ -239,12 +254,50 @@ def test_directories_that_are_no_adapters(tmp_path):
         shutil.rmtree(made, ignore_errors=True)
 
 
+TARGETS = [
+    "all-linear", ["q_proj", "down_proj"], ["layers.1.mlp.up_proj", "v_proj"], ["model.layers.0.self_attn.k_proj"],
+    r"model\.layers\.[02]\..*_proj", r".*\.(gate|up)_proj", r"layers\.0\..*",
+]  # fmt: skip
+PATTERNS = [
+    {}, {"k_proj": 4, "proj": 5}, {r"layers\.1\..*": 2, "q_proj": 9}, {r"^model\.layers\.0\..*": 7},
+    {"model.layers.2.mlp.up_proj": 3, "up_proj": 6, ".*": 1}, {r"self_attn\.(q|v)_proj": 8, "1.mlp.down_proj": 2},
+]  # fmt: skip
+
+
+def test_names_match_as_in_peft():
+    """Of every matrix of three layers: whether it has an adapter, and of which rank."""
+    parts = [f"self_attn.{each}_proj" for each in "qkvo"] + [f"mlp.{each}_proj" for each in ("gate", "up", "down")]
+    names = [f"model.layers.{layer}.{part}" for layer in range(3) for part in parts]
+    has, ranks = world.run(1, lora_jobs.peft_matches, names, TARGETS, PATTERNS)[0]
+    assert [[LoraSettings(targets=each).has(f"{name}.weight") for name in names] for each in TARGETS] == has
+    assert [[LoraSettings(rank=11, rank_pattern=each).rank_of(f"{name}.weight") for name in names] for each in PATTERNS] == ranks
+
+
+def test_targets_that_fit_no_matrix_are_told_with_the_nearest():
+    config = {
+        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "intermediate_size": 8, "vocab_size": 16,
+    }  # fmt: skip
+    patterns = {"rank_pattern": {"k_proj": 2, "q_proj": 2}, "alpha_pattern": {"x": 1}}
+    lora = LoraSettings(targets=["layers.2.mlp.up_proj", "q_proj"], **patterns)
+    assert lora.unmatched(adapted(family_for(config), config)) == [
+        "targets: 'layers.2.mlp.up_proj' fits no matrix of the model; the nearest is layers.1.mlp.up_proj",
+        "rank_pattern: 'k_proj' fits no matrix that has an adapter",
+        "alpha_pattern: 'x' fits no matrix that has an adapter",
+    ]
+    (told,) = LoraSettings(targets=r"layers\..*_proj").unmatched(adapted(family_for(config), config))
+    assert told.startswith(r"targets: 'layers\\..*_proj' fits no matrix of the model; ")
+
+
 @pytest.mark.parametrize(
     ("lora", "told"),
     [
         ({"rank": 0}, "greater than or equal to 1"),
         ({"alpha": 0}, "greater than 0"),
-        ({"targets": ["qproj"]}, "qproj: expected 'all-linear' or some of q_proj"),
+        ({"targets": ["qproj"]}, "qproj: expected 'all-linear' or some of q_proj.*did you mean q_proj"),
+        ({"targets": "q_proj"}, r"write \['q_proj'\] for these matrices"),
+        ({"targets": "model.layers.(0"}, "is no regular expression"),
+        ({"rank_pattern": {"k_proj": 0}}, "greater than or equal to 1"),
         ({"targets": []}, "expected 'all-linear'"),
         ({"targets": ["q_proj", "q_proj"]}, "q_proj: named more than once"),
         ({"adapter": "somewhere", "rank": 4}, "decides about rank, too"),

@@ -29,7 +29,9 @@ def fitting(path: str, config: Config, reward: bool, setting: str = "adapter") -
     if reward and not family.reward:
         config = {**config, **reward_fields(family, config)}
         family = family_for(config)
-    thin = adapter_family(family, lora.names, lora.rank)
+    thin = adapter_family(family, lora, config)
+    if not thin.rules:
+        raise UserError(f"{path}: its target_modules = {lora.targets!r} match no matrix of the model's")
     with contextlib.closing(open_adapter(path)[1]) as files:
         wrong = files.check(thin.hf_shapes(config))
     if of_a_reward_model(path) and not family.reward:

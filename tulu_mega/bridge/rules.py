@@ -49,7 +49,8 @@ class Rule:
     """One Megatron parameter and the Hugging Face tensors it is made of.
 
     ``megatron`` lists its name under every layer specification, ``hf`` the tensors in the order the cut names them, each with the
-    names of its sizes: ``{"lm_head.weight": ("vocab", "hidden")}``.
+    names of its sizes: ``{"lm_head.weight": ("vocab", "hidden")}``. A rule about one layer alone has its
+    number in place of `{i}`.
     """
 
     megatron: tuple[str, ...]
@@ -105,6 +106,8 @@ class Family:
     """the sizes that the rules name; raises UserError for a config it cannot read"""
     needs: Callable[[Config], LayerNeeds] = lambda config: LayerNeeds()
     """what the layers need; raises UserError for a config it cannot read"""
+    model_type: str = ""
+    """name in config.json's ``model_type``; empty where it is the architecture's in lower case, up to ``For``"""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     leftovers: tuple[str, ...] = ("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached")
@@ -193,7 +196,7 @@ class Family:
         layer = int(number[1]) if number else 0
         pattern = _NUMBER.sub(".{i}", megatron_name, count=1)
         for rule in self.rules:
-            if pattern in rule.megatron:
+            if pattern in rule.megatron or megatron_name in rule.megatron:
                 if number and layer >= config["num_hidden_layers"]:
                     raise UserError(f"{megatron_name}: config.json has num_hidden_layers = {config['num_hidden_layers']}")
                 return rule, layer

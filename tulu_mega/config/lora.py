@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +14,8 @@ from tulu_mega.config.sections import PositiveInt, Section
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Matrices of a decoder's layer, by the last part of their names in Hugging Face's models."""
+ALL = "all-linear"
+_WEIGHT = ".weight"
 
 
 class LoraSettings(Section):
@@ -24,21 +29,41 @@ class LoraSettings(Section):
     """The product is scaled by alpha / rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    dora: bool = False
+    """Train the lengths of the rows of W + scale B A apart (arXiv 2402.09353), as PEFT's `use_dora` does."""
+    targets: str | list[str] = ALL
     """Matrices that have adapters: all of a layer's, or some of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
-    `down_proj`."""
+    `down_proj`, of one layer as `layers.3.mlp.up_proj`; or a regular expression for whole names such as
+    `model.layers.3.mlp.up_proj`, as PEFT reads them."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks: regular expressions for the ends of names, such as `k_proj` or `layers\\.[0-3]\\..*`, the first that fits."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Other alphas, found alike."""
 
     @field_validator("targets")
     @classmethod
     def _known(cls, targets: str | list[str]) -> str | list[str]:
         if isinstance(targets, str):
+            if targets != ALL:
+                _expression(targets)
+                if targets in LINEARS:
+                    raise ValueError(f"{targets!r} is an expression for whole names; write [{targets!r}] for these matrices")
             return targets
-        unknown = [each for each in targets if each not in LINEARS]
+        unknown = [each for each in targets if each.rpartition(".")[2] not in LINEARS]
         if unknown or not targets:
-            raise ValueError(f"{', '.join(unknown) or 'nothing'}: expected 'all-linear' or some of {', '.join(LINEARS)}")
+            near = [found for each in unknown for found in difflib.get_close_matches(each.rpartition(".")[2], LINEARS, 1)]
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"{', '.join(unknown) or 'nothing'}: expected '{ALL}' or some of {', '.join(LINEARS)}{hint}")
         if twice := sorted({each for each in targets if targets.count(each) > 1}):
             raise ValueError(f"{', '.join(twice)}: named more than once")
         return targets
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _expressions(cls, patterns: dict[str, float]) -> dict[str, float]:
+        for each in patterns:
+            _expression(each)
+        return patterns
 
     @model_validator(mode="after")
     def _the_adapter_says_it(self) -> LoraSettings:
@@ -46,12 +71,63 @@ class LoraSettings(Section):
             raise ValueError(f"lora.adapter = {self.adapter!r} decides about {', '.join(given)}, too; leave these out")
         return self
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The targets, in the order of a layer's matrices."""
-        return LINEARS if self.targets == "all-linear" else tuple(each for each in LINEARS if each in self.targets)
+    def has(self, matrix: str) -> bool:
+        """Whether a matrix has an adapter.
 
-    @property
-    def scale(self) -> float:
-        """Factor of the product."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+        Args:
+            matrix: its tensor's name in Hugging Face's models, or its module's.
+        """
+        name = matrix.removesuffix(_WEIGHT)
+        if name.rpartition(".")[2] not in LINEARS:
+            return False
+        if isinstance(self.targets, str):
+            return self.targets == ALL or re.fullmatch(self.targets, name) is not None
+        return any(f".{name}".endswith(f".{each}") for each in self.targets)
+
+    def unmatched(self, matrices: Collection[str]) -> list[str]:
+        """Targets and patterns that fit no matrix of a model, as sentences.
+
+        Args:
+            matrices: names of all that may have adapters.
+        """
+        names = [name.removesuffix(_WEIGHT) for name in matrices]
+        found = []
+        for each in [self.targets] if isinstance(self.targets, str) else self.targets:
+            if not any(map(LoraSettings(targets=each if isinstance(self.targets, str) else [each]).has, names)):
+                near = difflib.get_close_matches(each, {*names, *(name.partition(".")[2] for name in names)}, 1)
+                hint = f"; the nearest is {near[0]}" if near else f"; they have names such as {names[0]}" if names else ""
+                found.append(f"targets: {each!r} fits no matrix of the model{hint}")
+        for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for each in patterns:
+                if not any(_fits(each, name) for name in names if self.has(name)):
+                    found.append(f"{field}: {each!r} fits no matrix that has an adapter")
+        return found
+
+    def rank_of(self, matrix: str) -> int:
+        """The rank of a matrix's adapter. Arguments of :meth:`has`."""
+        return int(_first_that_fits(self.rank_pattern, matrix, self.rank))
+
+    def alpha_of(self, matrix: str) -> float:
+        """The alpha of a matrix's adapter. Arguments of :meth:`has`."""
+        return _first_that_fits(self.alpha_pattern, matrix, self.alpha)
+
+    def scale_of(self, matrix: str) -> float:
+        """Factor of a matrix's product. Arguments of :meth:`has`."""
+        rank = self.rank_of(matrix)
+        return self.alpha_of(matrix) / (rank**0.5 if self.rslora else rank)
+
+
+def _first_that_fits(patterns: Mapping[str, float], matrix: str, otherwise: float) -> float:
+    """As PEFT reads `rank_pattern` and `alpha_pattern`."""
+    return next((value for each, value in patterns.items() if _fits(each, matrix.removesuffix(_WEIGHT))), otherwise)
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _expression(text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None

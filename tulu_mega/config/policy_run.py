@@ -177,12 +177,11 @@ class PolicyRunSettings(RunSettings):
         return self.data.max_prompt + self.sampling.max_tokens
 
 
-def sampled(settings: PolicyRunSettings, scorings: int, other_models: int, value: ValueWork | None = None) -> Workload:
+def sampled(settings: PolicyRunSettings, scorings: int, value: ValueWork | None = None) -> Workload:
     """Prompts, to which servers sample groups of responses.
 
     Args:
         scorings: times a step that log-probabilities are computed without training.
-        other_models: held beside.
         value: a value model that trains beside.
     """
     data, sampling, policy, train = settings.data, settings.sampling, settings.policy, settings.train
@@ -197,7 +196,7 @@ def sampled(settings: PolicyRunSettings, scorings: int, other_models: int, value
         passes=train.passes,
         scorings=scorings,
         reference=policy.reads_reference,
-        other_models=other_models,
+        rewards=settings.rewards.model,
         value=value,
         adapters=settings.lora is not None,
         entropy=policy.entropy > 0,

@@ -38,6 +38,9 @@ class RolloutSettings(Section):
     adapters alone; else, and with `merged`, as whole weights with the adapters merged."""
     max_model_len: Annotated[PositiveInt | None, Effect.NONE] = None
     """Longest prompt and response together; what [data] and [sampling] may need when unset."""
+    random_weights: Annotated[bool, Effect.NONE] = False
+    """Start the servers with random weights, in place of reading the model's: the trainer sends its own before the first request,
+    and a server answers none until it has them. The model's directory then needs no weights."""
     gpu_memory: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Effect.NONE] = None
     """Share of a GPU's memory that a server takes: 0.9 when unset. Has to be set where servers share a GPU with one another or
     with the trainer."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tulu_mega.bridge.adapters import PEFT_ROOT, A, B, adapter_family, has_adapter
+from tulu_mega.bridge.adapters import MAGNITUDE, PEFT_ROOT, A, B, adapter_family
 from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.files import peft
 from tulu_mega.bridge.megatron_keys import Slab
@@ -20,7 +20,7 @@ _WEIGHT = ".weight"
 
 
 class MergedSource:
-    """W + scale B A for W: added in float32, rounded once.
+    """W + scale B A for W, its rows brought to the lengths that DoRA trained: made in float32, rounded once.
 
     Args:
         source: the model's weights.
@@ -38,7 +38,7 @@ class MergedSource:
                 f"adapter = {str(adapter)!r}: is a reward model's, the source is a language model; take RUN_DIR/hf of the run "
                 "that made it, where it is merged"
             )
-        thin = adapter_family(family, self._lora.names, self._lora.rank)
+        thin = adapter_family(family, self._lora, config)
         if problems := self._files.check(thin.hf_shapes(config)):
             raise UserError([*problems, f"adapter = {str(adapter)!r} does not belong to the source"])
         self.dtype = source.dtype
@@ -69,16 +69,18 @@ class MergedSource:
         return [*self._source.files(), *(self._files.path / name for name in (peft.CONFIG, peft.WEIGHTS))]
 
     def _changes(self, name: str) -> bool:
-        return has_adapter(name, self._lora.names) or PEFT_ROOT + name in self._files.tensors
+        return self._lora.has(name) or PEFT_ROOT + name in self._files.tensors
 
     def _change(self, name: str, rows: Tensor, first: int) -> None:
         """Makes rows of a matrix those of the merged one; a head that was trained whole takes the place of the model's."""
-        if not has_adapter(name, self._lora.names):
+        if not self._lora.has(name):
             rows.copy_(self._read(PEFT_ROOT + name)[first : first + len(rows)])
             return
         thin = PEFT_ROOT + name.removesuffix(_WEIGHT)
         tall, wide = self._read(f"{thin}{B}{_WEIGHT}"), self._read(f"{thin}{A}{_WEIGHT}")
-        rows += self._lora.scale * (tall[first : first + len(rows)] @ wide)
+        rows += self._lora.scale_of(name) * (tall[first : first + len(rows)] @ wide)
+        if self._lora.dora:
+            rows *= (self._read(thin + MAGNITUDE)[first : first + len(rows)] / torch.linalg.norm(rows, dim=1))[:, None]
 
     def _read(self, name: str) -> Tensor:
         return self._files.read_box(name, Box.whole(self._files.tensors[name].shape)).float()

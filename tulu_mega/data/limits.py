@@ -26,7 +26,7 @@ from tulu_mega.outside.json_input import read_json_text
 
 LENGTH = struct.Struct("<Q")
 _MOST = 1 << 30
-"""Bytes of an answer; the process's memory is below."""
+"""Most bytes of an answer."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Limits:
 
 
 TEMPLATE = Limits(10, 1 << 30)
-"""Of a rendering. The slowest template that models are known to ship takes milliseconds."""
+"""Limits of a rendering. The slowest template that models are known to ship takes milliseconds."""
 TOKENIZER = Limits(60, 4 << 30)
-"""Of loading a tokenizer and cutting a text of some kilobytes. The largest vocabularies take 3 s and 1 GiB."""
+"""Limits of loading a tokenizer and tokenising some kilobytes. The largest vocabularies take 3 s and 1 GiB."""
 
 
 class Refused(ValueError):
-    """The work was done, and came to this error."""
+    """Raised with the error in which a piece of work ended."""
 
 
 class Exceeded(Exception):
-    """The work took more than its limits."""
+    """Raised when a piece of work takes more than its limits."""
 
 
 class _Worker:
@@ -65,7 +65,7 @@ class _Worker:
         self._owner = 0
 
     def do(self, work: str, limits: Limits, **arguments: Any) -> Any:
-        """What a function of `limited_work` returns.
+        """Return what a function of `limited_work` returns for these arguments.
 
         Raises:
             Refused: it raised something.
@@ -83,7 +83,7 @@ class _Worker:
         return told["done"]
 
     def _told(self, content: bytes, limits: Limits) -> dict[str, Any] | None:
-        """The answer to a question; None where the process had gone for want of any.
+        """Return the answer to a request; None where the process had ended because nobody asked for a minute.
 
         Raises:
             Exceeded: the process ended over it.

@@ -28,7 +28,7 @@ def described(model: str, lora: LoraSettings) -> dict[str, Any]:
         UserError: the directory that they begin with cannot be read.
     """
     if lora.adapter is None:
-        return adapter_config(model, lora.rank, lora.alpha, lora.rslora, lora.names, False)
+        return adapter_config(model, lora, False)
     told, files = open_adapter(lora.adapter)
     files.close()
     return told

@@ -86,7 +86,7 @@ def server_options(
         python=python.path,
         prefix=python.prefix,
         lora_rank=lora_rank,
-        random_weights=is_megatron(directory),  # vLLM cannot read it, and is sent the weights
+        random_weights=rollout.random_weights or is_megatron(directory),  # vLLM cannot read the latter
         extra=extra,
     )
 

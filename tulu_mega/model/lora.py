@@ -1,10 +1,9 @@
 """Low-rank adapters beside the frozen linear layers of a model (LoRA, Hu et al., arXiv 2106.09685).
 
-    y = W x + scale B A x        A [rank, in], B [out, rank]
-
 One adapter for each Hugging Face matrix, as PEFT has it, also where megatron-core keeps several matrices in one parameter. An
 adapter is cut as its matrix is (`bridge.adapters`), so that between tensor ranks nothing wider than the rank is sent. Adapters
-lie in a tree of their own under the model, named as PEFT names them; what they make is added to the output of their layer.
+lie in a tree of their own under the model, named as PEFT names them; what they make is added to the output of their layer
+(`adapter_layers`).
 """
 
 from __future__ import annotations
@@ -12,144 +11,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from tulu_mega.bridge.adapters import ROOT, A, B, adapter_family, adapter_name, has_adapter, rows_of
+from tulu_mega.bridge.adapters import MAGNITUDE, ROOT, A, B, adapter_family, adapter_name, rows_of
 from tulu_mega.bridge.rules import Config, Cut, Family
 from tulu_mega.bridge.shards import exportable, global_name
 from tulu_mega.config.lora import LoraSettings
 from tulu_mega.distributed.topology import Topology
-
-
-class Adapter(nn.Module):
-    """This rank's part of the two thin matrices beside one matrix, not initialised.
-
-    Args:
-        a_shape, b_shape: [rank, in] and [out, rank] of the part.
-        by_columns: whether the matrix is cut along its columns.
-        beside: the matrix's parameter, for type and device.
-        sequence_parallel: whether the tensor ranks share the tokens.
-    """
-
-    def __init__(self, a_shape: Sequence[int], b_shape: Sequence[int], by_columns: bool, beside: Tensor, sequence_parallel: bool):
-        super().__init__()
-        self.lora_A, self.lora_B = (
-            nn.Parameter(torch.empty(*shape, dtype=beside.dtype, device=beside.device)) for shape in (a_shape, b_shape)
-        )
-        cut, copied = (self.lora_A, self.lora_B) if by_columns else (self.lora_B, self.lora_A)
-        set_tensor_model_parallel_attributes(cut, is_parallel=True, dim=1 if by_columns else 0, stride=1)
-        set_tensor_model_parallel_attributes(copied, is_parallel=False, dim=-1, stride=1)
-        copied.sequence_parallel = sequence_parallel  # it sees its own tokens alone: megatron-core sums the gradients
-
-    def product(self, rows: slice, columns: slice) -> Tensor:
-        """A box of B A, in float32."""
-        return self.lora_B[rows].float() @ self.lora_A[:, columns].float()
-
-
-@dataclass(frozen=True)
-class _Layout:
-    scale: float
-    sequence_parallel: bool
-    group: ProcessGroup
-
-
-@dataclass(frozen=True)
-class _CutByRows:
-    """The adapters of a column-parallel layer: A x is made of the tokens at hand, then every rank multiplies its rows of B."""
-
-    adapters: tuple[Adapter, ...]
-    parts: tuple[tuple[int | None, int, int], ...]
-    """what the layer's output is made of: which adapter (None: a matrix without), first row of its B, rows"""
-    layout: _Layout
-
-    def __call__(self, _linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]):
-        layout, (product, bias) = self.layout, output
-        narrow = F.linear(inputs[0], torch.cat([adapter.lora_A for adapter in self.adapters])) * layout.scale
-        if layout.sequence_parallel:  # backward: reduce-scatter of the ranks' partial gradients
-            narrow = gather_from_sequence_parallel_region(narrow, tensor_parallel_output_grad=True, group=layout.group)
-        else:  # backward: all-reduce of them
-            narrow = copy_to_tensor_model_parallel_region(narrow, group=layout.group)
-        split = narrow.split([len(adapter.lora_A) for adapter in self.adapters], dim=-1)
-        made = [F.linear(each, adapter.lora_B) for each, adapter in zip(split, self.adapters, strict=True)]
-        columns = [
-            product.new_zeros(*product.shape[:-1], rows) if which is None else made[which][..., first : first + rows]
-            for which, first, rows in self.parts
-        ]
-        return product + torch.cat(columns, dim=-1), bias
-
-    def added(self, rows: slice, columns: slice) -> Tensor:
-        """A box of what merging adds to the layer's weight, in float32."""
-        made, at = [], 0
-        for which, first, count in self.parts:
-            low, high = max(rows.start, at), min(rows.stop, at + count)
-            if low < high and which is None:
-                made.append(torch.zeros(high - low, columns.stop - columns.start, device=self.adapters[0].lora_A.device))
-            elif low < high:
-                made.append(self.adapters[which].product(slice(first + low - at, first + high - at), columns))
-            at += count
-        return torch.cat(made) * self.layout.scale
-
-
-@dataclass(frozen=True)
-class _CutByColumns:
-    """The adapter of a row-parallel layer: the ranks' shares of A x are added up, then each has all of B."""
-
-    adapter: Adapter
-    layout: _Layout
-
-    def __call__(self, _linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]):
-        layout, (product, bias) = self.layout, output
-        narrow = F.linear(inputs[0], self.adapter.lora_A) * layout.scale
-        if layout.sequence_parallel:
-            narrow = reduce_scatter_to_sequence_parallel_region(narrow, group=layout.group)
-        else:
-            narrow = reduce_from_tensor_model_parallel_region(narrow, group=layout.group)
-        return product + F.linear(narrow, self.adapter.lora_B), bias
-
-    def added(self, rows: slice, columns: slice) -> Tensor:
-        """A box of what merging adds to the layer's weight, in float32."""
-        return self.adapter.product(rows, columns) * self.layout.scale
-
-
-@dataclass(frozen=True)
-class MergedWeight:
-    """A layer's weight with its adapters' products added, in float32 and rounded once: made when it is read, a box at a time."""
-
-    weight: Tensor
-    adapters: _CutByRows | _CutByColumns
-
-    @property
-    def device(self) -> torch.device:
-        """The weight's."""
-        return self.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weight's."""
-        return self.weight.dtype
-
-    @property
-    def itemsize(self) -> int:
-        """The weight's."""
-        return self.weight.itemsize
-
-    @torch.no_grad()
-    def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
-        held = self.weight[box]
-        return (held.float() + self.adapters.added(*box)).to(held.dtype)
+from tulu_mega.model.adapter_layers import Adapter, CutByColumns, CutByRows, Layout, MergedWeight
 
 
 class AdapterTree(nn.Module):
@@ -158,6 +30,7 @@ class AdapterTree(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._merged: dict[int, MergedWeight] = {}
+        self._beside: list[CutByRows | CutByColumns] = []
 
     def add(self, path: str, adapter: Adapter) -> None:
         """Puts an adapter at its place."""
@@ -169,10 +42,22 @@ class AdapterTree(nn.Module):
             place = place.get_submodule(each)
         place.add_module(name, adapter)
 
-    def join(self, linear: nn.Module, adapters: _CutByRows | _CutByColumns) -> None:
+    def join(self, linear: nn.Module, adapters: CutByRows | CutByColumns) -> None:
         """Adds what adapters make to a linear layer's output, from now on."""
-        self._merged[id(linear.weight)] = MergedWeight(linear.weight, adapters)
+        self._merged[id(linear.weight)] = MergedWeight(adapters.weight, adapters)
+        self._beside.append(adapters)
         linear.register_forward_hook(adapters)
+
+    def begin_magnitudes(self) -> None:
+        """Makes the magnitudes the lengths of the rows that they are for. A collective of the tensor ranks."""
+        for each in self._beside:
+            if each.magnitudes:
+                each.begin()
+
+    def look(self) -> None:
+        """Makes what is merged that of the adapters of now. A collective of the tensor ranks."""
+        for each in self._merged.values():
+            each.look()
 
     def merged(self, parameter: Tensor) -> Tensor | MergedWeight:
         """What a parameter is with its adapters merged; itself where it has none."""
@@ -200,11 +85,11 @@ def attach(chunks: Sequence[nn.Module], lora: LoraSettings, family: Family, conf
         if family.reward and chunk.post_process:
             chunk.output_layer.requires_grad_(True)
         tree = AdapterTree()
-        layout = _Layout(lora.scale, chunk.config.sequence_parallel, here.tensor_group)
+        layout, thin = Layout(chunk.config.sequence_parallel, here.tensor_group), adapter_family(family, lora, config)
         for name, _weight in list(chunk.named_parameters()):
             if name.endswith(".weight"):
                 linear = chunk.get_submodule(name.removesuffix(".weight"))
-                _attach(tree, linear, global_name(chunk, name), lora, family, config, here, layout)
+                _attach(tree, linear, global_name(chunk, name), lora, family, thin, config, here, layout)
         chunk.adapters = tree
         if chunk.pre_process:  # what is computed again backward has to hang on something that wants a gradient
             chunk.embedding.register_forward_hook(_wanting_gradient)
@@ -220,24 +105,23 @@ def _attach(
     name: str,
     lora: LoraSettings,
     family: Family,
+    thin: Family,
     config: Config,
     here: Topology,
-    layout: _Layout,
+    layout: Layout,
 ) -> None:
-    rule, _layer = family.rule(name, config)
-    if not any(has_adapter(hf, lora.names) for hf in rule.hf):
-        return
-    thin, by_columns = adapter_family(family, lora.names, lora.rank), rule.cut is Cut.ROW
     rows = rows_of(family, name, config, here)
+    if not any(map(lora.has, rows)):
+        return
+    by_columns = family.rule(name, config)[0].cut is Cut.ROW
     adapters: dict[str, Adapter] = {}
-    for hf in rows:
-        if has_adapter(hf, lora.names):
-            shapes = (thin.local_shape(adapter_name(hf) + which, config, here) for which in (A, B))
-            adapters[hf] = Adapter(*shapes, by_columns, linear.weight, layout.sequence_parallel)
-            tree.add(adapter_name(hf).removeprefix(ROOT), adapters[hf])
+    for hf in filter(lora.has, rows):
+        shapes = (thin.local_shape(adapter_name(hf) + which, config, here) for which in (A, B))
+        adapters[hf] = Adapter(*shapes, lora.scale_of(hf), by_columns, linear.weight, layout.sequence_parallel, lora.dora)
+        tree.add(adapter_name(hf).removeprefix(ROOT), adapters[hf])
     if by_columns:
         (adapter,) = adapters.values()
-        tree.join(linear, _CutByColumns(adapter, layout))
+        tree.join(linear, CutByColumns(linear.weight, adapter, layout, lora.dora))
         return
     order = list(adapters)
     begins = {hf: min(first for first, _, _ in runs) for hf, runs in rows.items()}
@@ -246,19 +130,21 @@ def _attach(
         for hf, runs in rows.items()
         for first, at, count in runs
     ]
-    tree.join(linear, _CutByRows(tuple(adapters.values()), tuple(part[1:] for part in sorted(parts)), layout))
+    made = tuple(part[1:] for part in sorted(parts))
+    tree.join(linear, CutByRows(linear.weight, tuple(adapters.values()), made, layout, lora.dora))
 
 
 @torch.no_grad()
 def draw(chunks: Sequence[nn.Module], lora: LoraSettings, family: Family, config: Config, here: Topology, seed: int) -> None:
-    """Fills adapters as PEFT does, alike under every layout: A from U(-1/sqrt(in), 1/sqrt(in)) for whole matrices, B with 0.
+    """Fills adapters as PEFT does, alike under every layout: A from U(-1/sqrt(in), 1/sqrt(in)) for whole matrices, B with 0,
+    magnitudes with the lengths of the weights' rows.
 
     Arguments are those of `attach`.
     """
-    thin = adapter_family(family, lora.names, lora.rank)
+    thin = adapter_family(family, lora, config)
     shapes = thin.hf_shapes(config)
     for name, parameter in (each for chunk in chunks for each in exportable(chunk, adapters=True)):
-        if not name.startswith(ROOT):
+        if not name.startswith(ROOT) or name.endswith(MAGNITUDE):
             continue
         for piece in thin.pieces(name, config, here):
             if name.endswith(B):
@@ -267,6 +153,8 @@ def draw(chunks: Sequence[nn.Module], lora: LoraSettings, family: Family, config
             rank, into = shapes[piece.hf_name]
             whole = (torch.rand(rank, into, generator=_generator(seed, piece.hf_name)) * 2 - 1) / math.sqrt(into)
             parameter[piece.local_box.slices].copy_(whole[piece.hf_box.slices])
+    for chunk in chunks:
+        chunk.adapters.begin_magnitudes()
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -14,6 +14,7 @@ from tulu_mega.plan.arithmetic import Number
 from tulu_mega.plan.arithmetic import number as n
 from tulu_mega.plan.model.calibration import RATES
 from tulu_mega.plan.model.costs import (
+    backward_products,
     bytes_between,
     collective_bytes,
     head_passes,
@@ -44,7 +45,8 @@ class Term:
 def memory_terms(job: Job, rank: RankMemory) -> list[Term]:
     """What a pipeline rank's memory is the sum of."""
     parallel, size = job.parallel, job.size
-    held = n(job.held[rank.rank].total)
+    base, trained = n(job.held[rank.rank].total), n(job.trained[rank.rank])
+    held = base + n(job.adapters[rank.rank]) if job.lora else base
     left, everything, inputs = token_bytes(job)
     own = parallel.tensor if job.sequence else 1
     shards = job.shards if parallel.distributed_optimizer else 1
@@ -52,16 +54,20 @@ def memory_terms(job: Job, rank: RankMemory) -> list[Term]:
     grown = n(job.itemsize) * (n(3 * size.ffn) / n(parallel.tensor) + n(2 * size.hidden) / n(own)) / n(parallel.context)
     kept = inputs if job.whole == job.layers else left
     again = everything if any(job.whole) else everything - left
-    state = rank.optimizer * shards / held.value
+    state = rank.optimizer * shards / trained.value if trained.value else 0.0
+    what = "P of adapters" if job.lora else "P"
     formulas = {
         "weights": ("bytes x P", n(rank.weights / held.value) * held),
-        "gradients": ("bytes x P", n(rank.gradients / held.value) * held),
+        "gradients": (f"bytes x {what}", n(rank.gradients / trained.value if trained.value else 0.0) * trained),
         "optimizer": (
-            "(main parameter, moments, but for what main memory has; bf16 gradients in float32) x P / (DP x CP)",
-            n(state) * held / n(shards),
+            f"(main parameter, moments, but for what main memory has; bf16 gradients in float32) x {what} / (DP x CP)",
+            n(state) * trained / n(shards),
         ),
         "activations": ("T x layers in flight x bytes kept of a token, below", n(round(rank.activations / kept)) * n(kept)),
-        "working": ("largest T x (what is made again + a layer's gradients)", n(job.longest) * (n(again) + grown)),
+        "working": (
+            "largest T x (what is made again + a layer's gradients)",
+            n(job.longest) * (n(again) + (grown + n(job.adapter_work.deltas / parallel.context) if job.lora else grown)),
+        ),
         "log_probs": _head(job, rank),
         "pipeline": ("4 T h b / (s CP)", n(4) * hidden / n(own)),
         "outputs": ("T h b / (s CP) x stages' results in flight", n(round(rank.outputs))),
@@ -70,14 +76,24 @@ def memory_terms(job: Job, rank: RankMemory) -> list[Term]:
             if job.fsdp
             else ("2 T h b / CP", n(2) * hidden)
         ),
-        "beside": ("bytes x P x models", n(job.itemsize) * held * n(round(rank.beside / (held.value * job.itemsize)))),
+        "beside": _beside(job, rank, base, trained),
         "sync": ("buckets x the larger of bucket and largest tensor", n(SLOTS) * n(round(rank.sync / SLOTS))),
         "allocator": ("share x what comes and goes", n(UNUSABLE) * n(round(rank.allocator / UNUSABLE))),
         "reserved": ("CUDA, NCCL, workspaces: an estimate", n(rank.reserved)),
         "value": ("weights, gradients and optimizer of the value model", n(round(rank.value))),
         "value_passes": ("its passes less the policy's, where positive", n(round(rank.value_passes))),
+        "rewards": ("bytes x parameters of the reward model", n(job.itemsize) * n(round(rank.rewards / job.itemsize))),
     }
     return [Term(name, name.replace("_", "-"), *formulas[name]) for name, value in rank.parts.items() if value]
+
+
+def _beside(job: Job, rank: RankMemory, base: Number, trained: Number) -> tuple[str, Number]:
+    """Further models, and the adapters that a run began with."""
+    models, left = divmod(round(rank.beside / job.itemsize), round(base.value))
+    whole = n(job.itemsize) * base * n(models)
+    if not left:
+        return "bytes x P x models", whole
+    return "bytes x (P x models + P of adapters x 2)", whole + n(job.itemsize) * trained * n(round(left / trained.value))
 
 
 def _head(job: Job, rank: RankMemory) -> tuple[str, Number]:
@@ -90,6 +106,8 @@ def _head(job: Job, rank: RankMemory) -> tuple[str, Number]:
     states = n(2) * n(pack.tokens / context + pack.labelled / context) * n(size.hidden) * n(job.itemsize)
     chunks = pack.labelled / context * columns * 4 / LOGITS
     logits = n(min(1.0, chunks) * LOGITS) * n(3.5 if job.entropy else 2.5)
+    if job.lora:
+        return "2 (T + labelled T) h b / CP + chunks of logits", states + logits
     gradient = n(columns) * n(size.hidden) * n(job.itemsize + (4 if chunks > 1 else 0))
     return "2 (T + labelled T) h b / CP + chunks of logits + the head's gradient", states + logits + gradient
 
@@ -139,8 +157,9 @@ def _known(job: Job, packs: Sequence[Pack]) -> Iterator[Term]:
         "products",
         "layers",
         "2 T x weights x (forward + backward L) / (share x peak)",
-        tokens * n(work) * (twice + n(2) * layers) / (n(RATES.products) * n(peak(job))),
+        tokens * n(work) * (twice + n(backward_products(job)) * layers) / (n(RATES.products) * n(peak(job))),
     )
+    yield from _of_adapters(job, n(len(packs)), tokens, twice, layers)
     bf16 = n(job.gpu.fp32 if job.dtype == "fp32" else job.gpu.bf16)
     labelled = n(sum(pack.labelled for pack in packs) / parallel.context)
     if size.columns > 1:
@@ -204,7 +223,7 @@ def _known(job: Job, packs: Sequence[Pack]) -> Iterator[Term]:
             * n(t - 1)
             / (n(t) * n(RATES.links) * n(link(job.gpu, t, 1))),
         )
-    held = max(each.total for each in job.held)
+    held = max(job.trained)
     own = held / job.shards if parallel.distributed_optimizer or job.fsdp else held
     yield Term(
         "optimizer",
@@ -212,3 +231,29 @@ def _known(job: Job, packs: Sequence[Pack]) -> Iterator[Term]:
         "(3 gradients x P + bytes x P / (DP CP)) / (share x memory's rate)",
         (n(3 * job.grad_bytes) * n(own if job.fsdp else held) + n(update_bytes(job)) * n(round(own))) / memory,
     )
+
+
+def _of_adapters(job: Job, packs: Number, tokens: Number, twice: Number, layers: Number) -> Iterator[Term]:
+    """Their own products, and what passes through memory for them."""
+    if job.lora is None:
+        return
+    work, peak16 = job.adapter_work, job.gpu.fp32 if job.dtype == "fp32" else job.gpu.bf16
+    yield Term(
+        "products",
+        "adapters",
+        "T x flops x (forward + 2 backward L) / (share x bf16 peak)",
+        tokens * n(work.flops) * (twice + n(2) * layers) / (n(RATES.products) * n(peak16)),
+    )
+    yield Term(
+        "elementwise",
+        "adapters' inputs and results",
+        "T x bytes x L, forward and backward / (share x memory's rate)",
+        tokens * (n(work.forward) * twice + n(work.backward) * layers) / (n(RATES.memory) * n(job.gpu.bandwidth)),
+    )
+    if job.lora.dora:
+        yield Term(
+            "elementwise",
+            "lengths of weights' rows",
+            "M x bytes x L, forward / (share x memory's rate)",
+            packs * n(work.lengths) * twice / (n(RATES.memory) * n(job.gpu.bandwidth)),
+        )

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from tulu_mega.bridge.files.peft import resolved
 from tulu_mega.config import ParallelSettings, RunSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.config.stages import STAGES
 from tulu_mega.config.workload import Workload
 from tulu_mega.errors import UserError
@@ -36,6 +38,7 @@ class Question:
         rollout_gpu: of the servers; the trainers' kind when None.
         storage: bytes/s of the file system for checkpoints.
         value_config: config.json of a value model that trains beside.
+        rewards_config: config.json of a reward model that scores responses.
     """
 
     stage: str
@@ -49,6 +52,7 @@ class Question:
     rollout_gpu: Gpu | None = None
     storage: float = 20e9
     value_config: Mapping[str, Any] | None = None
+    rewards_config: Mapping[str, Any] | None = None
 
     @cached_property
     def workload(self) -> Workload:
@@ -58,14 +62,25 @@ class Question:
     @cached_property
     def value(self) -> Question | None:
         """The same about the value model, as if it trained by itself on these GPUs; None without one."""
-        work, settings = self.workload.value, self.settings
+        work = self.workload.value
         if work is None or self.value_config is None:
             return None
+        return self._of(work.path, self.value_config, work.parallel)
+
+    @cached_property
+    def rewards(self) -> Question | None:
+        """The same about the reward model that scores responses, under the policy's layout; None without one."""
+        path = self.workload.rewards
+        if path is None or self.rewards_config is None:
+            return None
+        return self._of(path, self.rewards_config, self.settings.parallel)
+
+    def _of(self, path: str, config: Mapping[str, Any], parallel: ParallelSettings) -> Question:
+        """About another model as if it were alone on these GPUs."""
         gpus = self.trainers + (self.servers.gpus if self.servers else 0)
-        own = settings.model_copy(
-            update={"parallel": work.parallel, "model": settings.model.model_copy(update={"path": work.path})}
-        )
-        return replace(self, settings=own, config=self.value_config, value_config=None, gpus=gpus)
+        model = self.settings.model.model_copy(update={"path": path})
+        own = self.settings.model_copy(update={"lora": None, "parallel": parallel, "model": model})
+        return replace(self, settings=own, config=config, value_config=None, rewards_config=None, gpus=gpus)
 
     @cached_property
     def servers(self) -> Servers | None:
@@ -147,7 +162,17 @@ class Question:
             host_share=host_share(settings.optimizer),
             grad_copies=not settings.optimizer.get("use_precision_aware_optimizer", False),
             entropy=workload.entropy,
+            lora=self.lora,
         )
+
+    @cached_property
+    def lora(self) -> LoraSettings | None:
+        """Adapters that train beside frozen weights.
+
+        Raises:
+            UserError: of a directory that cannot be read.
+        """
+        return resolved(self.settings.lora)
 
     def sequences(self, seed: int) -> tuple[list[int], list[int]]:
         """A step's sequences: tokens, and how many of these are trained."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+from tulu_mega.bridge.adapters import adapted
+from tulu_mega.bridge.families import family_for
 from tulu_mega.config.stages import STAGES
 from tulu_mega.errors import UserError
 from tulu_mega.layout.hardware import gpu_named
@@ -14,7 +16,7 @@ from tulu_mega.plan.picture import draw
 from tulu_mega.plan.question import Question
 from tulu_mega.plan.search import search
 from tulu_mega.plan.settings import PlanSettings
-from tulu_mega.plan.source import read_architecture, read_stage, read_value_architecture
+from tulu_mega.plan.source import read_architecture, read_architecture_beside, read_stage
 from tulu_mega.plan.table import as_json, as_ranking, as_tables
 
 
@@ -59,13 +61,15 @@ def ask(settings: PlanSettings) -> Question:
         rollout_gpu,
         settings.storage * 1e9,
     )
-    if question.workload.adapters:
-        raise UserError(
-            f"stage {stage}: a run with [lora] is not planned yet, though frozen weights have neither gradients nor moments; "
-            "plan it without [lora] for an upper bound"
-        )
-    work = question.workload.value
-    return replace(question, value_config=read_value_architecture(said.model, work.path)) if work else question
+    if said.lora and not said.lora.adapter and (wrong := said.lora.unmatched(adapted(family_for(config), config))):
+        raise UserError([f"lora.{each}" for each in wrong])
+    value, rewards = question.workload.value, question.workload.rewards
+    beside = {}
+    if value:
+        beside["value_config"] = read_architecture_beside(said.model, "value.path", value.path)
+    if rewards:
+        beside["rewards_config"] = read_architecture_beside(said.model, "rewards.model", rewards)
+    return replace(question, **beside)
 
 
 def _print(settings: PlanSettings, results: list[Outlook]) -> None:

@@ -10,6 +10,7 @@ from tulu_mega.config.megatron_fields import ACTIVATION
 from tulu_mega.config.workload import Workload
 from tulu_mega.errors import UserError
 from tulu_mega.layout.flops import matmul_parameters
+from tulu_mega.plan.model.parameters import ITEMSIZE
 from tulu_mega.plan.outlook import Outlook, outlook
 from tulu_mega.plan.question import Question, with_layout
 
@@ -98,6 +99,8 @@ def layouts(question: Question) -> Iterator[ParallelSettings]:
                         continue
                     shares = world // (tensor * pipeline)
                     state = 6 + 12 / shares if question.settings.model.dtype == "bf16" else 8 + 8 / shares
+                    if question.lora:
+                        state = ITEMSIZE[question.settings.model.dtype]
                     if matrices / (tensor * pipeline) * state > question.gpu.memory:  # of a mean rank
                         continue
                     yield given.model_copy(

@@ -43,7 +43,7 @@ def _test(test: Any, number: int) -> dict[str, str]:
 
 
 def _is_value(statement: ast.stmt) -> bool:
-    """Whether a statement does nothing but name a value."""
+    """Return whether a statement is only a literal value, or ``pass``."""
     if isinstance(statement, ast.Pass):
         return True
     if not isinstance(statement, ast.Expr):

@@ -39,7 +39,7 @@ def counts(engine: Engine) -> tuple[int, int]:
     """Return how many numbers of a model with adapters train, and how many do not."""
     lora, config = engine.lora, engine.hf.to_dict()
     model = family_for(config)
-    thin = adapter_family(model, lora.names, lora.rank).hf_shapes(config)
+    thin = adapter_family(model, lora, config).hf_shapes(config)
     whole = sum(math.prod(shape) for shape in model.hf_shapes(config).values())
     trained = sum(map(math.prod, thin.values()))
     return trained, whole - (math.prod(model.hf_shapes(config)[model.head]) if model.reward else 0)

@@ -129,7 +129,7 @@ class DatasetRun(Run):
         if lora is None:
             return ""
         model = family_for(config)
-        thin = adapter_family(model, lora.names, lora.rank)
+        thin = adapter_family(model, lora, config)
         trained, whole = (sum(map(math.prod, family.hf_shapes(config).values())) for family in (thin, model))
         return f"adapters of rank {lora.rank}, {trained:,} weights beside {whole:,} frozen ({trained / whole:.2%}) · "
 

@@ -22,7 +22,7 @@ from tulu_mega.bridge.files.companions import OtherTokenizer
 from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.bridge.files.hf_files import HfCheckpoint
 from tulu_mega.bridge.files.hub import is_megatron, model_directory
-from tulu_mega.bridge.files.peft import adapter_config, open_adapter, settings_of
+from tulu_mega.bridge.files.peft import adapter_config, open_adapter, resolved
 from tulu_mega.bridge.live import export_adapters, export_hf, load_hf
 from tulu_mega.bridge.rules import Config
 from tulu_mega.bridge.shards import ModelShard, Values
@@ -111,7 +111,7 @@ class Session:
     def _thin(self, config: Config) -> ModelShard:
         """This rank's part of the adapters."""
         lora, shard = self.engine.lora, self.shard(config)
-        return replace(shard, family=adapter_family(shard.family, lora.names, lora.rank))
+        return replace(shard, family=adapter_family(shard.family, lora, config))
 
     def shard(self, config: Config) -> ModelShard:
         """This rank's part of the model.
@@ -176,12 +176,11 @@ class Session:
             apart = Apart(told, adapters, base, frozen)
         sends = place.gives_whole_tensors
         model = Model.asked(self.settings.model.path, self.settings.model.dtype, rollout.dtype, config)
-        return Sender(model, weights, sends, place.pipeline_rank, engine.platform.device, engine.at, engine.settle, apart)
+        return Sender(model, weights, sends, place.pipeline_rank, engine.platform.device, engine.at, self._settle, apart)
 
     def _adapter_config(self) -> dict[str, Any]:
         """What adapter_config.json says of the adapters."""
-        lora = self.engine.lora
-        return adapter_config(self.settings.model.path, lora.rank, lora.alpha, lora.rslora, lora.names, self.engine.reward)
+        return adapter_config(self.settings.model.path, self.engine.lora, self.engine.reward)
 
     def export(
         self,
@@ -197,11 +196,18 @@ class Session:
             UserError: the directory cannot be used.
         """
         self.engine.at("export")
-        self.engine.settle()
+        self._settle()
         config = read_config(self.source)
         if self.engine.reward:
             config |= reward_fields(family_for(config), config)
         export_hf(self.shard(config), directory, dtype, self.source, extra_files, tokenizer, ends)
+
+    def _settle(self) -> None:
+        """Wait until the parameters are those of the last update, and what is merged goes with them. A collective."""
+        self.engine.settle()
+        if self.engine.lora:
+            for chunk in self.engine.chunks:
+                chunk.adapters.look()
 
     def export_adapters(self, directory: Path, dtype: torch.dtype) -> None:
         """Writes the adapters as PEFT does; every rank calls it.
@@ -272,9 +278,8 @@ def _session(
     if reward or family.reward:
         hf.update(reward_fields(family, hf.to_dict()))
     rewards = family.reward if reward is None else reward
-    if lora and lora.adapter:
-        lora = settings_of(lora.adapter).model_copy(update={"adapter": lora.adapter})
-    engine = Engine(hf, settings, place, platform, rewards, temperature, at=watch.at, shares=shares, lora=lora)
+    adapters = resolved(lora)
+    engine = Engine(hf, settings, place, platform, rewards, temperature, at=watch.at, shares=shares, lora=adapters)
     return Session(settings, place, engine, source, seed, watch)
 
 

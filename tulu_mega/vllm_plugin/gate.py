@@ -19,6 +19,8 @@ ADAPTER = "tulu_mega_adapter"
 """Name in the server's state of the version of the trainer's adapter that requests may name; None or nothing: there is none."""
 KIND = "WeightsError"
 """Type of the errors that it answers."""
+_BETWEEN = "the weights of this server are being updated, or an update of them broke; ask another"
+_BARE = "this server was started with random weights, and no trainer has sent it others yet; ask another"
 SERVING = ("/v1/", "/inference/", "/generate")
 """Beginnings of the routes that use the model."""
 
@@ -36,11 +38,14 @@ def server_arguments() -> list[str]:
 
 
 class WeightsGate:
-    """Middleware: an update begins only on a paused server and finishes only if it came whole; nothing is served meanwhile."""
+    """Middleware: an update begins only on a paused server and finishes only if it came whole; nothing is served meanwhile, nor
+    by random weights before the first update."""
 
     def __init__(self, app: App):
         self._app = app
         self._updating = False
+        self._started_whole: bool | None = None
+        """whether the server read weights when it started; None until the workers are asked"""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -48,13 +53,17 @@ class WeightsGate:
             refusal = None
             try:
                 if scope["method"] == "POST":
-                    refusal = await self._refusal(path, scope["app"].state)
+                    state = scope["app"].state
+                    refusal = await self._refusal(path, state)
+                    if self._started_whole is None and path.startswith(SERVING):
+                        workers = await _asked(state.engine_client, "weights_status")
+                        self._started_whole = all(worker["whole"] for worker in workers)
+                        self._updating |= not self._started_whole
             except TimeoutError:
                 await refuse(send, 503, f"the workers of this server have not answered for {ASK_SECONDS:g} s; ask another", KIND)
                 return
             if self._updating and path.startswith(SERVING):
-                why = "the weights of this server are being updated, or an update of them broke; ask another"
-                await refuse(send, 503, why, KIND)
+                await refuse(send, 503, _BARE if self._started_whole is False else _BETWEEN, KIND)
                 return
             if refusal is not None:
                 await refuse(send, 409, refusal, KIND)
@@ -72,7 +81,8 @@ class WeightsGate:
             # what vLLM threw out when the update ended is put back by all workers, or none of them serves
             workers = await _asked(engine, "place_adapter")
             refusal = _unless_all(workers, "whole")
-            self._updating = self._updating and refusal is not None
+            if refusal is None:
+                self._updating, self._started_whole = False, True
             setattr(state, ADAPTER, workers[0]["adapter"] if refusal is None else None)
             return refusal
         return None

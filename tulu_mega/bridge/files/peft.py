@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from tulu_mega.bridge.files.companions import as_json, put_in_place
 from tulu_mega.bridge.files.hf_files import HfCheckpoint, read_header
 from tulu_mega.bridge.files.hf_writer import ShardWriter, tensor_info, write_durably
 from tulu_mega.bridge.files.untrusted import read_json
-from tulu_mega.config.lora import LoraSettings
+from tulu_mega.config.lora import ALL, LINEARS, LoraSettings
 from tulu_mega.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ HEAD = ["score"]
 """What is saved whole beside a reward model's adapters."""
 _READ = (
     *("peft_type", "task_type", "r", "lora_alpha", "use_rslora"),
-    *("target_modules", "modules_to_save", "bias", "init_lora_weights"),
+    *("target_modules", "modules_to_save", "bias", "init_lora_weights", "use_dora", "rank_pattern", "alpha_pattern"),
 )
 _WITHOUT_MEANING = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version"),
@@ -36,33 +36,37 @@ _BESIDE_THE_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva")
 weights that are not the model's."""
 
 
-def adapter_config(base: str, rank: int, alpha: float, rslora: bool, targets: Sequence[str], reward: bool) -> dict[str, Any]:
+def adapter_config(base: str, lora: LoraSettings, reward: bool) -> dict[str, Any]:
     """The content of adapter_config.json.
 
     Args:
         base: directory or hub name of the model that the adapters are for.
-        targets: last parts of the names of the matrices.
         reward: whether the model is a reward model.
     """
-    whole = int(alpha) if float(alpha).is_integer() else alpha
+    targets = list(LINEARS) if lora.targets == ALL else lora.targets
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if reward else "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": whole,
-        "use_rslora": rslora,
-        "target_modules": sorted(targets),
+        "r": lora.rank,
+        "lora_alpha": _short(lora.alpha),
+        "use_rslora": lora.rslora,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": HEAD if reward else None,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "use_dora": lora.dora,
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": {each: _short(alpha) for each, alpha in lora.alpha_pattern.items()},
     }
+
+
+def _short(alpha: float) -> float:
+    """A whole number as one."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def open_adapter(path: str | Path) -> tuple[dict[str, Any], HfCheckpoint]:
@@ -115,18 +119,33 @@ def settings_of(directory: str | Path) -> LoraSettings:
     """
     config, files = open_adapter(directory)
     targets = config.get("target_modules")
-    names = [targets] if isinstance(targets, str) and targets != "all-linear" else targets
     try:
         return LoraSettings(
             rank=config.get("r"),
             alpha=config.get("lora_alpha"),
             rslora=config.get("use_rslora", False),
-            targets=names if isinstance(names, str) else sorted({str(each).rpartition(".")[2] for each in names or ()}),
+            dora=config.get("use_dora", False),
+            targets=sorted(map(str, targets)) if isinstance(targets, list) else targets,
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
         )
     except ValidationError as error:
-        theirs = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "targets": "target_modules"}
-        wrong = [f"{theirs[each['loc'][0]]} = {each['input']!r}: {each['msg']}" for each in error.errors()]
-        raise UserError([f"{files.path / CONFIG}: {each}" for each in wrong]) from None
+        theirs = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora", "targets": "target_modules"}
+        wrong = {each["loc"][0]: each for each in error.errors()}  # of a setting of several types one problem
+        raise UserError(
+            [f"{files.path / CONFIG}: {theirs.get(at, at)} = {each['input']!r}: {each['msg']}" for at, each in wrong.items()]
+        ) from None
+
+
+def resolved(lora: LoraSettings | None) -> LoraSettings | None:
+    """Settings with what the directory says that they name, where they name one.
+
+    Raises:
+        UserError: as :func:`settings_of`.
+    """
+    if lora is None or lora.adapter is None:
+        return lora
+    return settings_of(lora.adapter).model_copy(update={"adapter": lora.adapter})
 
 
 def write_adapters(final: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

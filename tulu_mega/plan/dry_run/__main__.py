@@ -44,7 +44,8 @@ def _build(directory: Path, settings: EngineSettings, world: int, platform: Any)
     made = _model(directory, settings, world, platform, bool(stage and stage.reward), workload)
     if workload and workload.value:
         own = settings.model_copy(update={"parallel": workload.value.parallel})
-        alone = replace(workload, value=None, rollout=None, reference=False)  # it is sent nowhere and compared with nothing
+        # it is sent nowhere, compared with nothing, and trains whole
+        alone = replace(workload, value=None, rollout=None, reference=False, adapters=False)
         made["value"] = _model(directory / VALUE, own, world, platform, True, alone)
     return {**made, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
@@ -61,6 +62,7 @@ def _model(
     """
     from tulu_mega.bridge.families import family_for
     from tulu_mega.bridge.families.reward import reward_fields
+    from tulu_mega.bridge.files.peft import resolved
     from tulu_mega.distributed.grid import ShardGrid
     from tulu_mega.model.hf_config import load_config
     from tulu_mega.plan.dry_run import rank
@@ -72,13 +74,14 @@ def _model(
     hf = load_config(settings.model.model_copy(update={"path": str(directory)}))
     family = family_for(hf.to_dict())
     reward = family.reward or reward
+    lora = resolved(settings.lora) if workload and workload.adapters else None
     if reward:
         hf.update(reward_fields(family, hf.to_dict()))
 
     def built(stage: int, tensor_rank: int, copy: int) -> dict[str, Any]:
         number = layout.at(tensor_rank=tensor_rank, pipeline_rank=stage, copy=copy).rank
         with rank.place(settings, number, layout.world, platform) as here:
-            return asdict(rank.report(hf, settings, here, platform, reward, workload))
+            return asdict(rank.report(hf, settings, here, platform, reward, workload, lora))
 
     first = [built(stage, tensor_rank, 0) for stage in range(layout.pipeline) for tensor_rank in range(layout.tensor)]
     last = []
@@ -87,6 +90,7 @@ def _model(
     return {
         "layout": layout.sizes,
         "config": hf.to_dict(),
+        "lora": lora and lora.model_dump(mode="json", exclude={"adapter"}),
         "first": first,
         "last": last,
         "hf_shapes": hf_shapes(hf, reward),

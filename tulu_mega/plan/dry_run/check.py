@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+from tulu_mega.bridge.adapters import adapter_family
 from tulu_mega.bridge.box import Box
 from tulu_mega.bridge.fp8 import is_quantized, scales_name
 from tulu_mega.bridge.rules import Config, Family
 from tulu_mega.config import ParallelSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
+from tulu_mega.layout.stages import stage_layers
 from tulu_mega.plan.dry_run.cover import uncovered
 from tulu_mega.plan.dry_run.record import RankReport, Shard
+from tulu_mega.plan.model.adapters import adapters_by_layer, stage_adapters
 from tulu_mega.plan.model.parameters import stage_shards
 
 _TOLD = 8
@@ -27,6 +31,7 @@ def problems(
     config: Config,
     hf_shapes: Mapping[str, tuple[int, ...]],
     parallel: ParallelSettings,
+    lora: LoraSettings | None = None,
 ) -> list[str]:
     """Everything that does not fit.
 
@@ -37,15 +42,17 @@ def problems(
         config: its config.json.
         hf_shapes: its tensors and their shapes as transformers has them.
         parallel: the layout's settings, for the planner.
+        lora: adapters that train beside.
     """
     kinds = (
         _table(family, config, hf_shapes),
-        _tensors(layout, first, family, config, hf_shapes),
+        _tensors(layout, [report.shards for report in first], [report.stage for report in first], family, config, hf_shapes),
+        _adapters(layout, first, family, config, lora) if lora else (),
         _copies(layout, first, last),
         _shared_optimizer(layout, first, last),
         _checkpoint(first),
         _streams(first, hf_shapes),
-        _planned(layout, first, config, parallel),
+        _planned(layout, first, config, parallel, lora),
     )
     found = []
     for kind in kinds:
@@ -71,15 +78,33 @@ def _table(family: Family, config: Config, hf_shapes: Mapping[str, tuple[int, ..
             yield f"{name}: {list(here)} by the table of {family.architecture}, {list(there)} in transformers' model"
 
 
-def _tensors(
-    layout: ShardGrid, ranks: Sequence[RankReport], family: Family, config: Config, hf_shapes: Mapping[str, tuple[int, ...]]
+def _adapters(
+    layout: ShardGrid, first: Sequence[RankReport], family: Family, config: Config, lora: LoraSettings
 ) -> Iterator[str]:
-    """The union of all shards against the whole model: each place of each tensor held once, tied and replicated ones aside."""
+    """The union of all that trains against the table of adapters."""
+    thin = adapter_family(family, lora, config)
+    trained, stages = [report.adapters for report in first], [report.stage for report in first]
+    yield from _tensors(layout, trained, stages, thin, config, thin.hf_shapes(config))
+
+
+def _tensors(
+    layout: ShardGrid,
+    held: Sequence[Sequence[Shard]],
+    stages: Sequence[int],
+    family: Family,
+    config: Config,
+    hf_shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[str]:
+    """The union of all shards against the whole model: each place of each tensor held once, tied and replicated ones aside.
+
+    Args:
+        held, stages: of each rank, its shards and its stage.
+    """
     boxes: dict[str, list[Box]] = defaultdict(list)
     tied: dict[str, list[Box]] = defaultdict(list)
     for stage in range(layout.pipeline):
-        group = [report for report in ranks if report.stage == stage]
-        for shards in zip(*(report.shards for report in group), strict=True):
+        group = [shards for shards, own in zip(held, stages, strict=True) if own == stage]
+        for shards in zip(*group, strict=True):
             yield from _parameter(shards, layout, family, config, boxes, tied)
     for name, shape in hf_shapes.items():
         if wrong := uncovered(tuple(shape), boxes.pop(name, [])):
@@ -127,7 +152,7 @@ def _copies(layout: ShardGrid, first: Sequence[RankReport], last: Sequence[RankR
         yield f"ranks of (stage, tensor rank) {list(of)} were built, expected {expected}"
     for report in last:
         same = of.get((report.stage, report.tensor_rank))
-        if same and (report.shards, report.layers) != (same.shards, same.layers):
+        if same and (report.shards, report.adapters, report.layers) != (same.shards, same.adapters, same.layers):
             yield f"rank {report.rank} holds other parameters than rank {same.rank}, of which it is a copy"
 
 
@@ -141,8 +166,8 @@ def _shared_optimizer(layout: ShardGrid, first: Sequence[RankReport], last: Sequ
         if training.main != training.held_D[report.copy]:
             yield f"{who}: its optimizer has {training.main:,} elements, the buffers give it {training.held_D[report.copy]:,}"
         whole, copies = sum(training.held_D), 1 if training.sharded else layout.copies
-        if whole != report.parameters * copies:
-            yield f"{who}: the optimizers of its {layout.copies} copies have {whole:,} elements, of {report.parameters:,}"
+        if whole != report.trained * copies:
+            yield f"{who}: the optimizers of its {layout.copies} copies have {whole:,} elements, of {report.trained:,}"
 
 
 def _checkpoint(first: Sequence[RankReport]) -> Iterator[str]:
@@ -175,16 +200,22 @@ def _streams(first: Sequence[RankReport], hf_shapes: Mapping[str, tuple[int, ...
             yield f"{name}: sent to the rollout engines {times[name]} times, expected once"
 
 
-def _planned(layout: ShardGrid, first: Sequence[RankReport], config: Config, parallel: ParallelSettings) -> Iterator[str]:
+def _planned(
+    layout: ShardGrid, first: Sequence[RankReport], config: Config, parallel: ParallelSettings, lora: LoraSettings | None
+) -> Iterator[str]:
     """The planner's arithmetic against what megatron-core built, parameter by parameter."""
     plans: dict[int, dict[str, tuple[int, ...]]] = {}
+    adapters, split = adapters_by_layer(config, lora, layout.tensor) if lora else [], stage_layers(config, parallel)
     for report in first:
         if report.stage not in plans:
             stages = layout.at(pipeline_rank=report.stage).stages
             plans[report.stage] = {
                 shard.name: tuple(shard.shape) for stage in stages for shard in stage_shards(config, parallel, stage)
             }
-        plan, built = plans[report.stage], {shard.name: shard.shape for shard in report.shards}
+            plans[report.stage] |= {
+                each.name: tuple(each.shape) for stage in stages for each in stage_adapters(adapters, split, stage)
+            }
+        plan, built = plans[report.stage], {shard.name: shard.shape for shard in (*report.shards, *report.adapters)}
         who = f"rank {report.rank} (stage {report.stage}, tensor rank {report.tensor_rank})"
         for name in sorted(plan.keys() | built.keys()):
             if plan.get(name) != built.get(name):

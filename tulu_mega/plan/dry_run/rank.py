@@ -15,6 +15,7 @@ from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.shards import ModelShard, exportable
 from tulu_mega.bridge.stream import outgoing
 from tulu_mega.config import EngineSettings, RolloutSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.config.workload import Workload
 from tulu_mega.distributed import topology
 from tulu_mega.distributed.topology import Topology
@@ -42,7 +43,13 @@ def place(settings: EngineSettings, rank: int, world: int, platform: Platform) -
 
 
 def report(
-    hf: PretrainedConfig, settings: EngineSettings, here: Topology, platform: Platform, reward: bool, workload: Workload | None
+    hf: PretrainedConfig,
+    settings: EngineSettings,
+    here: Topology,
+    platform: Platform,
+    reward: bool,
+    workload: Workload | None,
+    lora: LoraSettings | None,
 ) -> RankReport:
     """What this rank holds, writes and sends.
 
@@ -50,14 +57,11 @@ def report(
         hf: the model's, of a reward model as it is trained.
         here: of `place`.
         workload: of the stage that trains the model; None where it is not trained.
+        lora: adapters that alone are trained then.
     """
-    engine = Engine(hf, settings, here, platform, reward=reward)
+    engine = Engine(hf, settings, here, platform, reward=reward, lora=lora)
     layers = tuple(len(chunk.decoder.layers) for chunk in engine.chunks)
-    shards = tuple(
-        Shard(name, tuple(parameter.shape), parameter.itemsize, bool(getattr(parameter, "tensor_model_parallel", False)))
-        for chunk in engine.chunks
-        for name, parameter in exportable(chunk)
-    )
+    shards, adapters = (_shards(engine, adapters) for adapters in (False, True))
     training, format = None, "reshardable"
     if workload:
         engine.prepare_training(settings.optim, 1, settings.ddp, settings.optimizer)
@@ -77,7 +81,7 @@ def report(
         for held in saved.weights
     )
     rollout = workload.rollout if workload else None
-    size = sum(shard.nbytes for shard in shards)
+    size = sum(shard.nbytes for shard in (adapters if lora else shards))
     return RankReport(
         rank=here.rank,
         stage=here.pipeline_rank,
@@ -85,12 +89,22 @@ def report(
         copy=here.copy,
         layers=layers,
         shards=shards,
+        adapters=adapters if lora else (),
         stored=stored,
         weights_saved=sum(held.data.nbytes for held in saved.weights),
         optimizer_saved=saved.optimizer_bytes,
-        beside=size if workload and workload.reference else 0,
+        beside=size * (2 if lora else 1) if workload and workload.reference else 0,
         training=training,
         sending=_sending(engine, settings.model.dtype, rollout) if rollout else None,
+    )
+
+
+def _shards(engine: Engine, adapters: bool) -> tuple[Shard, ...]:
+    """The parameters of a rank's model, or what trains beside them."""
+    return tuple(
+        Shard(name, tuple(parameter.shape), parameter.itemsize, bool(getattr(parameter, "tensor_model_parallel", False)))
+        for chunk in engine.chunks
+        for name, parameter in exportable(chunk, adapters)
     )
 
 

@@ -95,8 +95,10 @@ class RankReport:
     layers: tuple[int, ...]
     """transformer layers of each chunk"""
     shards: tuple[Shard, ...]
+    adapters: tuple[Shard, ...]
+    """what alone trains where adapters do: they, and a reward model's head"""
     stored: tuple[Stored, ...]
-    """of the model's weights"""
+    """of the model's weights that train"""
     weights_saved: int
     """bytes of the model's weights that it writes at a save"""
     optimizer_saved: int
@@ -113,13 +115,21 @@ class RankReport:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes of its parameters, without padding of buffers."""
-        return sum(shard.nbytes for shard in self.shards)
+        """Bytes of its parameters, adapters among them, without padding of buffers."""
+        return sum({shard.name: shard.nbytes for shard in (*self.shards, *self.adapters)}.values())
+
+    @property
+    def trained(self) -> int:
+        """Elements of the parameters that train."""
+        return sum(shard.elements for shard in self.adapters) if self.adapters else self.parameters
 
     @classmethod
     def read(cls, told: dict[str, Any]) -> RankReport:
         """From JSON."""
-        shards = tuple(Shard(each["name"], tuple(each["shape"]), each["itemsize"], each["cut"]) for each in told["shards"])
+        shards, adapters = (
+            tuple(Shard(each["name"], tuple(each["shape"]), each["itemsize"], each["cut"]) for each in told[kind])
+            for kind in ("shards", "adapters")
+        )
         stored = tuple(
             Stored(each["key"], tuple(each["whole"]), Box((start, stop) for start, stop in each["box"]))
             for each in told["stored"]
@@ -128,8 +138,8 @@ class RankReport:
             **{name: tuple(value) if isinstance(value, list) else value for name, value in told["training"].items()}
         )
         sending = told["sending"] and Sending(**told["sending"])
-        own = {"shards": shards, "stored": stored, "training": training, "sending": sending, "layers": tuple(told["layers"])}
-        return cls(**{**told, **own})
+        own = {"shards": shards, "adapters": adapters, "stored": stored, "training": training, "sending": sending}
+        return cls(**{**told, **own, "layers": tuple(told["layers"])})
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from tulu_mega.bridge.families import family_for
 from tulu_mega.config import EngineSettings, ParallelSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.config.stages import stage_of
 from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
@@ -107,7 +108,8 @@ def _record(told: Mapping[str, Any], parallel: ParallelSettings, began: float, p
     last = tuple(RankReport.read(each) for each in told["last"])
     shapes = {name: tuple(shape) for name, shape in told["hf_shapes"].items()}
     config = told["config"]
-    found = check.problems(layout, first, last, family_for(config), config, shapes, parallel)
+    lora = told["lora"] and LoraSettings.model_validate(told["lora"])
+    found = check.problems(layout, first, last, family_for(config), config, shapes, parallel, lora)
     return DryRun(
         layout=layout,
         ranks=first,

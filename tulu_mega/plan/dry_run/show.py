@@ -24,7 +24,7 @@ def as_json(found: DryRun) -> dict[str, Any]:
     whole = asdict(found) | {"layout": found.layout.sizes | {"world": found.layout.world}}
     whole["value"] = as_json(found.value) if found.value else None
     for told, report in zip(whole["ranks"], found.ranks, strict=True):
-        del told["shards"], told["stored"]
+        del told["shards"], told["adapters"], told["stored"]
         told |= {"parameters": report.parameters, "parameter_bytes": report.parameter_bytes}
         if report.sending:
             told["sending"] |= {"tensors": len(report.sending.tensors), "bytes": report.sending.nbytes}

@@ -117,17 +117,18 @@ def layer_cost(job: Job, pack: Pack, rates: Rates) -> LayerCost:
     product, result_forward, result_backward, accumulated = layer_products(job, tokens)
     speed, memory = rates.products * peak(job), rates.memory * job.gpu.bandwidth
     between_forward, between_backward = (each * tokens / memory for each in bytes_between(job))
+    adapters, narrow = job.adapter_work, rates.products * (job.gpu.fp32 if job.dtype == "fp32" else job.gpu.bf16)
     forward = Cost(
-        product / speed,
+        product / speed + tokens * adapters.flops / narrow,
         attention_forward,
-        between_forward + result_forward / memory,
+        between_forward + result_forward / memory + (tokens * adapters.forward + adapters.lengths) / memory,
         tensor_forward,
         max(0.0, context_forward - attention_forward),
     )
     backward = Cost(
-        2 * product / speed,
+        backward_products(job) * product / speed + 2 * tokens * adapters.flops / narrow,
         attention_backward,
-        between_backward + (result_backward + accumulated) / memory,
+        between_backward + (result_backward + accumulated) / memory + tokens * adapters.backward / memory,
         tensor_backward,
         max(0.0, context_backward - attention_backward),
     )
@@ -171,6 +172,7 @@ def _launches(job: Job, rates: Rates) -> tuple[float, float]:
         forward, backward = forward + 10, backward + 14
     if job.size.needs.qk_norm != "none":
         forward, backward = (forward + 2, backward + 4) if job.size.needs.qk_norm == "head" else (forward + 16, backward + 24)
+    forward, backward = forward + job.adapter_work.launches, backward + 2 * job.adapter_work.launches
     modules = 4 * rates.module if kernels.transformer_engine else 0.0
     return forward * rates.launch + modules, backward * rates.launch + modules
 
@@ -178,8 +180,8 @@ def _launches(job: Job, rates: Rates) -> tuple[float, float]:
 def head_passes(job: Job) -> tuple[int, int]:
     """How often the head's product runs, and bytes that a logit moves, forward and backward together."""
     if job.full_logits:
-        return 3, 14
-    return 4, 58 + 24 * job.entropy
+        return 2 + (job.lora is None), 14
+    return 3 + (job.lora is None), 58 + 24 * job.entropy
 
 
 def head_cost(job: Job, pack: Pack, rates: Rates) -> tuple[Cost, Cost]:
@@ -196,12 +198,13 @@ def head_cost(job: Job, pack: Pack, rates: Rates) -> tuple[Cost, Cost]:
     columns = size.columns / tensor
     product = 2 * tokens * size.hidden * columns / (rates.products * (job.gpu.fp32 if job.dtype == "fp32" else job.gpu.bf16))
     logits = tokens * columns / (rates.memory * job.gpu.bandwidth)
+    again = backward_products(job) * product
     if job.full_logits:
-        return Cost(products=product, elementwise=8 * logits), Cost(products=2 * product, elementwise=6 * logits)
+        return Cost(products=product, elementwise=8 * logits), Cost(products=again, elementwise=6 * logits)
     with_entropy = 12 if job.entropy else 0
     return (
         Cost(products=product, elementwise=(22 + with_entropy) * logits),
-        Cost(products=3 * product, elementwise=(36 + with_entropy) * logits),
+        Cost(products=product + again, elementwise=(36 + with_entropy) * logits),
     )
 
 
@@ -233,7 +236,13 @@ def layer_products(job: Job, tokens: float) -> tuple[float, float, float, float]
     results, gradients = (tokens * item * sum(shape[at] for shape in shapes) for at in (0, 1))
     # where products do not add to what is accumulated, a gradient is written and read once more
     accumulated = 2 * job.grad_bytes + (0 if job.kernels.weight_gradients else 2 * item)
-    return 2 * tokens * weights, results, gradients, accumulated * weights
+    summed = sum(job.adapters) / sum(job.layers) if job.lora else weights
+    return 2 * tokens * weights, results, gradients, accumulated * summed
+
+
+def backward_products(job: Job) -> int:
+    """How often a layer's matrices are multiplied backward: for the input's gradient, and for their own where they have one."""
+    return 1 if job.lora else 2
 
 
 def bytes_between(job: Job) -> tuple[float, float]:
@@ -287,14 +296,14 @@ def pairs(job: Job, length: int) -> float:
 def collective_bytes(job: Job) -> tuple[int, int]:
     """Bytes an element of the hidden states that a layer's tensor-parallel collectives gather and scatter forward and backward
     (Korthikanti et al., arXiv 2205.05198): forward, an all-gather before and a reduce-scatter after attention and feed-forward;
-    backward the mirror image, and the inputs gathered once more for the weights' gradients. Without sequence parallelism two
-    all-reduces each way. FP8 gathers a byte an element."""
+    backward the mirror image, and the inputs gathered once more for the weights' gradients where these train. Without sequence
+    parallelism two all-reduces each way. FP8 gathers a byte an element."""
     if job.parallel.tensor == 1:
         return 0, 0
     if not job.sequence:
         return (4 * job.itemsize,) * 2
     gathered = 1 if job.fp8 else job.itemsize
-    return 2 * (gathered + job.itemsize), 2 * (2 * gathered + job.itemsize)
+    return 2 * (gathered + job.itemsize), 2 * (backward_products(job) * gathered + job.itemsize)
 
 
 def tensor_exposed(job: Job, rates: Rates) -> float:

@@ -10,12 +10,14 @@ from typing import Any, Literal
 from tulu_mega.bridge.families import family_for
 from tulu_mega.bridge.rules import LayerNeeds
 from tulu_mega.config import ParallelSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.config.recompute import Recomputed
 from tulu_mega.layout.flops import head_columns
 from tulu_mega.layout.hardware import Gpu
 from tulu_mega.layout.stages import stage_layers
+from tulu_mega.plan.model.adapters import AdapterWork, adapter_work, adapters_by_layer, stage_adapters
 from tulu_mega.plan.model.kernels import FUSED, Kernels
-from tulu_mega.plan.model.parameters import ITEMSIZE, Parameters, rank_parameters
+from tulu_mega.plan.model.parameters import ITEMSIZE, Parameters, Shard, rank_parameters
 
 NOTHING = Recomputed()
 
@@ -54,6 +56,7 @@ class Job:
         full_logits: the head makes all logits of a micro-batch at once and keeps them.
         entropy: whether the objective asks for entropies.
         split: layers of every virtual stage, where they are not those of `stages`.
+        lora: adapters that train beside frozen weights; of a directory, what it says.
     """
 
     config: Mapping[str, Any]
@@ -73,6 +76,7 @@ class Job:
     full_logits: bool = False
     entropy: bool = False
     split: tuple[int, ...] | None = None
+    lora: LoraSettings | None = None
 
     @property
     def data(self) -> int:
@@ -120,6 +124,31 @@ class Job:
         """Parameters of every pipeline rank."""
         ranks = range(self.parallel.pipeline)
         return tuple(rank_parameters(self.config, self.parallel, rank, self.layers) for rank in ranks)
+
+    @cached_property
+    def adapters(self) -> tuple[int, ...]:
+        """Elements of adapters on every pipeline rank, beside `held`."""
+        ranks, by_layer = self.parallel.pipeline, self.adapters_by_layer
+        stages = [sum(shard.count for shard in stage_adapters(by_layer, self.layers, at)) for at in range(len(self.layers))]
+        return tuple(sum(stages[rank::ranks]) for rank in range(ranks))
+
+    @cached_property
+    def adapters_by_layer(self) -> list[list[Shard]]:
+        """The adapters' parameters on a tensor rank, by layer of the whole model."""
+        return adapters_by_layer(self.config, self.lora, self.parallel.tensor) if self.lora else []
+
+    @cached_property
+    def trained(self) -> tuple[int, ...]:
+        """Elements that have gradients on every pipeline rank: all, or the adapters and a reward model's head."""
+        if self.lora is None:
+            return tuple(each.total for each in self.held)
+        heads = (each.head if self.size.columns == 1 else 0 for each in self.held)
+        return tuple(map(sum, zip(self.adapters, heads, strict=True)))
+
+    @cached_property
+    def adapter_work(self) -> AdapterWork:
+        """What the adapters do."""
+        return adapter_work(self)
 
     @cached_property
     def size(self) -> Sizes:

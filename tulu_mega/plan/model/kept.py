@@ -51,7 +51,7 @@ def layer_kept(job: Job) -> tuple[Kept, ...]:
             Kept("statistics of two norms", "8 / s", 8 / s),
         ]
     else:
-        apart = not kernels.transformer_engine or "layernorm" in job.recompute.modules
+        apart = not kernels.transformer_engine or "layernorm" in job.recompute.modules or job.lora is not None
         second = "layernorm" if apart else "layernorm mlp"
         kept = [
             Kept("layer's input", "b h / s", b * h / s),
@@ -88,7 +88,13 @@ def layer_kept(job: Job) -> tuple[Kept, ...]:
     ]
     if not kernels.activation:
         kept += [Kept("gate's activation, and up once more", "2 b f / t", 2 * b * f / t, "activation mlp")]
-    return (*kept, Kept("their product", "c f / t", c * f / t, "activation mlp"))
+    kept += [Kept("their product", "c f / t", c * f / t, "activation mlp")]
+    if job.lora:
+        what, formula = "adapters' narrow products", "b r for each (row-parallel: / s)"
+        if job.lora.dora:
+            what, formula = f"{what}, and what their lengths scale", f"{formula}, b o"
+        kept += [Kept(what, formula, job.adapter_work.kept)]
+    return tuple(kept)
 
 
 def token_bytes(job: Job) -> tuple[float, float, float]:

@@ -3,6 +3,8 @@
 Weights, gradients and optimizer: mixed precision with a distributed optimizer, 2 + 4 + 12 / (DP x CP) bytes a parameter (ZeRO
 stage 1, Rajbhandari et al., arXiv 1910.02054; megatron-core's docs/source/api-guide/dist_optimizer.md has the same table).
 
+Where adapters train beside frozen weights, only they and a reward model's head have gradients and optimizer.
+
 Activations: `kept` has what a layer keeps of a token, tensor by tensor. With everything fused and nothing recomputed it is, by
 Transformer Engine's layers in bf16, after Korthikanti et al. (arXiv 2205.05198), who count 34 h for a GPT under tensor and
 sequence parallelism with attention that keeps no scores,
@@ -63,7 +65,7 @@ class RankMemory:
     communication: float
     """tensor-parallel gathers; the layers that FSDP has gathered"""
     beside: float
-    """weights of further models: the reference of a policy, a reward model"""
+    """weights of further models of the same size: the reference of a policy; of adapters, those that a run began with"""
     sync: float
     """buckets of weights on their way to servers, on tensor rank 0 of the first replica"""
     allocator: float
@@ -73,6 +75,8 @@ class RankMemory:
     """weights, gradients and optimizer of a value model that trains beside, and NCCL's buffers for groups of its own"""
     value_passes: float = 0.0
     """what its passes take above the policy's, in whose place they come"""
+    rewards: float = 0.0
+    """weights of a reward model that scores responses"""
 
     @property
     def parts(self) -> dict[str, float]:
@@ -95,21 +99,22 @@ class RankMemory:
         return sum(self.parts.values())
 
 
-def rank_memory(job: Job, rank: int, beside: int = 0, bucket: int = 0) -> RankMemory:
+def rank_memory(job: Job, rank: int, beside: int = 0, bucket: int = 0, copies: int = 0) -> RankMemory:
     """The memory of a pipeline rank.
 
     Args:
         rank: in the pipeline, from 0.
         beside: models that lie on the same ranks and are only scored with.
         bucket: bytes of a bucket of weights, 0 without servers.
+        copies: times that what trains is held once more.
 
     Raises:
         ValueError: the interleaved schedule cannot run that number of micro-batches.
     """
-    parallel, held = job.parallel, job.held[rank]
+    parallel, held, trained = job.parallel, job.held[rank], job.trained[rank]
     sharded = job.data if job.fsdp else 1
     shards = job.shards if parallel.distributed_optimizer else 1
-    weights = held.total * job.itemsize
+    weights = (held.total + job.adapters[rank]) * job.itemsize
     if job.fp8_weights:  # a byte, and a transposed one that Hopper's products want
         weights += held.layers * (2 - job.itemsize)
     elif job.fp8:  # cast once a step, beside the parameters
@@ -134,24 +139,24 @@ def rank_memory(job: Job, rank: int, beside: int = 0, bucket: int = 0) -> RankMe
     made = RankMemory(
         rank=rank,
         weights=weights / sharded,
-        gradients=held.total * job.grad_bytes / sharded,
-        optimizer=held.total * (job.state_bytes * (1 - job.host_share) + _copies(job)) / shards,
+        gradients=trained * job.grad_bytes / sharded,
+        optimizer=trained * (job.state_bytes * (1 - job.host_share) + _copies(job)) / shards,
         activations=tallest,
-        working=tokens * (again + grown / parallel.context),
+        working=tokens * (again + (grown + job.adapter_work.deltas) / parallel.context),
         log_probs=_head_bytes(job) if last else 0.0,
         pipeline=4 * hidden / (parallel.tensor if job.sequence else 1) if parallel.pipeline > 1 else 0.0,
         outputs=outputs,
         communication=(2 * hidden if job.sequence else 0.0) + _gathered(job, rank),
-        beside=beside * held.total * item,
+        beside=(beside * held.total + copies * trained) * item,
         sync=SLOTS * max(bucket, _largest(job, rank) * item) if bucket else 0.0,
         allocator=0.0,
     )
     return replace(made, allocator=UNUSABLE * made.passing)
 
 
-def memory_by_rank(job: Job, beside: int = 0, bucket: int = 0) -> list[RankMemory]:
+def memory_by_rank(job: Job, beside: int = 0, bucket: int = 0, copies: int = 0) -> list[RankMemory]:
     """Of every pipeline rank. Arguments and errors of :func:`rank_memory`."""
-    return [rank_memory(job, rank, beside, bucket) for rank in range(job.parallel.pipeline)]
+    return [rank_memory(job, rank, beside, bucket, copies) for rank in range(job.parallel.pipeline)]
 
 
 def beside_a_value_model(
@@ -187,7 +192,7 @@ def checkpoint_host_bytes(job: Job, format: str, asynchronous: bool) -> float:
     passing = per_node * max(_passing(job, rank) for rank in range(job.parallel.pipeline))
     if not asynchronous:
         return passing
-    held = max(each.total for each in job.held)
+    held = max(job.trained)
     firsts = min(per_node, job.parallel.tensor * max(1, per_node // (job.parallel.tensor * job.shards)))  # copies come after them
     if not job.parallel.distributed_optimizer:  # these write all of it; of float32 parameters there is no other main one
         return passing + firsts * held * (job.state_bytes + job.itemsize)
@@ -212,6 +217,9 @@ def _passing(job: Job, rank: int) -> float:
     """Bytes of main memory through which a rank's part of a checkpoint goes: a piece of the optimizer's largest tensor at a time,
     or a weight."""
     held, size = job.held[rank], job.size
+    if job.lora:
+        largest = max((shard.count for layer in job.adapters_by_layer for shard in layer), default=0)
+        return _WRITING + max(4 * largest / math.ceil(max(1, largest) / PIECE), job.itemsize * largest)
     layers = size.hidden * max(size.ffn, size.queries + 2 * size.keys) // job.parallel.tensor
     largest = max(held.embedding, held.head, layers)
     return _WRITING + max(4 * largest / math.ceil(largest / PIECE), job.itemsize * largest)
@@ -219,7 +227,7 @@ def _passing(job: Job, rank: int) -> float:
 
 def state_host_bytes(job: Job) -> float:
     """Main memory that the optimizer's state takes on the fullest node all along, and float32 gradients beside it."""
-    held = max(each.total for each in job.held)
+    held = max(job.trained)
     return min(job.gpu.per_node, job.world) * held * job.host_share * (job.state_bytes + 4) / job.shards
 
 
@@ -243,7 +251,7 @@ def _head_bytes(job: Job) -> float:
         return 2 * tokens * size.hidden * job.itemsize + labelled * columns * 2 * job.itemsize
     chunks = labelled * columns * 4 / LOGITS
     logits = min(1.0, chunks) * LOGITS * (3.5 if job.entropy else 2.5)
-    gradient = columns * size.hidden * (job.itemsize + (4 if chunks > 1 else 0))
+    gradient = 0 if job.lora else columns * size.hidden * (job.itemsize + (4 if chunks > 1 else 0))
     return 2 * (tokens + labelled) * size.hidden * job.itemsize + logits + gradient
 
 

@@ -30,18 +30,18 @@ class Storage:
 
 
 def storage(job: Job, rate: float, asynchronous: bool) -> Storage:
-    """A checkpoint: each rank writes its share of the optimizer's state, the first of the data-parallel ones the weights too. On
-    going on all read their share and the weights.
+    """A checkpoint, of what trains: each rank writes its share of the optimizer's state, the first of the data-parallel ones the
+    weights too. On going on all read their share and the weights.
 
     Args:
         rate: of the file system that all share, bytes/s.
         asynchronous: whether it is written from copies in main memory while training goes on.
     """
-    parallel, held = job.parallel, job.held
+    parallel = job.parallel
     share = job.state_bytes / (job.shards if parallel.distributed_optimizer else 1)
     copies = parallel.tensor * (job.shards if parallel.distributed_optimizer else 1)
-    size = sum(each.total for each in held) * (share * copies + job.itemsize * parallel.tensor)
-    fullest = max(each.total for each in held) * (share + job.itemsize)
+    size = sum(job.trained) * (share * copies + job.itemsize * parallel.tensor)
+    fullest = max(job.trained) * (share + job.itemsize)
     save = max(size / rate, fullest / THREAD)
-    read = sum(each.total for each in held) * (share + job.itemsize) * parallel.tensor * job.shards
+    read = sum(job.trained) * (share + job.itemsize) * parallel.tensor * job.shards
     return Storage(size, save, fullest / (_COPIED * job.gpu.host) if asynchronous else save, max(read / rate, fullest / THREAD))

@@ -92,7 +92,7 @@ def train_step(job: Job, rates: Rates) -> Step:
         data=_data(job, passes, rates),
         optimizer=_optimizer(job, rates),
         tokens=sum(lengths),
-        flops=training_flops(job.config, lengths),
+        flops=training_flops(job.config, lengths, frozen=job.lora is not None),
         world=job.world,
     )
 
@@ -178,7 +178,7 @@ def _data(job: Job, passes: _Passes, rates: Rates) -> float:
     share = (shards - 1) / shards
     weight = 1 if job.fp8_weights else job.itemsize
     worst = 0.0
-    for rank, held in enumerate(each.total for each in job.held):
+    for rank, held in enumerate(job.trained):
         forward, backward = (sum(passes.seconds(job.packs[0][0], way)[rank :: parallel.pipeline]) for way in (False, True))
         reduced, gathered = (held * share * each / rate for each in (job.grad_bytes, weight))
         if job.fsdp:  # in every micro-batch: gathered forward and backward, reduced backward, hidden behind either
@@ -194,7 +194,7 @@ def _data(job: Job, passes: _Passes, rates: Rates) -> float:
 
 def _optimizer(job: Job, rates: Rates) -> float:
     """The rank with the most parameters: buffers zeroed and scaled, norm, clipping, Adam."""
-    held = max(each.total for each in job.held)
+    held = max(job.trained)
     own = held / job.shards if job.parallel.distributed_optimizer or job.fsdp else held
     buffers = own if job.fsdp else held
     on_device = (3 * job.grad_bytes * buffers + update_bytes(job) * own) / (rates.memory * job.gpu.bandwidth)
