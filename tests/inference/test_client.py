@@ -142,6 +142,12 @@ def test_responses_come_in_order_with_their_tokens_and_log_probabilities(serve):
     assert sorted(done, key=lambda each: each[0]) == list(enumerate(groups))
 
 
+def test_an_answer_of_the_bare_model_is_not_taken_for_the_adapters(serve):
+    asked = RolloutClient([serve(Fake())], settings(retries=0), "policy")
+    with asked as client, pytest.raises(ServerFailure, match="answered by adapter None, expected memory://policy/3"):
+        client.generate([[1, 2]], SAMPLING, 3)
+
+
 def test_the_same_seed_gives_the_same_responses_from_any_number_of_servers(serve):
     prompts = [[token] for token in range(1, 20)]
     alone = serve(Fake())

@@ -11,6 +11,7 @@ from tulu_mega.bridge.files.hub import model_directory
 from tulu_mega.config import EngineSettings, ParallelSettings, PolicyRunSettings
 from tulu_mega.config.policy_run import steps_of
 from tulu_mega.errors import UserError
+from tulu_mega.inference.adapters import described, holds
 from tulu_mega.inference.addresses import longest_wait, look
 from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
 from tulu_mega.inference.offline import check_vllm
@@ -32,6 +33,10 @@ def problems(settings: PolicyRunSettings, findings: Findings) -> None:
     adapters.problems(settings, findings)
     config = findings.config
     findings.collect(lambda: _servable(settings, config, findings.notes))
+    if settings.lora and not settings.rollout.urls:
+        merged = settings.rollout.adapters == "merged"
+        told = findings.collect(lambda: holds(described(settings.model.path, settings.lora), merged))
+        findings.notes += [told[1]] if told else []
     if settings.rollout.urls:
         findings.collect(lambda: _answering(settings, config, findings.starts, findings.notes))
     prompts = findings.collect(lambda: read(settings, findings.pins.pins.day if findings.pins else None))
@@ -120,6 +125,14 @@ def _answering(settings: PolicyRunSettings, config: Mapping[str, Any] | None, st
         for url, told in about.items()
         if int(told.get("longest", settings.longest)) < settings.longest
     ]
+    if settings.lora and settings.rollout.adapters == "auto":
+        rank, _ = holds(described(settings.model.path, settings.lora), merged=False)
+        notes += [
+            f"{url}: holds no adapters of rank {rank} apart, so that each update sends whole weights; start all servers with "
+            f"--lora_rank {rank} for updates of the adapters alone"
+            for url, told in about.items()
+            if int(told.get("lora_rank") or 0) < rank
+        ]
     problems = []
     if config:
         ours = Model.asked(settings.model.path, settings.model.dtype, settings.rollout.dtype, config)

@@ -122,6 +122,7 @@ CHARTS = (
         zero=True,
     ),
     Chart("grad_norm", "Gradient norm", "before clipping", (("grad_norm", "gradient norm"),), log=True, zero=True),
+    Chart("adapter_norm", "Norm of the adapters", "of A and B together", (("adapter_norm", "norm"),)),
     Chart("lr", "Learning rate", "", (("lr", "learning rate"),), zero=True),
     Chart("throughput", "Throughput", "1,000 tokens/s, all processes", (("tokens_per_second", "tokens"),), scale=1e-3, zero=True),
     Chart(

@@ -25,6 +25,8 @@ METRICS = {
     "step": Metric(ALL, "Number of finished steps, from 1. A line of step 0 has the figures of held-out rows alone."),
     "loss": Metric(ALL, "The loss that was minimised, over the global batch."),
     "grad_norm": Metric(ALL, "Norm of the gradient over all parameters, before clipping. `grpo`, `ppo`: the mean over updates."),
+    "adapter_norm": Metric(ALL, "Norm of all low-rank adapters, and of a reward model's head beside them. Runs with `[lora]`."),
+    "trained_share": Metric(ALL, "Share of the model's weights, adapters included, that trains. Runs with `[lora]`."),
     "lr": Metric(ALL, "Learning rate of the step's last update."),
     "tokens": Metric(ALL, "Tokens of the global batch, padding left out."),
     "supervised_tokens": Metric(ALL, "Tokens that a loss was computed for."),

@@ -42,6 +42,7 @@ class Fleet:
         self._addresses: list[ServerAddress] = []
         self._connection: Connection | None = None
         self._client: RolloutClient | None = None
+        self._note = ""
 
     def __enter__(self) -> Fleet:
         return self
@@ -94,7 +95,10 @@ class Fleet:
         except UserError as error:  # on every rank
             raise CutOff(error.problems) from None
         if dist.get_rank() == 0:
-            self._client = RolloutClient(self._addresses, self._settings)
+            self._client = RolloutClient(self._addresses, self._settings, self._connection.adapter)
+            if (note := self._connection.streams.note) and note != self._note:
+                print(note, flush=True)
+            self._note = note
 
     def _attached(self) -> tuple[list[ServerAddress], list[str]]:
         """The servers, or why there are none, which every rank is to hear."""

@@ -32,6 +32,7 @@ from tulu_mega.rl.prompts import Prompts, read, write_rejects
 from tulu_mega.rl.reporter import Reporter
 from tulu_mega.rl.reward_model import RewardModelScores
 from tulu_mega.rl.scheduler import Generates, Scheduler
+from tulu_mega.train.adapter_figures import adapter_figures
 from tulu_mega.train.adapter_reference import AdapterReference
 from tulu_mega.train.checkpoint import Checkpoint
 from tulu_mega.train.engine import Engine
@@ -135,8 +136,9 @@ class Policy:
     def report(self, done: int, collected: Collected, learned: Learned, sync: SyncReport, heldout: dict[str, float]) -> None:
         """Write the step's line in metrics.jsonl, and its responses."""
         guards = self.guards.after_step(done)
+        figures = {**heldout, **adapter_figures(self.run.session.engine)}
         if self.reporter:
-            self.reporter.report(done, collected, learned, sync, heldout, guards)
+            self.reporter.report(done, collected, learned, sync, figures, guards)
 
     def save(self, done: int, learned: Learned) -> None:
         """Save a checkpoint, when one is due: weights, optimizer, place among the prompts.
