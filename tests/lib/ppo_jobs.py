@@ -29,6 +29,8 @@ from tulu_mega.train.engine import Engine
 from tulu_mega.train.step_clock import StepClock
 
 BETA, LAM, CLIP, RANGE, COEFFICIENT = 0.2, 0.9, 0.2, 0.1, 0.5
+ALPHA = 0.3
+"""of a lambda by length: all responses but the shortest have one above 0"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,15 @@ class Updates:
     lr: dict[str, float]
     """of each model, at first; goes down to 0 in a line"""
     decay: float = 0.0
+    value_updates: int = 1
+    warmup: bool = False
+    """the value model alone learns"""
+    settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """of the run, by section"""
 
-    @property
-    def count(self) -> int:
-        return self.mini_batches * self.passes
+    def count(self, model: str) -> int:
+        """Of a model, in a step."""
+        return self.mini_batches * self.passes * (self.value_updates if model == "value" else 1)
 
     def theirs(self, model: torch.nn.Module, name: str) -> tuple[torch.optim.Optimizer, Any]:
         """torch's own optimizer and schedule."""
@@ -55,7 +62,7 @@ class Updates:
             {"params": [each for each in every if each.ndim == 1], "weight_decay": 0.0},  # megatron-core leaves norms alone
         ]
         optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.optimizer](groups, lr=self.lr[name])
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: 1 - at / self.count)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: 1 - at / self.count(name))
 
     def ours(self, name: str) -> OptimSettings:
         given = {"name": self.optimizer, "lr": self.lr[name], "weight_decay": self.decay}
@@ -66,7 +73,12 @@ SGD = Updates("sgd", "sgd", 2, 2, {"policy": 0.05, "value": 0.02})
 FIVE = Updates("five", "sgd", 1, 5, {"policy": 0.05, "value": 0.02})
 ADAMW = Updates("adamw", "adamw", 1, 1, {"policy": 1e-4, "value": 1e-4}, decay=0.1)
 GRADIENT = Updates("gradient", "sgd", 1, 1, {"policy": 1e4, "value": 1e4})  # beside which the weights before are nothing
-EVERY = {each.name: each for each in (SGD, FIVE, ADAMW, GRADIENT)}
+VAPO = Updates(
+    "vapo", "sgd", 2, 1, SGD.lr, value_updates=3,
+    settings={"gae": {"value_lam": 1.0, "adaptive": ALPHA}, "value": {"clip": 0.0}, "policy": {"aggregation": "token"}},
+)  # fmt: skip
+WARMUP = Updates("warm-up", "sgd", 2, 1, SGD.lr, warmup=True)
+EVERY = {each.name: each for each in (SGD, FIVE, ADAMW, GRADIENT, VAPO, WARMUP)}
 
 
 def make_models(directory: str) -> None:
@@ -144,7 +156,13 @@ def hugging_face(directory: str, updates: Updates) -> dict[str, Any]:
     with torch.no_grad():
         old_logp, ref_logp, old_values = logp(policy, numbers), logp(reference, numbers), values(numbers)
         score = torch.tensor([one.advantage for one in every], dtype=torch.float64)
-        white, returns = oracle.advantages_and_returns(masks, score, old_logp, ref_logp, old_values, BETA, LAM)
+        of_vapo = updates is VAPO
+        lams = (1 - 1 / (ALPHA * lengths.double())).clamp(min=0.0), 1.0
+        given = masks, score, old_logp, ref_logp, old_values, BETA
+        white, returns = oracle.advantages_and_returns(*given, lams[0] if of_vapo else LAM)
+        if of_vapo:
+            _, returns = oracle.advantages_and_returns(*given, lams[1])
+    mean, clip = (oracle.mean, 0.0) if of_vapo else (oracle.mean_of_means, RANGE)
     parts = [[one.number for one in part] for part in split(groups, updates.mini_batches)]
     told: dict[str, Any] = {"value": [], "policy": []}
     told["explained_variance"] = float(
@@ -153,17 +171,17 @@ def hugging_face(directory: str, updates: Updates) -> dict[str, Any]:
     steps = {"value": updates.theirs(value, "value"), "policy": updates.theirs(policy, "policy")}
     for part in parts * updates.passes:
         chosen = oracle.Masks(lengths[part], cut_off[part], room)
-        losses = {
-            "value": oracle.value_loss(chosen, values(part), old_values[part], returns[part], RANGE, COEFFICIENT),
-            "policy": oracle.policy_loss(chosen, logp(policy, part), old_logp[part], white[part], CLIP),
-        }
-        for name, model in (("value", value), ("policy", policy)):
+        for name, model in [("value", value)] * updates.value_updates + [("policy", policy)] * (not updates.warmup):
             model.zero_grad()
-            losses[name].backward()
+            if name == "value":
+                loss = oracle.value_loss(chosen, values(part), old_values[part], returns[part], clip, COEFFICIENT, mean)
+            else:
+                loss = oracle.policy_loss(chosen, logp(policy, part), old_logp[part], white[part], CLIP, mean)
+            loss.backward()
             norm = torch.sqrt(sum(p.grad.double().pow(2).sum() for p in model.parameters() if p.grad is not None))
             for each in steps[name]:
                 each.step()
-            told[name].append((float(losses[name].detach()), float(norm)))
+            told[name].append((float(loss.detach()), float(norm)))
     policy.save_pretrained(f"{directory}/{updates.name}_policy")
     value.save_pretrained(f"{directory}/{updates.name}_value")
     return told
@@ -186,21 +204,23 @@ def engine(
             "data": {"train": "none", "pack_length": response_jobs.CAPACITY}, "sampling": {"max_tokens": 1000},
             "value": {
                 "path": f"{directory}/value", "clip": RANGE, "coefficient": COEFFICIENT, "parallel": value_layout,
+                "updates": kind.value_updates, "warmup": int(kind.warmup), **kind.settings.get("value", {}),
             },
-            "gae": {"lam": LAM}, "policy": {"beta": BETA, "importance": "none"}, "train": train,
+            "gae": {"lam": LAM, **kind.settings.get("gae", {})}, "train": train,
+            "policy": {"beta": BETA, "importance": "none", **kind.settings.get("policy", {})},
         }
     )  # fmt: skip
     with jobs.session(f"{directory}/model", layout) as made:
         value = made.beside(f"{directory}/value", reward=True, parallel=settings.value.parallel)
         reference = made.beside(f"{directory}/reference", reward=False).engine
-        made.engine.prepare_training(kind.ours("policy"), kind.count)
-        value.engine.prepare_training(kind.ours("value"), kind.count)
+        made.engine.prepare_training(kind.ours("policy"), kind.count("policy"))
+        value.engine.prepare_training(kind.ours("value"), kind.count("value"))
         place, device = made.topology, made.engine.platform.device
         guards = Guards(PpoTrainSettings(), made.watch, device, place.pipeline_rank, made.lead, Path(out, "skipped.jsonl"))
         policy = Trained(
             made.engine, PolicyObjective.without_divergence(settings.policy, settings.sampling.max_tokens), reference
         )
-        critic = Trained(value.engine, ValueObjective(COEFFICIENT, RANGE))
+        critic = Trained(value.engine, ValueObjective(settings.value.coefficient, settings.value.clip))
         learner = ActorCritic(policy, critic, settings, guards, StepClock(made.watch.at))
         groups = responses(made.engine.hf.vocab_size)
         apart, last, same = first_values(value.engine, groups)

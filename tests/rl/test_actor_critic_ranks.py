@@ -78,6 +78,22 @@ def equals_autograd(truth, tmp_path, layout, share, of_value, updates) -> None:
             assert difference < 1e-5, f"{model} {key}: {difference}"
 
 
+@pytest.mark.parametrize(
+    ("name", "of_value", "updates"),
+    [
+        pytest.param("DP2", "TP2", "vapo", marks=pytest.mark.acceptance),
+        pytest.param("TP2", "", "vapo", marks=pytest.mark.acceptance),
+        ("TP1", "", "vapo"),
+        pytest.param("TP2", "DP2", "warm-up", marks=pytest.mark.acceptance),
+    ],
+)
+def test_vapo_and_a_warm_up_of_the_value_model_equal_autograd(truth, tmp_path, name, of_value, updates):
+    """Several updates of the value model to one of the policy; own lambdas, one by length; values are not clipped; means over
+    tokens."""
+    equals_autograd(truth, tmp_path, LAYOUTS[name], True, OWN[of_value], updates)
+    assert [len(truth[1][updates][model]) for model in ("value", "policy")] == ([6, 2] if updates == "vapo" else [2, 0])
+
+
 def test_before_any_update_the_value_of_the_last_token_is_what_the_command_score_says(truth, tmp_path):
     """Of the directory that the value model begins as, under another layout."""
     directory = truth[0]

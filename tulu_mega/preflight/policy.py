@@ -184,7 +184,7 @@ def of_the_policys_tokens(
         parallel: the model's layout; the policy's when None.
 
     Raises:
-        UserError: it has other tokens, or is a language model where that will not do.
+        UserError: it has other tokens, was made for shorter sequences, or is a language model where that will not do.
     """
     model = settings.model.model_copy(update={"path": path})
     parts = dict(parallel=parallel or settings.parallel, precision=settings.precision, megatron=settings.megatron)
@@ -201,6 +201,12 @@ def of_the_policys_tokens(
         raise UserError(
             f"{name} = {path} has a vocabulary of {config['vocab_size']}, the policy one of {policy['vocab_size']}; expected a "
             "reward model of the same tokenizer"
+        )
+    limit = config.get("max_position_embeddings")
+    if limit and settings.longest > limit:
+        raise UserError(
+            f"{name} = {path} was made for {limit} tokens, but data.max_prompt = {settings.data.max_prompt} and "
+            f"sampling.max_tokens = {settings.sampling.max_tokens} make {settings.longest}; lower either, or give another"
         )
     if other := vocabularies.difference(model_directory(settings.data.tokenizer or settings.model.path), model_directory(path)):
         raise UserError(f"{name} = {path} has another tokenizer than the policy: {other}; expected a reward model of the same")
