@@ -118,7 +118,7 @@ def scheduler_of(lag: int, servers: Servers, verifiers: Verifiers, **train) -> S
 
 def told(step) -> tuple:
     """All of a step's rollouts that training and files see."""
-    seconds = {"seconds_generation", "seconds_rewards", "generated_tokens_per_second"}
+    seconds = {"seconds_generation", "seconds_rewards", "seconds_servers", "generated_tokens_per_second"}
     figures = {name: value for name, value in step.figures().items() if name not in seconds}
     groups = [(group.place, group.judged, group.advantages) for group in (*step.groups, *step.left_out)]
     return step.version, len(step.groups), groups, figures

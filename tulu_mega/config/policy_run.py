@@ -196,6 +196,7 @@ def sampled(settings: PolicyRunSettings, scorings: int, other_models: int, value
         adapters=settings.lora is not None,
         entropy=policy.entropy > 0,
         rollout=settings.rollout,
+        beside=train.max_policy_lag > 0,
     )
 
 

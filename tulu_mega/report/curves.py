@@ -161,7 +161,6 @@ CHARTS = (
             ("seconds_checkpoint", "checkpoint"),
             ("seconds_generation", "generation"),
             ("seconds_rewards", "rewards"),
-            ("seconds_waiting", "waiting for servers"),
             ("seconds_scoring", "scoring"),
             ("seconds_sync", "weights to the servers"),
             ("seconds_evaluation", "evaluation"),
@@ -178,7 +177,7 @@ CHARTS = (
 """In the order of the page. A chart no run has values for is left out."""
 _UNDRAWN = {
     "step", "tokens", "supervised_tokens", "supervised_tokens_per_second", "tflops", "sequences", "generated_tokens", "responses",
-    "slowest_rank", "save_waited_seconds",
+    "slowest_rank", "save_waited_seconds", "seconds_servers",
 }  # fmt: skip
 
 

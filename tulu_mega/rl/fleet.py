@@ -176,4 +176,5 @@ class FleetClient:
         if self._failures > self._fleet._settings.restarts:
             raise CutOff(f"{failure}; it failed {self._failures} times, see the servers' logs")
         print(f"{failure}; its prompts are asked again, of the next weights", flush=True)
+        self._fleet._mark("having servers started again")
         self._fleet._restart({failure.url: failure.reason})

@@ -21,10 +21,8 @@ class Group:
     prompt: Prompt
     judged: list[JudgedResponse]
     advantages: GroupAdvantages
-    generating: float = 0.0
-    """its part of the seconds that the servers took for the prompts that were asked with it"""
-    judging: float = 0.0
-    """the same of the seconds that were waited for rewards after that"""
+    seconds: float = 0.0
+    """its part of those that servers took for the prompts that were asked with it"""
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,11 @@ class StepRollouts:
     left_out: list[Group] = field(default_factory=list)
     """the groups that nothing can be learned from"""
     generating: float = 0.0
-    """seconds that the servers took"""
+    """seconds that the step waited for servers before it could begin"""
     judging: float = 0.0
-    """seconds that verifiers and reward model took after the servers had answered"""
+    """seconds that it waited for verifiers and reward model after the servers had answered"""
+    answering: float = 0.0
+    """seconds that the servers took for its responses, beside training or not"""
     rounds: int = 0
     """times that prompts were drawn: once, and once for each refill"""
 
@@ -85,9 +85,10 @@ class StepRollouts:
             "equal_groups": sum(not group.advantages.informative for group in groups),
             "refills": self.rounds - 1,
             "generated_tokens": tokens,
-            "generated_tokens_per_second": tokens / max(self.generating, 1e-9),
+            "generated_tokens_per_second": tokens / max(self.answering, 1e-9),
             "seconds_generation": self.generating,
             "seconds_rewards": self.judging,
+            "seconds_servers": self.answering,
             "policy_lag": _mean(lags),
             "policy_lag_max": max(lags, default=0),
         }

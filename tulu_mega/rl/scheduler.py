@@ -124,14 +124,15 @@ class Scheduler:
         Raises:
             ServerFailure: no server answers.
         """
+        step = StepRollouts(version)
         patience = min(max(self._line.lag, 1), 2)
         while self._rounds and self._rounds[0].version <= version - patience:
-            self._settle()
+            self._settle(step)
         while not self._line.closed(version):
             if not self._rounds:
-                self._ask(version)
-            self._settle()
-        step = self._taken(version)
+                self._ask(step)
+            self._settle(step)
+        self._take(step)
         if count := self._line.room(version, self._last):
             places = self._line.admit(count, version)
             self._rounds.append(Round(version, places, in_daemon_thread(partial(self._drawn, places, version, True))))
@@ -172,42 +173,46 @@ class Scheduler:
         train = self._settings.train
         return Admission(train.prompts, train.max_policy_lag, train.refills + 1, step, place)
 
-    def _ask(self, version: int) -> None:
-        """Have the prompts answered that the step needs next, and wait for the responses."""
-        places = self._line.admit(self._line.need, version)
+    def _ask(self, step: StepRollouts) -> None:
+        """Have the prompts answered that a step needs next, and wait for the responses."""
+        version, places = step.version, self._line.admit(self._line.need, step.version)
         answers: Future[Answers] = Future()
         try:
             answers.set_result(self._drawn(places, version))
         except BaseException:
             self._line.withdraw(places.start)
             raise
+        step.generating += answers.result().seconds
         self._rounds.append(Round(version, places, answers))
 
-    def _settle(self) -> None:
-        """Wait for the verdicts on the prompts that were asked first, and note which are worth training on."""
+    def _settle(self, step: StepRollouts) -> None:
+        """Wait for the verdicts on the prompts that were asked first, and note which are worth training on.
+
+        Args:
+            step: waits for them.
+        """
         settings = self._settings
         asked = self._rounds[0]
         answers, places = asked.answers.result(), asked.places
         began = time.perf_counter()
         judged = self._rewards.finish(answers.responses, answers.verdicts)
         self._rounds.popleft()
-        parts = answers.seconds / len(places), (time.perf_counter() - began) / len(places)
+        step.judging += time.perf_counter() - began
         rewards = [self._rewards_of(*each) for each in zip(places, judged, strict=True)]
         if settings.rewards.shuffle and settings.sampling.samples == 1:
             rewards = [[reward] for reward in self._dealt([reward for (reward,) in rewards], places[0])]
         for each in zip(places, judged, rewards, strict=True):
-            group = self._groups[each[0]] = self.group(*each, *parts)
+            group = self._groups[each[0]] = self.group(*each, answers.seconds / len(places))
             self._line.tell(group.place, self._worth(group))
 
-    def _taken(self, version: int) -> StepRollouts:
-        share, step = self._line.take(version), StepRollouts(version)
+    def _take(self, step: StepRollouts) -> None:
+        """Give a step its groups."""
+        share = self._line.take(step.version)
         step.rounds = share.rounds
         for place in range(share.first, share.end):
             group = self._groups.pop(place)
             (step.groups if self._worth(group) else step.left_out).append(group)
-            step.generating += group.generating
-            step.judging += group.judging
-        return step
+            step.answering += group.seconds
 
     def _worth(self, group: Group) -> bool:
         """Whether a group is trained on."""
@@ -265,17 +270,15 @@ class Scheduler:
         random.Random(f"{self._settings.seed} {place}").shuffle(rewards)
         return rewards
 
-    def group(
-        self, place: int, judged: list[JudgedResponse], rewards: list[float | None], generating: float, judging: float
-    ) -> Group:
+    def group(self, place: int, judged: list[JudgedResponse], rewards: list[float | None], seconds: float) -> Group:
         """The responses to the prompt at a place, with their advantages.
 
         Args:
             rewards: what these are estimated from.
-            generating, judging: seconds; see `Group`.
+            seconds: see `Group`.
         """
         masked = [cut and self._settings.policy.overlong == "mask" for cut in _cut_off(judged)]
-        return Group(place, self.prompt(place), judged, self._estimator(rewards, masked), generating, judging)
+        return Group(place, self.prompt(place), judged, self._estimator(rewards, masked), seconds)
 
 
 def _cut_off(judged: Sequence[JudgedResponse]) -> list[bool]:

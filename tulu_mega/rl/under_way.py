@@ -64,8 +64,7 @@ def _group(group: Group) -> dict[str, Any]:
         }
         for one in group.judged
     ]
-    seconds = {"generating": group.generating, "judging": group.judging}
-    return {"place": group.place, "judged": judged, "rewards": list(group.advantages.rewards), **seconds}
+    return {"place": group.place, "judged": judged, "rewards": list(group.advantages.rewards), "seconds": group.seconds}
 
 
 def _as_group(scheduler: Scheduler, told: dict[str, Any]) -> Group:
@@ -73,7 +72,7 @@ def _as_group(scheduler: Scheduler, told: dict[str, Any]) -> Group:
         JudgedResponse(_as_response(one["response"]), one["text"], Verdict(**one["verdict"]), one["reward"], one["model_score"])
         for one in told["judged"]
     ]
-    return scheduler.group(told["place"], judged, told["rewards"], told["generating"], told["judging"])
+    return scheduler.group(told["place"], judged, told["rewards"], told["seconds"])
 
 
 def _round(asked: Round) -> dict[str, Any]:
