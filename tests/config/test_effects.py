@@ -32,7 +32,7 @@ ROLLOUTS = """
         rollout.gpu_memory rollout.cpu_cache_gib rollout.concurrency rollout.transport rollout.bucket_mib
         rollout.start_timeout rollout.request_timeout
         rollout.update_timeout rollout.retries rollout.restarts rewards.workers rewards.timeout rewards.memory_mib
-        train.share_prompts train.max_policy_lag train.rollouts_every restarts
+        train.share_prompts train.rollouts_every restarts
 """
 OWN_LAYOUT = " ".join(f" value.{name}" for name in EVERYWHERE.split() if name.startswith("parallel."))
 """Of the value model."""

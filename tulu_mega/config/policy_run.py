@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tulu_mega.config.effects import Effect
 from tulu_mega.config.rollout import PolicyLossSettings, RolloutSettings, SamplingSettings, Seconds, check_servers
@@ -106,8 +106,9 @@ class PolicyTrainSettings(Section):
     share_prompts: Annotated[bool, Effect.NONE] = True
     """Have the tokens of a prompt once in a pack for all its responses there. Not under context parallelism, where this changes
     nothing, nor by Transformer Engine's attention: `model.attention = "auto"` takes FlashAttention's or torch's before it."""
-    max_policy_lag: Annotated[int, Effect.NONE] = 0
-    """Steps by which the generating weights may be older than the trained ones; only 0 (synchronous) is offered yet."""
+    max_policy_lag: Annotated[int, Field(ge=0)] = 0
+    """Steps by which the weights that answer a prompt may be older than those that train on it. 0: servers and trainer take
+    turns; 1: servers answer the next step's prompts while a step trains; 2 and more: verdicts, too, may be late by a step."""
     filter_equal: bool = True
     """Leave out prompts whose responses all have the same reward, from which nothing can be learned, and draw others."""
     refills: Annotated[int, Field(ge=0)] = 3
@@ -122,13 +123,6 @@ class PolicyTrainSettings(Section):
     """Traces of chosen steps by torch's profiler, in RUN_DIR/profile; `report` shows them."""
     rollouts_every: Annotated[PositiveInt, Effect.NONE] = 1
     """Steps between files of responses in RUN_DIR/rollouts. The last step has a file, and so has every step with a problem."""
-
-    @field_validator("max_policy_lag")
-    @classmethod
-    def _synchronous(cls, lag: int) -> int:
-        if lag != 0:
-            raise ValueError(f"{lag}: expected 0 (synchronous); training on responses of older weights is not offered yet")
-        return lag
 
 
 class PromptHeldOutSettings(Section):
@@ -201,6 +195,7 @@ def sampled(settings: PolicyRunSettings, scorings: int, value: ValueWork | None 
         adapters=settings.lora is not None,
         entropy=policy.entropy > 0,
         rollout=settings.rollout,
+        beside=train.max_policy_lag > 0,
     )
 
 

@@ -68,6 +68,8 @@ class Workload:
     """the loss has the entropy in it, whose gradient takes memory"""
     rollout: RolloutSettings | None = None
     """servers that sample the responses and are sent the weights"""
+    beside: bool = False
+    """servers sample responses while a step trains"""
 
     @property
     def longest(self) -> int:

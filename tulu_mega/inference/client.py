@@ -99,6 +99,7 @@ class RolloutClient:
     def close(self) -> None:
         """Closes all connections; servers drop what is still under way on them."""
         if self._thread.is_alive():
+            self._on_loop(self._cancel()).result()  # what another thread asks
             self._on_loop(self._session.close()).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -149,7 +150,8 @@ class RolloutClient:
                     done(*got)
             work.result()
         except BaseException:
-            self._on_loop(self._cancel()).result()
+            if not work.done():
+                self._on_loop(self._cancel()).result()
             raise
         return [answers[index] for index in range(len(prompts))]
 

@@ -79,8 +79,18 @@ class Outlook:
     @property
     def seconds(self) -> float:
         """Of a step, everything in it."""
-        beside = (self.value.seconds if self.value else 0.0) + (self.rewards.scoring if self.rewards else 0.0)
-        return self.step.seconds + beside + self.scoring + self.generation + self.sync
+        return self.training + self.generation - self.beside + self.sync
+
+    @property
+    def training(self) -> float:
+        """Seconds of a step without generation and what goes to the servers."""
+        others = (self.value.seconds if self.value else 0.0) + (self.rewards.scoring if self.rewards else 0.0)
+        return self.step.seconds + others + self.scoring
+
+    @property
+    def beside(self) -> float:
+        """Seconds in which servers generate and ranks train."""
+        return min(self.training, self.generation) if self.question.workload.beside else 0.0
 
     @property
     def flops_per_gpu(self) -> float:

@@ -82,6 +82,7 @@ def as_json(result: Outlook) -> dict[str, Any]:
                 "rewards": result.rewards.scoring if result.rewards else 0.0,
                 "scoring": result.scoring,
                 "generation": result.generation,
+                "beside_training": -result.beside,
                 "sync": result.sync,
                 "step": result.seconds,
                 "before": result.once,
@@ -224,6 +225,8 @@ def _time(result: Outlook) -> Table:
         if seconds:
             share = f"{seconds / result.seconds:.1%}" if math.isfinite(result.seconds) else ""
             table.add_row(name, f"{seconds:.3f}" if math.isfinite(seconds) else "for ever", share)
+    if result.beside:
+        table.add_row("less generation beside training", f"{-result.beside:.3f}", f"{-result.beside / result.seconds:.1%}")
     table.add_section()
     table.add_row("all", f"{result.seconds:.3f}" if math.isfinite(result.seconds) else "for ever", "")
     return table
