@@ -17,7 +17,7 @@ from tulu_mega.config import describe
 
 LANGUAGES = {"sh", "bash", "python", "toml", "json", "yaml"}
 """Languages of blocks; tests read the first four. Output and drawings have none."""
-TABLES = {"tasks", "rewards.custom", "rewards.aliases", "megatron", "ddp", "optimizer", "te"}
+TABLES = {"tasks", "verifiers", "rewards.custom", "rewards.aliases", "rewards.weights", "megatron", "ddp", "optimizer"}
 """Sections whose keys readers or other libraries choose."""
 OPTIONS = {"help", "version", "cluster", "verify", "dry_run"}
 """Flags of the command line that are no settings, with `_` for `-`."""
