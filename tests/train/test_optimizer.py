@@ -57,10 +57,12 @@ def test_adam_keeps_step_in_the_group_and_equals_torch():
     assert set(a.state[ours[0]]) == {"exp_avg", "exp_avg_sq"}
 
 
-def test_the_norm_of_all_gradients():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_all_gradients(dtype):
+    """In float32 of gradients in bf16, too: what is clipped depends on it."""
     from tulu_mega.platforms.grad_norm import multi_tensor_l2norm
 
-    gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (50, 7, 1)]
+    gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype) for size in (50, 7, 1)]
     norm, each = multi_tensor_l2norm(2048, torch.zeros(1, dtype=torch.int32), [gradients], False)
     assert (norm.shape, norm.dtype, each) == ((1,), torch.float32, None)
     torch.testing.assert_close(float(norm), float(torch.cat(gradients).double().norm()), rtol=1e-6, atol=0)

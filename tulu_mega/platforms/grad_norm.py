@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 
+import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 
 def multi_tensor_l2norm(_chunk_size, _overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool):
-    """As apex's: the norm of all tensors of the only list, [1] on their device, and None for the norms of each.
+    """As apex's: the norm of all tensors of the only list in float32, [1] on their device, and None for the norms of each.
 
     Raises:
         NotImplementedError: `per_tensor`, which megatron-core does not ask for.
@@ -20,7 +21,10 @@ def multi_tensor_l2norm(_chunk_size, _overflow: Tensor, tensor_lists: list[list[
     if per_tensor:
         raise NotImplementedError("norms of each tensor")
     [tensors] = tensor_lists
-    return get_total_norm(tensors).view(1), None
+    if all(each.dtype == torch.float32 for each in tensors):
+        return get_total_norm(tensors).view(1), None
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in tensors]  # of bf16 torch would round each, and the sum
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 
 
 def install() -> None:
