@@ -148,7 +148,7 @@ class Job:
     @cached_property
     def adapter_work(self) -> AdapterWork:
         """What the adapters do."""
-        return adapter_work(self)
+        return adapter_work(self.config, self.lora, self.parallel.tensor, self.sequence, self.itemsize)
 
     @cached_property
     def size(self) -> Sizes:
