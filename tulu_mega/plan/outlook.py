@@ -9,6 +9,7 @@ from functools import reduce
 from operator import add
 
 from tulu_mega.errors import UserError
+from tulu_mega.layout.blocks import block_problems
 from tulu_mega.layout.division import layout_problems, server_problems
 from tulu_mega.layout.fp8 import fp8_problems, rollout_fp8_problems
 from tulu_mega.plan.model.calibration import RATES
@@ -182,6 +183,7 @@ def divisions(question: Question) -> list[str]:
     """What does not divide, all of it at once."""
     config, rollout = question.config, question.workload.rollout
     wrong = layout_problems(config, question.settings.parallel)
+    wrong += block_problems(config, question.lora, question.settings.parallel)
     if not wrong:
         wrong += fp8_problems(config, question.settings)
         wrong += rollout_fp8_problems(config, rollout) if rollout else []

@@ -12,6 +12,7 @@ from tulu_mega.bridge.families.reward import reward_fields
 from tulu_mega.bridge.files.peft import open_adapter, settings_of
 from tulu_mega.config import RunSettings
 from tulu_mega.errors import UserError
+from tulu_mega.layout.blocks import block_problems
 from tulu_mega.pins.directories import Directory
 from tulu_mega.preflight import run
 from tulu_mega.preflight.findings import Findings
@@ -26,6 +27,8 @@ def problems(settings: RunSettings, findings: Findings, reward: bool = False) ->
     lora, config = settings.lora, findings.config
     if not lora:
         return
+    if config:
+        findings.problems += block_problems(config, lora, settings.parallel)
     if not lora.adapter:
         if config:
             findings.problems += [f"lora.{each}" for each in lora.unmatched(adapted(family_for(config), config))]

@@ -74,9 +74,7 @@ class AdapterWork:
 NONE = AdapterWork(0, 0, 0, 0, 0, 0, 0)
 
 
-def adapter_work(
-    config: Mapping[str, Any], lora: LoraSettings | None, tensor: int, sequence: bool, itemsize: int
-) -> AdapterWork:
+def adapter_work(config: Mapping[str, Any], lora: LoraSettings | None, tensor: int, sequence: bool, itemsize: int) -> AdapterWork:
     """What the adapters of a layer of mean kind do.
 
     Forward A reads its input (once for matrices that have it in common); B's product is written, joined to its neighbours' where
