@@ -1,10 +1,11 @@
-"""GSM8K's and BIG-Bench Hard's verdicts beside lm-evaluation-harness' on the same responses, every difference shown.
+"""Verdicts of GSM8K, BIG-Bench Hard and IFEval beside lm-evaluation-harness' on the same responses, every difference shown.
 
-    python tools/beside_lm_eval.py OUTPUT ...      # of `tulu-mega eval`: its samples/gsm8k.jsonl and samples/bbh.jsonl
+    python tools/beside_lm_eval.py OUTPUT ...      # of `tulu-mega eval`: its samples/{gsm8k,bbh,ifeval}.jsonl
     python tools/beside_lm_eval.py --answers DIR   # published answers: bbh_codex_outputs.jsonl, gsm8k_model_solutions.jsonl
 
-Needs `make peers`. The harness judges as its tasks gsm8k_cot (both filters) and bbh_cot_fewshot do; it has no model and fetches
-nothing. Prints a JSON line a task and filter, then one for each response that is judged differently.
+Needs `make peers`. The harness judges as its tasks gsm8k_cot (both filters), bbh_cot_fewshot and ifeval (strict and loose) do.
+It has no model and fetches nothing but NLTK's `punkt_tab` for IFEval, unless NLTK_DATA names a directory that has it. Prints a
+JSON line a task and filter, then one for each response that is judged differently.
 """
 
 from __future__ import annotations
@@ -54,8 +55,21 @@ JUDGING: dict[str, dict[str, Any]] = {
         ],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     },
+    "ifeval": {
+        "metric_list": [
+            {"metric": "prompt_level_strict_acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "prompt_level_loose_acc", "aggregation": "mean", "higher_is_better": True},
+        ]
+    },
 }  # fmt: skip
-"""Of lm-evaluation-harness 0.4.13's gsm8k/gsm8k-cot.yaml and bbh/cot_fewshot."""
+"""Of lm-evaluation-harness 0.4.13's gsm8k/gsm8k-cot.yaml, bbh/cot_fewshot and ifeval."""
+
+METRICS = {
+    "gsm8k": {"strict-match": "exact_match", "flexible-extract": "exact_match"},
+    "bbh": {"get-answer": "exact_match"},
+    "ifeval": {"strict": "prompt_strict", "loose": "prompt_loose"},
+}
+"""task -> filter of the harness -> metric of ours"""
 
 
 def main() -> None:
@@ -75,7 +89,8 @@ def main() -> None:
         parser.error("nothing to judge; name an output of eval, or --answers DIR")
     ours = {task: verdicts(task, found) for task, found in rows.items()}
     for theirs in harness(rows):
-        report(theirs, rows[theirs[0]["task"]], ours[theirs[0]["task"]])
+        task, chosen = theirs[0]["task"], theirs[0]["filter"]
+        report(theirs, rows[task], ours[task][METRICS[task][chosen]])
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -84,7 +99,14 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def of_samples(file: Path) -> list[dict[str, Any]]:
     """Responses of an evaluation."""
-    return [{"target": row["answer"], "response": one["response"]} for row in lines(file) for one in row["responses"]]
+    return [{**_asked(row, file.stem), "response": one["response"]} for row in lines(file) for one in row["responses"]]
+
+
+def _asked(row: dict[str, Any], task: str) -> dict[str, Any]:
+    if task != "ifeval":
+        return {"target": row["answer"]}
+    names, given = zip(*row["answer"], strict=True)
+    return {"prompt": row["messages"][-1]["content"], "instruction_id_list": names, "kwargs": json.dumps(given), "target": ""}
 
 
 def published(directory: Path) -> dict[str, list[dict[str, Any]]]:
@@ -103,12 +125,19 @@ def published(directory: Path) -> dict[str, list[dict[str, Any]]]:
     return {"bbh": bbh, "gsm8k": gsm8k}
 
 
-def verdicts(task: str, rows: list[dict[str, Any]]) -> list[bool]:
-    """What `tulu-mega eval` says of each response."""
+def verdicts(task: str, rows: list[dict[str, Any]]) -> dict[str, list[bool]]:
+    """What `tulu-mega eval` says of each response, by metric."""
     verifier = None if TASKS[task].judge else "last_number"
-    problems = [Problem([], row["target"], verifier=verifier) for row in rows]
+    answers = [row["target"] if task != "ifeval" else _instructions(row) for row in rows]
+    problems = [Problem([], answer, verifier=verifier) for answer in answers]
     judged = judge(TASKS[task], problems, [[row["response"]] for row in rows], {})
-    return [one.values is not None and one.values["exact_match"][0] == 1 for (one,) in judged]
+    return {
+        metric: [one.values is not None and one.values[metric][0] == 1 for (one,) in judged] for metric in METRICS[task].values()
+    }
+
+
+def _instructions(row: dict[str, Any]) -> list[list[Any]]:
+    return [list(pair) for pair in zip(row["instruction_id_list"], json.loads(row["kwargs"]), strict=True)]
 
 
 def harness(rows: dict[str, list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:

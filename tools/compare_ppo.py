@@ -3,6 +3,7 @@
     tulu-mega quickstart
     python tools/compare_ppo.py --seeds 0,1,2           runs what is not there yet, and prints the table
     python tools/compare_ppo.py --seeds 0,1,2 --told    the table of what is there
+    python tools/compare_ppo.py --steps 20              shorter runs, which go on where a later call asks for more steps
 
 Each run is `tulu-mega ppo examples/ppo_tiny.toml` or `tulu-mega grpo examples/grpo_tiny.toml` under another seed, in
 RUNS/KIND_SEED. One that was interrupted goes on, one that has ended is not started again. What is not an option here goes to
@@ -87,12 +88,23 @@ def directory(runs: Path, kind: str, seed: int) -> Path:
     return runs / f"{kind.replace(', ', '_').replace(' ', '_')}_{seed}"
 
 
-def run(runs: Path, kind: str, seed: int, extra: Sequence[str]) -> None:
+def ended(place: Path, steps: int | None) -> bool:
+    """Whether a run has ended, with as many steps as are asked for.
+
+    Args:
+        steps: as many as the run's file says when None.
+    """
+    return (place / "hf").is_dir() and (steps is None or len(_lines(place / "metrics.jsonl")) >= steps)
+
+
+def run(runs: Path, kind: str, seed: int, steps: int | None, extra: Sequence[str]) -> None:
     """Starts a run, or goes on with it, unless it has ended."""
     place = directory(runs, kind, seed)
-    if (place / "hf").is_dir():
+    if ended(place, steps):
         return
     stage, flags = KINDS[kind]
+    if steps:
+        flags = [*flags, "--train.steps", str(steps)]
     place.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tulu_mega", stage, str(ROOT / f"examples/{stage}_tiny.toml"), "--run_dir", str(place)]
     with (place.parent / f"{place.name}.log").open("ab") as log:
@@ -103,8 +115,11 @@ def read(place: Path) -> Curve | None:
     """Of a run that has ended; None of another."""
     if not (place / "hf").is_dir():
         return None
-    files = (place / "metrics.jsonl", evaluation_file(place, 0))
-    return curve(*([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files))
+    return curve(_lines(place / "metrics.jsonl"), _lines(evaluation_file(place, 0)))
+
+
+def _lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def table(found: dict[str, dict[int, Curve]]) -> str:
@@ -112,19 +127,26 @@ def table(found: dict[str, dict[int, Curve]]) -> str:
     lines = ["| run | seeds | solved before | solved, at equal tokens | explained variance, first and last fifth |"]
     lines.append("| --- | --- | --- | --- | --- |")
     grpo = found.get("grpo", {})
+    gained = []
     for kind, curves in found.items():
+        gains = []
         for seed, each in sorted(curves.items()):
             most = min(one.solved[-1][0] for one in (each, grpo.get(seed, each)))
+            gains.append(each.at(most) - each.solved[0][1])
             fifth = max(1, len(each.explained) // 5)
             ends = [statistics.mean(part) for part in (each.explained[:fifth], each.explained[-fifth:]) if part]
             told = ", ".join(f"{mean:.2f}" for mean in ends)
             lines.append(f"| {kind} | {seed} | {each.solved[0][1]:.1%} | {each.at(most):.1%} of {most:,} | {told} |")
+        if gains:
+            mean, error = paired(gains, [0.0] * len(gains))
+            gained.append(f"{kind}, gain over the start, {len(gains)} seeds: {mean:+.1%}, standard error {error:.1%}")
+    lines += ["", *gained]
     pairs = sorted(grpo.keys() & found.get("ppo", {}).keys())
     if pairs:
         both = [(found["ppo"][seed], grpo[seed]) for seed in pairs]
         ends = [[one.at(min(each.solved[-1][0] for each in pair)) for one in pair] for pair in both]
         mean, error = paired([ppo for ppo, _ in ends], [other for _, other in ends])
-        lines.append(f"\nPPO less GRPO at equal tokens, {len(pairs)} pairs: {mean:+.1%}, standard error {error:.1%}")
+        lines.append(f"PPO less GRPO at equal tokens, {len(pairs)} pairs: {mean:+.1%}, standard error {error:.1%}")
     return "\n".join(lines)
 
 
@@ -134,11 +156,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/ppo_beside_grpo"))
     parser.add_argument("--seeds", default="0,1,2", type=lambda words: [int(word) for word in words.split(",")])
     parser.add_argument("--kinds", default=list(KINDS), type=lambda words: [word.strip() for word in words.split(";")])
+    parser.add_argument("--steps", type=int, help="of each run; as many as its file says when not given")
     parser.add_argument("--told", action="store_true", help="run nothing")
     given, extra = parser.parse_known_args()
     for seed in [] if given.told else given.seeds:
         for kind in given.kinds:
-            run(given.runs, kind, seed, extra)
+            run(given.runs, kind, seed, given.steps, extra)
             print(f"{kind}, seed {seed}: done", flush=True)
     found = {kind: {seed: read(directory(given.runs, kind, seed)) for seed in given.seeds} for kind in given.kinds}
     print(table({kind: {seed: each for seed, each in curves.items() if each} for kind, curves in found.items()}))

@@ -25,7 +25,7 @@ TIMES = {
     "tflops", "mfu", "memory_gib", "memory_reserved_gib", "trainer_idle", "sampler_idle", "slowest_rank", "slowest_host",
     "slowest_times_median",
     "seconds_data", "seconds_forward_backward", "seconds_optimizer", "seconds_checkpoint", "seconds_evaluation",
-    "seconds_scoring", "seconds_sync", "seconds_generation", "seconds_rewards",
+    "seconds_scoring", "seconds_sync", "seconds_generation", "seconds_rewards", "seconds_servers",
     "save_seconds", "save_waited_seconds", "save_memory_gib",
 }  # fmt: skip
 """Fields of metrics.jsonl that are not compared."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+HUNG = 124
+"""Exit status of a rank that the watchdog ended: the status of timeout(1)."""
 STATUSES = {
     0: "done",
     1: "a defect, or another rank was lost: the traceback above is that of the rank that failed",
     2: "something you can mend: each problem is a line `error: ...` on standard error",
     120: "standard output could not be written",
-    124: "a rank hung: the watchdog's report on standard error says where",
+    HUNG: "a rank hung: the watchdog's report on standard error says where",
     129: "the terminal was closed before the command could end by itself (`RUN_DIR/logs/hangup.log`)",
     130: "interrupted by Ctrl-C; nothing was saved after the last checkpoint",
     137: "asked to end, and killed after `checkpoint.grace` seconds",

@@ -1,6 +1,8 @@
 """The rule table: pieces of all ranks cover every tensor once, tile every shard, and bring back the same bits."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tulu_mega.bridge.families import FAMILIES, REWARD_FAMILIES, decoder, family_for
-from tulu_mega.bridge.rules import Cut, LayerNeeds, is_weight, padded_vocab
+from tulu_mega.bridge.rules import Cut, Family, LayerNeeds, is_weight, padded_vocab
 from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.errors import UserError
 
-LLAMA = FAMILIES["LlamaForCausalLM"]
+LLAMA, QWEN_3 = FAMILIES["LlamaForCausalLM"], FAMILIES["Qwen3ForCausalLM"]
 EVERY = tuple(FAMILIES.values())
 
 
@@ -284,3 +286,33 @@ def test_a_config_of_two_families_is_refused(end, known):
         assert family_for({"architectures": [architecture], "model_type": kind}) is family
         with pytest.raises(UserError, match=f"architectures = {architecture}, but model_type = 'gemma', expected '{kind}'"):
             family_for({"architectures": [architecture], "model_type": "gemma"})
+
+
+def _example() -> Family:
+    """The family that docs/how-to/add_a_family.md writes, which Qwen 3 with biases is."""
+    page = (Path(__file__).parents[2] / "docs/how-to/add_a_family.md").read_text(encoding="utf-8")
+    written: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], written)
+    return written["FAMILY"]
+
+
+def test_the_family_of_the_how_to_is_one():
+    config = {
+        "architectures": ["NewForCausalLM"], "attention_bias": True, "vocab_size": 32, "hidden_size": 8, "intermediate_size": 16,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 2,
+    }  # fmt: skip
+    shapes, biases = _example().hf_shapes(config), {f"model.layers.0.self_attn.{each}_proj.bias" for each in "qkv"}
+    assert shapes.keys() - QWEN_3.hf_shapes({**config, "attention_bias": False}).keys() == biases
+    with pytest.raises(UserError, match="attention_bias = true is not supported"):
+        QWEN_3.hf_shapes(config)
+    with pytest.raises(UserError, match="mlp_bias = true is not supported"):
+        _example().hf_shapes({**config, "mlp_bias": True})
+
+
+def test_a_family_may_have_a_model_type_unlike_its_architecture(monkeypatch):
+    """Seed-OSS's is `seed_oss`, where the architecture is SeedOssForCausalLM."""
+    made = replace(LLAMA, architecture="NewOneForCausalLM", model_type="new_one")
+    monkeypatch.setitem(FAMILIES, made.architecture, made)
+    assert family_for({"architectures": ["NewOneForCausalLM"], "model_type": "new_one"}) is made
+    with pytest.raises(UserError, match="model_type = 'newone', expected 'new_one'"):
+        family_for({"architectures": ["NewOneForCausalLM"], "model_type": "newone"})

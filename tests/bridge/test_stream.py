@@ -15,7 +15,7 @@ from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import RolloutSettings
 from tulu_mega.weight_transfer.attach import Connection, attach
 from tulu_mega.weight_transfer.protocol import checksum
-from tulu_mega.weight_transfer.push import stream
+from tulu_mega.weight_transfer.push import fill_and_send
 
 pytestmark = pytest.mark.ranks
 
@@ -58,7 +58,7 @@ def filled(receives: bool, weights: LiveWeights) -> dict[str, str | None]:
 
 def sent(connection: Connection, whole_buckets: bool) -> dict[str, str | None]:
     """What the sender would tell its servers of the bytes in its buckets, filled tensor by tensor or, as on GPUs, as a whole."""
-    checksums, _ = stream(replace(connection, whole_buckets=whole_buckets), 1, {})
+    checksums, _ = fill_and_send(replace(connection, whole_buckets=whole_buckets), connection.streams.every, 1, {})
     return dict.fromkeys(connection.sender.weights.held_names()) | checksums
 
 

@@ -28,10 +28,11 @@ EVERYWHERE = """
 CONTENT = {"model.path", "data.train", "data.split", "data.tokenizer", "lora.adapter"}
 ROWS = "data.cache data.workers train.micro_batches heldout.batch"
 ROLLOUTS = """
-        rollout.servers rollout.tensor rollout.python rollout.urls rollout.max_model_len rollout.gpu_memory rollout.cpu_cache_gib
-        rollout.concurrency rollout.transport rollout.bucket_mib rollout.start_timeout rollout.request_timeout
+        rollout.servers rollout.tensor rollout.python rollout.urls rollout.adapters rollout.max_model_len rollout.random_weights
+        rollout.gpu_memory rollout.cpu_cache_gib rollout.concurrency rollout.transport rollout.bucket_mib
+        rollout.start_timeout rollout.request_timeout
         rollout.update_timeout rollout.retries rollout.restarts rewards.workers rewards.timeout rewards.memory_mib
-        train.share_prompts train.max_policy_lag train.rollouts_every restarts
+        train.share_prompts train.rollouts_every restarts
 """
 OWN_LAYOUT = " ".join(f" value.{name}" for name in EVERYWHERE.split() if name.startswith("parallel."))
 """Of the value model."""

@@ -165,7 +165,7 @@ def test_an_incomplete_store_is_refused_and_made_again(ready):
     (store.directory / "meta.json").unlink()
     with pytest.raises(UserError, match=r"meta\.json is missing"):
         TokenStore.open(store.directory)
-    with pytest.raises(UserError, match="something else"):  # might be anybody's files by now
+    with pytest.raises(UserError, match="something other"):  # might be anybody's files by now
         ready([talk("a", "b")])
 
 

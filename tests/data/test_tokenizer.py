@@ -118,6 +118,6 @@ def test_a_tiktoken_vocabulary(tmp_path):
 def test_a_vocabulary_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\x00\xff broken")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}))
-    refused("tokenizer.model is not to be used", str(tmp_path), None)
+    refused("tokenizer.model cannot be used", str(tmp_path), None)
     monkeypatch.setattr(tokenizer_module, "find_spec", lambda name: None)
     refused("needs the package 'sentencepiece'", str(tmp_path), None)

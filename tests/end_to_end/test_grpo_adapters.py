@@ -10,13 +10,20 @@ pytestmark = [pytest.mark.servers, pytest.mark.acceptance]
 
 
 def test_a_policys_adapters_train_and_are_their_own_reference_where_a_run_begins_with_them(place):
-    for run, lora in (("fresh", ("--lora.rank", "4")), ("then", ("--lora.adapter", str(place / "fresh/adapter")))):
+    """Servers hold the adapters apart; those of the second run, which asks for it, get whole weights with the adapters merged."""
+    begins = ("--lora.adapter", str(place / "fresh/adapter"), "--rollout.adapters", "merged")
+    for run, lora, told in (
+        ("fresh", ("--lora.rank", "4"), "servers hold the adapters apart: an update is"),
+        ("then", begins, "servers get whole weights with the adapters merged: rollout.adapters = 'merged'"),
+    ):
         ended(start(place, run, *lora, "--optim.lr", "1e-2"), place, run)
+        assert told in (place / f"{run}.log").read_text()
         steps = lines(place / run / "metrics.jsonl")
         assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
         assert all(step["ratio"] == step["ratio_max"] == 1.0 for step in steps)  # one update a step
         assert steps[0]["kl"] == 0.0 and all(step["kl"] > 0 for step in steps[1:])  # at the reference, then away from it
-        assert all(step["sampler_difference_max"] < 1e-4 for step in steps)  # vLLM, whose weights are merged, against the trainer
+        assert all(step["sampler_difference_max"] < 1e-4 for step in steps)  # vLLM against the trainer
+        assert 0 < steps[0]["adapter_norm"] < steps[-1]["adapter_norm"] and 0 < steps[0]["trained_share"] < 1
     first, then = weights(place / "fresh/adapter"), weights(place / "then/adapter")
     assert first.keys() == then.keys() and any((first[name] != then[name]).any() for name in first)
     base, merged = weights(place / "model"), weights(place / "then/hf")

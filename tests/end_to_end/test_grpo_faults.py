@@ -152,6 +152,17 @@ def test_one_fault_changes_nothing(undisturbed, place, armed, fault, told):
     assert not processes_of(place / name)
 
 
+def test_a_server_that_dies_gets_the_adapter_again_before_it_serves(place, armed):
+    """A server starts with the model's own weights, and holds no adapter."""
+    lora, told = ("--lora.rank", "4", "--optim.lr", "1e-2"), "servers hold the adapters apart"
+    ended(start(place, "adapters", *lora), place, "adapters")
+    flag = armed("server dies in an update")
+    ended(start(place, "adapters_again", *lora, *TIMEOUTS), place, "adapters_again")
+    log = (place / "adapters_again.log").read_text()
+    assert flag.exists() and "it is started again" in log and told in log
+    check_same(place / "adapters_again", place / "adapters")
+
+
 @pytest.mark.parametrize("fault", ["server dies in an update", "server hangs in an update", "server hangs while it generates"])
 def test_one_fault_of_a_server_elsewhere_changes_nothing(undisturbed, place, armed, monkeypatch, fault):
     """Nobody but its own `tulu-mega serve` can start it again, and nobody but the trainer sees that it hangs."""

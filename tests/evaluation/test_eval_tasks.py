@@ -261,6 +261,7 @@ def test_unknown_verifiers_and_ground_truths_of_another_form_are_found_before_as
     with pytest.raises(UserError) as caught:
         check(TASKS["rlvr"], [TASKS["rlvr"].read(row) for row in bad], {})
     assert "problem 1: unknown verifier 'gsm9k'" in caught.value.problems[0]
+    assert "name one of your own in rewards.custom (of eval: verifiers)" in caught.value.problems[0]
     assert "problem 2" in caught.value.problems[1]
 
 

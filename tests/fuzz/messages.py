@@ -147,9 +147,9 @@ def weights() -> dict[str, Parser]:
             raise ValueError("no message")
         ledger = Ledger(0, 3, EXPECTED)
         if "begin" in message:
-            version, _load, manifest = read_begin(message["begin"])
-            ledger = Ledger(0, version, manifest)
-            ledger.compare(version, {})
+            begin = read_begin(message["begin"])
+            ledger = Ledger(0, begin.version, begin.manifest)
+            ledger.compare(begin.version, {})
         if "bucket" in message:
             version, bucket = read_bucket(message["bucket"])
             if ledger.check(version, bucket, 1 << 20):
@@ -159,7 +159,8 @@ def weights() -> dict[str, Parser]:
 
     bucket = Bucket(0, 1, (Place("a", 0, 24),))
     seeds = [
-        begin_message(3, EXPECTED, True), bucket_message(3, bucket), commit_message(3, {"a": "ab", "b": "cd"}),
+        begin_message(3, EXPECTED, True), begin_message(3, EXPECTED, True, {"r": 3, "lora_alpha": 6}, "word"),
+        bucket_message(3, bucket), commit_message(3, {"a": "ab", "b": "cd"}),
         bucket_message(3, Bucket(1, 0, (Place("b", 64, 8),))),
     ]  # fmt: skip
     return {"messages about weights": Parser(update, [json.dumps(each).encode() for each in seeds], (ValueError, RecursionError))}

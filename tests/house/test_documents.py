@@ -61,6 +61,15 @@ def blocks(document: Path, *languages: str) -> list[str]:
     return [textwrap.dedent(body) for _, language, body in found if language in languages]
 
 
+def programs(document: Path) -> list[str]:
+    """Blocks of Python, and what blocks of shell give to ``python -c`` or to its standard input."""
+    found = blocks(document, "python")
+    for block in blocks(document, "sh", "bash"):
+        found += [body for _, body in re.findall(r"python3? -c (['\"])(.*?)\1", block, re.S)]
+        found += [body for _, body in re.findall(r"python3? - <<'?(\w+)'?\n(.*?)^\1$", block, re.M | re.S)]
+    return found
+
+
 def without_blocks(text: str) -> str:
     return re.sub(r"^( *)```.*?^\1```", "", text, flags=re.M | re.S)
 
@@ -216,8 +225,8 @@ def defined(module: str) -> set[str]:
 
 @named(TAUGHT)
 def test_python_compiles_and_imports_what_is_there(document):
-    for block in blocks(document, "python"):
-        for node in ast.walk(ast.parse(block)):
+    for program in programs(document):
+        for node in ast.walk(ast.parse(program)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tulu_mega":
                 assert {alias.name for alias in node.names} <= defined(node.module), ast.unparse(node)
 

@@ -85,6 +85,7 @@ def test_an_unknown_part_is_refused():
     assert done.returncode == 2 and "part kernel: expected some of smoke training unfused tests ipc kernels" in done.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("command", [["tools/gpu.sh", "--device", "cpu"], ["make", "gpu", "GPU_PARTS=--device cpu"]])
 def test_all_parts_run_within_their_limits(tmp_path, command):
     """Each with its log and its figures; the summary is the last line and a file."""
@@ -100,6 +101,7 @@ def test_all_parts_run_within_their_limits(tmp_path, command):
     assert len(json.dumps(summary)) < 12_000
 
 
+@pytest.mark.alone
 def test_a_part_that_does_not_fit_is_skipped_and_said(tmp_path):
     done = gpu("tools/gpu.sh", "smoke", "ipc", "--device", "cpu", "--total", "45", PYTHON=sys.executable, LOGS=str(tmp_path))
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -121,10 +123,10 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch):
     import gpu as program
 
     parts = {
-        "failing": program.Part(9, ("-c", "print('{\"a\": 1}'); raise SystemExit(3)"), ()),
-        "hanging": program.Part(2, ("-c", "import time; print('{\"b\": 2}', flush=True); time.sleep(60)"), ()),
-        "leaving": program.Part(9, ("-c", LEAVING), ()),
-        "well": program.Part(9, ("-c", "print('{\"c\": \"' + 'x' * 4000 + '\", \"d\": 4}')"), ()),
+        "failing": program.Part(120, ("-c", "print('{\"a\": 1}'); raise SystemExit(3)"), ()),
+        "hanging": program.Part(10, ("-c", "import time; print('{\"b\": 2}', flush=True); time.sleep(600)"), ()),
+        "leaving": program.Part(120, ("-c", LEAVING), ()),
+        "well": program.Part(120, ("-c", "print('{\"c\": \"' + 'x' * 4000 + '\", \"d\": 4}')"), ()),
     }
     monkeypatch.setattr(program, "PARTS", parts)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--logs", str(tmp_path)])

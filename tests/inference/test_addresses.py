@@ -14,6 +14,7 @@ from tests.lib.answering import CONFIG, MODEL, about, answering, ready, speaking
 from tests.lib.clocks import SteppingClock
 from tests.lib.world import free_port
 from tulu_mega.config import RolloutSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference import addresses
 from tulu_mega.inference.addresses import attached
@@ -58,7 +59,7 @@ def test_what_will_never_do_ends_at_once(tmp_path):
     with answering({ABOUT: (200, {"model": "x"}), "/health": (200, {})}) as url:
         assert "as no server of tulu-mega serve does" in refused(tmp_path, url)
     with speaking(b"220 mail.example ready\r\n\r\n") as url:
-        assert f"{url}: what listens there does not speak HTTP" in refused(tmp_path, url)
+        assert f"{url}: the program that listens there does not speak HTTP" in refused(tmp_path, url)
 
 
 def _with_key(key, work):
@@ -128,7 +129,7 @@ def test_check_asks_servers_elsewhere(tmp_path):
 
     class Run:
         model = type("model", (), {"path": "DIR", "dtype": "fp32"})
-        longest = 512
+        longest, lora = 512, None
 
     notes: list[str] = []
 
@@ -149,6 +150,9 @@ def test_check_asks_servers_elsewhere(tmp_path):
         Run.longest = 600
         assert problems(url) == []
         assert "takes 512 tokens of prompt and response, and 600 may be asked for" in notes.pop()
+        Run.longest, Run.lora = 512, LoraSettings(rank=16)
+        assert problems(url) == []
+        assert "holds no adapters of rank 16 apart, so that each update sends whole weights" in notes.pop()
         (problem,) = _with_key("another", lambda: problems(url, starts=True))
         assert "refuses the key" in problem
     with answering(ready(model=Model("OTHER", "bfloat16", shape({**CONFIG, "hidden_size": 32})))) as url:

@@ -22,6 +22,7 @@ from tulu_mega.rl import fleet
 from tulu_mega.vllm_plugin.auth import ABOUT
 from tulu_mega.vllm_plugin.batch_route import ROUTE
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
+from tulu_mega.weight_transfer.waiting import in_daemon_thread
 
 VOCABULARY, LONGEST = 100, 32
 SAMPLING = Sampling(max_tokens=4, temperature=1.0, samples=2, seed=7)
@@ -140,6 +141,12 @@ def test_responses_come_in_order_with_their_tokens_and_log_probabilities(serve):
             assert rollout.segments[0].token_ids == prompt and rollout.versions == [3] * 4 and rollout.finish_reason == "length"
             assert rollout.sampler_logp == [-0.5, -1.5, -2.5, -3.5]
     assert sorted(done, key=lambda each: each[0]) == list(enumerate(groups))
+
+
+def test_an_answer_of_the_bare_model_is_not_taken_for_the_adapters(serve):
+    asked = RolloutClient([serve(Fake())], settings(retries=0), "policy")
+    with asked as client, pytest.raises(ServerFailure, match="answered by adapter None, expected memory://policy/3"):
+        client.generate([[1, 2]], SAMPLING, 3)
 
 
 def test_the_same_seed_gives_the_same_responses_from_any_number_of_servers(serve):
@@ -298,6 +305,49 @@ def test_a_restart_is_progress(serve, monkeypatch):
         assert len(client.generate([[1]], SAMPLING, 3)) == 1
     assert asked == [(address.url, False)]
     assert marks == ["having servers started again", "push 3", "generation"]
+
+
+def test_what_fails_beside_training_waits_for_the_next_weights(serve, monkeypatch):
+    """In a thread nobody can give a server weights: it is started again, and the caller asks anew after the next push."""
+    asked, marks = [], []
+    fake = Fake(lambda _: web.Response(status=503))
+    monkeypatch.setattr(fleet, "ask_restart", lambda _run_dir, address, why, remote: asked.append(address.url))
+    address = serve(fake)
+    made = fleet.Fleet(None, settings(retries=0, restarts=1), None)
+    client = fleet.FleetClient(made, repair=lambda version: pytest.fail("a collective in a thread"))
+    connection = SimpleNamespace(sender=SimpleNamespace(at=marks.append), close=lambda: None)
+    made._addresses, made._connection, made._client = [address], connection, RolloutClient([address], settings(retries=0))
+
+    def attempt() -> list:
+        return in_daemon_thread(lambda: client.attempt([[1]], SAMPLING, 3)).result(120)
+
+    with made:
+        for _ in range(2):  # an answer between two failures is a new beginning
+            fake.reply = lambda _: web.Response(status=503)
+            with pytest.raises(ServerFailure) as lost:
+                attempt()
+            client.failed(lost.value)
+            fake.reply = answer
+            assert len(attempt()) == 1
+        client.failed(lost.value)
+        with pytest.raises(fleet.CutOff, match=r"status 503.*it failed 2 times"):
+            client.failed(lost.value)
+    assert asked == [address.url] * 3 and marks == ["having servers started again"] * 3
+
+
+def test_a_client_that_is_closed_ends_what_another_thread_asks(serve):
+    reached = threading.Event()
+
+    async def never(_request: dict) -> dict:
+        reached.set()
+        await asyncio.sleep(600)
+        return {}
+
+    client = RolloutClient([serve(Fake(never))], settings())
+    asking = in_daemon_thread(lambda: client.generate([[1]], SAMPLING, 3))
+    assert reached.wait(120)
+    client.close()
+    assert asking.exception(120) is not None
 
 
 def test_an_error_status_says_what_the_server_said(serve):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tulu_mega.config import GrpoSettings, RolloutSettings
+from tulu_mega.config import GrpoSettings, ModelSettings, RolloutSettings
 from tulu_mega.errors import UserError
 from tulu_mega.inference import for_run
 from tulu_mega.inference.command_line import (
@@ -151,6 +151,19 @@ def test_fp8_blocks_are_taken_as_they_are_sent(monkeypatch):
     assert not {"VLLM_USE_DEEP_GEMM_E8M0", "VLLM_USE_DEEP_GEMM"} & of(blackwell=True).keys()
     monkeypatch.setenv("VLLM_USE_DEEP_GEMM_E8M0", "1")
     assert of(fp8=True)["VLLM_USE_DEEP_GEMM_E8M0"] == "1", "whoever sets it knows better"
+
+
+def test_a_model_s_weights_are_not_read_where_the_trainer_s_replace_them(tmp_path):
+    tiny_model.make(tmp_path, seed=0)
+    (tmp_path / "model.safetensors").unlink()
+
+    def words(**rollout) -> list[str]:
+        model = ModelSettings(path=str(tmp_path), dtype="fp32")
+        return command(for_run.server_options(model, RolloutSettings(**rollout), None, ()), 0, True)
+
+    assert "--load-format" not in words()
+    random = words(random_weights=True)
+    assert random[random.index("--load-format") + 1] == "dummy"
 
 
 def test_a_server_has_no_expandable_segments(monkeypatch):

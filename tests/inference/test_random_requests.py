@@ -34,15 +34,17 @@ def test_twenty_thousand_random_requests(model, tmp_path, monkeypatch):
         monkeypatch.setenv(KEY, pool.key)
         label(address, VERSION)
         before, key = honest([address]), with_key(address)
-        for number, (method, path, content) in enumerate(random_requests(draw, 20_000)):
-            keyed = draw.random() < 0.9
-            asked = {"content": content} if method == "POST" else {}
-            try:  # each by a connection of its own: the server closes those that ended in an error of its own
-                answer = httpx.request(method, address.url + path, headers=key if keyed else None, timeout=60, **asked)
-            except httpx.HTTPError as error:
-                pytest.fail(f"request {number}, {method} {path} of {content[:300]!r}: {error!r}")
-            assert keyed or answer.status_code == 401
-            answers[path][answer.status_code] += 1
+        # each by a connection of its own: the server closes those that ended in an error of its own
+        with httpx.Client(base_url=address.url, timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+            for number, (method, path, content) in enumerate(random_requests(draw, 20_000)):
+                keyed = draw.random() < 0.9
+                asked = {"content": content} if method == "POST" else {}
+                try:
+                    answer = client.request(method, path, headers=key if keyed else None, **asked)
+                except httpx.HTTPError as error:
+                    pytest.fail(f"request {number}, {method} {path} of {content[:300]!r}: {error!r}")
+                assert keyed or answer.status_code == 401
+                answers[path][answer.status_code] += 1
         print(*(f"{path}: {dict(sorted(counted.items()))}" for path, counted in answers.items()), sep="\n")
         assert httpx.get(f"{address.url}/health", headers=key, timeout=120).status_code == 200
         assert honest([address]) == before

@@ -42,7 +42,7 @@ def test_this_machine_s_address_is_that_on_the_way_to_the_first(monkeypatch):
     with pytest.raises(UserError, match=r"LOCAL_ADDR = here: leads to 127\.0\.1\.1, which only this machine reaches"):
         route.own_address("far", 9, "here")
     ways.clear()
-    with pytest.raises(UserError, match=r"MASTER_ADDR = far \(10\.0\.0\.9\): there is no way there"):
+    with pytest.raises(UserError, match=r"MASTER_ADDR = far \(10\.0\.0\.9\): no network route leads there"):
         route.own_address("far", 9)
 
 
@@ -138,7 +138,7 @@ def test_what_listens_there_and_is_no_store_of_ours_is_told(monkeypatch, capsys)
     monkeypatch.setattr(stores, "STRANGER_SECONDS", 60.0)
     theirs = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     (told,) = together(place(theirs.port, False))
-    assert "the store that listens there is none of this program's, but another torchrun's" in told
+    assert "the store that listens there belongs to another torchrun, not to this program" in told
 
 
 def test_one_machine_more_is_told(capsys):
@@ -149,7 +149,7 @@ def test_one_machine_more_is_told(capsys):
     for thread in threads:
         thread.join()
     kept.append(gathered(place(port, False)))
-    assert "all 2 machines have come before; this one takes the place of one that left" in capsys.readouterr().err
+    assert "all 2 machines had come already; this one replaces one that left" in capsys.readouterr().err
 
 
 def agents(*words: str, local: str = "1") -> tuple[int, str]:

@@ -11,12 +11,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from tulu_mega import cli
 from tulu_mega.config import ParallelSettings, ScoreSettings, SftSettings
-from tulu_mega.errors import UserError
+from tulu_mega.errors import HUNG, UserError
 from tulu_mega.launch import launcher, ranks, reporting, run_dir
 
 # A rank: what `python -m tulu_mega COMMAND` does, with a target of the test's own.
@@ -133,6 +134,24 @@ def test_a_killed_rank(start, capfd):
     assert "rank 1 of 2 was killed" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("codes", "times", "first"),
+    [
+        ({0: HUNG, 1: -signal.SIGKILL}, {}, 0),  # rank 1 was stopped, and killed because it did not react to SIGTERM
+        ({0: -signal.SIGTERM, 1: HUNG, 2: HUNG}, {1: 5.0, 2: 4.0}, 2),
+        ({0: 1, 1: -signal.SIGKILL}, {0: 1.0}, 1),
+        ({0: 1, 1: -signal.SIGTERM, 2: 1}, {0: 2.0, 2: 1.0}, 2),
+    ],
+)
+def test_the_rank_that_failed_first(codes, times, first):
+    assert ranks._first_failure(codes, {rank: {"time": times[rank]} if rank in times else {} for rank in codes}) == first
+
+
+def test_a_rank_that_its_watchdog_ended_is_told_with_its_status(start, capfd):
+    assert start("os._exit(124) if world.rank == 0 else time.sleep(600)") == HUNG
+    assert "rank 0 of 2 made no progress and was ended (status 124)" in capfd.readouterr().err
+
+
 LAUNCHER = """
     import sys
     from tulu_mega.launch import launcher, reporting
@@ -145,19 +164,22 @@ LAUNCHER = """
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl")
 @pytest.mark.parametrize(
-    ("number", "status"),
+    ("number", "status", "told"),
     [
-        (signal.SIGKILL, -signal.SIGKILL),
-        (signal.SIGTERM, 128 + signal.SIGTERM),
-        (signal.SIGINT, 128 + signal.SIGINT),
-        (signal.SIGHUP, 128 + signal.SIGTERM),  # asked to end, as by that
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+        (signal.SIGTERM, 128 + signal.SIGTERM, "asked to end: nothing was done yet that is not saved"),  # before the first step
+        (signal.SIGINT, 128 + signal.SIGINT, "interrupted: nothing is kept"),
+        (signal.SIGHUP, 128 + signal.SIGTERM, "SIGHUP, the terminal was closed: the run is asked to end"),  # as by SIGTERM
     ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else None,
 )
-def test_ranks_die_with_the_launcher(tmp_path, number, status):
-    """Also where a signal comes again at once: two of a terminal that closes, or an impatient Ctrl-C."""
+def test_ranks_die_with_the_launcher(tmp_path, number, status, told):
+    """Also where a signal comes again at once: two of a terminal that closes, or an impatient Ctrl-C. What is lost is said."""
     script = write_rank(tmp_path, f"open(f'{tmp_path}/pid{{world.rank}}', 'w').write(f'{{os.getpid()}}.'); time.sleep(600)")
     (tmp_path / "launch.py").write_text(textwrap.dedent(LAUNCHER))
-    process = subprocess.Popen([sys.executable, str(tmp_path / "launch.py"), str(script)], preexec_fn=as_from_a_terminal)
+    words = [sys.executable, str(tmp_path / "launch.py"), str(script)]
+    with (said := tmp_path / "said").open("w") as errors:
+        process = subprocess.Popen(words, preexec_fn=as_from_a_terminal, stderr=errors)
     files = [tmp_path / f"pid{rank}" for rank in range(2)]
     try:
         wait_until(lambda: process.poll() is not None or all(f.exists() and f.read_text().endswith(".") for f in files), 90)
@@ -169,6 +191,7 @@ def test_ranks_die_with_the_launcher(tmp_path, number, status):
             if number in (signal.SIGINT, signal.SIGHUP):  # until it is gone: also while the interpreter tidies up
                 process.send_signal(number)
         assert process.poll() == status
+        assert told in said.read_text()
         wait_until(lambda: not any(alive(pid) for pid in pids), 60)
     finally:
         process.kill()
@@ -348,6 +371,25 @@ def test_under_a_foreign_torchrun_rank_0_prints_and_all_record(tmp_path, monkeyp
         reporting.report(["wrong"])
         assert capsys.readouterr().err == printed
         assert '"message": "wrong"' in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "cuda", "seen"),
+    [
+        ({}, True, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, False, {}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, True, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, True, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_a_rank_s_allocator_grows_its_segments_unless_told_otherwise(monkeypatch, given, cuda, seen):
+    """Packs of another length each step would leave gaps between segments of a fixed size."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    with mock.patch.dict(os.environ, given | {"GLOO_SOCKET_IFNAME": "lo"}):
+        for name in {*launcher.ALLOCATOR} - given.keys():
+            os.environ.pop(name, None)
+        launcher._usual_environment()
+        assert {name: os.environ[name] for name in launcher.ALLOCATOR if name in os.environ} == seen
 
 
 def test_the_environment_is_left_alone():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.test_launcher import wait_until
 from tests.lib import world
 from tests.lib.clocks import SteppingClock
 from tulu_mega.config import SftSettings
@@ -24,6 +25,10 @@ SECONDS = 60
 
 
 def recipe(settings: SftSettings, world: World) -> int:
+    """Ends when both are at work: the store goes with the first rank, and the second may not have heard it yet."""
+    here = Path(settings.run_dir).parent
+    (here / f"at_work_{world.rank}").touch()
+    wait_until(lambda: len(list(here.glob("at_work_*"))) == world.size, SECONDS)
     return 10 + world.rank
 
 

@@ -39,11 +39,12 @@ HOSTILE = [
 _PROMPT = {"token_ids": [5, 6], "sampling_params": {"max_tokens": 2, "n": 1, "seed": 3}}
 _MESSAGES = (
     begin_message(3, {"a": Expected((2, 3), "float32", 0)}, True),
+    begin_message(3, {"a": Expected((2, 3), "float32", 0)}, True, {"r": 3, "lora_alpha": 6, "target_modules": ["q"]}, "word"),
     bucket_message(3, Bucket(0, 0, (Place("a", 0, 24),))),
     commit_message(3, {"a": "ab"}),
 )
 _SOUND: dict[str, tuple[Any, ...]] = {
-    ROUTE: ({"prompts": [_PROMPT, _PROMPT]},),
+    ROUTE: ({"prompts": [_PROMPT, _PROMPT]}, {"prompts": [_PROMPT | {"adapter": "policy"}]}),
     GENERATE: (_PROMPT,),
     "/collective_rpc": ({"method": "weights_status", "timeout": 3},),
     "/update_weights": tuple({"update_info": each} for each in _MESSAGES),

@@ -19,6 +19,7 @@ from tulu_mega.objectives.reward import RewardObjective
 from tulu_mega.objectives.sft import SftObjective
 from tulu_mega.records import IGNORE
 from tulu_mega.train import checkpoint
+from tulu_mega.train.adapter_figures import adapter_figures
 from tulu_mega.train.adapter_reference import AdapterReference
 
 LR, ADAMW_LR, STEPS = 0.01, 1e-3, 3
@@ -122,6 +123,7 @@ def trained(
             loss = engine.forward_backward(micro, SftObjective("token_mean"))
             seen["losses"].append(loss.loss)
             seen["norms"].append(engine.optimizer_step(step, loss.loss).grad_norm)
+        seen |= adapter_figures(engine)
         engine.settle()
         assert all(torch.equal(value, frozen[name]) for name, value in _base(engine).items())
         if folder:

@@ -60,12 +60,12 @@ class Inputs:
             "optim.schedule": "constant",
             "optim.warmup": "0.0",
         }
-        if stage == "grpo":
+        if stage in ("grpo", "ppo"):
             values |= {
                 "data.train": self.root / "prompts.jsonl",
                 "data.max_prompt": 128,
                 "sampling.max_tokens": 16,
-                "rewards.model": self.root / "reward",
+                {"grpo": "rewards.model", "ppo": "value.path"}[stage]: self.root / "reward",
                 "rewards.custom": '{mine = "pinned_verifier:judge"}',
             }
         else:
@@ -160,6 +160,15 @@ CHANGES = [
     Change("rows", "sft", "data.train", "of 15 rows", lambda root: drop_line(root / "rows.jsonl")),
     Change("mixture", "sft", "data.train", "0.25: 4 of 16 rows", lambda root: None, ("--data.train", LESS)),
     Change("reward model", "grpo", "rewards.model", "model.safetensors", lambda root: flip(root / REWARD)),
+    Change("value model", "ppo", "value.path", "model.safetensors", lambda root: flip(root / REWARD)),
+    Change(
+        "another value model",
+        "ppo",
+        "value.path",
+        "model.safetensors",
+        lambda root: flip(Path(shutil.copytree(root / "reward", root / "other")) / "model.safetensors"),
+        ("--value.path", "ROOT/other"),
+    ),
     Change("reference", "dpo", "model.path", "model.safetensors", lambda root: flip(root / WEIGHTS)),
     Change(
         "verifier",

@@ -13,10 +13,12 @@ from tests.lib import jobs, response_jobs
 from tests.lib.oracles import ppo as oracle
 from tulu_mega.config import OptimSettings, PpoSettings
 from tulu_mega.config.ppo import PpoTrainSettings
+from tulu_mega.data.batch import pack
 from tulu_mega.distributed.collectives import from_lead
+from tulu_mega.layout.packing_rules import pack_alignment
 from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.objectives.value import ValueObjective
-from tulu_mega.records import IGNORE
+from tulu_mega.records import IGNORE, TokenizedRow
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl.actor_critic import ActorCritic
 from tulu_mega.rl.batches import TrainedResponse, packed, split
@@ -26,9 +28,57 @@ from tulu_mega.rl.reward_model import RewardModelScores
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.step_clock import StepClock
 
-LR, VALUE_LR = 0.05, 0.02
-MINI_BATCHES, PASSES = 2, 2
 BETA, LAM, CLIP, RANGE, COEFFICIENT = 0.2, 0.9, 0.2, 0.1, 0.5
+ALPHA = 0.3
+"""of a lambda by length: all responses but the shortest have one above 0"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """A step's updates of both models."""
+
+    name: str
+    optimizer: str
+    mini_batches: int
+    passes: int
+    lr: dict[str, float]
+    """of each model, at first; goes down to 0 in a line"""
+    decay: float = 0.0
+    value_updates: int = 1
+    warmup: bool = False
+    """the value model alone learns"""
+    settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """of the run, by section"""
+
+    def count(self, model: str) -> int:
+        """Of a model, in a step."""
+        return self.mini_batches * self.passes * (self.value_updates if model == "value" else 1)
+
+    def theirs(self, model: torch.nn.Module, name: str) -> tuple[torch.optim.Optimizer, Any]:
+        """torch's own optimizer and schedule."""
+        every = list(model.parameters())
+        groups = [
+            {"params": [each for each in every if each.ndim > 1], "weight_decay": self.decay},
+            {"params": [each for each in every if each.ndim == 1], "weight_decay": 0.0},  # megatron-core leaves norms alone
+        ]
+        optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.optimizer](groups, lr=self.lr[name])
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: 1 - at / self.count(name))
+
+    def ours(self, name: str) -> OptimSettings:
+        given = {"name": self.optimizer, "lr": self.lr[name], "weight_decay": self.decay}
+        return OptimSettings.model_validate(given | {"schedule": "linear", "warmup": 0.0, "clip": 0.0})
+
+
+SGD = Updates("sgd", "sgd", 2, 2, {"policy": 0.05, "value": 0.02})
+FIVE = Updates("five", "sgd", 1, 5, {"policy": 0.05, "value": 0.02})
+ADAMW = Updates("adamw", "adamw", 1, 1, {"policy": 1e-4, "value": 1e-4}, decay=0.1)
+GRADIENT = Updates("gradient", "sgd", 1, 1, {"policy": 1e4, "value": 1e4})  # beside which the weights before are nothing
+VAPO = Updates(
+    "vapo", "sgd", 2, 1, SGD.lr, value_updates=3,
+    settings={"gae": {"value_lam": 1.0, "adaptive": ALPHA}, "value": {"clip": 0.0}, "policy": {"aggregation": "token"}},
+)  # fmt: skip
+WARMUP = Updates("warm-up", "sgd", 2, 1, SGD.lr, warmup=True)
+EVERY = {each.name: each for each in (SGD, FIVE, ADAMW, GRADIENT, VAPO, WARMUP)}
 
 
 def make_models(directory: str) -> None:
@@ -62,7 +112,12 @@ def responses(vocab: int) -> list[list[TrainedResponse]]:
     return [every[end - samples : end] for end, samples in zip(ends, response_jobs.SAMPLES, strict=True)]
 
 
-def hugging_face(directory: str) -> dict[str, Any]:
+def hugging_faces(directory: str) -> dict[str, dict[str, Any]]:
+    """Of each kind of updates, by its name."""
+    return {name: hugging_face(directory, updates) for name, updates in EVERY.items()}
+
+
+def hugging_face(directory: str, updates: Updates) -> dict[str, Any]:
     """The losses, gradient norms and values of every update; saves both models as they are at the end."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -101,67 +156,74 @@ def hugging_face(directory: str) -> dict[str, Any]:
     with torch.no_grad():
         old_logp, ref_logp, old_values = logp(policy, numbers), logp(reference, numbers), values(numbers)
         score = torch.tensor([one.advantage for one in every], dtype=torch.float64)
-        white, returns = oracle.advantages_and_returns(masks, score, old_logp, ref_logp, old_values, BETA, LAM)
-    parts = [[one.number for one in part] for part in split(groups, MINI_BATCHES)]
+        of_vapo = updates is VAPO
+        lams = (1 - 1 / (ALPHA * lengths.double())).clamp(min=0.0), 1.0
+        given = masks, score, old_logp, ref_logp, old_values, BETA
+        white, returns = oracle.advantages_and_returns(*given, lams[0] if of_vapo else LAM)
+        if of_vapo:
+            _, returns = oracle.advantages_and_returns(*given, lams[1])
+    mean, clip = (oracle.mean, 0.0) if of_vapo else (oracle.mean_of_means, RANGE)
+    parts = [[one.number for one in part] for part in split(groups, updates.mini_batches)]
     told: dict[str, Any] = {"value": [], "policy": []}
     told["explained_variance"] = float(
         1 - (returns - old_values)[masks.of_value].var(unbiased=False) / returns[masks.of_value].var(unbiased=False)
     )
-    for at, part in enumerate(parts * PASSES):
+    steps = {"value": updates.theirs(value, "value"), "policy": updates.theirs(policy, "policy")}
+    for part in parts * updates.passes:
         chosen = oracle.Masks(lengths[part], cut_off[part], room)
-        losses = {
-            "value": oracle.value_loss(chosen, values(part), old_values[part], returns[part], RANGE, COEFFICIENT),
-            "policy": oracle.policy_loss(chosen, logp(policy, part), old_logp[part], white[part], CLIP),
-        }
-        for name, model, lr in (("value", value, VALUE_LR), ("policy", policy, LR)):
+        for name, model in [("value", value)] * updates.value_updates + [("policy", policy)] * (not updates.warmup):
             model.zero_grad()
-            losses[name].backward()
+            if name == "value":
+                loss = oracle.value_loss(chosen, values(part), old_values[part], returns[part], clip, COEFFICIENT, mean)
+            else:
+                loss = oracle.policy_loss(chosen, logp(policy, part), old_logp[part], white[part], CLIP, mean)
+            loss.backward()
             norm = torch.sqrt(sum(p.grad.double().pow(2).sum() for p in model.parameters() if p.grad is not None))
-            with torch.no_grad():
-                for p in model.parameters():
-                    if p.grad is not None:
-                        p -= lr * (1 - at / len(parts * PASSES)) * p.grad
-            told[name].append((float(losses[name].detach()), float(norm)))
-    policy.save_pretrained(f"{directory}/trained_policy")
-    value.save_pretrained(f"{directory}/trained_value")
+            for each in steps[name]:
+                each.step()
+            told[name].append((float(loss.detach()), float(norm)))
+    policy.save_pretrained(f"{directory}/{updates.name}_policy")
+    value.save_pretrained(f"{directory}/{updates.name}_value")
     return told
 
 
 def engine(
-    directory: str, layout: dict[str, Any], out: str, share: bool, value_layout: dict[str, Any] | None = None
+    directory: str, layout: dict[str, Any], out: str, share: bool, value_layout: dict[str, Any] | None, name: str
 ) -> dict[str, Any]:
     """The same by the learner on packs.
 
     Args:
         value_layout: the value model's, where it has its own.
+        name: of the kind of updates.
     """
-    train = {"mini_batches": MINI_BATCHES, "passes": PASSES, "share_prompts": share}
+    kind = EVERY[name]
+    train = {"mini_batches": kind.mini_batches, "passes": kind.passes, "share_prompts": share}
     settings = PpoSettings.model_validate(
         {
             "model": {"path": f"{directory}/model", "dtype": "fp32"}, "parallel": layout, "run_dir": f"{out}/run",
             "data": {"train": "none", "pack_length": response_jobs.CAPACITY}, "sampling": {"max_tokens": 1000},
             "value": {
                 "path": f"{directory}/value", "clip": RANGE, "coefficient": COEFFICIENT, "parallel": value_layout,
+                "updates": kind.value_updates, "warmup": int(kind.warmup), **kind.settings.get("value", {}),
             },
-            "gae": {"lam": LAM}, "policy": {"beta": BETA, "importance": "none"}, "train": train,
+            "gae": {"lam": LAM, **kind.settings.get("gae", {})}, "train": train,
+            "policy": {"beta": BETA, "importance": "none", **kind.settings.get("policy", {})},
         }
     )  # fmt: skip
     with jobs.session(f"{directory}/model", layout) as made:
-        sgd = OptimSettings(name="sgd", lr=LR, schedule="linear", warmup=0.0, clip=0.0)
         value = made.beside(f"{directory}/value", reward=True, parallel=settings.value.parallel)
         reference = made.beside(f"{directory}/reference", reward=False).engine
-        updates = MINI_BATCHES * PASSES
-        made.engine.prepare_training(sgd, updates)
-        value.engine.prepare_training(sgd.model_copy(update={"lr": VALUE_LR}), updates)
+        made.engine.prepare_training(kind.ours("policy"), kind.count("policy"))
+        value.engine.prepare_training(kind.ours("value"), kind.count("value"))
         place, device = made.topology, made.engine.platform.device
         guards = Guards(PpoTrainSettings(), made.watch, device, place.pipeline_rank, made.lead, Path(out, "skipped.jsonl"))
         policy = Trained(
             made.engine, PolicyObjective.without_divergence(settings.policy, settings.sampling.max_tokens), reference
         )
-        critic = Trained(value.engine, ValueObjective(COEFFICIENT, RANGE))
+        critic = Trained(value.engine, ValueObjective(settings.value.coefficient, settings.value.clip))
         learner = ActorCritic(policy, critic, settings, guards, StepClock(made.watch.at))
         groups = responses(made.engine.hf.vocab_size)
-        apart = scores_apart(value.engine, groups)
+        apart, last, same = first_values(value.engine, groups)
         learned = learner.learn(0, Collected(groups, None))
         made.export(Path(out, "policy"), torch.float32, {})
         value.export(Path(out, "value"), torch.float32, {})
@@ -171,22 +233,30 @@ def engine(
             "figures": dict(learned.figures),
             "advantages": learned.advantages,
             "apart": apart,
+            "last": last,
+            "same": same,
         }
 
 
-def scores_apart(value: Engine, groups: list[list[TrainedResponse]]) -> float:
-    """The largest difference of the values on the last tokens from what `score` says of the same responses by a reward model,
-    in packs of other sizes; 0 where this rank sees none."""
+def first_values(value: Engine, groups: list[list[TrainedResponse]]) -> tuple[float, dict[int, float], bool]:
+    """The largest difference of the values on the last tokens from what a reward model of the rewards says of the same responses,
+    in packs of other sizes; these values, by response; whether every value has the bits of a score in the same packs, made as
+    `tulu-mega score` makes them. 0, nothing and True where this rank sees none."""
     every = [one for group in groups for one in group]
     scores = RewardModelScores(value, 64)([one.response for one in every])
     scores = from_lead(scores)
-    packs = packed(value, every, response_jobs.CAPACITY, ends=True).packs
-    found = {
-        number: float(values_T[batch.ends_T & (batch.segments_T == segment)])
-        for batch, values_T in zip(packs, value.score(packs), strict=False)
-        for segment, number in enumerate(batch.rows_S.tolist())
-        if number >= 0
-    }
-    # a response that ends with what a tool said is scored there, and valued on its last trained token
-    whole = [one.number for one in every if one.response.segments[-1].trained]
-    return max((abs(found[number] - scores[number]) for number in whole if number in found), default=0.0)
+    packs = packed(value, every, response_jobs.CAPACITY, False, True).packs
+    given = {one.number: one.response.token_ids for one in every}
+    whole = [
+        [TokenizedRow(number, given[number], given[number]) for number in each.rows_S.tolist() if number >= 0] for each in packs
+    ]
+    scored = value.score(packs), value.score([pack(rows, pack_alignment(value.settings)) for rows in whole])
+    found, same = {}, True
+    for batch, values_T, scores_T in zip(packs, *scored, strict=False):
+        at = torch.isin(batch.segments_T, (batch.rows_S >= 0).nonzero().squeeze(1))
+        same = same and torch.equal(values_T[at], scores_T[at])
+        for segment, number in enumerate(batch.rows_S.tolist()):
+            # a response that ends with what a tool said is scored there, and valued on its last trained token
+            if number >= 0 and every[number].response.segments[-1].trained:
+                found[number] = float(values_T[batch.ends_T & (batch.segments_T == segment)])
+    return max((abs(found[number] - scores[number]) for number in found), default=0.0), found, same

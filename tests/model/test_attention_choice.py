@@ -16,7 +16,7 @@ ALL = frozenset({"flash3", "flash2", "varlen"})
 H100 = Situation("cuda", (9, 0), torch.bfloat16, 128, windowed=False, context=1, te_layers=True, installed=ALL)
 BARE = replace(H100, te_layers=False)
 SHARED = replace(H100, shares=True)
-NO_PLACE = "prefixes are shared, for which Transformer Engine's has no place"
+NO_PLACE = "sequences share prefixes, which Transformer Engine's attention does not support"
 
 
 @pytest.fixture(autouse=True)

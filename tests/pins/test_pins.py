@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.lib.pinned_inputs import CHANGES, WEIGHTS, Inputs, drop_line, edit, flip, restored
-from tulu_mega.config import DpoSettings, GrpoSettings, SftSettings, load
+from tulu_mega.config import DpoSettings, GrpoSettings, PpoSettings, SftSettings, load
 from tulu_mega.data.store import TokenStore
 from tulu_mega.data.tokenizer import load_tokenizer
 from tulu_mega.errors import UserError
@@ -23,7 +23,7 @@ from tulu_mega.preflight import pinned
 from tulu_mega.preflight.check import check, ready
 from tulu_mega.rl.prompts import read
 
-SETTINGS = {"sft": SftSettings, "dpo": DpoSettings, "grpo": GrpoSettings}
+SETTINGS = {"sft": SftSettings, "dpo": DpoSettings, "grpo": GrpoSettings, "ppo": PpoSettings}
 
 
 @pytest.fixture(scope="module")

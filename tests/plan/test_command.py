@@ -60,7 +60,10 @@ def test_a_value_model_is_planned_as_a_reward_model_in_training(tmp_path):
     policy = memory_by_rank(found.job, 1, question.servers.bucket)
     assert found.fullest.value == value.memory[0].weights + value.memory[0].gradients + value.memory[0].optimizer
     assert found.fullest.total == pytest.approx(policy[0].total + found.fullest.value + 1.05 * found.fullest.value_passes)
-    assert found.seconds == pytest.approx(found.step.seconds + value.seconds + found.scoring + found.generation + found.sync)
+    trained = found.step.seconds + value.seconds + found.scoring
+    assert found.seconds == pytest.approx(max(trained, found.generation) + found.sync)  # servers generate beside training
+    in_turn = outlook(ask(of_ppo(train={"max_policy_lag": 0})), sampled=1)
+    assert in_turn.seconds == pytest.approx(trained + found.generation + found.sync)
     models = [storage(each, 20e9, False) for each in (found.job, job)]
     assert found.storage.size == sum(each.size for each in models) and found.storage.load == sum(each.load for each in models)
 
@@ -140,7 +143,7 @@ def test_the_recipes_of_8b_fit_a_node(stage):
     assert found.gpus == 8
     assert (found.generation > 0) == (found.sync > 0) == (found.scoring > 0) == (stage == "grpo")
     assert (found.once > 0) == (stage == "dpo")
-    assert found.seconds == pytest.approx(found.step.seconds + found.scoring + found.generation + found.sync)
+    assert found.seconds == pytest.approx(max(found.step.seconds + found.scoring, found.generation) + found.sync)
     assert found.question.steps == {"sft": 14_678, "dpo": 2_121, "grpo": 13_020}.get(stage, found.question.steps)
 
 
@@ -279,6 +282,15 @@ def test_search_gives_every_replica_a_sequence():
 def test_a_switch_needs_no_value(capsys):
     assert cli.main(["plan", str(RECIPES / "sft.toml"), "--gpus", "2", "--gpu", "b200", "--model", MODEL, "--search"]) == 0
     assert "layouts fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_a_table_may_be_given_as_a_value_with_more_of_its_settings_beside(capsys, after):
+    """`--model DIR` and `--model.recompute`: as with the commands that train."""
+    more = ["--model.recompute", "full"]
+    words = ["--model", MODEL, *more] if after else [*more, "--model", MODEL]
+    assert cli.main(["plan", str(RECIPES / "sft.toml"), "--gpus", "8", *words]) == 0
+    assert "recompute full" in capsys.readouterr().out
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -176,6 +176,15 @@ def test_a_value_model_is_built_beside(models, tmp_path, capsys):
     assert [each["parameters"] for each in told["value"]["ranks"]] == [report.parameters for report in alone.ranks]
 
 
+@pytest.mark.parametrize("recompute", [["activation", "layernorm"], pytest.param(["mlp"], marks=pytest.mark.acceptance)], ids=str)
+def test_layers_in_fp8_need_no_transformer_engine(models, tmp_path, recompute):
+    """Whatever is computed again: nothing is computed here."""
+    model = {"path": "m", "dtype": "bf16", "recompute": recompute}
+    found = forked(tmp_path, settings("sft", {"tensor": 2}, model=model, precision="tensorwise"), models["Llama"], 2)
+    plain = forked(tmp_path / "bf16", settings("sft", {"tensor": 2}, model=model), models["Llama"], 2)
+    assert found.problems == () and found.ranks == plain.ranks
+
+
 @pytest.fixture(scope="module")
 def built(models, tmp_path_factory):
     """What a process told of an OLMo 2 (its norms of the projections are cut) as `check.problems` takes it."""

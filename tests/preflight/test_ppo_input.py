@@ -28,6 +28,8 @@ def place(tmp_path_factory):
     embedding = next(name for name in weights if "embed_tokens" in name)
     weights[embedding] = np.zeros((1000, weights[embedding].shape[1]), np.float32)
     save_file(weights, directory / "other/model.safetensors")
+    shutil.copytree(directory / "rm", directory / "short")
+    (directory / "short/config.json").write_text(json.dumps(content | {"max_position_embeddings": 79}))
     shutil.copytree(directory / "rm", directory / "shifted")
     tokenizer = json.loads((directory / "rm/tokenizer.json").read_text())
     ids = tokenizer["model"]["vocab"]
@@ -56,6 +58,10 @@ def place(tmp_path_factory):
         ({"path": "rm", "parallel": {"tensor": 1}}, None),
         ({"path": "shifted"}, "value.path = {0}/shifted has another tokenizer than the policy: 'b' is token "),
         ({"path": "bare"}, None),
+        (
+            {"path": "short"},
+            "value.path = {}/short was made for 79 tokens, but data.max_prompt = 64 and sampling.max_tokens = 16 make 80; lower",
+        ),
         ({"path": "nowhere"}, "value.path = '{}/nowhere': no such directory"),
         ({"path": "model"}, "value.path = {}/model: a language model; expected what tulu-mega rm makes; set value.new_head"),
         ({"path": "model", "new_head": True}, None),
@@ -63,6 +69,21 @@ def place(tmp_path_factory):
 )
 def test_value_models(place, tmp_path, value, says):
     looked_at(place, tmp_path, says, value=value | {"path": str(place / value["path"])})
+
+
+def test_a_reward_model_beside_for_shorter_texts(place, tmp_path):
+    value, rewards = {"path": str(place / "rm")}, {"model": str(place / "short")}
+    looked_at(place, tmp_path, "rewards.model = {}/short was made for 79 tokens, but", value=value, rewards=rewards)
+
+
+def test_prompts_that_are_too_long(place, tmp_path):
+    """For what they may have, and for the models."""
+    data = {"train": str(place / "prompts.jsonl"), "max_prompt": 4}
+    says = "data.train: none of the 1 rows can be used"
+    looked_at(place, tmp_path, says, data=data, value={"path": str(place / "rm")})
+    longest = json.loads((place / "model/config.json").read_text())["max_position_embeddings"]
+    says = f"data.max_prompt = 64 and sampling.max_tokens = {longest} make {longest + 64} tokens, but the model was made for"
+    looked_at(place, tmp_path, says, sampling={"max_tokens": longest}, value={"path": str(place / "rm")})
 
 
 def looked_at(place, tmp_path, says: str | None, **sections) -> None:
@@ -75,7 +96,8 @@ def looked_at(place, tmp_path, says: str | None, **sections) -> None:
     if says is None:
         assert found == []
     else:
-        assert any(problem.startswith(says.format(place)) for problem in found), found
+        told = [problem for problem in found if problem.startswith(says.format(place))]
+        assert told and all("\n" not in problem for problem in told), found
 
 
 @pytest.mark.parametrize(
@@ -98,6 +120,16 @@ def looked_at(place, tmp_path, says: str | None, **sections) -> None:
 def test_layouts(place, tmp_path, parallel, value, says):
     """What does not fit either model is said of it, before anything starts."""
     looked_at(place, tmp_path, says, parallel=parallel, value={"path": str(place / "rm"), "parallel": value})
+
+
+def test_a_layout_for_neither_model(place, tmp_path):
+    """Both are said, at once."""
+    parallel, value = {"tensor": 3, "data": 2}, {"path": str(place / "rm"), "parallel": {"pipeline": 3, "data": 2}}
+    for says in (
+        "parallel.tensor = 3 does not divide the model's num_attention_heads",
+        "value.path = {}/rm: the model's num_hidden_layers = 2 cannot be split over value.parallel.pipeline = 3",
+    ):
+        looked_at(place, tmp_path, says, parallel=parallel, value=value)
 
 
 @pytest.mark.parametrize(

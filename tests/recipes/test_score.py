@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
-from tests.lib import jobs, world
+from tests.lib import adapter_files, jobs, world
 from tulu_mega.config import ScoreSettings, load
+from tulu_mega.convert.run import run as convert
+from tulu_mega.convert.settings import ConvertSettings
 from tulu_mega.quickstart import tiny_model
 
 pytestmark = pytest.mark.ranks
@@ -72,6 +74,21 @@ def test_scores_are_those_of_transformers(model, tmp_path, layout):
         assert len(row["logprobs"]) == len(row["input_ids"]) - 1
         assert row["logprobs"] == pytest.approx(want, abs=2e-5)
         assert row["sum"] == pytest.approx(sum(want), abs=2e-4)
+
+
+def test_adapters_are_put_beside_the_weights(model, tmp_path):
+    adapter = adapter_files.make(tmp_path / "adapter", model)
+    convert(ConvertSettings(source=str(model), output=str(tmp_path / "merged"), to="hf", adapter=str(adapter), workers=1))
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows()[:8]))
+    flags = ["--model", str(model), "--model.dtype", "fp32", "--input", str(source), "--output", str(output)]
+    world.run(2, job, [*flags, "--adapter", str(adapter), "--parallel.tensor", "2"])
+    scored = [json.loads(line) for line in output.read_text().splitlines()]
+    moved = 0.0
+    for row, want, bare in zip(scored, reference(tmp_path / "merged", scored), reference(model, scored), strict=True):
+        assert row["logprobs"] == pytest.approx(want, abs=5e-5)
+        moved = max([moved, *(abs(one - other) for one, other in zip(want, bare, strict=True))])
+    assert moved > 0.1
 
 
 def test_an_interleaved_pipeline_scores_any_number_of_texts(tmp_path):

@@ -24,7 +24,7 @@ WRITERS = {
     "train/save_figures.py": ("tell",),
     "resilience/guards.py": ("after_step",),
     "resilience/stragglers.py": ("figures",),
-    "rl/scheduler.py": ("figures",),
+    "rl/rollouts.py": ("figures",),
     "rl/reporter.py": ("_record",),
     "rl/states.py": ("figures",),
     "rl/actor_critic.py": ("_told",),

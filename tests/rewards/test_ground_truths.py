@@ -29,7 +29,7 @@ def test_statements_are_tests(statement):
 
 
 def test_a_name_that_a_ground_truth_has_twice_is_refused():
-    with pytest.raises(ValueError, match="the tests are no JSON to go by: it has 'output' twice"):
+    with pytest.raises(ValueError, match="the tests are not valid JSON: it has 'output' twice"):
         code_tests.tests_of('[{"input": "1", "output": "2", "output": "3"}]')
     with pytest.raises(ValueError, match="it has 'func_name' twice"):
         read_constraint('{"func_name": "validate_no_commas", "func_name": "validate_lowercase"}')

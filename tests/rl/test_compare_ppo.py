@@ -50,7 +50,7 @@ def test_runs_that_ended_are_told_and_not_started_again(tool, tmp_path):
         tool.evaluation_file(place, 0).write_text("".join(json.dumps(each) + "\n" for each in BEFORE))
         if (kind, seed) != ("ppo", 2):
             (place / "hf").mkdir()
-            tool.run(tmp_path, kind, seed, ["--no.such", "flag"])
+            tool.run(tmp_path, kind, seed, 1, ["--no.such", "flag"])
     found = {
         kind: {seed: each for seed in range(3) if (each := tool.read(tool.directory(tmp_path, kind, seed)))}
         for kind in ("grpo", "ppo")
@@ -58,4 +58,6 @@ def test_runs_that_ended_are_told_and_not_started_again(tool, tmp_path):
     told = tool.table(found)
     assert sorted(found["ppo"]) == [0, 1]
     assert "PPO less GRPO at equal tokens, 2 pairs: +20.0%, standard error 10.0%" in told
+    assert "ppo, gain over the start, 2 seeds: +60.0%, standard error 5.0%" in told
+    assert not tool.ended(tool.directory(tmp_path, "ppo", 0), 2) and tool.ended(tool.directory(tmp_path, "ppo", 0), None)
     assert "| ppo | 1 | 25.0% | 90.0% of 100 | 0.50, 0.50 |" in told and "| grpo | 0 | 25.0% | 70.0% of 100 |  |" in told

@@ -41,6 +41,22 @@ FAULTS = {
         "torch.from_numpy(estimates.returns + (lambda a: whitening(a) - a)(np.resize(estimates.advantages, len(trace.states))))",
         ARITHMETIC,
     ),
+    "whitened by the population's variance": ("objectives/gae.py", "every.var(ddof=1)", "every.var(ddof=0)", ARITHMETIC),
+    "values read on the token itself": (
+        "rl/states.py", "return found\n\n\ndef values_of",
+        "return [Trace(one.number, one.segment, one.actions, (one.states + 1).clamp(max=len(batch.tokens_T) - 1)) "
+        "for one in found]"
+        "\n\n\ndef values_of", ARITHMETIC,
+    ),
+    "whitening on each rank by itself": (
+        "rl/actor_critic.py", "whiten = whitening([each.advantages for each, _ in ordered])",
+        "whiten = whitening([each.advantages for each, _ in mine.values()])", f"{LAYOUT}[DP2-True]",
+    ),
+    "the sampler's log-probabilities as those before the updates": (
+        "rl/actor_critic.py", "batches = self._scored(batches, old=True)",
+        'batches = [[each.with_columns(old_logp_T=each.column("sampler_logp_T")) for each in part] '
+        "for part in self._scored(batches, old=True)]", f"{LAYOUT}[TP2-True]",
+    ),
     "the penalty added": (
         "objectives/advantages.py", "penalty if cut else reward for", "penalty + (reward or 0.0) if cut else reward for",
         "tests/objectives/test_advantages.py",

@@ -1,6 +1,7 @@
 """Responses of several segments, trained and untrained in turn: masks, labels, values by token, packs, prefixes, figures."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +17,9 @@ from tulu_mega.quickstart import tiny_model
 from tulu_mega.records import IGNORE, PackedBatch, Response, Segment
 from tulu_mega.rewards.verdict import Verdict
 from tulu_mega.rl import journal
-from tulu_mega.rl.batches import TrainedResponse, differences, packed
+from tulu_mega.rl.batches import Compared, TrainedResponse, differences, effective_share, packed
 from tulu_mega.rl.judging import JudgedResponse, Rewards
-from tulu_mega.rl.scheduler import Group, StepRollouts
+from tulu_mega.rl.rollouts import Group, StepRollouts
 
 HF = LlamaConfig(
     architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
@@ -135,7 +136,14 @@ def test_differences_are_of_trained_tokens():
     (pack,) = packed(engine(), responses_of([([1, 2], [parts])]), 64).packs
     moved_T = torch.where(pack.loss_mask_T, torch.tensor(0.25), torch.tensor(100.0))
     moved_T[pack.labels_T == 9] = 0.75
-    assert differences([pack.with_columns(old_logp_T=pack.column("sampler_logp_T") - moved_T)]) == {0: (0.375, 0.75)}
+    found = differences([pack.with_columns(old_logp_T=pack.column("sampler_logp_T") - moved_T)])
+    ratios = [math.exp(-0.25)] * 3 + [math.exp(-0.75)]
+    assert found == {0: (0.375, 0.75, pytest.approx(sum(ratios)), pytest.approx(sum(r * r for r in ratios)), 4)}
+    two = [*found.values(), Compared(0.0, 0.0, 2.0, 2.0, 2)]
+    ratios += [1.0, 1.0]
+    assert effective_share(two) == pytest.approx(sum(ratios) ** 2 / sum(r * r for r in ratios) / 6)
+    far = pack.with_columns(old_logp_T=pack.column("sampler_logp_T") + 1e4)
+    assert effective_share(differences([far]).values()) == pytest.approx(1.0), "no infinity"
 
 
 @pytest.mark.parametrize(

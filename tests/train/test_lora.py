@@ -74,6 +74,10 @@ def check(truth, out: Path, kind: str, layout: str, how: str, recompute: str, op
     for rank in ranks:
         np.testing.assert_allclose(rank["losses"][0], want["losses"][0], rtol=1e-6)
         np.testing.assert_allclose(rank["norms"][0], want["norms"][0], rtol=1e-5)
+    norm = np.sqrt(sum(np.square(value, dtype=np.float64).sum() for value in weights(out / "adapter").values()))
+    for rank in ranks:
+        assert rank["adapter_norm"] == pytest.approx(norm)
+        assert 0 < rank["trained_share"] < 0.2
     same(out / "adapter", root / "trained", bound)
     same(out / "hf", root / "merged", bound)
 

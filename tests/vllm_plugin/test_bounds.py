@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tulu_mega.inference.sampling import Sampling
 from tulu_mega.vllm_plugin.batch_route import MAX_BODY, ROUTE
 from tulu_mega.vllm_plugin.bounds import GENERATE, MAX_OTHER, ROUTES, SAMPLING, Bounds
+from tulu_mega.vllm_plugin.gate import ADAPTER
 
 LONGEST, VOCABULARY = 32, 100
 MODEL = SimpleNamespace(max_model_len=LONGEST, get_vocab_size=lambda: VOCABULARY)
@@ -67,6 +68,8 @@ def sampling(**changes: object) -> dict:
         (ROUTE, sampling(temperature=0, top_p=None, stop_token_ids=[1, 2])),
         (GENERATE, {"token_ids": [1], "sampling_params": {"max_tokens": 2, "temperature": 0.0}}),
         ("/update_weights", {"update_info": {"begin": {}}}),
+        ("/finish_weight_update", {"weight_version": None}),  # of a rehearsal, which `tools/bench_sync.py` times
+        ("/finish_weight_update", {"weight_version": "7"}),
         ("/pause", b""),
     ],
 )
@@ -104,6 +107,8 @@ BROKEN = {
     "no tokens": batch(token_ids=[]),
     "longer than the model": batch(token_ids=[1] * LONGEST),
     "another field": batch(lora="x"),
+    "an adapter that is not here": batch(adapter="policy"),
+    "an adapter without a name": batch(adapter=7),
     "no prompts": {},
     "a list": [],
     "null": None,
@@ -199,3 +204,12 @@ JSON = st.recursive(
 )
 def test_any_request_is_answered(path, content):
     assert ask("POST", path, content)[0] in (200, 400)
+
+
+def test_an_adapter_can_be_named_once_it_is_here(monkeypatch):
+    status, told = post(ROUTE, batch(adapter="policy"))
+    assert status == 400 and "prompt 1: this server has no adapter 'policy'; it has none" in told
+    monkeypatch.setattr(APP.state, ADAPTER, 7, raising=False)
+    monkeypatch.setattr(APP.state, "openai_serving_models", SimpleNamespace(lora_requests={"adapter": None}), raising=False)
+    assert post(ROUTE, batch(adapter="policy"))[0] == post(ROUTE, batch(adapter="adapter"))[0] == 200
+    assert "it has adapter, policy" in post(ROUTE, batch(adapter="other"))[1]

@@ -9,7 +9,7 @@ import pytest
 
 from tulu_mega.vllm_plugin import gate
 
-WORKER = {"worker": 0, "open": False, "committed": True, "whole": True, "problems": [], "broken": None}
+WORKER = {"worker": 0, "open": False, "committed": True, "whole": True, "problems": [], "broken": None, "adapter": None}
 
 
 class Engine:
@@ -27,8 +27,8 @@ class Engine:
         return [self._state]
 
 
-def ask(engine: Engine, path: str) -> int:
-    """Status of the answer; 200 of the server itself."""
+def ask(engine: Engine, *paths: str, state: SimpleNamespace | None = None) -> int:
+    """Status of the last request's answer; 200 of the server itself."""
     said = []
 
     async def send(message: dict) -> None:
@@ -37,8 +37,10 @@ def ask(engine: Engine, path: str) -> int:
     async def server(_scope, _receive, send) -> None:
         await send({"status": 200})
 
-    scope = {"type": "http", "method": "POST", "path": path, "app": SimpleNamespace(state=SimpleNamespace(engine_client=engine))}
-    asyncio.run(gate.WeightsGate(server)(scope, None, send))
+    before, app = gate.WeightsGate(server), SimpleNamespace(state=state or SimpleNamespace(engine_client=engine))
+    for path in paths:
+        said.clear()
+        asyncio.run(before({"type": "http", "method": "POST", "path": path, "app": app}, None, send))
     return said[0]["status"]
 
 
@@ -46,7 +48,8 @@ def ask(engine: Engine, path: str) -> int:
 def test_workers_are_asked_without_a_time_out_within_the_engine(path):
     """vLLM takes the reply that comes too late for that of the next call, and its engine ends."""
     engine = Engine()
-    assert ask(engine, path) == 200 and engine.calls == [(("weights_status",), {})]
+    method = "place_adapter" if path == "/resume" else "weights_status"
+    assert ask(engine, path) == 200 and engine.calls == [((method,), {})]
 
 
 @pytest.mark.parametrize("path", ["/start_weight_update", "/finish_weight_update", "/resume"])
@@ -58,3 +61,21 @@ def test_whoever_waits_for_workers_that_do_not_answer_is_told(path, monkeypatch)
 def test_what_is_not_whole_is_refused():
     assert ask(Engine(committed=False), "/finish_weight_update") == 409
     assert ask(Engine(whole=False, broken="torn"), "/resume") == 409
+
+
+def test_requests_can_name_an_adapter_from_the_resume_on_for_which_every_worker_has_it_in_its_place():
+    state = SimpleNamespace(engine_client=Engine(whole=False, broken="not in its place", adapter=7))
+    assert ask(state.engine_client, "/resume", state=state) == 409 and getattr(state, gate.ADAPTER) is None
+    state.engine_client = Engine(adapter=7)
+    assert ask(state.engine_client, "/resume", state=state) == 200 and getattr(state, gate.ADAPTER) == 7
+
+
+def test_random_weights_answer_nothing_before_an_update():
+    bare, whole = Engine(whole=False, broken="random weights"), Engine()
+    assert ask(bare, "/inference/tulu_mega/batch") == ask(bare, "/pause", "/v1/completions") == 503
+    assert ask(whole, "/inference/tulu_mega/batch", "/v1/completions", "/v1/completions") == 200
+    assert len(whole.calls) == 1, "the workers are asked once"
+    bare = Engine(whole=False, broken="random weights")
+    assert ask(bare, "/v1/completions", "/start_weight_update", "/v1/completions") == 503
+    bare._state = WORKER
+    assert ask(bare, "/v1/completions", "/start_weight_update", "/resume", "/v1/completions") == 200

@@ -55,7 +55,9 @@ def test_messages_survive_json():
     bucket = Bucket(3, 1, (Place("embed", 0, 80), Place("layer", 128, 32)))
     version, read = read_bucket(json.loads(json.dumps(bucket_message(9, bucket)))["bucket"])
     assert (version, read) == (9, bucket)
-    assert read_begin(json.loads(json.dumps(begin_message(9, MANIFEST, True)))["begin"]) == (9, True, MANIFEST)
+    assert read_begin(json.loads(json.dumps(begin_message(9, MANIFEST, True)))["begin"]) == (9, True, MANIFEST, {}, "")
+    told = begin_message(9, MANIFEST, False, {"r": 3}, "word")
+    assert read_begin(json.loads(json.dumps(told))["begin"]) == (9, False, MANIFEST, {"r": 3}, "word")
 
 
 def _on_device(data: torch.Tensor) -> str:

@@ -22,13 +22,13 @@ class StoredParameter:
     name: str
     """in the whole model, ``decoder.layers.3.mlp.linear_fc2.weight``"""
     key: str
-    """of the checkpoint's tensor, ``decoder.layers.mlp.linear_fc2.weight``"""
+    """name of the checkpoint's tensor, ``decoder.layers.mlp.linear_fc2.weight``"""
     layer: int | None
     """index along the leading axis; None without one"""
     layers: int
     """extent of that axis"""
     shape: Shape
-    """of the parameter on a single rank, padding of the vocabulary included"""
+    """shape of the parameter on a single rank, padding of the vocabulary included"""
 
     @property
     def global_shape(self) -> Shape:

@@ -106,6 +106,8 @@ class Family:
     """the sizes that the rules name; raises UserError for a config it cannot read"""
     needs: Callable[[Config], LayerNeeds] = lambda config: LayerNeeds()
     """what the layers need; raises UserError for a config it cannot read"""
+    model_type: str = ""
+    """name in config.json's ``model_type``; empty where it is the architecture's in lower case, up to ``For``"""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     leftovers: tuple[str, ...] = ("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached")

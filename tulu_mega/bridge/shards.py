@@ -49,7 +49,7 @@ class ModelShard:
     grid: ShardGrid
     """the rank's place"""
     tensor_group: dist.ProcessGroup | None = None
-    """for what is collective; None for a size of 1"""
+    """process group of the tensor ranks; None for a size of 1"""
     pipeline_group: dist.ProcessGroup | None = None
     """as `tensor_group`"""
     merged: Callable[[Tensor], Values] = lambda parameter: parameter

@@ -20,4 +20,4 @@ def workload(settings: GrpoSettings) -> Workload:
     model's where the loss compares with it.
     """
     updates = settings.train.mini_batches * settings.train.passes
-    return sampled(settings, (updates > 1) + settings.policy.reads_reference, int(settings.rewards.model is not None))
+    return sampled(settings, (updates > 1) + settings.policy.reads_reference)

@@ -24,6 +24,8 @@ class ScoreSettings(EngineSettings):
     template: AskedTemplate = "auto"
     tokenizer: str | None = None
     """Directory or hub name of the tokenizer; the model's own when unset."""
+    adapter: str | None = None
+    """Directory of low-rank adapters in PEFT's format, which are put beside the model's weights."""
     pack_length: PositiveInt = 8192
     """Tokens a packed micro-batch may hold on one data-parallel rank (a longer text has one of its own)."""
 
@@ -32,6 +34,9 @@ class GenerateSettings(Section):
     """`tulu-mega generate`: vLLM on a model directory, from JSONL or at a prompt."""
 
     model: ModelSettings
+    adapter: str | None = None
+    """Directory of low-rank adapters in PEFT's format: vLLM holds them beside the model's weights, or they are merged where it
+    cannot."""
     input: str | None = None
     """JSONL (also under gzip or zstd); rows of `messages` (a `prompt` that is a list of messages is the same), of `prompt` text,
     of `input_ids`, or prompts of another form (see `format`). Unset: an interactive prompt."""

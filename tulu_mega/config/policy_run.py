@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tulu_mega.config.effects import Effect
 from tulu_mega.config.rollout import PolicyLossSettings, RolloutSettings, SamplingSettings, Seconds, check_servers
@@ -106,8 +106,9 @@ class PolicyTrainSettings(Section):
     share_prompts: Annotated[bool, Effect.NONE] = True
     """Have the tokens of a prompt once in a pack for all its responses there. Not under context parallelism, where this changes
     nothing, nor by Transformer Engine's attention: `model.attention = "auto"` takes FlashAttention's or torch's before it."""
-    max_policy_lag: Annotated[int, Effect.NONE] = 0
-    """Steps by which the generating weights may be older than the trained ones; only 0 (synchronous) is offered yet."""
+    max_policy_lag: Annotated[int, Field(ge=0)] = 0
+    """Steps by which the weights that answer a prompt may be older than those that train on it. 0: servers and trainer take
+    turns; 1: servers answer the next step's prompts while a step trains; 2 and more: verdicts, too, may be late by a step."""
     filter_equal: bool = True
     """Leave out prompts whose responses all have the same reward, from which nothing can be learned, and draw others."""
     refills: Annotated[int, Field(ge=0)] = 3
@@ -122,13 +123,6 @@ class PolicyTrainSettings(Section):
     """Traces of chosen steps by torch's profiler, in RUN_DIR/profile; `report` shows them."""
     rollouts_every: Annotated[PositiveInt, Effect.NONE] = 1
     """Steps between files of responses in RUN_DIR/rollouts. The last step has a file, and so has every step with a problem."""
-
-    @field_validator("max_policy_lag")
-    @classmethod
-    def _synchronous(cls, lag: int) -> int:
-        if lag != 0:
-            raise ValueError(f"{lag}: expected 0 (synchronous); training on responses of older weights is not offered yet")
-        return lag
 
 
 class PromptHeldOutSettings(Section):
@@ -167,6 +161,11 @@ class PolicyRunSettings(RunSettings):
     @model_validator(mode="after")
     def _servers_can_be(self) -> PolicyRunSettings:
         check_servers(self.model, self.rollout)
+        if self.lora and self.lora.quantized and self.rollout.adapters != "merged":
+            raise ValueError(
+                f"lora.base_precision = {self.lora.base_precision!r} needs rollout.adapters = 'merged', got "
+                f"{self.rollout.adapters!r}: servers' own weights are not what the trainer's blocks stand for"
+            )
         if self.lora and self.rollout.quantization == "fp8":
             raise ValueError("[lora] does not go with rollout.quantization = 'fp8' yet, as weights go out merged; leave it out")
         return self
@@ -177,12 +176,11 @@ class PolicyRunSettings(RunSettings):
         return self.data.max_prompt + self.sampling.max_tokens
 
 
-def sampled(settings: PolicyRunSettings, scorings: int, other_models: int, value: ValueWork | None = None) -> Workload:
+def sampled(settings: PolicyRunSettings, scorings: int, value: ValueWork | None = None) -> Workload:
     """Prompts, to which servers sample groups of responses.
 
     Args:
         scorings: times a step that log-probabilities are computed without training.
-        other_models: held beside.
         value: a value model that trains beside.
     """
     data, sampling, policy, train = settings.data, settings.sampling, settings.policy, settings.train
@@ -197,11 +195,12 @@ def sampled(settings: PolicyRunSettings, scorings: int, other_models: int, value
         passes=train.passes,
         scorings=scorings,
         reference=policy.reads_reference,
-        other_models=other_models,
+        rewards=settings.rewards.model,
         value=value,
         adapters=settings.lora is not None,
         entropy=policy.entropy > 0,
         rollout=settings.rollout,
+        beside=train.max_policy_lag > 0,
     )
 
 

@@ -121,4 +121,4 @@ def workload(settings: PpoSettings) -> Workload:
     parallel = settings.value.parallel or settings.parallel
     value = ValueWork(path=settings.value.path, parallel=parallel, updates=settings.value.updates)
     scorings = 1 + settings.policy.reads_reference
-    return sampled(settings, scorings, int(settings.rewards.model is not None), value)
+    return sampled(settings, scorings, value)

@@ -33,8 +33,14 @@ class RolloutSettings(Section):
     quantization: Literal["none", "fp8"] = "none"
     """`fp8`: the servers' layers compute in FP8 with scales for blocks of 128 x 128 weights, quantized by the trainer as it sends
     them; the trainer's own precision is its own (`precision.fp8`). Needs servers in bf16."""
+    adapters: Annotated[Literal["auto", "merged"], Effect.NONE] = "auto"
+    """How servers have the adapters of [lora]. `auto`: apart from their weights where vLLM can hold them so, and an update is the
+    adapters alone; else, and with `merged`, as whole weights with the adapters merged."""
     max_model_len: Annotated[PositiveInt | None, Effect.NONE] = None
     """Longest prompt and response together; what [data] and [sampling] may need when unset."""
+    random_weights: Annotated[bool, Effect.NONE] = False
+    """Start the servers with random weights, in place of reading the model's: the trainer sends its own before the first request,
+    and a server answers none until it has them. The model's directory then needs no weights."""
     gpu_memory: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Effect.NONE] = None
     """Share of a GPU's memory that a server takes: 0.9 when unset. Has to be set where servers share a GPU with one another or
     with the trainer."""
@@ -167,6 +173,13 @@ class ServeSettings(Section):
     """`tulu-mega serve`: vLLM servers for a trainer on another node."""
 
     model: ModelSettings
+    adapter: str | None = None
+    """Directory of low-rank adapters in PEFT's format: requests that name `adapter` are answered with them, others by the model
+    alone, and a trainer's adapters of no larger rank are held apart too. Where vLLM cannot hold them apart, all requests are
+    answered by the merged weights."""
+    lora_rank: Annotated[PositiveInt, Field(le=512)] | None = None
+    """Largest rank of a trainer's low-rank adapters that the servers hold apart from their weights; `adapter`'s own when unset,
+    and without it none."""
     rollout: RolloutSettings = RolloutSettings()
     """The trainer's [rollout]; only the settings that concern servers are read."""
     host: str = "127.0.0.1"
@@ -181,4 +194,6 @@ class ServeSettings(Section):
         if self.rollout.urls:
             raise ValueError("rollout.urls is for the trainer: serve starts servers, it does not attach to any; leave it out")
         check_servers(self.model, self.rollout)
+        if self.rollout.quantization == "fp8" and (self.adapter or self.lora_rank):
+            raise ValueError("adapter and lora_rank do not go with rollout.quantization = 'fp8' yet; leave it out")
         return self

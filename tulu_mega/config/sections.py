@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -40,6 +41,13 @@ AskedTemplate = Annotated[
 """Of every command: a model is asked under the template that it was trained with."""
 FormName = Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "hh", "ultrafeedback", "tokens"]
 """Forms of rows, as public data sets have them."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Mark of a table that may be given as a text alone: the setting which is meant then, as `Section.alone`."""
+
+    setting: str
 
 
 class Section(BaseModel):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tulu_mega.config.effects import section_of
-from tulu_mega.config.sections import Section
+from tulu_mega.config.sections import Alone, Section
 from tulu_mega.errors import UserError, nearest
 
 S = TypeVar("S", bound=Section)
@@ -183,7 +183,10 @@ def _put(settings: type[BaseModel], values: dict[str, Any], dotted: str, value: 
 
 def _alone(settings: type[BaseModel], parts: Sequence[str]) -> str:
     """The setting that a section is meant by when it is given as a value, empty when there is none."""
-    return getattr(_section_at(settings, parts), "alone", "")
+    if section := _section_at(settings, parts):
+        return getattr(section, "alone", "")
+    field = _field(settings, ".".join(parts))
+    return next((each.setting for each in (field.metadata if field else ()) if isinstance(each, Alone)), "")
 
 
 def _explain(settings: type[BaseModel], error: dict[str, Any]) -> str:

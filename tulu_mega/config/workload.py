@@ -58,8 +58,8 @@ class Workload:
     """log-probabilities of all rows are computed before the first step"""
     reference: bool = False
     """the initial weights are held beside those that are trained"""
-    other_models: int = 0
-    """further models of the same size that are held beside, such as a reward model"""
+    rewards: str | None = None
+    """directory of a reward model that is held beside, in the same layout, and scores all responses once"""
     value: ValueWork | None = None
     """a value model that trains beside, of an architecture of its own"""
     adapters: bool = False
@@ -68,6 +68,8 @@ class Workload:
     """the loss has the entropy in it, whose gradient takes memory"""
     rollout: RolloutSettings | None = None
     """servers that sample the responses and are sent the weights"""
+    beside: bool = False
+    """servers sample responses while a step trains"""
 
     @property
     def longest(self) -> int:

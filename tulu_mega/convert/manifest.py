@@ -27,7 +27,7 @@ class Entry:
     """A written tensor, or slab of one."""
 
     hash: str
-    """of its values as they lie in memory, row by row, little-endian, behind the algorithm's name: ``blake3:af1349...``"""
+    """hash of its values as they lie in memory, row by row, little-endian, behind the algorithm's name: ``blake3:af1349...``"""
     dtype: str
     shape: tuple[int, ...]
     place: tuple[int, int] | None = None

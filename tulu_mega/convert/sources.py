@@ -28,7 +28,7 @@ class Source(Protocol):
     """Weights of a model."""
 
     dtype: torch.dtype
-    """of all weights; of the widest where they differ"""
+    """type of all weights; the widest where they differ"""
 
     def fill(self, slab: Slab, out: Tensor) -> None:
         """Puts rows of a Megatron parameter into a tensor, in its type; padding of the vocabulary is zero. Raises UserError."""

@@ -28,7 +28,7 @@ class Target(Protocol):
     """A new directory."""
 
     names: list[str]
-    """of its files"""
+    """names of its files"""
 
     def write(self, number: int, directory: Path, source: Source) -> FileRecord:
         """Writes a file. It is on disk when this returns."""

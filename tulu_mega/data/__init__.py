@@ -1,6 +1,7 @@
 """From files to packed micro-batches.
 
-`sources` reads rows, of which `mixing` draws some; `chat` and `encoding` make tokens and labels of them, with what `tokenizer`
-loads; `store` keeps these on disk; `packing` decides which sequence goes where, `batch` lays them out, and `loader` does both for
-each step. `inspect` shows all of it, `mix` writes the drawn rows, `decontamination` finds evaluations in them.
+`sources` reads rows and `mixing` draws from them. `chat` and `encoding` turn rows into tokens and labels, with the tokenizer that
+`tokenizer` loads. `store` keeps tokens on disk. For each step `loader` has `packing` choose a micro-batch for every sequence and
+`batch` lay the micro-batch out. `inspect` shows all of it, `mix` writes the drawn rows, `decontamination` finds evaluations in
+them.
 """

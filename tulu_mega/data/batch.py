@@ -61,14 +61,14 @@ class _Pack:
         before: int | None = None,
         least: int = 0,
     ) -> int:
-        """A segment; its number.
+        """Append a segment and return its number.
 
         Args:
-            labels: what the tokens predict: shifted here, inside the segment, since rolling the packed row would make each
+            labels: the token that each token predicts, shifted inside the segment: a shift of the whole pack would make each
                 sequence predict its neighbour's beginning.
-            ends: labels as they are, of which the last trained one is where a score is read.
+            ends: labels that are not shifted; a score is read at the last trained one.
             before: the segment whose tokens come before these.
-            least: tokens that it has at least.
+            least: smallest number of tokens of the segment.
         """
         size = max(self.align.padded_sequence(len(ids)), least)
         start = 0 if before is None else self._size(before)
@@ -83,7 +83,7 @@ class _Pack:
         return len(self.rows) - 1
 
     def batch(self) -> PackedBatch:
-        """Padded to the total that is asked for."""
+        """Return the pack, padded to the total that the layout asks for."""
         rest = self.align.padded_total(self.bounds[-1]) - self.bounds[-1]
         if rest:
             self.add(-1, [], [], least=rest)
@@ -107,7 +107,7 @@ class _Pack:
         )
 
     def _keys(self) -> dict[str, Tensor | tuple[int, ...]]:
-        """Which rows each segment's tokens may see, where that is more than their own."""
+        """Return the fields that say which earlier segments a segment's tokens attend to; none where nothing is shared."""
         if not any(before is not None for before in self.before):
             return {}
         rows, counts = [], []
@@ -126,7 +126,7 @@ class _Pack:
 
 
 def by_token(batch: PackedBatch, values: Mapping[int, Sequence[float]]) -> Tensor:
-    """Each row's values laid at the positions that predict its trained tokens, in order: float32 [T], 0 elsewhere.
+    """Place each row's values at the positions that predict its trained tokens, in order: float32 [T], 0 elsewhere.
 
     Args:
         batch: a whole pack.

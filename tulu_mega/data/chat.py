@@ -22,20 +22,20 @@ class Sequence(NamedTuple):
 
     ids: list[int]
     labels: list[int]
-    """not shifted; IGNORE where not trained"""
+    """labels, not shifted; IGNORE where a token is not trained"""
     ends: tuple[tuple[int, int], ...]
-    """of each trained turn its last token, and how many tokens the conversation has up to it"""
+    """for each trained turn: its last token, and the number of the conversation's tokens up to and with it"""
 
 
 class Encodings(NamedTuple):
-    """What a conversation is trained as."""
+    """The sequences as which a conversation is trained."""
 
     whole: Sequence
     rewritten: tuple[Sequence, ...]
-    """each turn of the assistant that stands in the whole otherwise than where it is the last, so that it is not trained there:
-    as the last one"""
+    """further sequences, each ending with a turn that the template writes otherwise once more turns follow: the whole
+    conversation does not train such a turn"""
     altered: int
-    """turns whose text the template changes"""
+    """number of turns whose text the template changes"""
     unread: frozenset[str]
     """fields of messages that the template does not read"""
 
@@ -90,7 +90,7 @@ def encode(
     turns: Turns = "all",
     given: Given = NOTHING,
 ) -> tuple[list[int], list[int]]:
-    """`encodings`' whole conversation, cut to `max_length` tokens: ``input_ids`` and ``labels``."""
+    """Return ``input_ids`` and ``labels`` of a whole conversation, cut to `max_length` tokens."""
     whole = encodings(check_messages(messages, training=True), tokenizer, template, turns, given).whole
     return whole.ids[:max_length], whole.labels[:max_length]
 
@@ -107,8 +107,8 @@ def encodings(
         messages: checked, with a turn of the assistant among them.
         tokenizer: a fast tokenizer; under Tulu's template its eos token ends an assistant's turn.
         template: Tulu's, or the one the tokenizer ships.
-        turns: of the assistant that are trained: all of them, or the last alone.
-        given: what the row has beside them.
+        turns: which of the assistant's turns are trained: all, or the last alone.
+        given: what the row gives the template beside the messages.
 
     Raises:
         ValueError: the template refuses the conversation, or leaves something of it out.

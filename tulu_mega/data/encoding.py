@@ -29,17 +29,17 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     labels: np.ndarray
     cut: int
-    """tokens beyond the longest sequence, which are not among ``ids``"""
+    """number of tokens that were cut off because the sequence was too long"""
     ends: tuple[int, ...] = ()
-    """the last token of each trained turn that is among ``ids`` whole; none of rows that have tokens already"""
+    """the last token of each trained turn that ``ids`` holds whole; empty for rows that had tokens already"""
 
 
 class EncodedRow(NamedTuple):
-    """What a row is trained as."""
+    """The sequences as which a row is trained."""
 
     sequences: list[Encoded]
     told: Counter[str]
-    """what of it is not used or changed: how often, by the names of `data.told`"""
+    """counts of what was changed or not used, by the names that `data.told` explains"""
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,23 @@ class Encoding(ABC):
     """How rows become tokens, and which rows are left out."""
 
     tokenizer: PreTrainedTokenizerFast | None
-    """None where every row has tokens already"""
+    """the tokenizer; None where every row has tokens already"""
     template: Template
     max_length: int
     overlong: Literal["truncate", "reject"] = "truncate"
     malformed: Literal["error", "reject"] = "error"
     rewritten: Literal["leave", "split"] = "leave"
-    """what becomes of a turn that the template writes otherwise once more follows"""
+    """what happens to a turn that the template writes otherwise once more turns follow"""
     form: FormName = "auto"
-    """of the rows"""
+    """the rows' form"""
     width: ClassVar[int]
-    """sequences that belong together: a row gives as many, or rows of that many each"""
+    """number of sequences that belong together (2 in a pair); a row gives this number or a multiple of it"""
     token_columns: ClassVar[tuple[str, ...]]
-    """of a row that has tokens already"""
+    """columns of a row that has tokens already"""
     mask_columns: ClassVar[tuple[str, ...]]
-    """of such a row: which of them are no padding"""
+    """columns of such a row that mark its padding"""
     chat_columns: ClassVar[tuple[str, ...]]
-    """of a row of conversations"""
+    """columns of a row of conversations"""
 
     @abstractmethod
     def __call__(self, row: dict[str, Any]) -> EncodedRow:
@@ -83,10 +83,10 @@ class Encoding(ABC):
         return all(row.get(name) is not None for name in cls.token_columns)
 
     def _read(self, row: dict[str, Any], kind: Kind, used: tuple[str, ...]) -> tuple[dict[str, Any], Counter[str], bool]:
-        """The row in the form that is encoded, what of it nobody looks at, and whether it has tokens already.
+        """Return the row in the form that is encoded, counts of its unused columns, and whether it has tokens already.
 
         Args:
-            used: columns that are looked at beside those of the form.
+            used: columns that are used beside those of the form.
         """
         made = read(row, kind, self.form)
         tokenised = made.form == "tokens"
@@ -97,15 +97,15 @@ class Encoding(ABC):
         return made.row, told, tokenised
 
     def key(self) -> list[Any]:
-        """What the tokens depend on beside rows and tokenizer, for JSON."""
+        """Return everything beside rows and tokenizer that decides the tokens, for JSON."""
         return [self.template, self.max_length, self.overlong, self.malformed, self.rewritten, self.form]
 
     def margin(self, row: dict[str, Any]) -> float:
-        """By how much the row's first sequence is to be better than its second."""
+        """Return by how much the row's first sequence is better than its second."""
         return 0.0
 
     def _told(self, row: dict[str, Any], used: tuple[str, ...]) -> Counter[str]:
-        """The columns that have a value which nobody looks at."""
+        """Count the columns that have a value and are not used."""
         return Counter(f"column {name}" for name, value in row.items() if value is not None and name not in used)
 
     def _tokenised(self, row: dict[str, Any], prefix: str, told: Counter[str]) -> Encoded:
@@ -122,7 +122,7 @@ class Encoding(ABC):
         return self._cut(ids, labels)
 
     def _rendered(self, messages: Messages, given: Given, turns: Turns, told: Counter[str]) -> list[Encoded]:
-        """The sequences of a conversation: one, or further ones before it for turns that it does not hold as they were asked."""
+        """Return the sequences of a conversation: those of turns that the template writes otherwise later, then the whole."""
         made = encodings(messages, self.tokenizer, self.template, turns, given)
         told.update(f"field {name}" for name in made.unread)
         told["altered"] += made.altered
@@ -174,7 +174,7 @@ class PairEncoding(Encoding):
     """
 
     turns: Turns = "all"
-    """of the assistant whose log-probabilities count"""
+    """which of the assistant's turns have log-probabilities that count"""
     margin_column: str | None = None
     width: ClassVar[int] = 2
     token_columns: ClassVar[tuple[str, ...]] = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
@@ -236,7 +236,7 @@ def _sides(row: dict[str, Any]) -> tuple[list[Messages], Given, bool]:
         where = f"at message {at}" if at else f"in length ({len(chosen) - 1} and {len(rejected) - 1} messages)"
         raise ValueError(f"the prompts of chosen and rejected differ {where}; expected the same messages but for the last")
     if all(message["role"] in ("assistant", "system") for message in chosen[:-1]):
-        raise ValueError("chosen and rejected do not say what they answer; expected a message of the user's before, or in prompt")
+        raise ValueError("chosen and rejected do not say what they answer; expected the user's message before them, or in prompt")
     return sides, given, prompted
 
 
@@ -258,7 +258,7 @@ def _behind_prompt(prompt: Any, side: Any) -> tuple[Any, bool]:
     if _said(side[: len(prompt)]) == _said(prompt) and len(side) > len(prompt):
         return side, True
     if prompt[-1].get("role") == "assistant":
-        raise ValueError("the last message of prompt is the assistant's; expected the one that is answered")
+        raise ValueError("the last message of prompt is the assistant's; expected the message that is answered")
     if side and side[0].get("role") in ("system", "user"):
         raise ValueError("begins with a prompt of its own, which is not that of the prompt column; leave one of them out")
     return [*prompt, *side], True
@@ -273,7 +273,7 @@ def _attended(mask: Any, length: int, name: str) -> slice:
     if not isinstance(mask, list) or len(mask) != length or any(value not in (0, 1) for value in mask):
         raise ValueError(f"{name} is {short(mask)}; expected {length} values of 0 or 1, as many as tokens")
     if 1 not in mask:
-        raise ValueError(f"{name} is 0 throughout; expected a token at least")
+        raise ValueError(f"{name} is 0 throughout; expected at least one token")
     start, count = mask.index(1), int(sum(mask))
     if not all(mask[start : start + count]):
         raise ValueError(f"{name} is 0 between tokens; expected 0 for padding alone, before or behind them")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def directory_sha256(path: Path, split: str) -> str:
-    """Of all files below a directory, wherever it lies, and of the split that is taken of them."""
+    """Return the digest of all files below a directory and of the split's name; the directory's own path does not count."""
     parts = [split]
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)

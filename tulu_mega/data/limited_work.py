@@ -1,4 +1,4 @@
-"""The process behind `limits`: does one piece of work after the other, each within its limits, until nobody asks any more.
+"""The process behind `limits`: it does one piece of work after the other, each within its limits, until its input ends.
 
 It ends by itself when its input does, and by the kernel's hand when a piece of work takes too long, or nobody asks for a minute:
 nothing has to watch it.
@@ -24,7 +24,7 @@ MOST_ENTRIES = 1 << 24
 """Numbers of a vocabulary's entries."""
 IDLE_SECONDS = 60
 _PROBE = "The  quick, 1234 Größen!\n\n    def f(x): # 😀\n" * 8 + "a" * 400 + " " * 400 + "=" * 400 + "1" * 400 + "é" * 400
-"""Text that expressions which go back and forth over the same letters take long for."""
+"""Text over which a tokenizer's regular expressions take long if they backtrack."""
 
 
 def render(template: str, arguments: dict[str, Any], marks: bool) -> tuple[str, list[tuple[int, int]]]:
@@ -91,7 +91,7 @@ def told(error: BaseException) -> str:
 
 
 def answer(work: str, seconds: float, nbytes: int, arguments: dict[str, Any], before: int) -> dict[str, Any]:
-    """What became of a piece of work.
+    """Do a piece of work and return its result or its error.
 
     Args:
         before: bytes that the process had before its first.

@@ -26,7 +26,7 @@ from tulu_mega.outside.json_input import read_json_text
 
 LENGTH = struct.Struct("<Q")
 _MOST = 1 << 30
-"""Bytes of an answer; the process's memory is below."""
+"""Most bytes of an answer."""
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,26 @@ class Limits:
     """What one piece of work may take."""
 
     seconds: float
-    """of processor time"""
+    """seconds of processor time"""
     nbytes: int
-    """of memory, beyond what the process has before its first work"""
+    """bytes of memory beyond those of the process before its first work"""
 
     def __str__(self) -> str:
         return f"{self.seconds:g} s of processor time or {self.nbytes >> 20} MiB of memory"
 
 
 TEMPLATE = Limits(10, 1 << 30)
-"""Of a rendering. The slowest template that models are known to ship takes milliseconds."""
+"""Limits of a rendering. The slowest template that models are known to ship takes milliseconds."""
 TOKENIZER = Limits(60, 4 << 30)
-"""Of loading a tokenizer and cutting a text of some kilobytes. The largest vocabularies take 3 s and 1 GiB."""
+"""Limits of loading a tokenizer and tokenising some kilobytes. The largest vocabularies take 3 s and 1 GiB."""
 
 
 class Refused(ValueError):
-    """The work was done, and came to this error."""
+    """Raised with the error in which a piece of work ended."""
 
 
 class Exceeded(Exception):
-    """The work took more than its limits."""
+    """Raised when a piece of work takes more than its limits."""
 
 
 class _Worker:
@@ -65,7 +65,7 @@ class _Worker:
         self._owner = 0
 
     def do(self, work: str, limits: Limits, **arguments: Any) -> Any:
-        """What a function of `limited_work` returns.
+        """Return what a function of `limited_work` returns for these arguments.
 
         Raises:
             Refused: it raised something.
@@ -83,7 +83,7 @@ class _Worker:
         return told["done"]
 
     def _told(self, content: bytes, limits: Limits) -> dict[str, Any] | None:
-        """The answer to a question; None where the process had gone for want of any.
+        """Return the answer to a request; None where the process had ended because nobody asked for a minute.
 
         Raises:
             Exceeded: the process ended over it.
@@ -163,7 +163,7 @@ def rendered(template: str, arguments: Mapping[str, Any], marks: bool) -> tuple[
     try:
         text, ranges = _worker.do("render", TEMPLATE, template=template, arguments=dict(arguments), marks=marks)
     except Exceeded as error:
-        raise UserError(f"the tokenizer's chat template is not to be used: {error}; take the template 'tulu'") from None
+        raise UserError(f"the tokenizer's chat template cannot be used: {error}; take the template 'tulu'") from None
     return text, [(start, end) for start, end in ranges]
 
 
@@ -178,7 +178,7 @@ def names(template: str) -> tuple[frozenset[str], frozenset[str]]:
     except Refused:  # it cannot be rendered either, which is told then
         return frozenset(), frozenset()
     except Exceeded as error:
-        raise UserError(f"the tokenizer's chat template is not to be used: {error}; take the template 'tulu'") from None
+        raise UserError(f"the tokenizer's chat template cannot be used: {error}; take the template 'tulu'") from None
     return frozenset(variables), frozenset(fields)
 
 
@@ -192,7 +192,7 @@ def tried(tokenizer: str) -> None:
     try:
         _worker.do("try_tokenizer", TOKENIZER, path=tokenizer)
     except Exceeded as error:
-        raise ValueError(f"it is not to be used: {error}") from None
+        raise ValueError(f"it cannot be used: {error}") from None
     finally:
         if not worked:  # a large vocabulary leaves much memory behind
             _worker.close()

@@ -54,7 +54,7 @@ class StepData:
 
 
 class PackedLoader:
-    """What each step trains on, as a function of nothing but the step: to resume, ask for the next one.
+    """The micro-batches of each step, a function of the step's number alone: a resumed run asks for the next step.
 
     Epochs follow one another without a seam; rows do not depend on the layout. ``train.steps`` draws full batches for as long as
     it takes; ``train.epochs`` ends with the last row, so that the last batch may be short.
@@ -137,7 +137,7 @@ class PackedLoader:
         return (self.batches(step) for step in range(self.steps))
 
     def check(self) -> None:
-        """Plans every step (about a millisecond each), so that a step which does not fit is found before the run.
+        """Plan every step (about a millisecond each), to find a step that does not fit before the run.
 
         Raises:
             UserError: as :meth:`batches`.

@@ -13,7 +13,7 @@ ROLES = ("system", "user", "assistant")
 FURTHER_ROLES = ("tool", "developer", "function", "ipython", "environment")
 """Roles that some of the tokenizers' templates know."""
 TRAINING_FIELDS = ("weight", "train", "training", "loss")
-"""Of an assistant's message: whether it is trained; 1 or true where none says."""
+"""Fields of an assistant's message that say whether it is trained; a message without one is."""
 PROMPT_COLUMNS = ("system", "tools", "chat_template_kwargs")
 """Columns that belong to a row's conversation beside its messages."""
 

@@ -20,7 +20,7 @@ class Span(NamedTuple):
     start: int
     end: int
     message: int
-    """whose turn it is, counted from 0"""
+    """number of the message whose turn it is, counted from 0"""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Rendered:
     text: str
     spans: list[Span]
     rewritten: tuple[tuple[str, list[Span]], ...] = ()
-    """turns to be trained that stand in the text otherwise than where they are the last: the text that ends with each"""
+    """for each turn that the template writes otherwise once more turns follow: the text that ends with this turn"""
     altered: int = 0
-    """turns trained whose content does not stand in the text as the row has it"""
+    """number of trained turns whose content the template changes"""
     unread: frozenset[str] = frozenset()
     """fields that the template does not read"""
 
@@ -100,7 +100,7 @@ def render_own(messages: Messages, tokenizer: PreTrainedTokenizerFast, given: Gi
 
 
 def _marks_before(before: Messages, tokenizer: PreTrainedTokenizerFast, given: Given, otherwise: int) -> int:
-    """How many marks stand ahead of an answer: earlier turns as they are written when it is asked for."""
+    """Return the number of marks before an answer, those of the earlier turns, when the answer is asked for."""
     if before:
         with suppress(ValueError):  # a system message alone, say, which some refuse
             return len(rendered(before, tokenizer, given, prompt=True, marks=True)[1])
@@ -121,7 +121,7 @@ def _turn(
 
 
 def _beginning(before: Messages, text: str, tokenizer: PreTrainedTokenizerFast, given: Given, form: Form) -> int:
-    """Where an answer begins: behind what asks for it, or else behind what it shares with other answers."""
+    """Return where an answer begins: behind the generation prompt, or else behind the text that all answers share."""
     if before and before[-1]["role"] != "assistant":  # nobody asks for another turn behind one's own
         with suppress(ValueError):  # a system message alone, say, which some refuse
             asked = rendered(before, tokenizer, given, prompt=True)[0] + form.header
@@ -131,6 +131,6 @@ def _beginning(before: Messages, text: str, tokenizer: PreTrainedTokenizerFast, 
     if text.startswith(shared):
         return len(shared)
     raise ValueError(
-        f"the tokenizer's chat template writes what comes before message {len(before) + 1} otherwise when it asks for it, so the "
-        "assistant's text cannot be told; mark it there with {% generation %} or use the template 'tulu'"
+        f"the tokenizer's chat template changes the text before message {len(before) + 1} when it asks for that message, so the "
+        "assistant's text cannot be located; mark it in the template with {% generation %} or use the template 'tulu'"
     )

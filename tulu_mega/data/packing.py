@@ -128,7 +128,7 @@ def _ordered(packs: Bins, costs: list[float], pipeline: Pipeline) -> Bins:
 
 
 def _by_rank(sizes: list[int], costs: list[float], order: list[int], room: int, ranks: int, each: int) -> list[Bins] | None:
-    """Sequences to ranks first, which levels ranks best; None where a rank's share does not go into its bins."""
+    """Share sequences out over ranks first, which levels ranks best; None where a rank's share does not fit into its bins."""
     shares = _least_cost([min(size, room) for size in sizes], costs, order, room * each, ranks)
     if shares is None or (len(order) >= ranks * each and min(map(len, shares)) < each):
         return None
@@ -142,7 +142,7 @@ def _by_rank(sizes: list[int], costs: list[float], order: list[int], room: int, 
 
 
 def _fill(sizes: list[int], costs: list[float], order: list[int], room: int, count: int) -> Bins | None:
-    """That many bins: level ones at once, or else full ones made level; None when they do not hold everything."""
+    """Return `count` bins of about equal cost; None when they do not hold everything."""
     bins = _least_cost(sizes, costs, order, room, count)
     if bins is not None:
         return bins
@@ -195,7 +195,7 @@ def _least_cost(sizes: list[int], costs: list[float], order: list[int], room: in
 
 
 def _spread(tight: Bins, costs: list[float], count: int) -> Bins:
-    """The same bins and more: the costliest one that can be split gives its costliest sequence to a new bin."""
+    """Return `count` bins: while there are fewer, the costliest that can be split gives its costliest sequence to a new one."""
     bins = [list(members) for members in tight]
     while len(bins) < count:
         several = [members for members in bins if len(members) > 1]
@@ -237,7 +237,7 @@ def _level(bins: Bins, sizes: list[int], costs: list[float], room: int) -> None:
 
 
 def _deal(bins: Bins, costs: list[float], ranks: int, each: int) -> list[Bins]:
-    """Costliest first, each to the rank with the least so far that has a place left."""
+    """Deal bins to ranks: the costliest first, each to the rank with the least cost so far that has room."""
     totals = [sum(costs[index] for index in members) for members in bins]
     plan: list[Bins] = [[] for _ in range(ranks)]
     heap = [(0.0, rank) for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""Where results are to be written, looked at before anything is."""
+"""A check, before any work, that results can be written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def check_writable(directory: Path) -> None:
-    """Sees whether a directory can be written to, or made; nothing is.
+    """Check that a directory can be written to, or made, without making it.
 
     Raises:
         OSError: it cannot.

@@ -34,14 +34,14 @@ from tulu_mega.pins.digest import digest
 _CHUNK = 256
 _SHOWN = 5
 _VERIFIED = 1 << 30
-"""Bytes of a store that are read again whenever it is taken; of larger ones when `check --verify` asks for it."""
+"""Largest store in bytes that is read and verified at each use; larger ones are when `check --verify` asks for it."""
 _ROWS_FOR_A_POOL = 4096
-"""Below, starting worker processes takes longer than the work."""
+"""Smallest number of rows for which starting worker processes pays."""
 
 
 @dataclass
 class _Chunk:
-    """What becomes of a chunk of rows."""
+    """The result of a chunk of rows."""
 
     tokens: list[np.ndarray] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
@@ -140,7 +140,7 @@ def _up_to_date(directory: Path, key: str) -> TokenStore | None:
 
 @contextmanager
 def _alone(cached: Path) -> Iterator[None]:
-    """Lets one process at a time tokenise what belongs there.
+    """Hold the lock of a cached store: one process at a time tokenises it.
 
     A file system without locks costs no more than double work: the directories appear whole or not at all.
     """
@@ -336,7 +336,7 @@ def _encode_rows(rows: Rows, encoding: Encoding, start: int, stop: int) -> _Chun
 
 
 def _refused(group: list[Encoded], encoding: Encoding) -> tuple[RejectKind, str] | None:
-    """Why sequences that belong together are not used: kind and reason."""
+    """Return the kind of reject and the reason why sequences that belong together are not used; None where they are."""
     longest = max(len(one.ids) + one.cut for one in group)
     if encoding.overlong == "reject" and longest > encoding.max_length:
         return "too_long", f"{longest} tokens, data.max_length is {encoding.max_length}"

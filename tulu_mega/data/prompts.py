@@ -33,7 +33,7 @@ class Prompt:
     messages: list[dict[str, str]]
     ground_truth: Any
     dataset: str | list[str]
-    """names the verifier, or several"""
+    """name of the verifier, or names of several"""
     where: str
     """file and line"""
 
@@ -46,7 +46,7 @@ class PromptSet:
     rejects: list[dict[str, str]] = field(default_factory=list)
     """rows that are not used: ``where``, ``kind`` (malformed, too_long) and ``reason``"""
     told: list[str] = field(default_factory=list)
-    """what of the others is not used, a line each"""
+    """what is not used of the rows that are, a line each"""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -145,6 +145,6 @@ class PromptStream:
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(count, seed, epoch, shuffle))
 
     def __getitem__(self, place: int) -> int:
-        """Which prompt comes at a place, counted from 0."""
+        """Return the number of the prompt at a place, counted from 0."""
         epoch, at = divmod(place, self._count)
         return int(self._order(epoch)[at])

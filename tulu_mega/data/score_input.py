@@ -61,7 +61,7 @@ class Encoder:
     template: Template
     vocab_size: int | None = None
     form: FormName = "auto"
-    """of rows that have none of these columns, or of all where it is named"""
+    """form of rows that have none of these columns, or of all rows where it is named"""
 
     def __call__(self, row: dict[str, Any]) -> list[int]:
         """

@@ -59,7 +59,7 @@ class Part(Protocol):
 
 
 class JsonLines:
-    """A JSONL file, read line by line where it lies; one that is compressed where its text is put for the time.
+    """A JSONL file, read line by line in place; a compressed one is first unpacked into a temporary file.
 
     No schema is inferred over the file, so rows may differ in their keys, and a broken line spoils nothing but itself.
 

@@ -1,4 +1,4 @@
-"""Where an answer ends: the tokens that a model is stopped at, as it was trained."""
+"""The tokens at which generation stops, as the model was trained."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class TokenStore:
         self.rejected: dict[str, int] = meta["rejected"]
         """rows that are not used, by the reason's kind; ``rejects.jsonl`` lists them"""
         self.template: Literal["tulu", "tokenizer"] = meta["template"]
-        """that conversations are rendered by"""
+        """template by which conversations are rendered"""
         self.told: list[str] = meta["told"]
         """what of the rows is not used, or changed, and where their turns end: a line each"""
         self.ends: list[int] = meta["ends"]
@@ -212,4 +212,4 @@ def new_directory(target: Path) -> Iterator[Path]:
 def refuse_strangers(target: Path) -> None:
     """Raises UserError where something lies that is neither a store nor an empty directory."""
     if target.exists() and not (target / "meta.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: something else than tokenised data is there; move it away or give another directory")
+        raise UserError(f"{target}: something other than tokenised data is there; move it away or give another directory")

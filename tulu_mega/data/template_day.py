@@ -1,4 +1,4 @@
-"""The day that a chat template writes: of a run that of its first start, however often it goes on."""
+"""The day that a chat template writes: for all starts of a run it is the day of the first."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Form:
-    """What is known of a template."""
+    """What probes found out about a template."""
 
     marked: bool
     """``{% generation %}`` says what is the assistant's"""
@@ -105,7 +105,7 @@ def head_and_tail(before: Messages, message: Message, tokenizer: PreTrainedToken
 
 
 def _shared(one: str, other: str) -> str:
-    """What both begin with."""
+    """Return the longest text with which both begin."""
     return "".join(char for char, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
@@ -132,7 +132,7 @@ def _found(template: str, tokenizer: PreTrainedTokenizerFast, given: Given) -> F
 
 
 def _without_header(tail: str, answer: Message, tokenizer: PreTrainedTokenizerFast, given: Given) -> str:
-    """What stands behind an answer, without the beginning of another one that some templates write there unasked."""
+    """Return the text behind an answer, without the header of a further turn that some templates write there unasked."""
     try:
         header, _tail, _whole = head_and_tail([], answer, tokenizer, given)
     except ValueError:
@@ -141,7 +141,7 @@ def _without_header(tail: str, answer: Message, tokenizer: PreTrainedTokenizerFa
 
 
 def _ending(tail: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The end of a turn, of what stands behind its content: up to the first token of the tokenizer's own, or else a word."""
+    """Return the end of a turn out of the text behind its content: up to the first special token, or else the first word."""
     tokens = {*tokenizer.get_added_vocab(), tokenizer.eos_token} - {""}
     ends = [(tail.find(token), -len(token)) for token in tokens if token in tail]
     if ends:

@@ -23,7 +23,7 @@ from tulu_mega.pins.digest import Stamp, stamp
 
 _VOCABULARY = "tokenizer.model"
 _SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json", CONFIG)
-"""Files that Python parses, whatever they hold."""
+"""Files that Python parses."""
 _MOST_BYTES = {".jinja": 16 << 20}
 _PROBE = "<|user|>\nThe  quick, 1234 Größen!\n\n    def f(x): # 😀\n"
 """Text of which conversions that go wrong make other tokens: blanks in a row, lines, digits, characters of several bytes."""
@@ -76,7 +76,7 @@ def load_tokenizer(
     except BaseException as error:  # whatever is wrong with the files; what Rust panics come as is no Exception
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         if path.is_dir() and not (path / "tokenizer.json").is_file():
-            reason = f"{_VOCABULARY} is not to be used ({reason})" if kind else "no tokenizer.json there"
+            reason = f"{_VOCABULARY} cannot be used ({reason})" if kind else "no tokenizer.json there"
         hint = f"{setting} names another directory or hub name" if setting else "put the files of the model's tokenizer there"
         if "trust_remote_code" in str(error):
             hint = "set model.trust_remote_code = true if you trust the code that comes with it"
@@ -137,7 +137,7 @@ def _try_once(file: str, stamp: Stamp) -> None:
 
 
 def _vocabulary_kind(path: Path) -> Literal["sentencepiece", "tiktoken"] | None:
-    """What a directory's tokenizer.model is, where it decides."""
+    """Return the kind of a directory's tokenizer.model; None where another file makes the tokenizer."""
     file = path / _VOCABULARY
     if (path / "tokenizer.json").is_file() or not file.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What is not used of a data set's rows, or is changed, and where its turns end: lines for people."""
+"""Lines for people: what of a data set's rows is changed or not used, and with which tokens turns end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMES = 10
 
 
 def end_tokens(ends: Counter[int], tokenizer: PreTrainedTokenizerFast | None) -> list[int]:
-    """Of the tokens that turns end with those that are an end by themselves: tokens of the tokenizer's own, not of its text."""
+    """Return the tokens, out of those that end turns, that belong to the tokenizer (special or added ones) and not to text."""
     if tokenizer is None:
         return []
     own = own_tokens(tokenizer)
@@ -69,7 +69,7 @@ def lines(
 
 
 def form_lines(form: Form) -> list[str]:
-    """What is odd about a template, for whoever asks the model by other programs too."""
+    """Describe what is unusual about a template, for people who also use the model with other programs."""
     found = [form.day] if form.day else []
     if form.header:
         found.append(
@@ -77,7 +77,7 @@ def form_lines(form: Form) -> list[str]:
             "have it, those of other programs have not"
         )
     if form.header_behind:
-        found.append("the chat template begins another answer behind the last one, asked for or not; that is not trained")
+        found.append("the chat template writes the header of a further answer behind the last one; this header is not trained")
     return found
 
 

@@ -64,8 +64,8 @@ def in_order(work: Callable[[int, int], R], rows: int, chunk: int, workers: int)
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Processes started in it never see an interrupt, which a terminal sends to all: each of them would print where it was, and
-    this one ends them."""
+    """Start processes that ignore interrupts. A terminal sends an interrupt to all processes; this process ends the others, and
+    each of them would print a traceback."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -113,7 +113,7 @@ class Crew:
     def __init__(self, actions: Mapping[str, Callable[[Any], Any]]):
         self._actions = actions
         self._raised: UserError | None = None
-        """what an action has raised, on rank 0"""
+        """the exception that an action raised, on rank 0"""
 
     def do(self, name: str, argument: Any = None) -> Any:
         """Run an action on every rank. Rank 0 calls it while the other ranks follow."""

@@ -28,6 +28,7 @@ from tulu_mega.evaluation.statistics import Estimate, estimate, pass_at_k
 from tulu_mega.evaluation.task import Messages, Problem, Shot, Task
 from tulu_mega.evaluation.tasks import TASKS
 from tulu_mega.inference import offline as vllm
+from tulu_mega.inference.adapters import checked, served
 from tulu_mega.inference.progress import progress
 
 if TYPE_CHECKING:
@@ -80,19 +81,24 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     began = time.monotonic()
     settings, tokenizer, asked = prepared(settings)
     if any(task.open for task in asked):
-        server = vllm.Generator(
-            vllm.model_source(settings.model.path),
-            vllm.DTYPES[settings.model.dtype],
-            tensor=settings.tensor,
-            max_model_len=settings.max_model_len,
-            seed=settings.seed,
-            trust_remote_code=settings.model.trust_remote_code,
-            python=settings.python,
-        )
-        print(f"Starting vLLM on {settings.model.path} ...", file=sys.stderr, flush=True)
-        with server as generator:
-            for task in asked:
-                _ask(task, generator, tokenizer, settings.save_every)
+        for line in checked(settings.model.path, settings.adapter):
+            print(line, file=sys.stderr, flush=True)
+        with served(vllm.model_source(settings.model.path), settings.adapter) as model:
+            server = vllm.Generator(
+                model.model,
+                vllm.DTYPES[settings.model.dtype],
+                tensor=settings.tensor,
+                max_model_len=settings.max_model_len,
+                seed=settings.seed,
+                trust_remote_code=settings.model.trust_remote_code,
+                python=settings.python,
+                adapter=model.adapter,
+                adapter_rank=model.rank,
+            )
+            print(f"Starting vLLM on {settings.model.path} ...", file=sys.stderr, flush=True)
+            with server as generator:
+                for task in asked:
+                    _ask(task, generator, tokenizer, settings.save_every)
     results = {
         "model": settings.model.path,
         "version": __version__,
@@ -118,6 +124,7 @@ def prepared(settings: EvalSettings) -> tuple[EvalSettings, PreTrainedTokenizerF
     """
     model = vllm.model_source(settings.model.path)
     config = vllm.model_config(model, settings.model.trust_remote_code)
+    checked(settings.model.path, settings.adapter)
     longest = vllm.longest_sequence(settings.model.path, config, settings.max_model_len)
     tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code, setting=None)
     settings = settings.model_copy(update={"template": template_of(tokenizer, settings.template)})
@@ -182,7 +189,8 @@ def _prepare(
         stop_ids=stop_ids(tokenizer, settings.template, model),
         allowed_ids=_choices(task, tokenizer),
     )
-    decisive = [model_identity(model), settings.model.dtype, asdict(sampling)]
+    adapter = [model_identity(settings.adapter)] if settings.adapter else []
+    decisive = [model_identity(model), *adapter, settings.model.dtype, asdict(sampling)]
     greedy = settings.temperature == 0
     messages, prompts, keys = [], [], []
     for problem in problems:

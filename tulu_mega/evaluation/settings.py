@@ -37,6 +37,9 @@ class EvalSettings(Section):
     """`tulu-mega eval`: a checkpoint on benchmarks."""
 
     model: ModelSettings
+    adapter: str | None = None
+    """Directory of low-rank adapters in PEFT's format: vLLM holds them beside the model's weights, or they are merged where it
+    cannot."""
     output: str
     """Directory of the results: results.json and samples/TASK.jsonl. What was answered there is not asked again."""
     tasks: dict[str, TaskSettings]

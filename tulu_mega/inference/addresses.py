@@ -1,8 +1,8 @@
-"""Where the servers are: what the launcher writes and the ranks read, in RUN_DIR/servers.
+"""The servers' addresses, which the launcher writes to RUN_DIR/servers and the ranks read.
 
-``server_N.json`` is the launcher's word on its server N. ``restart_*`` is a rank's request to start one again: it stands until
-the address in it is no longer the server's. What was asked of servers of other launchers (`rollout.urls`) is no file: the process
-that asked remembers it.
+``server_N.json`` is the launcher's record of its server N. ``restart_*`` is a rank's request to restart a server; it holds until
+the server has another address than the request names. Requests to servers of other launchers (`rollout.urls`) are kept in the
+memory of the process that made them.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ POLL_SECONDS = 0.1
 REMOTE_POLL_SECONDS = 1.0
 REPLY_SECONDS = 10.0
 SLACK_SECONDS = 10.0
-"""How much longer ranks wait than the launcher, which knows better what went wrong."""
+"""Seconds that ranks wait longer than the launcher, whose error says what went wrong."""
 WORD_SECONDS = 10.0
-"""Who is waited for is said as often."""
+"""Seconds between lines that name the servers that are waited for."""
 LOADING = (429, 500, 502, 503, 504)
-"""Statuses of a server, or of what stands before it, that may come up yet."""
+"""HTTP statuses of a server, or of a proxy before it, that may still be starting."""
 _ASKED: set[tuple[str, int]] = set()
 """URL and incarnation of servers that are not this run's own and that this process has asked to end."""
 
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """The launcher's word on one of its servers."""
+    """The launcher's record of one of its servers."""
 
     state: Literal["starting", "ready", "failed"]
     url: str = ""
     pid: int = 0
     incarnation: int = 0
     why: str = ""
-    """it failed, with the tail of its log"""
+    """why it failed, with the tail of its log; empty where it did not fail"""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class _Answer:
 
     address: ServerAddress
     about: dict[str, Any]
-    """what it says of itself"""
+    """the server's description of itself"""
 
 
 def write_record(folder: Path, number: int, record: ServerRecord) -> None:
-    """Puts a record where ranks read it, whole or not at all."""
+    """Write a record atomically for the ranks."""
     file = folder / f"server_{number}.json"
     part = file.with_suffix(".part")
     folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it meanwhile
@@ -76,14 +76,14 @@ def write_record(folder: Path, number: int, record: ServerRecord) -> None:
 
 
 def read_record(folder: Path, number: int) -> ServerRecord | None:
-    """None when the launcher has not said anything yet."""
+    """Read a record; None when the launcher has not written it yet."""
     try:
         told = read_json_text((file := folder / f"server_{number}.json").read_text(encoding="utf-8"))
         return ServerRecord(**told)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{file}: is no record of a server ({error}); start the run again") from None
+        raise UserError(f"{file}: is not a server's record ({error}); start the run again") from None
 
 
 def key_from_environment() -> str | None:
@@ -91,7 +91,7 @@ def key_from_environment() -> str | None:
 
 
 def attached(settings: RolloutSettings, run_dir: Path) -> list[ServerAddress]:
-    """The servers, once all of them answer: those the launcher started, or those of `rollout.urls`.
+    """Wait until all servers answer and return them: those that the launcher started, or those of `rollout.urls`.
 
     A server that was asked to restart counts only when it has.
 
@@ -135,17 +135,18 @@ def attached(settings: RolloutSettings, run_dir: Path) -> list[ServerAddress]:
 
 
 def longest_wait(settings: RolloutSettings) -> float:
-    """Seconds that `attached` waits: of our own servers a restart may be under way when it begins, so that these start twice."""
+    """Return the seconds that `attached` waits: two starts for our own servers, since a restart may be under way when it
+    begins."""
     return settings.start_timeout if settings.urls else 2 * settings.start_timeout + SLACK_SECONDS
 
 
 def ask_restart(run_dir: Path, address: ServerAddress, why: str, remote: bool = False) -> None:
-    """Has a server ended and started again by whoever owns it; returns at once, `attached` waits for the new one.
+    """Ask the owner of a server to restart it. Returns at once; `attached` waits for the new server.
 
     Args:
-        why: told to the launcher, or in the server's log.
-        remote: it is of `rollout.urls`. It is asked to end, its own `tulu-mega serve` starts it again; where it does not answer,
-            that notices by itself.
+        why: the reason, for the launcher or the server's log.
+        remote: whether it is one of `rollout.urls`. Then the server is asked to end, and its own `tulu-mega serve` starts it
+            again; `serve` notices by itself if the server does not answer.
     """
     if remote:
         _ASKED.add((address.url, address.incarnation))
@@ -162,7 +163,7 @@ def ask_restart(run_dir: Path, address: ServerAddress, why: str, remote: bool = 
 
 
 def restart_asked(folder: Path, url: str, incarnation: int) -> str | None:
-    """Why a rank wants this very incarnation of one of our own servers gone, if one does."""
+    """Return why a rank asked to restart this incarnation of one of our own servers; None where none asked."""
     try:
         return _request(folder, url, incarnation).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -174,7 +175,7 @@ def _request(folder: Path, url: str, incarnation: int) -> Path:
 
 
 def look(settings: RolloutSettings) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Asks the servers of `rollout.urls` once.
+    """Ask each server of `rollout.urls` for its description once.
 
     Returns:
         url -> what it says of itself (`counterpart.told`); url -> why it cannot be used yet.
@@ -207,7 +208,7 @@ def _remote(settings: RolloutSettings) -> list[ServerAddress]:
 
 
 def _well(address: ServerAddress) -> bool:
-    """Whether one of our own servers is there; another process may have its port by now."""
+    """Return whether one of our own servers still answers; another process may have its port by now."""
     try:
         answer = _ask(address.url, address.key)
     except UserError:
@@ -239,7 +240,7 @@ def _asked(urls: Sequence[str], key: str | None) -> dict[str, _Answer | str]:
 
 
 def _ask(url: str, key: str | None) -> _Answer | str:
-    """What a server answers, or why it cannot be used yet.
+    """Return a server's answer, or the reason why it cannot be used yet.
 
     Raises:
         UserError: it never will: waiting changes nothing.
@@ -267,20 +268,20 @@ def _ask(url: str, key: str | None) -> _Answer | str:
 
 
 def _hopeless(error: httpx.HTTPError) -> str:
-    """What is wrong for good where a server cannot be asked; empty where it may only be on its way."""
+    """Describe an error that waiting does not mend; an empty text where the server may only be starting."""
     chain: list[BaseException] = [error]
     while before := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(before)
     for each in chain:
         if isinstance(each, ssl.SSLError):
             return (
-                f"no TLS connection ({each.reason or each}); tulu-mega serve speaks plain HTTP: write http://, or see to the "
-                "certificate of what stands before it"
+                f"no TLS connection ({each.reason or each}); tulu-mega serve speaks plain HTTP: write http://, or check the "
+                "certificate of the proxy before it"
             )
         if isinstance(each, socket.gaierror) and each.errno != socket.EAI_AGAIN:
             return f"there is no such host ({each.strerror}); write the address that tulu-mega serve prints"
     if isinstance(error, httpx.RemoteProtocolError) and "illegal" in str(error):
-        return f"what listens there does not speak HTTP ({error}); write the address that tulu-mega serve prints"
+        return f"the program that listens there does not speak HTTP ({error}); write the address that tulu-mega serve prints"
     return ""
 
 
@@ -290,12 +291,12 @@ def _headers(key: str | None) -> dict[str, str]:
 
 @functools.cache
 def _client() -> httpx.Client:
-    """One for all: making it takes longer than a request. A proxy has no business between a trainer and its servers."""
+    """Return the HTTP client that all requests share: making one takes longer than a request. It ignores proxies."""
     return httpx.Client(timeout=REPLY_SECONDS, trust_env=False)
 
 
 def _wait(ready: Callable[[], bool], seconds: float, period: float, so_far: Callable[[], str]) -> None:
-    """Returns when the servers are ready; who is waited for is said every now and then."""
+    """Wait until the servers are ready; print now and then which are missing."""
     began = said = time.monotonic()
     while not ready():
         now = time.monotonic()

@@ -15,12 +15,13 @@ import aiohttp
 
 from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
-from tulu_mega.inference.reply import parsed, responses
+from tulu_mega.inference.reply import check_adapter, parsed, responses
 from tulu_mega.inference.sampling import Sampling
 from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.records import Response
 from tulu_mega.vllm_plugin.auth import ABOUT
 from tulu_mega.vllm_plugin.batch_route import ROUTE
+from tulu_mega.weight_transfer.adapters import path
 from tulu_mega.weight_transfer.server import ServerAddress, ServerFailure
 
 CONNECT_SECONDS = 10.0
@@ -48,12 +49,14 @@ class _Task:
     prompt: list[int]
     sampling: Sampling
     number: int
+    adapter: str | None
     failed_at: list[_Server] = field(default_factory=list)
     """the servers that failed it, one entry a time"""
 
     @property
     def request(self) -> dict[str, Any]:
-        return {"token_ids": self.prompt, "sampling_params": self.sampling.parameters(self.number)}
+        asked = {"token_ids": self.prompt, "sampling_params": self.sampling.parameters(self.number)}
+        return asked if self.adapter is None else {**asked, "adapter": self.adapter}
 
 
 @dataclass
@@ -75,10 +78,11 @@ class RolloutClient:
     Args:
         servers: their addresses.
         settings: of the rollouts.
+        adapter: what answers, of servers that hold the trained adapters apart; None for the model itself.
     """
 
-    def __init__(self, servers: Sequence[ServerAddress], settings: RolloutSettings):
-        self._servers, self._settings = list(servers), settings
+    def __init__(self, servers: Sequence[ServerAddress], settings: RolloutSettings, adapter: str | None = None):
+        self._servers, self._settings, self._adapter = list(servers), settings, adapter
         self._longest = self._vocabulary = 0
         self._running: asyncio.Task | None = None
         self._loop = asyncio.new_event_loop()
@@ -95,6 +99,7 @@ class RolloutClient:
     def close(self) -> None:
         """Closes all connections; servers drop what is still under way on them."""
         if self._thread.is_alive():
+            self._on_loop(self._cancel()).result()  # what another thread asks
             self._on_loop(self._session.close()).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -145,7 +150,8 @@ class RolloutClient:
                     done(*got)
             work.result()
         except BaseException:
-            self._on_loop(self._cancel()).result()
+            if not work.done():
+                self._on_loop(self._cancel()).result()
             raise
         return [answers[index] for index in range(len(prompts))]
 
@@ -171,7 +177,7 @@ class RolloutClient:
 
     def _task(self, index: int, prompt: list[int], sampling: Sampling, number: int) -> _Task:
         room = min(sampling.max_tokens, self._longest - len(prompt))
-        return _Task(index, prompt, replace(sampling, max_tokens=room), number)
+        return _Task(index, prompt, replace(sampling, max_tokens=room), number, self._adapter)
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -250,6 +256,7 @@ class RolloutClient:
                 except ValueError as problem:
                     raise ServerFailure(url, f"POST {ROUTE}: a malformed reply: {problem}") from None
                 try:
+                    check_adapter(answer, None if task.adapter is None else path(version))
                     made = responses(answer, task.prompt, task.sampling, version, self._vocabulary)
                 except ValueError as problem:
                     failed.append(task)

@@ -14,9 +14,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from tulu_mega.config.lora import LINEARS
 from tulu_mega.vllm_plugin.auth import INCARNATION, KEY
 from tulu_mega.weight_transfer import transports
+from tulu_mega.weight_transfer.adapters import RANKS
 
 MIN_BATCHED_TOKENS = 8192
 """Prompt tokens that a forward pass takes, as with vLLM's own `LLM`; a server's default of 2,048 splits batches of prompts."""
@@ -28,6 +31,8 @@ DEFAULTS = {
     "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
 }
 """Environment of every process that computes with vLLM."""
+ADAPTER = "adapter"
+"""What requests call the adapter that a server begins with."""
 FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 """What config.json says of a checkpoint in FP8 blocks, such as `bridge.fp8_blocks` makes."""
 FLOAT_SCALES = {"VLLM_USE_DEEP_GEMM_E8M0": "0"}
@@ -65,6 +70,10 @@ class ServerOptions:
     """that starts it"""
     prefix: str = sys.prefix
     """directory of that Python's environment"""
+    lora_rank: int = 0
+    """largest rank of low-rank adapters that they hold apart from their weights; 0: they hold none"""
+    adapter: str | None = None
+    """directory of one that they begin with, as `ADAPTER`"""
     random_weights: bool = False
     """do not read the model's weights, somebody sends others before anything is asked"""
     host: str = LOOPBACK
@@ -109,11 +118,46 @@ def command(options: ServerOptions, port: int, on_cpu: bool) -> list[str]:
         words += ["--hf-overrides", json.dumps({"quantization_config": FP8_BLOCKS})]
     if options.random_weights or options.fp8:
         words += ["--load-format", "dummy"]
+    words += lora_words(options.lora_rank, options.adapter)
     # The last middleware is the outermost: the key is asked for before anything else looks at a request.
     batches = ("--middleware", "tulu_mega.vllm_plugin.batch_route.Batches")
     bounds = ("--middleware", "tulu_mega.vllm_plugin.bounds.Bounds")
     door = ("--middleware", "tulu_mega.vllm_plugin.auth.Door")
     return [*words, *batches, *options.extra, *bounds, *door]
+
+
+def lora_words(rank: int, adapter: str | None = None) -> list[str]:
+    """Arguments of a server that holds adapters apart.
+
+    Args:
+        rank: the largest; 0: it holds none.
+        adapter: directory of one that it begins with.
+    """
+    if not rank:
+        return []
+    told = lora_arguments(rank, 2 if adapter else 1)
+    words = ["--enable-lora", "--max-lora-rank", str(told["max_lora_rank"]), "--max-loras", str(told["max_loras"])]
+    words += ["--lora-target-modules", *told["lora_target_modules"]]
+    return [*words, *(("--lora-modules", f"{ADAPTER}={adapter}") if adapter else ())]
+
+
+def lora_arguments(rank: int, adapters: int = 1) -> dict[str, Any]:
+    """The same as arguments of vLLM's `LLM`.
+
+    Args:
+        adapters: that there may be at once.
+
+    >>> lora_arguments(3)["max_lora_rank"], lora_arguments(3)["max_loras"]
+    (8, 2)
+    """
+    return {
+        "enable_lora": True,
+        "max_lora_rank": next(each for each in RANKS if each >= rank),
+        # One slot more than adapters: where all are taken, rows without an adapter get wrong values, and nothing tells it.
+        "max_loras": adapters + 1,
+        # Without the head: a request for log-probabilities of its prompt would end the engine.
+        "lora_target_modules": list(LINEARS),
+    }
 
 
 def environment(

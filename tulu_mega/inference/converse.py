@@ -30,7 +30,7 @@ _ENDS = ("/exit", "/quit", "/bye")
 _RESETS = ("/reset", "/clear", "/new")
 _HELPS = ("/help", "/?")
 _COMMAND = re.compile(r"/(\?|[A-Za-z]+)(?=\s|$)")
-"""A path at the beginning of a message is none."""
+"""Pattern of a command; a path at the beginning of a message does not match."""
 
 
 def converse(
@@ -40,7 +40,8 @@ def converse(
     system: str | None,
     prompt_of: Callable[[Messages], list[int]],
 ) -> None:
-    """Asks what is typed, keeping the conversation from turn to turn. Ctrl-C ends an answer that is shown as it
+    """Send the user's typed messages to the model, and keep the conversation from turn to turn. Ctrl-C ends an answer that is
+    shown as it
     comes (of one sample), else the program.
 
     Args:
@@ -125,7 +126,7 @@ def _streamed(generator: Generator, tokenizer: PreTrainedTokenizerFast, ids: lis
 
 
 def _as_shown() -> Callable[[str], str]:
-    """What is done to an answer before it is written: a terminal would obey what a model says."""
+    """Return a function that makes text safe to print: a terminal obeys control characters."""
     return printable if sys.stdout.isatty() else str
 
 
@@ -135,7 +136,7 @@ def _cut(completion: Completion) -> str:
 
 @contextlib.contextmanager
 def _instead_of_interrupting(stop: Callable[[], None]) -> Iterator[list[int]]:
-    """The first Ctrl-C inside calls `stop`, and is in the list; a second one interrupts."""
+    """Make the first Ctrl-C in the context call `stop` and add to the list; a second one interrupts."""
     seen: list[int] = []
 
     def stopping(number: int, frame: object) -> None:

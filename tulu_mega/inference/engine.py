@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from tulu_mega.inference.command_line import DEFAULTS
+from tulu_mega.inference.command_line import DEFAULTS, lora_arguments
 from tulu_mega.inference.offline import Completion
 from tulu_mega.inference.sampling import Sampling
 from tulu_mega.process import leave, uncollected
@@ -23,7 +23,7 @@ def serve(connection: Connection) -> NoReturn:
 
     Sends ``(problem or None, result)``, with None behind the last one.
     """
-    arguments = connection.recv()
+    arguments, adapter = connection.recv()
     # Defaults that suit a laptop; whoever set them knows better.
     own = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -40,12 +40,16 @@ def serve(connection: Connection) -> NoReturn:
             _one_share_of_the_cores_each(arguments["tensor_parallel_size"])
             # a seeded request whose prompt is computed in parts ends vLLM there: "CPU Generator does not use offset"
             arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
+        if adapter:
+            own_methods = {"worker_extension_cls": "tulu_mega.vllm_plugin.adapters.AdapterReport"}
+            arguments |= lora_arguments(adapter[1]) | own_methods
         llm = LLM(**arguments, disable_log_stats=True)
+        asking = _adapter(llm, adapter[0]) if adapter else None
         connection.send((None, None))
         while True:
             if (asked := connection.recv()) is None:  # a response was to be stopped that had ended by then
                 continue
-            for answer in _answers(llm, connection, *asked):
+            for answer in _answers(llm, connection, asking, *asked):
                 connection.send((None, answer))
             connection.send((None, None))
     except (EOFError, ConnectionError):  # the parent is done, or dead
@@ -65,8 +69,30 @@ def _one_share_of_the_cores_each(tensor: int) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares))
 
 
+def _adapter(llm: Any, directory: str) -> Any:
+    """vLLM's request for an adapter, which is in its place.
+
+    Raises:
+        RuntimeError: vLLM has no place for some of its matrices, and would answer without these and say nothing.
+    """
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("adapter", 1, directory)
+    llm.llm_engine.add_lora(request)
+    left_out = sorted({name for worker in llm.collective_rpc("left_out", args=(1,)) for name in worker})
+    if left_out:
+        raise RuntimeError(f"{len(left_out)} of the adapter's modules match none of vLLM's model: {', '.join(left_out[:5])}")
+    return request
+
+
 def _answers(
-    llm: Any, connection: Connection, prompts: list[list[int]], sampling: Sampling, numbers: list[int], stream: bool
+    llm: Any,
+    connection: Connection,
+    adapter: Any,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    numbers: list[int],
+    stream: bool,
 ) -> Iterator[tuple[int, list[Completion]] | Completion]:
     """What `Generator.each` or `Generator.stream` give."""
     from vllm import SamplingParams
@@ -76,7 +102,7 @@ def _answers(
     engine, kind = llm.llm_engine, RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
     for place, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
         parameters = SamplingParams(**sampling.parameters(number), output_kind=kind)
-        engine.add_request(str(place), TokensPrompt(prompt_token_ids=prompt), parameters)
+        engine.add_request(str(place), TokensPrompt(prompt_token_ids=prompt), parameters, lora_request=adapter)
     while engine.has_unfinished_requests():
         for output in engine.step():
             completions = [

@@ -11,6 +11,7 @@ from tulu_mega.bridge.files.config_json import read_config
 from tulu_mega.bridge.files.hub import is_megatron, model_directory
 from tulu_mega.config.rollout import RolloutSettings
 from tulu_mega.errors import UserError
+from tulu_mega.inference.adapters import described, holds
 from tulu_mega.inference.command_line import ServerOptions, core_shares, crowd, device_shares, sharing_obstacles
 from tulu_mega.inference.interpreter import interpreter
 from tulu_mega.inference.offline import DTYPES
@@ -38,15 +39,25 @@ def servers(settings: PolicyRunSettings, trainers: int) -> ServerPool:
     """
     from tulu_mega.vllm_plugin.gate import server_arguments
 
-    options = server_options(settings.model, settings.rollout, settings.longest, tuple(server_arguments()))
+    rank = 0
+    if settings.lora:
+        rank, _ = holds(described(settings.model.path, settings.lora), settings.rollout.adapters == "merged")
+    options = server_options(settings.model, settings.rollout, settings.longest, tuple(server_arguments()), rank)
     return pool(options, settings.rollout, Path(settings.run_dir), trainers)
 
 
-def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int | None, extra: tuple[str, ...]) -> ServerOptions:
+def server_options(
+    model: ModelSettings,
+    rollout: RolloutSettings,
+    longest: int | None,
+    extra: tuple[str, ...],
+    lora_rank: int = 0,
+) -> ServerOptions:
     """
     Args:
         longest: prompt and response together, as far as is asked for; the model's own limit when None.
         extra: more arguments for vLLM.
+        lora_rank: largest rank of adapters that are held apart; 0: there are none.
 
     Raises:
         UserError: vLLM cannot be had, there is no such model, or it or this machine does not do for FP8 blocks.
@@ -74,7 +85,8 @@ def server_options(model: ModelSettings, rollout: RolloutSettings, longest: int 
         blackwell=fp8 and (this_machine().capability or (0,)) >= (10,),
         python=python.path,
         prefix=python.prefix,
-        random_weights=is_megatron(directory),  # vLLM cannot read it, and is sent the weights
+        lora_rank=lora_rank,
+        random_weights=rollout.random_weights or is_megatron(directory),  # vLLM cannot read the latter
         extra=extra,
     )
 

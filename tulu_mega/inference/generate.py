@@ -23,6 +23,7 @@ from tulu_mega.data.sources import JsonLines
 from tulu_mega.data.stops import answer_text, stop_ids
 from tulu_mega.errors import UserError
 from tulu_mega.inference import offline as vllm
+from tulu_mega.inference.adapters import Served, checked, served
 from tulu_mega.inference.converse import converse
 from tulu_mega.inference.progress import progress
 
@@ -49,6 +50,8 @@ class Prepared:
     """none where a conversation is held"""
     prompts: list[list[int]]
     """the rows', as token ids"""
+    told: list[str]
+    """what is to be said of the adapter"""
 
 
 def generate(settings: GenerateSettings) -> None:
@@ -59,6 +62,13 @@ def generate(settings: GenerateSettings) -> None:
             found without vLLM is found before it starts.
     """
     ready = prepared(settings)
+    for line in ready.told:
+        print(line, file=sys.stderr, flush=True)
+    with served(ready.model, settings.adapter) as model:
+        _answer(ready, model)
+
+
+def _answer(ready: Prepared, model: Served) -> None:
     settings, tokenizer, rows = ready.settings, ready.tokenizer, ready.rows
     if rows:
         print(f"{settings.input}: {how_taken(rows, settings)}", file=sys.stderr)
@@ -71,13 +81,15 @@ def generate(settings: GenerateSettings) -> None:
         stop_ids=stop_ids(tokenizer, settings.template, ready.model),
     )
     server = vllm.Generator(
-        ready.model,
+        model.model,
         dtype=vllm.DTYPES[settings.model.dtype],
         tensor=settings.tensor,
         max_model_len=settings.max_model_len,
         seed=settings.seed,
         trust_remote_code=settings.model.trust_remote_code,
         python=settings.python,
+        adapter=model.adapter,
+        adapter_rank=model.rank,
     )
     print(f"Starting vLLM on {settings.model.path} ...", file=sys.stderr, flush=True)
     with server as generator:
@@ -114,13 +126,14 @@ def prepared(settings: GenerateSettings) -> Prepared:
     vllm.check_vllm(settings.python)
     model = vllm.model_source(settings.model.path)
     config = vllm.model_config(model, settings.model.trust_remote_code)
+    told = checked(settings.model.path, settings.adapter)
     tokenizer = load_tokenizer(model, None, settings.template, settings.model.trust_remote_code, setting=None)
     settings = settings.model_copy(update={"template": template_of(tokenizer, settings.template)})
     longest = vllm.longest_sequence(settings.model.path, config, settings.max_model_len)
     rows, prompts = _read(settings, tokenizer, longest, config.vocab_size) if settings.input is not None else ([], [])
     if settings.output is not None:
         _check_output(settings.output)
-    return Prepared(model, tokenizer, settings, longest, config.vocab_size, rows, prompts)
+    return Prepared(model, tokenizer, settings, longest, config.vocab_size, rows, prompts, told)
 
 
 def how_taken(rows: Sequence[dict[str, Any]], settings: GenerateSettings) -> str:

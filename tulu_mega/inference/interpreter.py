@@ -1,4 +1,4 @@
-"""The Python that starts vLLM: this one, or that of another environment, which is looked at before anything is started in it."""
+"""The Python that starts vLLM: this one, or one of another environment, which is checked before it starts anything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tulu_mega.platforms.releases import Environment
 
 OLDEST = (3, 11)
 LOOK_SECONDS = 180.0
-"""Another Python may take to say what is installed there: it imports torch, perhaps from a network file system."""
+"""Seconds for another Python to list what is installed: it imports torch, perhaps from a network file system."""
 _LOOK = """
 import importlib.util, json, sys
 told = {"python": list(sys.version_info[:3]), "prefix": sys.prefix}
@@ -47,11 +47,11 @@ class Interpreter:
     installed: Mapping[str, str] = field(default_factory=dict)
     """versions, as `tulu_mega.outside.versions.installed` has them; nothing for this Python"""
     notes: tuple[str, ...] = ()
-    """what is no problem, yet should be known"""
+    """remarks that are no problems"""
 
 
 def here() -> dict[str, Any]:
-    """What another process is told of this Python's packages."""
+    """Describe this Python's packages for another process."""
     found = releases.this_environment()
     return {
         "versions": dict(found.versions),
@@ -97,7 +97,7 @@ def _executable(given: str, where: str) -> str:
     if not path.exists():
         raise UserError(f"{where}: no such file; give the Python of an environment that has vllm and tulu_mega, or leave it out")
     if not os.access(path, os.X_OK):
-        raise UserError(f"{where} may not be executed by you; give the Python of an environment that has vllm and tulu_mega")
+        raise UserError(f"{where} is not executable for you; give the Python of an environment that has vllm and tulu_mega")
     return str(path)
 
 
@@ -125,7 +125,7 @@ def _looked_at(path: str, where: str) -> Interpreter:
 
 
 def _told(path: str, where: str) -> dict[str, Any]:
-    """What a Python says of itself."""
+    """Run a Python and return its description of its packages."""
     try:
         done = subprocess.run(
             [path, "-c", _LOOK, __version__], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LOOK_SECONDS
@@ -136,7 +136,7 @@ def _told(path: str, where: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         told, why = None, f"it said nothing for {LOOK_SECONDS:g} s"
     except (OSError, ValueError) as error:
-        told, why = None, error.strerror if isinstance(error, OSError) else "what it says is not what a Python would"
+        told, why = None, error.strerror if isinstance(error, OSError) else "its output is no list of packages"
     if not isinstance(told, dict) or "missing" not in told:
         raise UserError(f"{where} cannot be used as a Python with vllm and tulu_mega: {why}")
     return told

@@ -73,7 +73,7 @@ def _signal_pipe() -> int:
 
 
 def _wait(child_ended: int, child: subprocess.Popen, seen: set[int]) -> bool:
-    """Until the child has ended or is to end; whether that is to be at once.
+    """Wait until the child has ended or should end; return whether it should end at once.
 
     Args:
         seen: gets the session's processes now and then: those that end before the others leave something behind, too.

@@ -58,6 +58,8 @@ class Generator:
         trust_remote_code: let vLLM run Python code that comes with the model.
         python: of another environment, which is to start it; this one when None.
         log: file for vLLM's log lines; a temporary one, kept only when vLLM fails, when None.
+        adapter: directory of a low-rank adapter in PEFT's format, that vLLM puts beside the model's weights.
+        adapter_rank: the adapter's.
 
     Raises:
         UserError: vLLM cannot be had there, does not start, or fails while it generates; names the log file.
@@ -74,6 +76,8 @@ class Generator:
         trust_remote_code: bool = False,
         python: str | None = None,
         log: Path | None = None,
+        adapter: str | None = None,
+        adapter_rank: int = 0,
     ):
         self._model = model
         self._arguments = {
@@ -85,6 +89,7 @@ class Generator:
             "trust_remote_code": trust_remote_code,
             "skip_tokenizer_init": True,  # token ids in, token ids out
         }
+        self._adapter = (adapter, adapter_rank) if adapter else None
         self._python = python
         self._temporary = log is None
         self._log = log
@@ -112,7 +117,7 @@ class Generator:
                 start_new_session=True,
             )
         try:
-            self._send(self._arguments)
+            self._send((self._arguments, self._adapter))
             self._receive("start")
         except BaseException as error:
             self.__exit__(type(error))

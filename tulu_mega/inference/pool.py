@@ -26,14 +26,14 @@ from tulu_mega.vllm_plugin.auth import ABOUT, ASKED, KEY
 from tulu_mega.weight_transfer.server import ServerAddress
 
 PERIOD_SECONDS = 0.1
-"""Between looks at the servers."""
+"""Seconds between looks at the servers."""
 HEALTH_PERIOD_SECONDS = 5.0
 HEALTH_SECONDS = 10.0
-"""A server may take to say that it is well."""
+"""Seconds for a server to answer a health check."""
 LOG_BYTES = 64 << 20
-"""Of a server's log; it and the part before it are kept."""
+"""Most bytes of a server's log; the part before it is kept too."""
 SICK = 3
-"""Times in a row that it may fail to before it counts as stuck."""
+"""Failed health checks in a row after which a server counts as stuck."""
 TAIL_LINES = 20
 END_SECONDS = keeper.GRACE_SECONDS * 3 + keeper.TRACKER_SECONDS + 5.0
 
@@ -119,11 +119,11 @@ class ServerPool:
 
     @property
     def for_ranks(self) -> dict[str, str]:
-        """What the environment of the ranks needs, so that `addresses.attached` finds the servers."""
+        """Return the environment variables by which `addresses.attached` finds the servers in the ranks."""
         return {KEY: self.key}
 
     def wait(self, asked: threading.Event | None = None) -> list[ServerAddress]:
-        """The servers, once all are ready; none when `asked` is set before that.
+        """Wait until all servers are ready and return them; an empty list when `asked` is set before.
 
         Raises:
             UserError: one could not be started, with the tail of its log.
@@ -136,7 +136,7 @@ class ServerPool:
         return [ServerAddress(server.url, self.key, server.incarnation) for server in self._servers]
 
     def watch_until(self, asked: threading.Event) -> None:
-        """Returns when `asked` is set.
+        """Watch the servers until `asked` is set.
 
         Raises:
             UserError: a server failed for good, with the tail of its log.
@@ -154,7 +154,8 @@ class ServerPool:
         return "failed" in states or set(states) == {"ready"}
 
     def _watch(self) -> None:
-        """All processes are started from this thread: the kernel's word on a dead parent is of the thread that started them."""
+        """Start and watch the servers. One thread starts all processes: the kernel's signal of a parent's death concerns the
+        starting thread."""
         try:
             while not self._done.wait(PERIOD_SECONDS):
                 for server in self._servers:
@@ -162,7 +163,7 @@ class ServerPool:
                     server.limit_log()
         except OSError as error:  # nobody would look after the servers any more, and nobody would know
             for server in self._servers:
-                server.state, server.why = "failed", f"vLLM servers in {self._folder.parent} cannot be looked after: {error}"
+                server.state, server.why = "failed", f"vLLM servers in {self._folder.parent} cannot be watched any more: {error}"
                 with contextlib.suppress(OSError):
                     self._say(server, "failed")
         finally:
@@ -194,7 +195,7 @@ class ServerPool:
                 self._again(server, f"did not answer /health {SICK} times in a row")
 
     def _again(self, server: _Server, why: str, hopeless: bool = False) -> None:
-        """Ends what is left of a server and has it started anew, if that may still be done."""
+        """End the rest of a server and queue a restart, if any are left."""
         server.end(at_once=True)
         if hopeless or server.restarts == self._restarts:
             lines = server.tail() or ["(nothing)"]
@@ -239,7 +240,7 @@ class _Server:
         self._client: httpx.Client | None = None
 
     def start(self) -> None:
-        """A new incarnation; returns at once."""
+        """Start a new incarnation; return at once."""
         self.incarnation = max(self.incarnation + 1, time.time_ns() // 1_000_000)  # larger than any of a launcher before
         scratch = Path(tempfile.mkdtemp(prefix="tulu_mega_"))
         words = [sys.executable, "-I", "-S", keeper.__file__, str(scratch)]
@@ -253,12 +254,12 @@ class _Server:
         self.started, self._sick = time.monotonic(), 0
 
     def starts_beside(self, other: _Server) -> bool:
-        """Whether it starts now, on a GPU that is the other's, too."""
+        """Return whether this server is starting on a GPU that it shares with another one."""
         common = set(self._devices or ()) & set(other._devices or ())
         return bool(common) and self is not other and self.process is not None and self.state == "starting"
 
     def answers(self) -> bool:
-        """Whether it is ready, which is asked now and then; its URL is known from then on."""
+        """Return whether the server is ready, from a check now and then; its URL is known from then on."""
         if not self._due(HEALTH_PERIOD_SECONDS / 20):
             return False
         port = self._listening()
@@ -271,13 +272,13 @@ class _Server:
         return self._well()
 
     def stuck(self) -> bool:
-        """Whether it failed several times in a row to say that it is well, which is asked now and then."""
+        """Return whether several health checks in a row failed; a check is made now and then."""
         if self._due(HEALTH_PERIOD_SECONDS):
             self._sick = 0 if self._well() else self._sick + 1
         return self._sick >= SICK
 
     def end(self, at_once: bool, wait: bool = True) -> None:
-        """Ends all its processes: asks it to, or kills it.
+        """End all processes of the server: ask it to end, or kill it.
 
         Args:
             wait: until they are gone.
@@ -302,7 +303,7 @@ class _Server:
         self.url = ""
 
     def limit_log(self) -> None:
-        """Keeps the latest part of a log that has become too long in a second file, and begins the first anew."""
+        """Move the latest part of a log that is too long to a second file, and empty the first."""
         try:
             if self.log.stat().st_size > LOG_BYTES:
                 shutil.copyfile(self.log, self.older_log)
@@ -325,7 +326,7 @@ class _Server:
         return True
 
     def _listening(self) -> int | None:
-        """The port that the server itself, and nobody else, listens on, once it does."""
+        """Return the port on which the server itself listens; None before it does."""
         try:
             (child,) = psutil.Process(self.process.pid).children()
             sockets = child.net_connections("tcp")

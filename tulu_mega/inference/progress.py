@@ -1,4 +1,4 @@
-"""How far the answers are, on standard error."""
+"""Progress of answers, on standard error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def progress(what: str, total: int, done: int = 0, unit: str = "problem") -> tqd
 
 
 class _Lines(tqdm):
-    """A bar whose states stand below one another where standard error is no terminal."""
+    """A progress bar that prints its states as lines where standard error is no terminal."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if sys.stderr.isatty():

@@ -32,6 +32,18 @@ def parsed(line: bytes) -> dict[str, Any]:
     return answer
 
 
+def check_adapter(answer: dict[str, Any], adapter: str | None) -> None:
+    """
+    Args:
+        adapter: path of the one that was to answer (`weight_transfer.adapters.path`); None for the model itself.
+
+    Raises:
+        ValueError: another one did, or none.
+    """
+    if (given := answer.get("adapter")) != adapter:
+        raise ValueError(f"answered by adapter {str(given)[:100]}, expected {adapter}")
+
+
 def responses(answer: dict[str, Any], prompt: list[int], sampling: Sampling, version: int, vocabulary: int) -> list[Response]:
     """The responses in one prompt's answer (see :mod:`tulu_mega.vllm_plugin.batch_route`), in the order of their numbers.
 

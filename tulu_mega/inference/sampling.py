@@ -1,4 +1,4 @@
-"""How responses are drawn; light, so that everything that asks for some can say it."""
+"""How responses are drawn. The module imports little, so that every caller can use it."""
 
 from __future__ import annotations
 

@@ -13,10 +13,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tulu_mega.config import ServeSettings
 from tulu_mega.errors import UserError
+from tulu_mega.inference.adapters import checked, served
 from tulu_mega.inference.addresses import key_from_environment
 from tulu_mega.inference.for_run import pool, server_options
 from tulu_mega.inference.interpreter import interpreter
@@ -42,12 +44,17 @@ def serve(settings: ServeSettings) -> int:
             f"host = {settings.host!r} can be reached from other machines, and whoever reaches a server can run code in it: set "
             f"a key in {KEY} here and at the trainer, or leave host at 127.0.0.1"
         )
-    options = server_options(settings.model, settings.rollout, None, tuple(server_arguments()))
-    options = options.at(settings.host)
+    options = server_options(settings.model, settings.rollout, None, tuple(server_arguments())).at(settings.host)
+    for line in checked(settings.model.path, settings.adapter):
+        print(line, file=sys.stderr, flush=True)
     for line in interpreter(settings.rollout.python, "rollout.python").notes:
         print(line, file=sys.stderr, flush=True)
     ports = _ports(settings.host, settings.port, settings.rollout.servers)
-    with _directory(settings.run_dir) as directory, _asked_to_end() as asked:
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(_directory(settings.run_dir))
+        model = stack.enter_context(served(options.model, settings.adapter))
+        options = replace(options, model=model.model, adapter=model.adapter, lora_rank=max(model.rank, settings.lora_rank or 0))
+        asked = stack.enter_context(_asked_to_end())
         servers = pool(options, settings.rollout, directory, 0, ports=ports, key=key or _new_key(directory))
         print(f"Starting {settings.rollout.servers} vLLM server(s) on {settings.model.path} ...", file=sys.stderr, flush=True)
         with servers:

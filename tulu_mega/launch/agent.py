@@ -1,4 +1,5 @@
-"""``python -m tulu_mega.agent TORCHRUN_ARGUMENTS -m tulu_mega COMMAND ...``: torchrun, with an end that tells.
+"""``python -m tulu_mega.agent TORCHRUN_ARGUMENTS -m tulu_mega COMMAND ...``: torchrun, with an exit status that says how the run
+ended.
 
 It hands SIGTERM and SIGUSR1 on to the ranks, which save then, and leaves them time for it (``--shutdown-timeout``). Ranks that
 end with something for the user to mend are not started again. Exit status: 0 done · 2 the user can mend it · 143 asked to end ·
@@ -114,7 +115,7 @@ def _met(parsed: argparse.Namespace) -> Store | None:
 
 
 class _Restarts(logging.Filter):
-    """Says that torchrun starts ranks again, in place of its own message, which it keeps to itself."""
+    """Prints a line when torchrun starts ranks again, in place of torchrun's log record."""
 
     def listen(self) -> None:
         logger = logging.getLogger("torch.distributed.elastic.agent.server.api")
@@ -137,7 +138,8 @@ _RESTARTS = _Restarts()
 
 
 def _moments() -> dict[int, float]:
-    """When which signal came first, by a clock that only counts; torchrun's handlers, which come later, stay what they are."""
+    """Return a dictionary that gets the time of each signal's first arrival, by a monotonic clock. torchrun's handlers, which are
+    installed later, still run."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)

@@ -1,7 +1,7 @@
 """The agents of a run's machines gather before torchrun's rendezvous, which waits without a word for machines that do not come.
 
-They do so in the store that it then uses: the first machine holds it on MASTER_PORT. Each says that it is there, and hears how
-many are to come and of which run.
+They gather in the store that torchrun uses afterwards, which the first machine holds on MASTER_PORT. Each agent registers there,
+and reads the number of machines and the name of the run.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 PATIENCE = 600.0
-"""Seconds that machines are waited for, as torchrun's own rendezvous does."""
+"""Seconds to wait for machines, the same as in torchrun's own rendezvous."""
 WORD_SECONDS = 10.0
 _PREFIX = "tulu_mega/agents"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where agents gather, and of which run."""
+    """The address where the agents of a run gather, and the run's name."""
 
     master: str
     port: int
     run_id: str
     nodes: int
     host: bool
-    """whether this agent's machine is the one where they do"""
+    """whether this agent's machine has that address"""
 
 
 def gathered(place: Place) -> Store:
-    """Waits until all machines are there; it says which are, every now and then. The store is to be kept while torchrun needs it.
+    """Wait until all machines have come, and print now and then which have. Keep the returned store as long as torchrun needs it.
 
     Raises:
         UserError: the port is taken or cannot be reached here, another run gathers there or one of another size, or some
@@ -66,7 +66,7 @@ def gathered(place: Place) -> Store:
 
 
 def check_port(place: Place) -> None:
-    """Sees whether the others will find this machine at the address and port that they were given."""
+    """Check that the other machines will find this one at the address and port that they were given."""
     addresses = resolved(place.master, place.port, "MASTER_ADDR")
     family = socket.AF_INET6 if ":" in addresses[0] else socket.AF_INET
     try:
@@ -87,7 +87,7 @@ def check_port(place: Place) -> None:
 
 
 def _await_host(place: Place) -> None:
-    """Returns when the first machine listens."""
+    """Wait until the first machine listens."""
     began = said = time.monotonic()
     while True:
         try:
@@ -99,7 +99,7 @@ def _await_host(place: Place) -> None:
         now = time.monotonic()
         told = f"{_where(place)}: the first machine does not answer there ({why})"
         if now - began > PATIENCE:
-            raise UserError(f"{told}; start NODE_RANK 0, or see to the addresses and ports between the machines")
+            raise UserError(f"{told}; start NODE_RANK 0, or check the addresses and ports between the machines")
         if now - said >= WORD_SECONDS:
             said = now
             print(f"{now - began:.0f} s: {told} yet", file=sys.stderr, flush=True)
@@ -107,7 +107,7 @@ def _await_host(place: Place) -> None:
 
 
 def _compare(store: Store, place: Place) -> None:
-    """Holds this machine's word on the run against the first one's."""
+    """Compare this machine's view of the run with the first machine's."""
     from torch.distributed import DistStoreError
 
     mine = {"RUN_ID": place.run_id, "NNODES": place.nodes}
@@ -119,7 +119,7 @@ def _compare(store: Store, place: Place) -> None:
         theirs = json.loads(store.get(key))
     except DistStoreError:  # the first machine writes it as soon as there is a store
         raise UserError(
-            f"{_where(place)}: the store that listens there is none of this program's, but another torchrun's; choose another "
+            f"{_where(place)}: the store that listens there belongs to another torchrun, not to this program; choose another "
             "MASTER_PORT, the same on all machines"
         ) from None
     if odd := [f"{name} is {mine[name]!r} here, {theirs[name]!r} there" for name in mine if mine[name] != theirs[name]]:
@@ -132,8 +132,8 @@ def _await_all(store: Store, place: Place) -> None:
     store.set(f"{_PREFIX}/name/{number}", f"{socket.gethostname()} ({os.getpid()})")
     if number > place.nodes:
         print(
-            f"{_where(place)}: all {place.nodes} machines have come before; this one takes the place of one that left. If it is "
-            "of another run, end it and give that another MASTER_PORT",
+            f"{_where(place)}: all {place.nodes} machines had come already; this one replaces one that left. If this machine "
+            "belongs to another run, end it and give that run another MASTER_PORT",
             file=sys.stderr,
             flush=True,
         )

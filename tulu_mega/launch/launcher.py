@@ -50,7 +50,7 @@ class World:
 
 
 class Companions(AbstractContextManager["Companions"], Protocol):
-    """Servers around the ranks; they are up inside the context and outlive a world that is started again."""
+    """Servers beside the ranks. They run while the context is open, and keep running when the ranks are started again."""
 
     for_ranks: Mapping[str, str]
     """environment variables by which the ranks find them"""
@@ -58,7 +58,7 @@ class Companions(AbstractContextManager["Companions"], Protocol):
     """whether they share a GPU with one another or with the ranks"""
 
     def wait(self) -> None:
-        """Returns when all can be asked."""
+        """Wait until all servers answer requests."""
 
 
 def run(
@@ -110,7 +110,7 @@ def run(
 
 
 def _rank(target: str, settings: EngineSettings, prepare: Callable[[Any], None], run_dir: str | None) -> int:
-    """A rank of a world that stands: nodes are compared, the first rank prepares, all go to work."""
+    """Run a rank whose world exists: compare the nodes, have the first rank prepare, call the target."""
     with meeting.refusing_together(os.environ):
         world = joined_world(settings.parallel, os.environ)
     with meeting.met(os.environ) as nodes:
@@ -122,7 +122,7 @@ def _rank(target: str, settings: EngineSettings, prepare: Callable[[Any], None],
 
 
 def _usual_environment() -> None:
-    """What a rank has in its environment unless somebody has set it; libraries read it when they are first used.
+    """Set environment variables that a rank needs unless they are set already; libraries read them when they are first used.
 
     gloo otherwise asks what the host name resolves to, on Debian the loopback; CUDA's allocator falls apart where every step has
     other lengths.

@@ -1,7 +1,7 @@
 """The nodes of a run meet before its ranks do: what differs between them, or is wrong on one, ends the start on all of them.
 
-Every rank of a world of several nodes comes here. They talk through the store that the ranks then meet in, so the first of them
-has to be reached by the others anyhow. Each rank tells what it has, the first decides, all hear it.
+Every rank of a world of several nodes comes here. They talk through the store in which the ranks meet later. Each rank publishes
+what it has, the first rank compares, and all read its result.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 PATIENCE = 600.0
-"""Seconds that ranks may take to come: where many read Python's modules from one file system that is minutes."""
+"""Seconds that ranks may take to arrive: minutes where many read Python's modules from one file system."""
 WORD_SECONDS = 10.0
-"""Who is waited for is said as often."""
+"""Seconds between lines that say which ranks are missing."""
 FAREWELL_SECONDS = 15.0
-"""How long the first rank, which holds the store, stays for the others to hear what ends them."""
+"""Seconds that the first rank, which holds the store, stays so that the others can read why they end."""
 SEEN_SECONDS = 10.0
-"""How long a file may take to be seen on another node."""
+"""Seconds that a file may take to appear on another node."""
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Lost(Exception):
-    """The first rank is gone, and its own log says why: nothing to mend here."""
+    """Raised when the first rank is gone. The first rank's own log says why."""
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The meeting as one rank takes part in it; where all ranks are on one machine nothing is to be compared."""
+    """One rank's part in the meeting. Where all ranks are on one machine, nothing is compared."""
 
     rank: int
     size: int
     first_here: bool
-    """whether this rank speaks for its node"""
+    """whether this is the first rank of its node, which reports for it"""
     store: Store | None
-    """None on one machine"""
+    """the store; None on one machine"""
 
     def agree(self, same: Callable[[], Mapping[str, str]], run_dir: str | None) -> None:
-        """Compares what the nodes have, and sees whether they share the run's directory.
+        """Compare the nodes, and check that they share the run's directory.
 
         Args:
-            same: by name, what has to be the same everywhere.
+            same: values that have to be the same on all nodes, by name.
             run_dir: None where the ranks share none.
 
         Raises:
@@ -77,7 +77,7 @@ class Nodes:
                 raise UserError(found)
 
     def lead(self, work: Callable[[], Any]) -> None:
-        """Has the first rank do something, however long it takes, while the others wait.
+        """Run `work` on the first rank, however long it takes, while the others wait.
 
         Raises:
             UserError: the same on every rank, as the work does.
@@ -100,7 +100,7 @@ class Nodes:
             raise UserError(problems)
 
     def refuse(self, problems: list[str]) -> list[str]:
-        """Tells the others what is wrong here, and hears what is there; what all then end with."""
+        """Publish this rank's problems and read the others'; return the problems with which all end."""
         if self.store is None:
             return problems
         return self._heard("same", {"host": socket.gethostname(), "problems": problems}, _differing)
@@ -109,7 +109,7 @@ class Nodes:
         return {"host": socket.gethostname(), "value": value}
 
     def _heard(self, name: str, mine: dict[str, Any], decide: Callable[[dict[int, dict[str, Any]]], list[str]]) -> list[str]:
-        """What the first rank decides of what all of them tell."""
+        """Publish `mine` and return the first rank's decision about the values of all ranks."""
         self.store.set(f"{name}/{self.rank}", json.dumps(mine))
         if self.rank:
             return self._hear(name, PATIENCE + 60)
@@ -121,7 +121,8 @@ class Nodes:
         return found
 
     def _told(self, name: str) -> tuple[dict[int, dict[str, Any]], list[int]]:
-        """On the first rank, what the others tell, and who tells nothing; it waits no longer once one tells of a problem."""
+        """Return, on the first rank, the values of the others and the ranks that sent none. It stops waiting once a rank reports
+        a problem."""
         told: dict[int, dict[str, Any]] = {}
         left = list(range(self.size))
         clock = _Clock()
@@ -137,7 +138,8 @@ class Nodes:
             time.sleep(0.05)
 
     def _say(self, name: str, found: list[str]) -> None:
-        """On the first rank: the others hear it, and have done so before it ends, since the store may be its own."""
+        """Publish the decision, on the first rank, and wait until the others have read it: the store may end with this
+        process."""
         self.store.set(f"{name}/decided", json.dumps(found))
         end = time.monotonic() + FAREWELL_SECONDS
         while found and time.monotonic() < end:
@@ -146,10 +148,10 @@ class Nodes:
             time.sleep(0.05)
 
     def _hear(self, name: str, seconds: float | None) -> list[str]:
-        """On the others: what the first rank says.
+        """Return the first rank's decision, on the other ranks.
 
         Args:
-            seconds: that it may take to say it; None for any number.
+            seconds: time that the first rank may take; None for no limit.
         """
         from torch.distributed import DistError, DistStoreError
 
@@ -168,7 +170,7 @@ class Nodes:
 
     @contextlib.contextmanager
     def _mark(self, run_dir: str) -> Iterator[str | None]:
-        """A file of the first rank's in the run's directory, which every node is to see; None where it cannot be made."""
+        """Yield a file that the first rank makes in the run's directory for the nodes to find; None where it cannot be made."""
         if self.rank:
             told = self._hear("marked", PATIENCE)
             yield told[0] if told else None
@@ -237,7 +239,7 @@ def refusing_together(environ: Mapping[str, str]) -> Iterator[None]:
 
 
 class _Clock:
-    """Time since it was made, and a word now and then."""
+    """A clock that counts from when it was made, and prints a line now and then."""
 
     def __init__(self) -> None:
         self._began = self._said = time.monotonic()
@@ -247,17 +249,17 @@ class _Clock:
         return time.monotonic() - self._began
 
     def word(self, text: str) -> None:
-        """Prints it, if the last one was long ago."""
+        """Print a line if the last one was long ago."""
         if time.monotonic() - self._said >= WORD_SECONDS:
             self._said = time.monotonic()
             print(f"{self.seconds:.0f} s: {text}", file=sys.stderr, flush=True)
 
 
 def _await_listener(address: str, port: int, rank: int, speaks: bool) -> None:
-    """Returns when somebody listens there.
+    """Wait until a program listens at the address.
 
     Args:
-        speaks: this rank says what it waits for.
+        speaks: whether this rank prints what it waits for.
 
     Raises:
         UserError: there is no such host.
@@ -290,7 +292,7 @@ def _agents_store(environ: Mapping[str, str]) -> bool:
 
 
 def _differing(told: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """Problems that some ranks have, each with their nodes where not all have it; else what differs."""
+    """Return the problems of ranks, with the nodes that have each where not all do; without problems, what differs."""
     nodes: dict[str, list[str]] = {}
     for rank, each in told.items():
         for problem in each.get("problems", ()):

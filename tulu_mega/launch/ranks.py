@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tulu_mega.errors import Stopped, UserError
+from tulu_mega.errors import HUNG, Stopped, UserError
 from tulu_mega.launch.reporting import (
     ASKS,
     ERROR_FILE,
@@ -37,7 +37,7 @@ _TAIL_LINES = 20
 
 
 def start_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], starts: int, grace: float) -> int:
-    """Starts the ranks, and again when one fails for a reason that the user cannot mend; at most `starts` times."""
+    """Start the ranks, and start them again when one fails for a reason that the user cannot mend: at most `starts` starts."""
     for start in range(1, starts + 1):
         status, final = _one_world(size, run_dir, program, environ, grace)
         if final or start == starts:
@@ -47,7 +47,7 @@ def start_world(size: int, run_dir: str | None, program: list[str], environ: Map
 
 
 def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapping[str, str], grace: float) -> tuple[int, bool]:
-    """The exit status of a world, and whether another one would fare no better."""
+    """Run a world; return its exit status, and whether it is final: another start would fail in the same way."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(scratch())
         logs = Path(run_dir, "logs") if run_dir else folder
@@ -64,7 +64,8 @@ def _one_world(size: int, run_dir: str | None, program: list[str], environ: Mapp
 
 
 def _loopback_store():
-    """The ranks' rendezvous. torch's store listens on every interface unless it is handed a socket."""
+    """Open the store in which the ranks meet, on the loopback interface. torch's store listens on every interface unless it is
+    handed a socket."""
     from torch.distributed import TCPStore
 
     listener = socket.create_server(("127.0.0.1", 0))
@@ -132,7 +133,7 @@ def _elastic_takes_no_signals() -> Iterator[None]:
 
 
 def _fresh(log: Path) -> Path:
-    """A log's path; what a start before this one left there is kept beside it, since it may say why it failed."""
+    """Return a log's path, after renaming the log of an earlier start, which may say why that start failed."""
     with contextlib.suppress(OSError):
         if log.stat().st_size:
             log.replace(log.with_suffix(".1.log"))
@@ -152,7 +153,7 @@ def _wait(
         status = _ended(context, asked, grace, run_dir)
         stopped = any("stopped" in read_record(_error_file(scratch, rank)) for rank in range(size))
         if status == Stopped.status and not stopped:
-            print("asked to end: nothing was done yet that is not saved", file=sys.stderr, flush=True)
+            print("asked to end: no finished step was unsaved", file=sys.stderr, flush=True)
         return status, True
     if not result.is_failed():
         return 0, True
@@ -173,9 +174,9 @@ def _wait(
 
 
 def _ended(context: PContext, asked: list[signal.Signals], grace: float, run_dir: str | None) -> int:
-    """Ends the ranks as the first signal asks, at once where another has come or comes; returns the exit status.
+    """End the ranks as the first signal asks, at once when a second signal comes; return the exit status.
 
-    SIGHUP comes from the terminal and from the shell in it, so that the second says nothing new.
+    A second SIGHUP does not count: the terminal and its shell each send one.
     """
     first = asked[0]
     if first not in ASKS:
@@ -200,12 +201,16 @@ def _ended(context: PContext, asked: list[signal.Signals], grace: float, run_dir
 
 
 def _first_failure(codes: Mapping[int, int], records: Mapping[int, dict[str, Any]]) -> int:
-    """The rank whose failure drew the others along: killed by a signal that was not ours, else the earliest recorded."""
+    """Return the rank that failed first and so made others fail: one that its watchdog ended, one killed by a signal that was not
+    ours, else the earliest recorded.
+
+    A watchdog ends a rank that waits for another one. The other one may not react to SIGTERM, and is then killed by elastic.
+    """
 
     def order(rank: int):
         killed = codes[rank] < 0 and codes[rank] != -signal.SIGTERM
         ended_by_us = codes[rank] == -signal.SIGTERM
-        return (not killed, ended_by_us, records[rank].get("time", float("inf")), rank)
+        return (codes[rank] != HUNG, not killed, ended_by_us, records[rank].get("time", float("inf")), rank)
 
     return min(codes, key=order)
 
@@ -214,6 +219,8 @@ def _describe_failure(rank: int, size: int, code: int, stderr: str, stdout: str,
     if code < 0:
         how = f"was killed by {signal.strsignal(-code) or f'signal {-code}'}"
         how += " (out of memory?)" if code == -signal.SIGKILL else ""
+    elif code == HUNG:
+        how = f"made no progress and was ended (status {code}); the watchdog's report says which rank is missing"
     else:
         how = f"failed with exit status {code}"
     message = f"error: rank {rank} of {size} {how}"
@@ -233,7 +240,7 @@ def _tail(file: str) -> list[str]:
 
 @contextlib.contextmanager
 def _signals_noted(hangup: str) -> Iterator[list[signal.Signals]]:
-    """Gives a list that grows by the signals which ask the launcher to end, and interrupts nothing.
+    """Yield a list to which signals that ask the launcher to end are appended; nothing is interrupted.
 
     Afterwards they do again what they did. Where one has come the launcher ends, and tidies up before: the others are ignored, by
     the system, since Python's own handlers are gone before the process is.

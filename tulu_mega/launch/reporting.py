@@ -1,4 +1,4 @@
-"""What a process tells the user and whoever started it: problems, an orderly end, a crash."""
+"""Reports of a process to the user and to its parent: problems, an orderly end, a crash."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _TURN_SECONDS = 2.0
 AGENT_PID = "TULU_MEGA_AGENT_PID"
 """Environment variable: the process of `tulu_mega.agent` that started this rank."""
 KILLED = 137
-"""Exit status where ranks were asked to end and were killed, since they took longer than they had."""
+"""Exit status of ranks that were asked to end and were killed because they took too long."""
 FINAL = signal.SIGUSR2
-"""What a rank sends that agent where ranks which are started again would fare no better."""
+"""Signal from a rank to that agent: the error is not transient, do not start ranks again."""
 ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""What asks a run to end (SIGUSR1 is for Slurm's --signal, SIGHUP a terminal that was closed): handed on to the ranks, which may
-save. Others end them at once."""
+"""Signals that ask a run to end (SIGUSR1 is for Slurm's --signal, SIGHUP a terminal that was closed). They are passed on to the
+ranks, which may save. Other signals end the ranks at once."""
 HANGUP_LOG = "TULU_MEGA_HANGUP_LOG"
-"""Environment variable: the file that gets what is said once the terminal is closed."""
+"""Environment variable: the file that gets output once the terminal is closed."""
 
 
 def report(problems: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ def report(problems: Sequence[str]) -> None:
 
 
 def report_stop(stopped: Stopped) -> None:
-    """In a rank that was asked to end, and has: says so, once for the whole world, to the user and to whoever started the ranks.
+    """Report, in a rank that ended when asked to, that it did: once for the whole world, to the user and to the ranks' parent.
 
     torchrun starts ranks again that end as these do, on every node that was not asked itself: one rank of each node asks it.
     """
@@ -73,11 +73,11 @@ def report_stop(stopped: Stopped) -> None:
 
 
 def tell_killed(seconds: float, setting: str) -> None:
-    """Says that ranks which were asked to end have not saved.
+    """Report that ranks which were asked to end were killed before they saved.
 
     Args:
-        seconds: that they had.
-        setting: what sets these.
+        seconds: time that they had.
+        setting: the setting with this time.
     """
     print(
         f"error: the ranks did not end within {seconds:g} s and were killed; what was done since the last checkpoint is lost. "
@@ -88,7 +88,7 @@ def tell_killed(seconds: float, setting: str) -> None:
 
 
 def record_crash(error: BaseException) -> None:
-    """In a rank: notes an exception that nobody expected, so that the launcher can tell which rank failed first."""
+    """Record an unexpected exception of this rank, so that the launcher can tell which rank failed first."""
     if "RANK" in os.environ:
         _record(f"{type(error).__name__}: {error}", {"callstack": "".join(traceback.format_exception(error))})
 
@@ -127,7 +127,7 @@ def _is_pipe(descriptor: int) -> bool:
 
 
 def _is_read(descriptor: int) -> bool:
-    """Whether a pipe has somebody at its other end."""
+    """Return whether a pipe has a reader."""
     if not _is_pipe(descriptor):
         return False
     looked = select.poll()
@@ -171,7 +171,7 @@ def lost_another(error: BaseException) -> str:
 
 
 _GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "NCCL communicator was aborted")
-"""What gloo and NCCL say of a peer that is not there any more."""
+"""Parts of the messages of gloo and NCCL about a peer that is gone."""
 
 
 def _record(message: str, details: dict[str, Any]) -> None:

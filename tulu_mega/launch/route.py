@@ -11,9 +11,9 @@ import psutil
 from tulu_mega.errors import UserError
 
 _ANYWHERE = ("192.0.2.1", 9)
-"""An address of no machine (RFC 5737): the way there is the default route. Nothing is sent."""
+"""An address that no machine has (RFC 5737), to find the default route. Nothing is sent there."""
 RESOLVE_SECONDS = 10.0
-"""A name service may be away for a moment."""
+"""Seconds for which a failed look-up of a name is tried again."""
 
 
 def own_address(master: str, port: int, given: str | None = None) -> str:
@@ -42,7 +42,7 @@ def own_address(master: str, port: int, given: str | None = None) -> str:
     ways = [way for address in found if (way := _way(address, port))]
     if not ways:
         raise UserError(
-            f"MASTER_ADDR = {master} ({', '.join(found)}): there is no way there from this machine; see to its network"
+            f"MASTER_ADDR = {master} ({', '.join(found)}): no network route leads there from this machine; check its network"
         )
     if alone:
         return ways[0]
@@ -78,7 +78,7 @@ def resolved(host: str, port: int, setting: str) -> list[str]:
 
 
 def _way(address: str, port: int) -> str | None:
-    """This machine's address on the way to another; nothing is sent."""
+    """Return this machine's address on the route to another machine; nothing is sent."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -15,7 +15,7 @@ from tulu_mega.errors import UserError
 CONFIG = "config.json"
 """The settings as resolved."""
 CHECKPOINTS = "checkpoints"
-"""What a run goes on from."""
+"""The checkpoints."""
 DATA = "data"
 """The tokenised training data."""
 HELDOUT = "heldout"
@@ -36,7 +36,7 @@ def make_private(directory: Path) -> None:
 
 
 def lost(run_dir: str | None) -> str:
-    """What a run loses that ends without saving, in words."""
+    """Describe what is lost when a run ends without saving."""
     if run_dir is None:
         return "nothing is kept"
     steps = [int(each.name[5:]) for each in Path(run_dir, CHECKPOINTS).glob("step_*") if each.name[5:].isdigit()]
@@ -72,7 +72,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 def taken(handle: int, directory: Path) -> bool:
     """Takes the lock of an open file, until it is closed; False where another process has it.
 
-    A file system without locks (Lustre mounted without ``-o flock``) keeps nobody out: that is said, and no reason to end.
+    On a file system without locks (Lustre mounted without ``-o flock``) it warns and returns True.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,7 +80,7 @@ def taken(handle: int, directory: Path) -> bool:
         return False
     except OSError as error:
         print(
-            f"warning: {directory}: its file system has no locks ({error.strerror}); see to it that nothing else writes there",
+            f"warning: {directory}: its file system has no locks ({error.strerror}); make sure that nothing else writes there",
             file=sys.stderr,
             flush=True,
         )
@@ -88,7 +88,7 @@ def taken(handle: int, directory: Path) -> bool:
 
 
 def check_free(run_dir: Path) -> None:
-    """Sees whether :func:`locked` would succeed now; writes nothing. Raises as it does."""
+    """Check that :func:`locked` would succeed now, without writing. Raises as it does."""
     if (run_dir / _LOCK).exists():
         with locked(run_dir):
             pass

@@ -1,4 +1,4 @@
-"""Writing small files of a run: what fails names the file, and leaves it as it was."""
+"""Writing of small files of a run: an error names the file, and the file stays as it was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from tulu_mega.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says of a disk that is full, or of somebody's share of it."""
+"""Error numbers of a full disk and of an exceeded quota."""
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def named(file: Path) -> Iterator[None]:
 
 
 def unwritten(file: str, error: OSError) -> str:
-    """What to say of a file that could not be written, and what to do."""
+    """Describe a file that could not be written, and what to do."""
     mend = "make room on its disk" if error.errno in FULL else "see to its disk"
     return (
         f"{file} could not be written: {error.strerror or error}; {mend} and give the same command again: a run goes on from its "

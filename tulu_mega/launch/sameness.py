@@ -1,4 +1,4 @@
-"""What has to be the same on every node of a run, and what to say where it is not."""
+"""The values that have to be the same on every node of a run, and messages about differences."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _DECIDE = (
 ).split()
 """Environment variables that decide what is computed or how ranks talk, beside those of Transformer Engine (NVTE_*)."""
 _NAMED = 4
-"""Nodes that are named where many have the same difference."""
+"""Most nodes that a message names."""
 MISSING = "missing"
 
 
 def of_program() -> dict[str, str]:
-    """By name, what this process would compute with: Python, packages, this project's code, variables that decide."""
+    """Return what decides this process's results, by name: Python, packages, this project's code, environment variables."""
     same = {"Python": ".".join(platform.python_version_tuple()[:2]), "tulu_mega": __version__}
     same |= {f"package {name}": version for name in _PACKAGES if (version := of_package(name)) is not None}
     same["tulu_mega's code"] = code_digest(CODE)
@@ -58,10 +58,10 @@ def of_settings(settings: Section) -> dict[str, str]:
 
 
 def differences(nodes: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """A line for each thing that some nodes have otherwise than most, or than the first where they are as many.
+    """Return a line for each value in which some nodes differ from most nodes; on a tie, from the first node.
 
     Args:
-        nodes: by name, what each of them has.
+        nodes: each node's values, by node and name.
     """
     found = []
     first = next(iter(nodes.values()))

@@ -1,4 +1,4 @@
-"""A launcher's scratch folder, and those that launchers which were killed have left."""
+"""A launcher's scratch folder, and the removal of folders that killed launchers left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FRESH = 60.0
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder that is there as long as the context; no process that is killed can remove its own, so the next one does."""
+    """Make a folder that is removed with the context. A killed process cannot remove its own, so the next launcher does."""
     sweep()
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as made:
         folder = Path(made)

@@ -1,4 +1,4 @@
-"""torch's stores, in which ranks and machines meet: opened, or told in a line why not."""
+"""Opening of torch's stores, in which ranks and machines meet, with errors in one line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 HANDSHAKE_SECONDS = 12.0
-"""In which a store that listens answers; so soon it is told where nothing does."""
+"""Seconds in which a store that listens answers; an address where nothing listens is reported after this time."""
 STRANGER_SECONDS = 40.0
-"""After which what listens is taken for another program."""
+"""Seconds after which a listener that gives no store's answer is taken for another program."""
 
 
 def opened(host: str, port: int, holds: bool, timeout: float, multi_tenant: bool = True) -> TCPStore:
     """A store at an address.
 
-    torch waits without end for what listens there and is no store (an HTTP server): hence a thread, which is left behind then.
+    torch waits for ever for a listener that is no store (an HTTP server). So a thread opens the store, and is left behind in that
+    case.
 
     Args:
         holds: this process holds it; else somebody listens there.

@@ -1,4 +1,4 @@
-"""What a layout and an FP8 recipe ask of lengths."""
+"""Multiples that a layout and an FP8 recipe require of lengths."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 FP8_MULTIPLE = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
-"""What every extent of an FP8 product is a multiple of, by recipe."""
+"""For each recipe, the number that divides every extent of an FP8 product."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """What the parallel layout asks of lengths: multiples for each sequence, and for the packed total."""
+    """Multiples that the layout requires of each sequence's length and of the packed total."""
 
     sequence: int = 1
     total: int = 1

@@ -1,4 +1,4 @@
-"""What a packed sequence costs to compute."""
+"""The cost of computing a packed sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model does not divide by a layout."""
+"""Checks that a layout divides a model's sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tulu_mega.layout.stages import stage_layers
 
 
 def layout_problems(config: Mapping[str, Any], parallel: ParallelSettings) -> list[str]:
-    """What of a model does not divide by the layout, or is not enough for it.
+    """Return the sizes of a model that the layout does not divide, or that are too small for it, as problems.
 
     Args:
         config: the model's config.json.
@@ -35,7 +35,8 @@ def layout_problems(config: Mapping[str, Any], parallel: ParallelSettings) -> li
 
 
 def server_problems(config: Mapping[str, Any], tensor: int) -> list[str]:
-    """What of a model vLLM cannot cut into the parts of a server. Heads of keys it repeats where there are fewer.
+    """Return the sizes of a model that vLLM cannot cut into a server's parts, as problems. vLLM repeats key heads where there are
+    fewer.
 
     Args:
         config: the model's config.json.

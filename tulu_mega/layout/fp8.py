@@ -1,4 +1,4 @@
-"""What FP8 asks of a model's shapes, under a trainer's layout and in a server."""
+"""Checks of a model's shapes for FP8, under a trainer's layout and in a server."""
 
 from __future__ import annotations
 

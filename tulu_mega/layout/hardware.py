@@ -1,4 +1,4 @@
-"""What GPUs, their links and their nodes can do: figures of data sheets, dense, without sparsity.
+"""Speeds and sizes of GPUs, their links and their nodes, from data sheets; dense, without sparsity.
 
 Units: bytes, bytes/s in one direction, FLOP/s.
 """
@@ -17,8 +17,7 @@ class Gpu:
 
     name: str
     memory: int
-    """that torch can allocate of, in bytes: what its out-of-memory message calls the total capacity, which is some hundred MiB
-    less than nvidia-smi says"""
+    """bytes that torch can allocate: the total capacity in its out-of-memory message, some hundred MiB less than in nvidia-smi"""
     bf16: float
     """dense peak, FLOP/s, rounded to 1e12"""
     fp8: float
@@ -26,7 +25,7 @@ class Gpu:
     fp32: float
     """without tensor cores, FLOP/s"""
     bandwidth: float
-    """of its memory, bytes/s"""
+    """bandwidth of its memory, bytes/s"""
     nvlink: float
     """to the other GPUs of its node, bytes/s in one direction"""
     network: float
@@ -62,7 +61,7 @@ GPUS: dict[str, Gpu] = {
     "rtx4090": Gpu("rtx4090", int(23.64 * _GIB), 165.2e12, 330.3e12, 82.6e12, 1.008e12, 32e9, 1.5625e9, 32e9),
 }
 _SPELLINGS = frozenset("80g 80gb 141gb 24gb sxm sxm4 sxm5 sxm6 hbm3 hbm3e nvl72 nvidia geforce dgx hgx".split())
-"""Words with which a GPU of the table is called the same."""
+"""Words that do not distinguish GPUs of the table."""
 
 
 PEAKS: dict[str, tuple[float, float]] = {

@@ -1,4 +1,4 @@
-"""What a layout asks of packing, from the settings and the model's config.json."""
+"""The rules of packing under a layout, from the settings and the model's config.json."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tulu_mega.layout.stages import stage_layers
 
 
 def pack_alignment(settings: EngineSettings) -> Alignment:
-    """What the layout and the FP8 recipe ask of lengths."""
+    """Return the multiples that the layout and the FP8 recipe require of lengths."""
     parallel = settings.parallel
     sequence = parallel.sequence and parallel.tensor > 1
     return alignment(parallel.tensor, sequence, parallel.context, settings.precision.recipe)
 
 
 def pipeline_of(config: Mapping[str, Any], settings: EngineSettings) -> Pipeline:
-    """What the simulation of the schedule knows of a layout.
+    """Return the layout's description for the simulation of the schedule.
 
     Args:
         config: Hugging Face's config.json.

@@ -41,12 +41,12 @@ class Pipeline:
 
     @property
     def multiple(self) -> int:
-        """What the schedule asks the number of micro-batches to be a multiple of."""
+        """Return the number that must divide the number of micro-batches."""
         return self.ranks if self.chunks > 1 else 1
 
     @cached_property
     def _weights(self) -> tuple[float, ...]:
-        """Forward and backward of every virtual stage for a micro-batch of cost 1."""
+        """Return the costs of the forward and backward pass of every virtual stage, for a micro-batch of cost 1."""
         shares = self.shares or (1 / self.stages,) * self.stages
         whole = sum(shares) * (1 + self.backward)
         return tuple(part for share in shares for part in (share / whole, share * self.backward / whole))
@@ -131,12 +131,12 @@ def shortest_order(costs_M: Sequence[float], pipeline: Pipeline) -> list[int]:
 
 
 def peak_held(rank: int, ranks: int, chunks: int, held_MS: Sequence[Sequence[float]]) -> float:
-    """The most that a pipeline rank holds at once of what forward passes leave behind for backward passes.
+    """Return the most memory that a pipeline rank holds at once of what forward passes keep for backward passes.
 
     Args:
         rank: in the pipeline, from 0.
         ranks, chunks: of the pipeline.
-        held_MS: what each micro-batch leaves in each virtual stage.
+        held_MS: memory that each micro-batch keeps in each virtual stage.
 
     Raises:
         ValueError: the interleaved schedule cannot run that number of micro-batches.
@@ -179,7 +179,7 @@ def timeline(
 
 
 def _run(ranks: int, chunks: int, count: int, cells: list[float]) -> float:
-    """Ends of all passes, one after another in an order in which everything a pass waits for comes before it.
+    """Compute the end of every pass, each after the passes that it waits for, and return the last end.
 
     Args:
         cells: cost of pass ``(m x S + s) x 2 + (1 if backward)``.
@@ -200,13 +200,13 @@ class _Program:
     """All passes of a pipeline, in an order in which they can be run through once. Position 0 stands for the beginning."""
 
     cells: itemgetter
-    """takes the costs of all passes in this order"""
+    """picks the costs of all passes in this order"""
     places: tuple[int, ...]
-    """where each pass's cost is among them"""
+    """index of each pass's cost in that order"""
     own: tuple[int, ...]
     """for each pass, the position of the pass its rank ran before"""
     feeding: tuple[int, ...]
-    """and of the pass whose result it takes"""
+    """for each pass, the position of the pass whose result it takes"""
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""Which pipeline stage holds how many of the model's layers.
+"""The numbers of layers on the pipeline stages.
 
 Stage s of R ranks with C chunks each (s from 0 to R x C - 1, in the model's order) lives on rank s mod R. The first stage holds
 the embedding too, which costs memory but no time, the last one the output head, which costs both.
@@ -38,7 +38,8 @@ def stage_layers(config: Mapping[str, Any], parallel: ParallelSettings) -> tuple
 def split_layers(
     layers: int, ranks: int, chunks: int = 1, *, first: int | None = None, last: int | None = None, head: float = 0.0
 ) -> tuple[int, ...]:
-    """As evenly as it goes; where it does not go, so that the slowest rank has as little as possible, and at least one each.
+    """Split layers over ranks and chunks as evenly as possible: the slowest rank gets as few as possible, each chunk at least
+    one.
 
     Ranks are levelled first, then the chunks of each. Of equals, the later takes the layer: earlier stages hold the embedding and
     the activations of more micro-batches.

@@ -1,4 +1,4 @@
-"""Attention where Transformer Engine's is not taken: packed sequences, sliding windows, context parallelism."""
+"""Attention for layers that do not use Transformer Engine's: packed sequences, sliding windows, context parallelism."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class PackedAttention(torch.nn.Module):
         return attend(self.kernel, query, key, value, spans, self.reach, self.scale).reshape(query.shape[0], 1, -1)
 
     def _whole_pack(self, key: Tensor, value: Tensor, lengths_S: tuple[int, ...], size: int) -> list[Tensor]:
-        """Keys and values of all ranks in the pack's own order; backward sums what the ranks' queries send back."""
+        """Gather keys and values of all ranks in the pack's own order; the backward pass sums the gradients of all ranks."""
         held = torch.cat((key, value), dim=1)
         gathered = gather_from_sequence_parallel_region(held, tensor_parallel_output_grad=True, group=self.context_group)
         places = _places(lengths_S, size, key.device)
@@ -92,7 +92,7 @@ class PackedAttention(torch.nn.Module):
 
 
 def by_segments(core: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """A core attention of megatron-core's that is given the segments of a `PlacedSeqParams`."""
+    """Return a subclass of one of megatron-core's core attentions that reads the segments of a `PlacedSeqParams`."""
 
     class BySegments(core):
         def forward(self, *args, packed_seq_params: PlacedSeqParams, **kwargs) -> Tensor:
@@ -113,7 +113,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(lengths_S: tuple[int, ...], rank: int, size: int, reach: int | None) -> list[_Piece]:
-    """In the order in which the rank holds its queries."""
+    """Return a rank's pieces, in the order in which it holds their queries."""
     pieces = []
     for segment, length in zip(accumulate(lengths_S, initial=0), lengths_S, strict=False):
         count = length // (2 * size)
@@ -126,14 +126,14 @@ def _pieces(lengths_S: tuple[int, ...], rank: int, size: int, reach: int | None)
 
 @lru_cache(maxsize=64)
 def _places(lengths_S: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """Where each row of the pack is among the shares of all ranks end to end."""
+    """Return the place of each row of the pack in the concatenation of all ranks' shares."""
     places = torch.cat([context_rows(lengths_S, rank, size) for rank in range(size)]).argsort()
     return sent(places, device)
 
 
 @lru_cache(maxsize=64)
 def _spans(lengths_S: tuple[int, ...], rank: int, size: int, reach: int | None, device: torch.device) -> tuple[Spans, Tensor]:
-    """The pieces as spans, and which rows of the pack are their keys: what two pieces look at is there twice."""
+    """Return the pieces as spans, and the rows of the pack that are their keys; keys of two pieces are listed twice."""
     pieces = _pieces(lengths_S, rank, size, reach)
     queries, keys = tuple(piece.rows for piece in pieces), tuple(piece.end - piece.begin for piece in pieces)
     rows = torch.cat([torch.arange(piece.begin, piece.end) for piece in pieces])

@@ -1,4 +1,4 @@
-"""Which attention the layers have: Transformer Engine's, FlashAttention's, torch's for packed sequences, or torch's SDPA."""
+"""The choice of attention: Transformer Engine's, FlashAttention's, torch's for packed sequences, or torch's SDPA."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Situation:
-    """What the choice is made by."""
+    """The facts that decide the choice."""
 
     device: str
     """type of the device, ``cuda`` or another"""
     capability: tuple[int, int] | None
     """CUDA's compute capability; None elsewhere"""
     dtype: torch.dtype
-    """of queries, keys and values"""
+    """type of queries, keys and values"""
     head_dim: int
     windowed: bool
     """whether some layers see a window only"""
@@ -36,21 +36,21 @@ class Situation:
     te_layers: bool
     """whether the layers are Transformer Engine's"""
     installed: frozenset[Attention]
-    """of ``flash3``, ``flash2`` and ``varlen`` (a torch that knows windows there)"""
+    """those of ``flash3``, ``flash2`` and ``varlen`` (in a torch that supports windows) that are installed"""
     shares: bool = False
-    """whether sequences are to share prefixes within a pack, where attention has a place for it"""
+    """whether sequences should share prefixes within a pack if the attention supports it"""
 
 
 def choose_attention(situation: Situation, asked: Attention | Literal["auto"] = "auto") -> Attention:
     """The fastest attention that can do what is needed. Logged with its reason, once a situation.
 
     Transformer Engine picks between cuDNN and FlashAttention itself; it is passed over where layers have windows under context
-    parallelism, for which it exchanges keys in a way (`cp_comm_type`) that packed sequences need not have. It has no place for
-    prefixes that sequences share, so where they are to be shared the others go before it. ``sdpa`` runs everywhere, segment by
+    parallelism, for which it exchanges keys in a way (`cp_comm_type`) that packed sequences need not have. It does not support
+    shared prefixes, so the others are preferred where sequences should share them. ``sdpa`` runs everywhere, segment by
     segment.
 
     Args:
-        asked: one of them instead, or ``auto``.
+        asked: the attention that the settings name, or ``auto``.
 
     Raises:
         UserError: the one asked for cannot do it; says why.
@@ -68,7 +68,7 @@ def _choose(situation: Situation, asked: Attention | Literal["auto"]) -> Attenti
     order, passed = list(_ORDER), []
     if situation.shares and situation.context == 1:
         order.append(order.pop(0))
-        passed.append("prefixes are shared, for which Transformer Engine's has no place")
+        passed.append("sequences share prefixes, which Transformer Engine's attention does not support")
     for kind in order:
         obstacle = _obstacle(kind, situation)
         if obstacle is None:
@@ -81,7 +81,7 @@ def _choose(situation: Situation, asked: Attention | Literal["auto"]) -> Attenti
 
 
 def _obstacle(kind: Attention, situation: Situation) -> str | None:
-    """Why it cannot be this one; None where it can."""
+    """Return why this attention cannot be used; None where it can."""
     if kind == "sdpa":
         return None
     if situation.device != "cuda":
@@ -127,7 +127,7 @@ def situation(
 
 @functools.cache
 def _installed() -> frozenset[Attention]:
-    """Nothing of FlashAttention is imported for it."""
+    """Find the installed kinds without importing FlashAttention."""
     found: set[Attention] = {
         kind
         for kind, module in (("flash3", "flash_attn_interface"), ("flash2", "flash_attn"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -14,7 +14,7 @@ from tulu_mega.config import EngineSettings, ModelSettings, ParallelSettings
 from tulu_mega.distributed.topology import Topology
 from tulu_mega.errors import UserError
 from tulu_mega.model.attention_choice import Attention, choose_attention, situation
-from tulu_mega.model.config import transformer_config
+from tulu_mega.model.config import computed_again, transformer_config
 from tulu_mega.model.gpt import PolicyModel
 from tulu_mega.model.reward import RewardModel
 from tulu_mega.model.rope import ropes
@@ -48,10 +48,22 @@ def build_model(
     transformer_engine = use_transformer_engine(settings.model.spec, platform)
     config = transformer_config(hf, settings, transformer_engine)
     attention = attention_of(hf, settings, topology, platform, shares)
+    again = computed_again(settings, transformer_engine).modules
     stages = [None] if topology.virtual == 1 else range(topology.virtual)
     return [
         _chunk(
-            hf, config, transformer_engine, attention, topology, platform, reward, settings.model, apart, stage, without_weights
+            hf,
+            config,
+            transformer_engine,
+            attention,
+            topology,
+            platform,
+            reward,
+            settings.model,
+            again,
+            apart,
+            stage,
+            without_weights,
         )
         for stage in stages
     ]
@@ -91,15 +103,14 @@ def _chunk(
     platform: Platform,
     reward: bool,
     model: ModelSettings,
+    again: Collection[str],
     apart: bool,
     vp_stage: int | None,
     without_weights: bool,
 ) -> PolicyModel | RewardModel:
     arguments = dict(
         config=config,
-        transformer_layer_spec=block_spec(
-            config, hf, transformer_engine, attention, model.recomputed.modules, vp_stage, apart, without_weights
-        ),
+        transformer_layer_spec=block_spec(config, hf, transformer_engine, attention, again, vp_stage, apart, without_weights),
         vocab_size=padded_vocab(hf.vocab_size, topology.tensor),
         max_sequence_length=hf.max_position_embeddings,
         pre_process=topology.first_stage and not vp_stage,

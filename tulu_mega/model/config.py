@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from tulu_mega.config import EngineSettings, ParallelSettings
 from tulu_mega.config.megatron_fields import ACTIVATION
+from tulu_mega.config.recompute import Recomputed
 from tulu_mega.errors import UserError
 from tulu_mega.layout.stages import stage_layers
 from tulu_mega.model.hf_config import head_dim, layer_needs
@@ -66,7 +67,7 @@ def transformer_config(hf: PretrainedConfig, settings: EngineSettings, transform
         use_te_activation_func=not ACTIVATION & settings.megatron.keys(),  # the slot that holds our Swiglu
         apply_rope_fusion=transformer_engine,  # only Transformer Engine has such a kernel
         gradient_accumulation_fusion=adds_weight_gradients(transformer_engine),
-        **_recompute(settings, transformer_engine),
+        **computed_again(settings, transformer_engine).megatron,
         **_pipeline(hf, parallel),
     )
     try:
@@ -86,10 +87,10 @@ def _leave(weight: torch.Tensor) -> None:
     marks by which megatron-core knows a sharded parameter.)"""
 
 
-def _recompute(settings: EngineSettings, transformer_engine: bool) -> dict:
-    """What is computed again. FP8 without Transformer Engine is a dry run, which computes nothing; megatron-core would compare
-    that library's version, which there is none of."""
-    return {} if settings.precision.recipe and not transformer_engine else settings.model.recomputed.megatron
+def computed_again(settings: EngineSettings, transformer_engine: bool) -> Recomputed:
+    """What the layers compute again. FP8 without Transformer Engine is a dry run, which computes nothing; megatron-core would
+    compare that library's version, which there is none of."""
+    return Recomputed() if settings.precision.recipe and not transformer_engine else settings.model.recomputed
 
 
 def _pipeline(hf: PretrainedConfig, parallel: ParallelSettings) -> dict:

@@ -50,7 +50,7 @@ class HiddenThrough(tensor_parallel.ColumnParallelLinear):
             self.weight = head.weight
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None, **_unused):
-        """Hidden states as they are, in the place where GPTModel expects logits."""
+        """Return hidden states unchanged where GPTModel expects logits."""
         return input_, None
 
 
@@ -81,7 +81,7 @@ class PolicyModel(PackedModel):
             self.output_layer = HiddenThrough(self.output_layer)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Where GPTModel turns logits into a loss; here hidden states into log-probabilities.
+        """Turn hidden states into log-probabilities. GPTModel calls this to turn logits into a loss.
 
         Args:
             labels: [1, T].

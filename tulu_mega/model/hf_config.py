@@ -41,7 +41,7 @@ def load_config(model: ModelSettings) -> PretrainedConfig:
 
 
 def _fields(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values, also of the configs within."""
+    """Yield names and values, those of nested configs included."""
     for name, value in content.items():
         yield name, value
         if isinstance(value, Mapping):
@@ -49,12 +49,12 @@ def _fields(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _endless(name: str, value: Any) -> bool:
-    """Whether transformers would make a list as long as no model has any."""
+    """Return whether transformers would make a list of this length that is longer than any model needs."""
     return isinstance(value, int) and value > _MOST and _COUNTED.search(name) is not None
 
 
 def layer_needs(config: PretrainedConfig) -> LayerNeeds:
-    """What the family of this model asks of its layers, transformers' defaults filled in.
+    """Return what the model's family needs in its layers, with transformers' defaults filled in.
 
     Raises:
         UserError: for a family that is not known.

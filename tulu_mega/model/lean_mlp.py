@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class LeanMLP(MLP):
-    """megatron-core's MLP whose activation is made again for the backward pass of the second product, which alone keeps it.
+    """megatron-core's MLP without a stored activation: it is computed again for the backward pass of the second product.
 
     megatron-core does so (`moe_act`) in its mixtures of experts only. There are no biases.
     """

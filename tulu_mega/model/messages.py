@@ -1,4 +1,4 @@
-"""What pipeline stages send one another."""
+"""Messages between pipeline stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup, Work
 
 
 class Underway:
-    """A message that was begun, and the memory it is sent from.
+    """A message under way, and the memory from which it is sent.
 
     Args:
         handle: torch's.
@@ -24,7 +24,7 @@ class Underway:
         self._handle, self._sent = handle, sent
 
     def wait(self) -> None:
-        """As torch's; lets go of the memory then."""
+        """Wait as torch's handle does, then release the memory."""
         self._handle.wait()
         self._sent = None
 
@@ -70,7 +70,7 @@ class PackMessages(P2PCommunicator):
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
     ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-        """Shapes of what comes from the rank before and the rank behind; None where nothing is to come."""
+        """Return the shapes of the messages from the previous and the next rank; None where none comes."""
         return (
             (next(self._from_before), 1, self.config.hidden_size) if recv_prev else None,
             (next(self._from_behind), 1, self.config.hidden_size) if recv_next else None,

@@ -1,4 +1,4 @@
-"""A packed micro-batch's boundaries as megatron-core and our attention want them."""
+"""A packed micro-batch's boundaries in the forms that megatron-core and our attention take."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tulu_mega.records import PackedBatch
 
 @dataclass
 class PlacedSeqParams(PackedSeqParams):
-    """megatron-core takes the pack for one sequence, whose boundaries are on the host, and the rotary embedding gets each token's
-    own position: otherwise it would ask the device in each layer where segments begin, and could not know that one goes on after
-    a shared prefix. Attention takes the segments from here."""
+    """The pack's parameters for megatron-core. They say that the pack is one sequence, whose boundaries are on the host, and give
+    the rotary embedding each token's own position. With the true boundaries megatron-core would wait for the device in each
+    layer, and would not know that a segment goes on after a shared prefix. Attention reads the segments from here."""
 
     positions_T: Tensor | None = None
     """int64, of the whole pack's tokens; under context parallelism this rank's are where megatron-core looks for them, the others
@@ -30,7 +30,7 @@ class PlacedSeqParams(PackedSeqParams):
 
 
 def packed_seq_params(batch: PackedBatch, context: int = 1, fused_rope: bool = False) -> PlacedSeqParams:
-    """What goes with a micro-batch through all layers. Nobody waits for the device.
+    """Return the parameters that go with a micro-batch through all layers, without waiting for the device.
 
     Args:
         context: context-parallel ranks that share the pack.

@@ -14,11 +14,11 @@ from torch.distributed import ProcessGroup
 from tulu_mega.model.gpt import PackedModel
 
 HEAD = "output_layer.weight"
-"""The head's parameter, where a language model has its own."""
+"""Name of the head's parameter, the same as a language model's."""
 
 
 class RewardHead(torch.nn.Module):
-    """A row of weights in the place of the output layer, the same on every tensor rank; its arithmetic is float32.
+    """An output layer of one row of weights, the same on every tensor rank; it computes in float32.
 
     Args:
         tensor_group: the ranks that share the tokens under sequence parallelism.
@@ -74,7 +74,7 @@ class RewardModel(PackedModel):
                 self.output_layer.weight.copy_(drawn)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Where GPTModel turns logits into a loss; here nothing is left to do.
+        """Return the scores. GPTModel calls this to turn logits into a loss.
 
         Args:
             labels: not read.

@@ -41,7 +41,7 @@ class Ropes:
 
     kinds: tuple[Rope, ...]
     of_layer: tuple[int, ...]
-    """by layer: its entry of `kinds`"""
+    """for each layer, the index of its entry in `kinds`"""
 
     @property
     def frequencies(self) -> Tensor:
@@ -112,7 +112,7 @@ class PlacedRotary(RotaryEmbedding):
 
 
 class OwnRopeAttention(SelfAttention):
-    """Self-attention that takes its layer's rotary embedding out of those of all kinds.
+    """Self-attention that picks its layer's rotary embedding from those of all kinds.
 
     Args:
         ropes: the model's.

@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of."""
+"""The modules of a transformer layer."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def block_spec(
     """Layers and final norm of this pipeline stage, or of the chunk `vp_stage` of it.
 
     Args:
-        modules: which are computed again backward; see `Recomputed.modules`.
-        apart: whether norms are to be modules of their own in Transformer Engine's layers, too.
+        modules: modules that are computed again in the backward pass; see `Recomputed.modules`.
+        apart: whether norms are modules of their own in Transformer Engine's layers too.
         without_weights: whether linear layers are megatron-core's and take no memory for weights, in whose place others come.
 
     Raises:
@@ -138,7 +138,7 @@ def layer_spec(
 
 
 def _apart(parts: TransformerLayerSubmodules, norm: type, linear: type) -> None:
-    """Norms as modules of their own in Transformer Engine's layers: what its fused ones keep could not be let go."""
+    """Make norms modules of their own in Transformer Engine's layers: memory that its fused ones keep cannot be released."""
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     parts.self_attention.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = linear
     parts.sharded_state_dict_keys_map = get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map

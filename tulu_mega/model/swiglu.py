@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Swiglu(torch.nn.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202) in few passes over memory, where megatron-core has a slot for Transformer Engine's.
+    """SwiGLU (Shazeer, arXiv 2002.05202) in few passes over memory, for megatron-core's slot for Transformer Engine's.
 
     Args:
         config: taken because megatron-core hands it over.
@@ -28,7 +28,7 @@ class Swiglu(torch.nn.Module):
         return _Swiglu.apply(gate_and_up)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Nothing: it has no parameters, but megatron-core's MLP asks all its modules."""
+        """Return nothing: there are no parameters, but megatron-core's MLP calls this on all its modules."""
         return {}
 
 

@@ -13,19 +13,20 @@ from torch import Tensor
 
 
 class Spans(NamedTuple):
-    """Queries that lie together and the keys they may look at: P spans, end to end, in the order of the queries."""
+    """Groups of neighbouring queries and the keys that they may attend to: P spans, in the order of the queries."""
 
     cu_queries_P1: Tensor
     """int32 boundaries of the spans' queries"""
     cu_keys_P1: Tensor
     """int32 boundaries of the spans' keys"""
     queries_P: tuple[int, ...]
-    """how many each span has, on the host"""
+    """number of queries of each span, on the host"""
     keys_P: tuple[int, ...]
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
-        """As the fused kernels take them: boundaries of queries and of keys, the most queries and keys that a span has."""
+        """Return the arguments of the fused kernels: boundaries of queries and of keys, and the most queries and keys of a
+        span."""
         return self.cu_queries_P1, self.cu_keys_P1, max(self.queries_P), max(self.keys_P)
 
 

@@ -71,7 +71,7 @@ class GroupEstimator:
     """
 
     factor: Callable[[Sequence[float]], float]
-    """of the n differences ``reward - mean``, n at least 2"""
+    """function of the n differences ``reward - mean``, n at least 2"""
 
     def __call__(self, rewards: Sequence[float | None], masked: Sequence[bool]) -> GroupAdvantages:
         """As :class:`AdvantageEstimator`.

@@ -60,7 +60,7 @@ class Directory:
     given: str
     """as the setting spells it"""
     weights: bool = True
-    """of a model; else of a tokenizer"""
+    """whether it is a model's directory, else a tokenizer's"""
     code: bool = False
     """whether Python modules in it are executed"""
 

@@ -46,7 +46,7 @@ class Pin:
     directory: bool = False
     """whether the parts are files of a model's or tokenizer's directory"""
     revision: str | None = None
-    """of what came from the hub"""
+    """revision of a model or data set of the hub"""
 
 
 @dataclass

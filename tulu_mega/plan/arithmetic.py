@@ -1,4 +1,4 @@
-"""Numbers that know how they came about."""
+"""Numbers that carry the arithmetic which gave them."""
 
 from __future__ import annotations
 

@@ -80,6 +80,7 @@ def memory_terms(job: Job, rank: RankMemory) -> list[Term]:
         "reserved": ("CUDA, NCCL, workspaces: an estimate", n(rank.reserved)),
         "value": ("weights, gradients and optimizer of the value model", n(round(rank.value))),
         "value_passes": ("its passes less the policy's, where positive", n(round(rank.value_passes))),
+        "rewards": ("bytes x parameters of the reward model", n(job.itemsize) * n(round(rank.rewards / job.itemsize))),
     }
     return [Term(name, name.replace("_", "-"), *formulas[name]) for name, value in rank.parts.items() if value]
 

@@ -26,6 +26,7 @@ from tulu_mega.plan.model.rollouts import ServerMemory, generation_seconds, serv
 from tulu_mega.plan.model.storage import Storage, storage
 from tulu_mega.plan.model.timing import Step, mean_step, score_seconds, train_step
 from tulu_mega.plan.question import Question
+from tulu_mega.plan.reward_outlook import RewardOutlook, reward_outlook
 from tulu_mega.plan.value_outlook import ValueOutlook, value_outlook
 
 _SAMPLED = 3
@@ -68,6 +69,8 @@ class Outlook:
     warnings: list[str] = field(default_factory=list)
     value: ValueOutlook | None = None
     """of a value model that trains beside"""
+    rewards: RewardOutlook | None = None
+    """of a reward model that scores responses"""
 
     @property
     def gpus(self) -> int:
@@ -77,8 +80,18 @@ class Outlook:
     @property
     def seconds(self) -> float:
         """Of a step, everything in it."""
-        value = self.value.seconds if self.value else 0.0
-        return self.step.seconds + value + self.scoring + self.generation + self.sync
+        return self.training + self.generation - self.beside + self.sync
+
+    @property
+    def training(self) -> float:
+        """Seconds of a step without generation and what goes to the servers."""
+        others = (self.value.seconds if self.value else 0.0) + (self.rewards.scoring if self.rewards else 0.0)
+        return self.step.seconds + others + self.scoring
+
+    @property
+    def beside(self) -> float:
+        """Seconds in which servers generate and ranks train."""
+        return min(self.training, self.generation) if self.question.workload.beside else 0.0
 
     @property
     def flops_per_gpu(self) -> float:
@@ -128,11 +141,14 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
     forward = sum(score_seconds(each, RATES) for one in jobs for each in one) / len(jobs) if work.scorings or scores_once else 0.0
     servers = question.servers
     adapted = question.lora is not None  # whose reference is a copy of the adapters, with another while it is scored with
-    beside = work.other_models + (work.reference and not adapted)
-    memory = memory_by_rank(job, beside, servers.bucket if servers else 0, 2 * (work.reference and adapted))
+    bucket, reference = servers.bucket if servers else 0, int(work.reference)
+    memory = memory_by_rank(job, 0 if adapted else reference, bucket, 2 * reference if adapted else 0)
     value = _value(question, drawn) if question.value else None
     if value:
         memory = beside_a_value_model(memory, value.by_policys_rank(job), groups=value.has_groups(job))
+    rewards = reward_outlook([question.rewards.job(*one) for one in drawn]) if question.rewards else None
+    if rewards:
+        memory = rewards.beside(memory)
     saved = [job, *([value.job] if value else [])]
     generation = 0.0
     if servers:
@@ -156,6 +172,7 @@ def outlook(question: Question, sampled: int = _SAMPLED) -> Outlook:
         once=forward * question.steps / settings.train.epochs if scores_once else 0.0,
         padding=1 - sum(step.tokens for step in made) / positions,
         value=value,
+        rewards=rewards,
     )
     result.problems.extend(_unfit(result))
     result.warnings.extend(_doubts(result))
@@ -182,10 +199,8 @@ def _value(question: Question, drawn: Sequence[tuple[list[int], list[int]]]) -> 
 def divisions(question: Question) -> list[str]:
     """What does not divide, all of it at once."""
     config, rollout = question.config, question.workload.rollout
-    wrong = layout_problems(config, question.settings.parallel)
-    wrong += block_problems(config, question.lora, question.settings.parallel)
+    wrong = _of_layout(question)
     if not wrong:
-        wrong += fp8_problems(config, question.settings)
         wrong += rollout_fp8_problems(config, rollout) if rollout else []
     if rollout and not rollout.urls:
         wrong += server_problems(config, rollout.tensor)
@@ -201,9 +216,26 @@ def divisions(question: Question) -> list[str]:
         _ = question.trainers
     except UserError as error:
         return wrong + error.problems
-    if question.value:
-        wrong += [f"value model: {problem}" for problem in divisions(question.value)]
+    for name, other in {"value model": question.value, "reward model": question.rewards}.items():
+        wrong += [f"{name}: {problem}" for problem in _beside(other)] if other else []
     return wrong
+
+
+def _beside(question: Question) -> list[str]:
+    """What does not divide of a model beside a policy, which no server has."""
+    wrong = _of_layout(question)
+    try:
+        _ = question.trainers
+    except UserError as error:
+        wrong += error.problems
+    return wrong
+
+
+def _of_layout(question: Question) -> list[str]:
+    """What does not divide of a model that trains, or is scored with."""
+    wrong = layout_problems(question.config, question.settings.parallel)
+    wrong += block_problems(question.config, question.lora, question.settings.parallel)
+    return wrong or fp8_problems(question.config, question.settings)
 
 
 def _unfit(result: Outlook) -> list[str]:

@@ -31,6 +31,7 @@ _COLOURS = (
     "#dddddd",
     "#b5cf6b",
     "#e7969c",
+    "#9c9ede",
 )
 _FORWARD, _BACKWARD = "#56b4e9", "#009e73"
 

@@ -38,6 +38,7 @@ class Question:
         rollout_gpu: of the servers; the trainers' kind when None.
         storage: bytes/s of the file system for checkpoints.
         value_config: config.json of a value model that trains beside.
+        rewards_config: config.json of a reward model that scores responses.
     """
 
     stage: str
@@ -51,6 +52,7 @@ class Question:
     rollout_gpu: Gpu | None = None
     storage: float = 20e9
     value_config: Mapping[str, Any] | None = None
+    rewards_config: Mapping[str, Any] | None = None
 
     @cached_property
     def workload(self) -> Workload:
@@ -60,14 +62,25 @@ class Question:
     @cached_property
     def value(self) -> Question | None:
         """The same about the value model, as if it trained by itself on these GPUs; None without one."""
-        work, settings = self.workload.value, self.settings
+        work = self.workload.value
         if work is None or self.value_config is None:
             return None
+        return self._of(work.path, self.value_config, work.parallel)
+
+    @cached_property
+    def rewards(self) -> Question | None:
+        """The same about the reward model that scores responses, under the policy's layout; None without one."""
+        path = self.workload.rewards
+        if path is None or self.rewards_config is None:
+            return None
+        return self._of(path, self.rewards_config, self.settings.parallel)
+
+    def _of(self, path: str, config: Mapping[str, Any], parallel: ParallelSettings) -> Question:
+        """About another model as if it were alone on these GPUs."""
         gpus = self.trainers + (self.servers.gpus if self.servers else 0)
-        own = settings.model_copy(
-            update={"lora": None, "parallel": work.parallel, "model": settings.model.model_copy(update={"path": work.path})}
-        )
-        return replace(self, settings=own, config=self.value_config, value_config=None, gpus=gpus)
+        model = self.settings.model.model_copy(update={"path": path})
+        own = self.settings.model_copy(update={"lora": None, "parallel": parallel, "model": model})
+        return replace(self, settings=own, config=config, value_config=None, rewards_config=None, gpus=gpus)
 
     @cached_property
     def servers(self) -> Servers | None:

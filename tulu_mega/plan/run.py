@@ -16,7 +16,7 @@ from tulu_mega.plan.picture import draw
 from tulu_mega.plan.question import Question
 from tulu_mega.plan.search import search
 from tulu_mega.plan.settings import PlanSettings
-from tulu_mega.plan.source import read_architecture, read_stage, read_value_architecture
+from tulu_mega.plan.source import read_architecture, read_architecture_beside, read_stage
 from tulu_mega.plan.table import as_json, as_ranking, as_tables
 
 
@@ -63,8 +63,13 @@ def ask(settings: PlanSettings) -> Question:
     )
     if said.lora and not said.lora.adapter and (wrong := said.lora.unmatched(adapted(family_for(config), config))):
         raise UserError([f"lora.{each}" for each in wrong])
-    work = question.workload.value
-    return replace(question, value_config=read_value_architecture(said.model, work.path)) if work else question
+    value, rewards = question.workload.value, question.workload.rewards
+    beside = {}
+    if value:
+        beside["value_config"] = read_architecture_beside(said.model, "value.path", value.path)
+    if rewards:
+        beside["rewards_config"] = read_architecture_beside(said.model, "rewards.model", rewards)
+    return replace(question, **beside)
 
 
 def _print(settings: PlanSettings, results: list[Outlook]) -> None:

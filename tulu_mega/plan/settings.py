@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from tulu_mega.config.sections import PositiveInt, Section
+from tulu_mega.config.sections import Alone, PositiveInt, Section
 from tulu_mega.config.stages import STAGES
 
 
@@ -44,14 +44,14 @@ class PlanSettings(Section):
     response_length: PositiveInt | None = None
     """Mean tokens of a sampled response; a quarter of `sampling.max_tokens` when unset."""
 
-    model: str | dict[str, Any] = {}
+    model: Annotated[str | dict[str, Any], Alone("path")] = {}
     """Settings of the file laid over with flags, here and below: --model DIR, --parallel.tensor 8."""
     parallel: dict[str, Any] = {}
     data: dict[str, Any] = {}
     train: dict[str, Any] = {}
     optim: dict[str, Any] = {}
     checkpoint: dict[str, Any] = {}
-    precision: str | dict[str, Any] = {}
+    precision: Annotated[str | dict[str, Any], Alone("fp8")] = {}
     lora: dict[str, Any] = {}
     ddp: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
@@ -60,6 +60,7 @@ class PlanSettings(Section):
     sampling: dict[str, Any] = {}
     policy: dict[str, Any] = {}
     value: dict[str, Any] = {}
+    rewards: dict[str, Any] = {}
 
     @field_validator("config")
     @classmethod

@@ -20,7 +20,7 @@ from tulu_mega.plan.settings import PlanSettings
 
 _OVERLAID = (
     *("model", "parallel", "data", "train", "optim", "checkpoint", "precision", "lora"),
-    *("megatron", "ddp", "optimizer", "rollout", "sampling", "policy", "value"),
+    *("megatron", "ddp", "optimizer", "rollout", "sampling", "policy", "value", "rewards"),
 )
 
 
@@ -58,21 +58,22 @@ def read_architecture(model: ModelSettings, reward: bool) -> dict[str, Any]:
     return content | reward_fields(family, content) if reward else content
 
 
-def read_value_architecture(model: ModelSettings, path: str) -> dict[str, Any]:
-    """config.json of a value model, with a reward model's head whatever the directory has.
+def read_architecture_beside(model: ModelSettings, setting: str, path: str) -> dict[str, Any]:
+    """config.json of a value model or a reward model, with a reward model's head whatever the directory has.
 
     Args:
-        model: of the policy, whose further settings are the value model's too.
+        model: of the policy, whose further settings are this model's too.
+        setting: that names the directory.
         path: as `model.path` may be.
 
     Raises:
-        UserError: as :func:`read_architecture`, about `value.path`.
+        UserError: as :func:`read_architecture`, about the setting.
     """
     try:
         return read_architecture(model.model_copy(update={"path": path}), reward=True)
     except UserError as error:
         raise UserError(
-            [problem.replace("model.path", "value.path").replace("--model DIR", "--value.path DIR") for problem in error.problems]
+            [problem.replace("model.path", setting).replace("--model DIR", f"--{setting} DIR") for problem in error.problems]
         ) from None
 
 

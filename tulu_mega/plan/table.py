@@ -79,8 +79,10 @@ def as_json(result: Outlook) -> dict[str, Any]:
             "seconds": {
                 **result.step.parts,
                 "value": result.value.seconds if result.value else 0.0,
+                "rewards": result.rewards.scoring if result.rewards else 0.0,
                 "scoring": result.scoring,
                 "generation": result.generation,
+                "beside_training": -result.beside,
                 "sync": result.sync,
                 "step": result.seconds,
                 "before": result.once,
@@ -185,6 +187,9 @@ def _heading(result: Outlook) -> Text:
     if value := result.value:
         billions = model_parameters(value.job.config) / 1e9
         text += f"; value model: {question.value.settings.model.path}, {billions:.2f} billion parameters, {layout(value.job)}"
+    if rewards := result.rewards:
+        billions = model_parameters(rewards.job.config) / 1e9
+        text += f"; reward model: {question.rewards.settings.model.path}, {billions:.2f} billion parameters"
     return Text(text)
 
 
@@ -213,12 +218,15 @@ def _time(result: Outlook) -> Table:
     table.add_column("", justify="right")
     table.add_column("", justify="right")
     value = {"value model": result.value.step.seconds, "value model's scoring": result.value.scoring} if result.value else {}
+    value |= {"reward model": result.rewards.scoring} if result.rewards else {}
     further = {**value, "scoring": result.scoring, "generation": result.generation, "weights to the servers": result.sync}
     rows = {_PARTS[name]: seconds for name, seconds in result.step.parts.items()} | further
     for name, seconds in rows.items():
         if seconds:
             share = f"{seconds / result.seconds:.1%}" if math.isfinite(result.seconds) else ""
             table.add_row(name, f"{seconds:.3f}" if math.isfinite(seconds) else "for ever", share)
+    if result.beside:
+        table.add_row("less generation beside training", f"{-result.beside:.3f}", f"{-result.beside / result.seconds:.1%}")
     table.add_section()
     table.add_row("all", f"{result.seconds:.3f}" if math.isfinite(result.seconds) else "for ever", "")
     return table

@@ -1,4 +1,4 @@
-"""What a value model takes beside a policy: its own steps and memory, planned as a model's of its own."""
+"""The steps and memory of a value model beside a policy, planned as those of a model of its own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tulu_mega.plan.model.timing import Step, mean_step, score_seconds, train_st
 
 @dataclass(frozen=True)
 class ValueOutlook:
-    """Of a value model."""
+    """The plan of a value model."""
 
     job: Job
     """one sampled update"""
     memory: list[RankMemory]
-    """of each of its pipeline ranks, as if it were alone"""
+    """memory of each of its pipeline ranks, as if it were alone"""
     step: Step
     """mean of the sampled updates; all of a step together"""
     scoring: float
@@ -44,7 +44,7 @@ class ValueOutlook:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Return the seconds of a step."""
         return self.step.seconds + self.scoring
 
 

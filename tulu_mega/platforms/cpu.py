@@ -28,7 +28,7 @@ _installed = False
 
 
 class _CpuTorch(types.ModuleType):
-    """torch as one of megatron's modules sees it: factories put what is asked for on "cuda" onto the CPU."""
+    """torch as one of megatron-core's modules sees it: its factories make tensors on the CPU where "cuda" is asked for."""
 
     def __init__(self) -> None:
         super().__init__("torch")

@@ -1,4 +1,4 @@
-"""What FP8 asks of a machine, in training and in rollouts."""
+"""The requirements of FP8 on a machine, in training and in rollouts."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from tulu_mega.outside.versions import INSTALL_ENGINE, of_package
 Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
 _ENGINE = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
-"""Oldest Transformer Engine whose recipe of that name megatron-core takes."""
+"""For each recipe, the oldest Transformer Engine with which megatron-core accepts it."""
 _CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
 _CUDA = {"blockwise": (12, 9)}
-"""Older toolkits' cuBLAS has no products of 128 x 128 blocks."""
+"""Oldest CUDA for block-wise FP8: cuBLAS of older toolkits has no products of 128 x 128 blocks."""
 
 Version = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What of a machine decides whether FP8 can be trained on it."""
+    """The properties of a machine that decide whether FP8 can be trained on it."""
 
     capability: Version | None
     """the least of its devices' compute capabilities; None without a CUDA device"""
     cuda: Version | None
-    """that torch was built with; None for a CPU build"""
+    """CUDA version that torch was built with; None for a CPU build"""
     engine: Version | None
     """Transformer Engine's version; None where it is not installed"""
 
 
 def this_machine() -> Machine:
-    """Nothing is put on a device, and Transformer Engine is not imported."""
+    """Describe this machine, without memory on a device or an import of Transformer Engine."""
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     capability = min((torch.cuda.get_device_capability(device) for device in devices), default=None)
     engine = of_package("transformer-engine")
@@ -42,7 +42,7 @@ def this_machine() -> Machine:
 
 
 def obstacles(recipe: Recipe, machine: Machine) -> list[str]:
-    """Everything for which the recipe cannot be trained there: what was found, what is needed, what to do."""
+    """Return each reason why the recipe cannot be trained there: what was found, what is needed, what to do."""
     problems, instead = [], "set precision.fp8 to 'off' to train in bf16"
     asked, need = f"precision.fp8 = {recipe!r}", _ENGINE[recipe]
     if machine.engine is None:
@@ -70,7 +70,8 @@ def obstacles(recipe: Recipe, machine: Machine) -> list[str]:
 
 
 def server_obstacles() -> list[str]:
-    """Why vLLM's servers on this machine cannot have layers in FP8 blocks. (On GPUs without FP8 products vLLM has others.)"""
+    """Return why vLLM's servers on this machine cannot have layers in FP8 blocks. (On GPUs without FP8 products vLLM uses
+    others.)"""
     if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported():
         return []
     return [

@@ -1,6 +1,6 @@
 """The norm of all gradients where neither Transformer Engine nor apex computes it.
 
-megatron-core's own stand-in reads each gradient's norm by itself, and a GPU's user waits as often as there are parameters.
+megatron-core's own stand-in reads each gradient's norm separately, so that a GPU is waited for once for every parameter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def multi_tensor_l2norm(_chunk_size, _overflow: Tensor, tensor_lists: list[list[
 
 
 def install() -> None:
-    """Hands it to megatron-core in the place of its stand-in."""
+    """Replace megatron-core's stand-in by this norm."""
     clipping = importlib.import_module("megatron.core.optimizer.clip_grads")
     if clipping.l2_norm_impl is importlib.import_module("megatron.core.utils").local_multi_tensor_l2_norm:
         clipping.l2_norm_impl = multi_tensor_l2norm

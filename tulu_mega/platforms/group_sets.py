@@ -1,8 +1,8 @@
-"""Several sets of megatron-core's parallel groups over one world, of which one at a time is in its place.
+"""Several sets of megatron-core's parallel groups over one world, of which one at a time is active.
 
 megatron-core 0.16.1 takes a `ProcessGroupCollection` for some of what it builds, but its schedules ask `parallel_state` for
-sizes, its optimizers for the tensor group, and its layers' mappings for whatever group they are not handed. So a second model
-under another layout has to find its own groups there.
+sizes, its optimizers for the tensor group, and its layers' mappings for whatever group they are not handed. So the groups of a
+second model under another layout have to be made active while it computes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 SHARED = ("_GLOBAL_MEMORY_BUFFER", "_GLOBAL_SYMMETRIC_MEMORY_BUFFER")
-"""What all sets have in common: memory to gather into, which models use in turn."""
+"""State that all sets share: memory for gathers, which models use in turn."""
 _STATE = re.compile(r"_[A-Z][A-Z_]*")
 
 
@@ -24,7 +24,7 @@ def state_of(module: ModuleType) -> dict[str, Any]:
 
 
 class GroupSet:
-    """A set of groups, while another is in its place."""
+    """A set of groups that is not active."""
 
     def __init__(self, state: Mapping[str, Any]):
         self.state = dict(state)
@@ -42,7 +42,7 @@ class GroupSets:
         self.first = self._current = GroupSet(state_of(module))
 
     def another(self, build: Callable[[], None]) -> GroupSet:
-        """Makes a further set, which is not in its place afterwards. A collective.
+        """Make a further set; the active set stays the same. A collective.
 
         Args:
             build: makes groups in the module, which has none then.
@@ -58,7 +58,7 @@ class GroupSets:
 
     @contextlib.contextmanager
     def in_place(self, wanted: GroupSet) -> Iterator[None]:
-        """Has the set in its place for a while, then the one that was there before."""
+        """Activate a set for the duration of the context, then the earlier one again."""
         before = self._current
         if wanted is before:
             yield

@@ -13,7 +13,7 @@ def prepare_imports() -> None:
     """Imports megatron-core, quietly and fast. Call it before anything else does; it may be called again.
 
     megatron-core warns, when it is imported, of every package it could also use, and calls functions that torch will rename:
-    nothing that a user of this project can act on. Where it is not installed nothing is imported.
+    a user of this project can act on none of that. Where it is not installed nothing is imported.
 
     Raises:
         UserError: packages are installed that are known not to work.

@@ -1,6 +1,6 @@
-"""No device at all: megatron-core builds models, gradient buffers and optimizer of any size, and nothing of them takes memory.
+"""A platform without a device: megatron-core builds models, gradient buffers and optimizers of any size, which take no memory.
 
-For a process of its own that computes nothing: it is of no other use afterwards.
+Use it in a process of its own: the process cannot compute anything afterwards.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ _META = torch.device("meta")
 
 
 def install() -> Platform:
-    """Makes torch's meta device what megatron-core takes for the current CUDA device. The back end of collectives is torch's fake
-    one.
+    """Make torch's meta device the one that megatron-core takes for the current CUDA device. The back end of collectives is
+    torch's fake one.
 
     Raises:
         RuntimeError: where CUDA is available.

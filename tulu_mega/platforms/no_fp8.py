@@ -1,7 +1,8 @@
-"""What megatron-core asks of Transformer Engine when it computes a norm again, where there is no Transformer Engine.
+"""Names of Transformer Engine that megatron-core needs when it computes a norm again, for where it is not installed.
 
 Its transformer layer hands its checkpoints ``fp8=False``, which they take for a yes (they compare with None), and they then look
-for names that only an import of Transformer Engine brings. Without it nothing is in FP8, and that is what they are told.
+for names that only an import of Transformer Engine brings. Without Transformer Engine nothing is in FP8, and the stand-ins say
+so.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ import importlib
 
 
 class NoFp8:
-    """In the place of Transformer Engine's FP8GlobalStateManager."""
+    """Stands in for Transformer Engine's FP8GlobalStateManager."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
-        """No."""
+        """Return False."""
         return False
 
 
 def nothing_around(**_options) -> contextlib.AbstractContextManager[None]:
-    """In the place of Transformer Engine's contexts of FP8 and of recomputation."""
+    """Return an empty context, for Transformer Engine's contexts of FP8 and of recomputation."""
     return contextlib.nullcontext()
 
 
 def install() -> None:
-    """Gives megatron-core these names where it has not found Transformer Engine's."""
+    """Define these names in megatron-core where it has not found Transformer Engine's."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     if not random.HAVE_TE:
         random.FP8GlobalStateManager = NoFp8

@@ -14,13 +14,13 @@ SWITCH = "TULU_MEGA_NUMA"
 
 
 def bind(pci: tuple[int, int, int], system: Path = Path("/sys")) -> set[int]:
-    """Has this process's threads, and those that they start, run on the CPUs of a device's NUMA node.
+    """Bind this process's threads, and those that they start, to the CPUs of a device's NUMA node.
 
     Nothing happens where the machine has one node or does not tell, none of the node's CPUs may be used, or `SWITCH` says so.
 
     Args:
         pci: domain, bus and device number of the GPU.
-        system: where the kernel tells of its devices.
+        system: directory where the kernel describes its devices.
 
     Returns:
         The CPUs; none where nothing happened.

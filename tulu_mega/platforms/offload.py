@@ -1,8 +1,7 @@
-"""megatron-core's optimizer whose state and updates are in main memory (`[optimizer] optimizer_cpu_offload`), mended where 0.16.1
-would change what a run computes, and able to run where the device is a CPU itself.
-
-What is mended: its state comes from a step with random gradients, which moves the weights; and after a checkpoint was loaded the
-part that stays on the device begins each step with the loaded count of steps.
+"""megatron-core's optimizer whose state and updates are in main memory (`[optimizer] optimizer_cpu_offload`), with two faults of
+0.16.1 corrected that change what a run computes, and with support for a CPU as the device. The faults: the optimizer makes its
+state by a step with random gradients, which moves the weights; and after a checkpoint was loaded, the part on the device begins
+each step with the loaded count of steps.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _WHERE = (
     *("offload_fraction", "cpu_optimizer_cls", "gpu_optimizer_cls", "param_update_in_fp32"),
     *("pin_cpu_grads", "pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d"),
 )
-"""Of a group's fields those that are no optimizer's."""
+"""Fields of a group that the optimizers within do not have."""
 
 
 class HostOptimizer(HybridDeviceOptimizer):
@@ -39,7 +38,7 @@ class HostOptimizer(HybridDeviceOptimizer):
 
     @torch.no_grad()
     def dummy_step(self) -> None:
-        """Gives every parameter its state, as it is before the first step; moves nothing."""
+        """Make every parameter's state as it is before the first step, without moving a weight."""
         for optimizer in self.sub_optimizers:
             for group in optimizer.param_groups:
                 for p in group["params"]:
@@ -50,13 +49,13 @@ class HostOptimizer(HybridDeviceOptimizer):
         self._sync_sub_optimizers_state_to_hdo()
 
     def state_dict(self) -> dict[str, Any]:
-        """As every AdamW's: a checkpoint says neither where its state was nor, by name of a class, who updated it."""
+        """Return the state in the form of any AdamW: a checkpoint says neither where its state lay nor which class updated it."""
         found = super().state_dict()
         groups = [{name: value for name, value in group.items() if name not in _WHERE} for group in found["param_groups"]]
         return {**found, "param_groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As megatron-core's; the count of steps is that of the optimizers within from then on."""
+        """Load as megatron-core does, and then count steps in the optimizers within."""
         groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]  # one without offload has other fields
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group in self.param_groups:
@@ -68,8 +67,8 @@ class HostOptimizer(HybridDeviceOptimizer):
             self._d2h_stream = self._h2d_stream = _NoStream()
 
     def _get_sub_optimizer_param_groups(self, offload_fraction: float):
-        """Which parameters are updated where: groups in main memory and on the device, copies in main memory by parameter, the
-        other way round, and float32 copies."""
+        """Decide where each parameter is updated. Returns the groups in main memory, the groups on the device, the copy of each
+        parameter, the parameter of each copy, and float32 copies."""
         if torch.cuda.is_available():
             return super()._get_sub_optimizer_param_groups(offload_fraction)
         most = offload_fraction * sum(p.numel() for group in self.param_groups for p in group["params"])
@@ -97,7 +96,7 @@ class HostOptimizer(HybridDeviceOptimizer):
 
 
 class _NoStream:
-    """A stream, and an event of it, where work is done when it is asked for."""
+    """A stream and an event for devices that do work at once."""
 
     def wait_stream(self, _stream: object) -> None: ...
 
@@ -110,6 +109,6 @@ class _NoStream:
 
 
 def install() -> None:
-    """Hands it to megatron-core in the place of its own class."""
+    """Replace megatron-core's class by this one."""
     for name in ("megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer"):
         importlib.import_module(name).HybridDeviceOptimizer = HostOptimizer

@@ -1,4 +1,4 @@
-"""Whether the releases that are installed go together: what is known not to work is refused, what nobody has tried is told."""
+"""A check that the installed releases go together: what is known not to work is refused, what nobody has tried gets a warning."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PARTS: dict[Part, tuple[str, ...]] = {
 """What ranks and vLLM's processes import."""
 
 _ENGINE = ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu12", "transformer-engine-cu13")
-"""Distributions that Transformer Engine comes as: what depends on the others, its half for torch, its library for a CUDA."""
+"""Distributions of Transformer Engine: the one that depends on the others, the half for torch, the library for each CUDA."""
 _AT_IMPORT = ("huggingface-hub", "numpy", "regex", "safetensors", "tokenizers")
-"""Requirements that transformers looks at when it is imported, and ends with an exception where they are not met."""
+"""Requirements that transformers checks when it is imported; it raises where one is not met."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class Environment:
-    """What is installed for one Python, as far as it is looked at."""
+    """The packages of one Python that are checked."""
 
     versions: Mapping[str, str]
-    """by distribution; what is not installed has no entry"""
+    """version of each installed distribution"""
     requirements: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """of distributions, as their metadata has them"""
+    """requirements of each distribution, from its metadata"""
     cuda: str | None = None
-    """that torch was built with; None for a CPU build"""
+    """CUDA version that torch was built with; None for a CPU build"""
 
     def version(self, package: str) -> tuple[str, str] | None:
         """The distribution that a package is installed as, and its version; None where it is not.
@@ -67,7 +67,7 @@ class Environment:
 
 
 def this_environment() -> Environment:
-    """This Python's. Of the packages torch alone is imported."""
+    """Describe this Python's packages. Only torch is imported for it."""
     import torch
 
     versions, requirements = {}, {}
@@ -79,16 +79,17 @@ def this_environment() -> Environment:
 
 
 def wrong(environment: Environment, *parts: Part) -> list[str]:
-    """What is installed and known not to work, a line each, and last which releases go together; empty where there is nothing.
+    """Return a line for each installed package that is known not to work, and last which releases go together; an empty list
+    where all may work.
 
     Args:
-        parts: that are to run.
+        parts: the parts that will run.
     """
     return _told(environment, parts, (_broken, _unmet, _engine_in_pieces))
 
 
 def untried(environment: Environment, *parts: Part) -> list[str]:
-    """What is installed and may work, though nobody has tried it with this program; as `wrong`."""
+    """Return a line for each installed package that may work but has not been tried with this program."""
     return _told(environment, parts, (_outside,))
 
 
@@ -134,7 +135,8 @@ def _broken(environment: Environment, packages: Sequence[str]) -> Iterator[str]:
 
 
 def _unmet(environment: Environment, packages: Sequence[str]) -> Iterator[str]:
-    """What packages ask of one another, by their own metadata, and transformers of what it imports."""
+    """Yield the requirements of packages that other packages do not meet, by their metadata, and those of transformers at
+    import."""
     for package in packages:
         if (asking := environment.version(package)) is None:
             continue
@@ -177,7 +179,7 @@ def _engine_in_pieces(environment: Environment, packages: Sequence[str]) -> Iter
 
 
 def _outside(environment: Environment, packages: Sequence[str]) -> Iterator[str]:
-    """Releases that `TOGETHER` does not have, of those that are not known to be broken."""
+    """Yield releases that are neither in `TOGETHER` nor known to be broken."""
     for package in packages:
         found = environment.version(package)
         if found and not _within(found[1], TOGETHER[package]):

@@ -10,7 +10,7 @@ from tulu_mega.outside.versions import of_package
 
 
 def unseen_gpus() -> list[str]:
-    """A line that says so, where this machine has GPUs and torch sees none; nothing where they are hidden on purpose."""
+    """Return a warning where this machine has GPUs and torch sees none; an empty list where they are hidden on purpose."""
     import torch
 
     devices = sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
@@ -20,7 +20,7 @@ def unseen_gpus() -> list[str]:
 
 
 def told(devices: Sequence[str], shown: str | None, cuda: str | None, torch: str) -> list[str]:
-    """What is said of GPUs that torch does not see.
+    """Describe GPUs that torch does not see.
 
     Args:
         devices: their files.

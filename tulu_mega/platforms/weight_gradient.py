@@ -28,7 +28,7 @@ def wgrad_gemm_accum_fp16(input_TK: Tensor, upstream_TM: Tensor, main_grad_MK: T
 
 
 def install() -> None:
-    """Offers the stand-in under the extension's name, unless the extension itself can be found."""
+    """Register the stand-in under the extension's name, unless the extension itself is installed."""
     if importlib.util.find_spec(_NAME) is not None:  # also this stand-in, the second time
         return
     module = types.ModuleType(_NAME, __doc__)

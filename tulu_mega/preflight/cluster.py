@@ -45,10 +45,10 @@ class Node:
     """One machine as the process that speaks for it sees it."""
 
     rank: int
-    """of that process"""
+    """rank of that process"""
     host: str
     same: dict[str, str]
-    """what has to be the same on every node, by name"""
+    """values that have to be the same on every node, by name"""
     free_gib: float
     """where the run directory is"""
     clock: float = 0.0

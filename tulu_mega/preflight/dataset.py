@@ -16,7 +16,7 @@ from tulu_mega.preflight.findings import Findings, Rows
 
 
 def problems(settings: StageSettings, findings: Findings, reward: bool = False) -> None:
-    """Of the run and its schedule; the findings have the rows that are to be tokenised then.
+    """Find problems of the run and its schedule; add the rows that have to be tokenised to the findings.
 
     Args:
         reward: it trains a reward model.
@@ -33,7 +33,7 @@ def problems(settings: StageSettings, findings: Findings, reward: bool = False) 
 
 
 def reward_model_problems(settings: StageSettings, findings: Findings) -> None:
-    """As `problems`, of a stage that trains a reward model."""
+    """Find problems as `problems` does, for a stage that trains a reward model."""
     problems(settings, findings, reward=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tulu_mega.evaluation.run import Asked, prepared
 from tulu_mega.evaluation.settings import EvalSettings
+from tulu_mega.inference.adapters import checked
 from tulu_mega.inference.offline import check_vllm
 from tulu_mega.preflight.findings import Findings
 
@@ -13,6 +14,7 @@ def problems(settings: EvalSettings, findings: Findings) -> None:
     ready = findings.collect(lambda: prepared(settings))
     if ready:
         _settings, _tokenizer, tasks = ready
+        findings.notes += checked(settings.model.path, settings.adapter)
         findings.notes += [_asked(task) for task in tasks]
         if any(task.open for task in tasks):
             findings.notes += check_vllm(settings.python).notes

@@ -22,10 +22,10 @@ class Rows:
     """A data set that is to be tokenised before the ranks start."""
 
     setting: str
-    """that names it, for messages"""
+    """name of the setting, for messages"""
     data: DataSettings
     model: ModelSettings
-    """whose tokenizer is taken where `data` names none"""
+    """model whose tokenizer is taken where `data` names none"""
     directory: Path
     """for the ranks to read"""
     look: Callable[[TokenStore], None] = lambda _store: None
@@ -41,9 +41,9 @@ class Findings:
     """the model's config.json, where it can be used"""
     rows: list[Rows] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """what is no problem, yet should be known, a line each: rows that are left out, fields that are not used"""
+    """remarks that are no problems, a line each: rows that are left out, fields that are not used"""
     pins: Pinning | None = None
-    """what a run that trains depends on"""
+    """inputs that a run that trains depends on"""
     verify: bool = False
     """whether everything that is pinned is read, however it is stamped"""
     starts: bool = False

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tulu_mega.bridge.adapter_fit import fitting, of_a_reward_model, remarks
 from tulu_mega.bridge.families.reward import check_language_model
 from tulu_mega.bridge.files.hub import model_directory
 from tulu_mega.config import GenerateSettings, ScoreSettings, ServeSettings
 from tulu_mega.data import score_input
 from tulu_mega.errors import UserError
+from tulu_mega.inference.adapters import checked
 from tulu_mega.inference.for_run import device_obstacles, server_options
 from tulu_mega.inference.generate import how_taken, prepared
 from tulu_mega.inference.offline import check_vllm
@@ -25,7 +27,7 @@ def problems(settings: GenerateSettings, findings: Findings) -> None:
     """Of a model that vLLM is to load, and of all rows that it is to answer."""
     ready = findings.collect(lambda: prepared(settings))
     if ready:
-        findings.notes += check_vllm(settings.python).notes
+        findings.notes += [*check_vllm(settings.python).notes, *ready.told]
     if ready and ready.rows:
         findings.notes.append(f"{settings.input}: {how_taken(ready.rows, ready.settings)}")
 
@@ -37,6 +39,7 @@ def serve_problems(settings: ServeSettings, findings: Findings) -> None:
         findings.notes += python.notes
     if not findings.problems:
         findings.collect(lambda: server_options(settings.model, settings.rollout, None, ()))
+        findings.notes += findings.collect(lambda: checked(settings.model.path, settings.adapter)) or []
         findings.problems += device_obstacles(settings.rollout, 0)
 
 
@@ -44,6 +47,9 @@ def score_problems(settings: ScoreSettings, findings: Findings) -> None:
     """Of texts that are to be scored."""
     any_model_problems(settings, findings)
     findings.collect(lambda: _scorable(settings, findings.config))
+    if (path := settings.adapter) and (config := findings.config):
+        findings.collect(lambda: fitting(path, config, of_a_reward_model(path)))
+        findings.notes += findings.collect(lambda: remarks(path, settings.model.path)) or []
 
 
 def _generating(path: str) -> None:

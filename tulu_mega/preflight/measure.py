@@ -28,11 +28,11 @@ class Scale:
     """What is measured on a kind of device, and what is slow there."""
 
     side: int
-    """of the square matrices that are multiplied"""
+    """rows of the square matrices that are multiplied"""
     pair_bytes: int
     """sent in each direction of a pair"""
     sum_bytes: int
-    """of the tensor that all ranks sum"""
+    """bytes of the tensor that all ranks sum"""
     slow: float
     """share of the median below which a link or a device is slow"""
     judges_products: bool
@@ -51,7 +51,7 @@ class Measured:
     node: int
     host: str
     cpus: int
-    """that the process may use (`sched_getaffinity`)"""
+    """number of CPUs that the process may use (`sched_getaffinity`)"""
     tflops: float
     """1e12 FLOP/s of a product of bf16"""
     links: dict[int, float] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Measured:
 
     @property
     def best(self) -> float:
-        """Of the quickest of its links."""
+        """Return the rate of the quickest of its links."""
         return max(self.links.values())
 
     @property

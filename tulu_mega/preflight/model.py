@@ -20,14 +20,14 @@ from tulu_mega.preflight.findings import Findings
 
 
 def problems(settings: EngineSettings, findings: Findings) -> None:
-    """Of a command that is given a language model."""
+    """Find problems of a command that takes a language model."""
     any_model_problems(settings, findings)
     if config := findings.config:
         findings.collect(lambda: check_language_model(settings.model.path, config["architectures"]))
 
 
 def any_model_problems(settings: EngineSettings, findings: Findings) -> None:
-    """Of a command that may be given a reward model as well; the findings have the model's config.json then."""
+    """Find problems of a command that takes a language or a reward model; add the model's config.json to the findings."""
     findings.collect(lambda: _fp8(settings))
     findings.config = findings.collect(lambda: model_config(settings))
 

@@ -11,6 +11,7 @@ from tulu_mega.bridge.files.hub import model_directory
 from tulu_mega.config import EngineSettings, ParallelSettings, PolicyRunSettings
 from tulu_mega.config.policy_run import steps_of
 from tulu_mega.errors import UserError
+from tulu_mega.inference.adapters import described, holds
 from tulu_mega.inference.addresses import longest_wait, look
 from tulu_mega.inference.for_run import device_obstacles, fp8_obstacles
 from tulu_mega.inference.offline import check_vllm
@@ -32,6 +33,10 @@ def problems(settings: PolicyRunSettings, findings: Findings) -> None:
     adapters.problems(settings, findings)
     config = findings.config
     findings.collect(lambda: _servable(settings, config, findings.notes))
+    if settings.lora and not settings.rollout.urls:
+        merged = settings.rollout.adapters == "merged"
+        told = findings.collect(lambda: holds(described(settings.model.path, settings.lora), merged))
+        findings.notes += [told[1]] if told else []
     if settings.rollout.urls:
         findings.collect(lambda: _answering(settings, config, findings.starts, findings.notes))
     prompts = findings.collect(lambda: read(settings, findings.pins.pins.day if findings.pins else None))
@@ -120,6 +125,14 @@ def _answering(settings: PolicyRunSettings, config: Mapping[str, Any] | None, st
         for url, told in about.items()
         if int(told.get("longest", settings.longest)) < settings.longest
     ]
+    if settings.lora and settings.rollout.adapters == "auto":
+        rank, _ = holds(described(settings.model.path, settings.lora), merged=False)
+        notes += [
+            f"{url}: holds no adapters of rank {rank} apart, so that each update sends whole weights; start all servers with "
+            f"--lora_rank {rank} for updates of the adapters alone"
+            for url, told in about.items()
+            if int(told.get("lora_rank") or 0) < rank
+        ]
     problems = []
     if config:
         ours = Model.asked(settings.model.path, settings.model.dtype, settings.rollout.dtype, config)
@@ -171,7 +184,7 @@ def of_the_policys_tokens(
         parallel: the model's layout; the policy's when None.
 
     Raises:
-        UserError: it has other tokens, or is a language model where that will not do.
+        UserError: it has other tokens, was made for shorter sequences, or is a language model where that will not do.
     """
     model = settings.model.model_copy(update={"path": path})
     parts = dict(parallel=parallel or settings.parallel, precision=settings.precision, megatron=settings.megatron)
@@ -188,6 +201,12 @@ def of_the_policys_tokens(
         raise UserError(
             f"{name} = {path} has a vocabulary of {config['vocab_size']}, the policy one of {policy['vocab_size']}; expected a "
             "reward model of the same tokenizer"
+        )
+    limit = config.get("max_position_embeddings")
+    if limit and settings.longest > limit:
+        raise UserError(
+            f"{name} = {path} was made for {limit} tokens, but data.max_prompt = {settings.data.max_prompt} and "
+            f"sampling.max_tokens = {settings.sampling.max_tokens} make {settings.longest}; lower either, or give another"
         )
     if other := vocabularies.difference(model_directory(settings.data.tokenizer or settings.model.path), model_directory(path)):
         raise UserError(f"{name} = {path} has another tokenizer than the policy: {other}; expected a reward model of the same")

@@ -14,7 +14,7 @@ from tulu_mega.preflight.findings import Findings
 
 
 def problems(settings: PpoSettings, findings: Findings) -> None:
-    """Of the run, its servers, its prompts, its reward model and its value model."""
+    """Find problems of the run, its servers, its prompts, its reward model and its value model."""
     policy.problems(settings, findings)
     run.pin(findings, "value.path", Directory(settings.value.path, code=settings.model.trust_remote_code))
     findings.collect(lambda: _value_model(settings, findings.config))

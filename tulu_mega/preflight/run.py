@@ -17,7 +17,7 @@ from tulu_mega.preflight.same_run import same_run
 
 
 def problems(settings: RunSettings, findings: Findings, reward: bool = False, short_batches: bool = False) -> None:
-    """Of the model, the run directory and the tokenizer.
+    """Find problems of the model, the run directory and the tokenizer.
 
     Args:
         reward: it trains a reward model, and may begin with one.

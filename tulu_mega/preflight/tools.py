@@ -16,14 +16,14 @@ from tulu_mega.preflight.findings import Findings, Rows
 
 
 def inspect_problems(settings: DataInspectSettings, findings: Findings) -> None:
-    """Of a model and the rows that it would be trained on, which are tokenised then."""
+    """Find problems of a model and the rows that it would be trained on; these rows have to be tokenised."""
     model.problems(settings, findings)
     settings = findings.collect(lambda: of_its_kind(settings)) or settings
     findings.rows.append(Rows("data.train", settings.data, settings.model, Path(DATA)))
 
 
 def mix_problems(settings: DataMixSettings, findings: Findings) -> None:
-    """Of the rows that are to be drawn."""
+    """Find problems of the rows that will be drawn."""
     findings.collect(lambda: _writable(Path(settings.output).expanduser(), making=False))
     rows = findings.collect(lambda: mix.drawn(of_its_kind(settings)))
     if rows:
@@ -32,7 +32,7 @@ def mix_problems(settings: DataMixSettings, findings: Findings) -> None:
 
 
 def decontaminate_problems(settings: DecontaminateSettings, findings: Findings) -> None:
-    """Of training and evaluation rows, all of which are read."""
+    """Find problems of training and evaluation rows, all of which are read."""
     findings.collect(lambda: _writable(Path(settings.output).expanduser() / "report.json", making=True))
     opened = findings.collect(lambda: decontaminate.opened(settings))
     if not opened:

@@ -175,6 +175,9 @@ Try next
     tulu-mega report {directory}/grpo
   to see another loss of the same pairs:
     tulu-mega dpo {directory}/dpo.toml --run_dir {directory}/simpo --preference.loss simpo --preference.beta 2
+  to train low-rank adapters (LoRA) in place of all weights, and ask the model with them:
+    tulu-mega dpo {directory}/dpo.toml --run_dir {directory}/lora --lora.rank 16 --optim.lr 2e-3
+    tulu-mega generate --model.path {directory}/sft/hf --model.dtype fp32 --adapter {directory}/lora/adapter
   to train the same on one process, to the same losses:
     tulu-mega sft {directory}/sft.toml --run_dir {directory}/sft-tp1 --parallel.tensor 1
   to see every setting:

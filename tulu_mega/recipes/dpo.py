@@ -47,7 +47,7 @@ def run(settings: DpoSettings, world: World) -> None:
 
 
 def _digest(training: DatasetRun) -> str:
-    """Of the weights that the run begins with, the reference's: the model's, and those of adapters that it begins with."""
+    """Return the digest of the reference's weights, with which the run begins: the model's, and those of adapters."""
     places, lora = [("model.path", training.session.source)], training.settings.lora
     if lora and lora.adapter:
         places.append(("lora.adapter", Path(lora.adapter)))

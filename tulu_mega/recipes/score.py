@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tulu_mega.bridge.adapter_fit import of_a_reward_model
 from tulu_mega.config import ScoreSettings
+from tulu_mega.config.lora import LoraSettings
 from tulu_mega.data import score_input
 from tulu_mega.distributed.collectives import from_lead
 from tulu_mega.launch.launcher import World
@@ -25,7 +27,10 @@ def run(settings: ScoreSettings, world: World) -> None:
     Raises:
         UserError: on every rank, for whatever the user can mend.
     """
-    with opened(settings, world, seed=0) as session:
+    lora, reward = None, None
+    if settings.adapter:
+        lora, reward = LoraSettings(adapter=settings.adapter), of_a_reward_model(settings.adapter) or None
+    with opened(settings, world, seed=0, reward=reward, lora=lora) as session:
         session.load_weights()
         if session.lead:
             _lead(session, settings)

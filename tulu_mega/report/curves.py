@@ -121,7 +121,16 @@ CHARTS = (
         (("sampler_difference", "mean"),),
         zero=True,
     ),
+    Chart("lag", "Age of the responses", "steps", (("policy_lag", "mean"), ("policy_lag_max", "largest")), usual=0, zero=True),
+    Chart(
+        "effective_samples",
+        "Effective sample size",
+        "% of the trained tokens",
+        (("effective_samples", "ratios of trainer to sampler"),),
+        scale=100,
+    ),
     Chart("grad_norm", "Gradient norm", "before clipping", (("grad_norm", "gradient norm"),), log=True, zero=True),
+    Chart("adapter_norm", "Norm of the adapters", "of A and B together", (("adapter_norm", "norm"),)),
     Chart("lr", "Learning rate", "", (("lr", "learning rate"),), zero=True),
     Chart("throughput", "Throughput", "1,000 tokens/s, all processes", (("tokens_per_second", "tokens"),), scale=1e-3, zero=True),
     Chart(
@@ -169,7 +178,7 @@ CHARTS = (
 """In the order of the page. A chart no run has values for is left out."""
 _UNDRAWN = {
     "step", "tokens", "supervised_tokens", "supervised_tokens_per_second", "tflops", "sequences", "generated_tokens", "responses",
-    "slowest_rank", "save_waited_seconds",
+    "slowest_rank", "save_waited_seconds", "seconds_servers",
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class Profile:
 
     title: str
     device: str
-    """what the times are of: ``cpu`` or a GPU's type"""
+    """device of the times: ``cpu`` or a GPU's type"""
     trace: Path
     """Chrome's JSON, gzipped"""
     operations: list[Operation]

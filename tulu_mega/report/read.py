@@ -24,7 +24,7 @@ class Evaluation:
     name: str
     """the directory it lies in"""
     tasks: dict[str, dict[str, Any]]
-    """what results.json says of each task"""
+    """each task's entry in results.json"""
     samples: dict[str, list[dict[str, Any]]]
     """the first problems of each task, with responses"""
 
@@ -38,13 +38,13 @@ class Run:
     steps: list[dict[str, Any]]
     """the objects of metrics.jsonl, by step"""
     start: dict[str, Any] = field(default_factory=dict)
-    """what is known of the model before the first step: its answers to the held-out prompts"""
+    """figures of the model before the first step, from its answers to the held-out prompts"""
     settings: dict[str, Any] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
     rollouts: list[dict[str, Any]] = field(default_factory=list)
     """some responses of the newest step that has them, with its number as ``step``"""
     notes: list[str] = field(default_factory=list)
-    """what could not be read"""
+    """remarks about files that could not be read"""
     profiles: list[Profile] = field(default_factory=list)
 
     @property

@@ -21,12 +21,12 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from tulu_mega.distributed import topology
+from tulu_mega.errors import HUNG
 from tulu_mega.launch import reporting
 from tulu_mega.resilience import hang_report
 from tulu_mega.resilience.hang_report import Account
 
-STATUS = 124
-"""Exit status of a rank that the watchdog ended: the status of timeout(1)."""
+STATUS = HUNG
 
 
 class Watchdog:

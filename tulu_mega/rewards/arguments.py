@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 Quantifier = Literal["at least", "around", "at most"]
 Relation = Literal["less than", "at least"]
-"""IFEval's own, which knows no other"""
+"""Comparisons of counts; IFEval has these two alone"""
 Letter = NewType("Letter", str)
 Index = NewType("Index", int)
 Language = NewType("Language", str)
 Options = NewType("Options", list)
 _LARGEST_COUNT = 10**12
-"""More than any reply has of anything; tenths of larger counts would be no floats."""
+"""Largest count that is accepted: no reply reaches it, and larger ones overflow a float."""
 
 
 @functools.cache

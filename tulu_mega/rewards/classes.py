@@ -1,4 +1,4 @@
-"""Which classes of the judged program a test makes objects of."""
+"""The classes of the judged program of which a test makes objects."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def tests_of(ground_truth: Any) -> list[dict[str, str]]:
         try:
             tests = read_whole_json(tests)
         except NameTwice as error:
-            raise ValueError(f"the tests are no JSON to go by: {error}") from None
+            raise ValueError(f"the tests are not valid JSON: {error}") from None
         except ValueError:
             tests = [tests]  # one statement
     if not isinstance(tests, list) or not tests:
@@ -43,7 +43,7 @@ def _test(test: Any, number: int) -> dict[str, str]:
 
 
 def _is_value(statement: ast.stmt) -> bool:
-    """Whether a statement does nothing but name a value."""
+    """Return whether a statement is only a literal value, or ``pass``."""
     if isinstance(statement, ast.Pass):
         return True
     if not isinstance(statement, ast.Expr):

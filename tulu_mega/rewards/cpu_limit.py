@@ -11,16 +11,17 @@ from collections.abc import Iterator
 
 _AGAIN_S = 0.1
 _ends = [math.inf]
-"""CPU time of this process at which the limits end that are in force, each within the one before."""
+"""Ends of the limits that are in force, in CPU time of this process; each limit is nested in the one before."""
 
 
 class TooLong(BaseException):
-    """The time is up. No Exception, so that libraries which catch those do not go on."""
+    """Raised when the time is up. It is a BaseException, so that libraries that catch Exception do not go on."""
 
 
 @contextlib.contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
-    """Raises :class:`TooLong` in the body once it has used so much CPU time. One within another has at most what that has left.
+    """Raises :class:`TooLong` in the body once it has used so much CPU time. A nested limit gets at most the rest of the outer
+    one.
 
     CPU time, so that verdicts do not depend on how busy the machine is. Signals reach the main thread alone: in other threads
     nothing is bounded, nor is a single long operation of the interpreter, such as a power of many digits.
@@ -54,10 +55,10 @@ def cpu_limit(seconds: float) -> Iterator[None]:
 
 
 def _ring() -> None:
-    """Has the signal come at the innermost limit's end, and again, should a library swallow the first."""
+    """Set the timer to the innermost limit's end, and to repeat in case a library swallows the first signal."""
     signal.setitimer(signal.ITIMER_VIRTUAL, max(_ends[-1] - _used(), 0.001), _AGAIN_S)
 
 
 def _used() -> float:
-    """CPU time that this process has taken for itself."""
+    """Return the CPU time that this process itself has used in user mode."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_utime

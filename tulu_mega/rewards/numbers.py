@@ -1,4 +1,4 @@
-"""Which scores and rewards are numbers that can be learned from."""
+"""The scores and rewards that training accepts as numbers."""
 
 from __future__ import annotations
 

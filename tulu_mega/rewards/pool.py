@@ -118,10 +118,10 @@ class VerifierPool:
 
 
 class _Lost(Exception):
-    """The worker's process ended or gave no answer in time.
+    """Raised when a worker's process ended or gave no answer in time.
 
     Args:
-        kind: of the score 0 that this is, where the reply brought it about.
+        kind: kind of the score 0 that the reply gets if it caused the loss.
     """
 
     def __init__(self, told: str, kind: str = "crash"):
@@ -130,7 +130,7 @@ class _Lost(Exception):
 
 
 class _Blamed(Exception):
-    """It was lost while a reply was judged that is to blame for it."""
+    """Raised when a worker was lost while it judged a reply that is to blame."""
 
     def __init__(self, lost: _Lost):
         super().__init__(str(lost))
@@ -218,7 +218,7 @@ class _Worker:
             self._process.kill()
 
     def stop(self) -> None:
-        """Ends the process and takes its remains away; the next ``ask`` starts another."""
+        """End the process and clean up; the next ``ask`` starts another process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()

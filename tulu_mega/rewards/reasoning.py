@@ -1,4 +1,4 @@
-"""What of a reply is the answer: reasoning between ``<think>`` and ``</think>`` is not judged."""
+"""The part of a reply that is judged: its answer, without the reasoning between ``<think>`` and ``</think>``."""
 
 from __future__ import annotations
 

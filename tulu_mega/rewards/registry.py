@@ -1,4 +1,4 @@
-"""Which verifier judges a row: the names of the ``dataset`` column."""
+"""The verifiers by their names in the ``dataset`` column."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RewardSpec:
     """Name in the ``dataset`` column -> verifier, such as ``{"ifeval": "ifeval_2024"}``."""
     code: CodeLimits = field(default_factory=CodeLimits)
     math_accepts: tuple[str, ...] = ()
-    """What `math` takes though it invites cheating: "unevaluated" and "several" answers."""
+    """Answers that `math` accepts although a policy may exploit them: "unevaluated" and "several"."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,7 +59,7 @@ class RewardSpec:
 
     @classmethod
     def as_published(cls, **values: Any) -> RewardSpec:
-        """As published scorers judge, which no policy was trained against: for evaluation.
+        """Return a spec that judges as published scorers do, for evaluation: no policy was trained against them.
 
         >>> RewardSpec.as_published(aliases={"ifeval": "ifeval_2024"}).math_accepts
         ('unevaluated', 'several')
@@ -148,13 +148,13 @@ class Judge:
         return problems
 
     def built_in(self, dataset: Any) -> bool:
-        """Whether a row is judged by verifiers of ours alone: what becomes of one that judges is the reply's doing."""
+        """Return whether built-in verifiers alone judge a row: a crash of one of these is then the reply's fault."""
         names = [dataset] if isinstance(dataset, str) else dataset if isinstance(dataset, Sequence) else []
         resolved = [self._names.get(str(name).lower()) for name in names]
         return bool(resolved) and all(name in BUILT_IN and name not in self._custom for name in resolved)
 
     def unserved(self, dataset: Any, ground_truth: Any) -> list[str]:
-        """Classes that the tests of a row which can be judged make objects of, where those are not served."""
+        """Return the classes of the program of which a row's tests make objects, where objects are not served."""
         if self.spec.code.objects:
             return []
         asked: dict[str, None] = {}
@@ -262,7 +262,7 @@ def _pairs(dataset: Any, ground_truth: Any) -> list[tuple[str, Any]]:
 
 
 def _names(custom: Mapping[str, str], aliases: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Every name, in lower case, and the verifier it stands for; and the aliases that stand for none, as problems."""
+    """Return each name, in lower case, with its verifier; and, as problems, the aliases of no verifier."""
     names = {name: name for name in (*BUILT_IN, *custom)}
     problems = []
     for alias, target in aliases.items():
@@ -275,4 +275,6 @@ def _names(custom: Mapping[str, str], aliases: Mapping[str, str]) -> tuple[dict[
 
 
 def _unknown(name: str, names: Mapping[str, str]) -> str:
-    return f"unknown verifier {name!r}{nearest(name.lower(), names)}; known: {', '.join(sorted(set(names.values())))}"
+    known = ", ".join(sorted(set(names.values())))
+    own = "name one of your own in rewards.custom (of eval: verifiers)"
+    return f"unknown verifier {name!r}{nearest(name.lower(), names)}; known: {known}; {own}"

@@ -21,10 +21,10 @@ from tulu_mega.rewards.supervisor import Heard, hear
 SLACK_S = 5.0
 """Seconds that starting and ending a sandbox may take beyond the program's own limits."""
 _START_S = SLACK_S / 2
-"""Of that, what it may take until the program is started; it is tried twice."""
+"""Seconds of these until the program is started; a start is tried twice."""
 _REMOVE_S = 3.0
 _REMOVE = 'rm -rf -- "$1" || { chmod -R u+rwx -- "$1"; rm -rf -- "$1"; }'
-"""The second for directories that are closed to their owner."""
+"""Commands that remove a directory; the second removes directories that their owner cannot enter."""
 _START = "import sys; sys.path.append(sys.argv[2]); from sandboxed.entry import main; main()"
 _PROTECTIONS = {
     "files": "Landlock (Linux 5.13 or later, enabled in the kernel and not blocked by the container)",
@@ -38,9 +38,9 @@ class CodeLimits:
     """What a program under test may use."""
 
     wall_s: float = 5.0
-    """For one test."""
+    """Wall time of one test."""
     total_s: float = 20.0
-    """For all tests of a program together; tests that are not reached count as failed."""
+    """Wall time of all tests of a program together; tests that are not reached count as failed."""
     cpu_s: int = 5
     """CPU time of one test."""
     memory_mb: int = 1024
@@ -48,15 +48,15 @@ class CodeLimits:
     file_mb: int = 16
     """Size of a file it writes."""
     output_mb: int = 16
-    """What it writes to standard output; more is a failure that is told as such."""
+    """Size of standard output; a program that writes more has failed, with the kind "output"."""
     disk_mb: int = 64
     """All files it writes together in one test."""
     files: int = 4000
-    """Their number."""
+    """Number of files it writes in one test."""
     threads: int = 128
     """Threads at a time."""
     objects: bool = False
-    """Serve tests objects of the program's classes, which can stand for more than a value."""
+    """Give tests objects of the program's classes; such an object can decide more than a value can."""
     allow_unprotected: bool = False
     """Run programs even where the kernel lacks a protection. Only inside a container or machine of their own."""
 
@@ -75,12 +75,12 @@ class Outcome:
 
 
 def protections() -> frozenset[str]:
-    """Which of "files" and "calls" this machine can enforce; tried out once, in a process of its own."""
+    """Return which of "files" and "calls" this machine can enforce, found by trying once in a separate process."""
     return frozenset(_probe(sys.executable)["held"])
 
 
 def self_test() -> str:
-    """A line that says what holds on this machine."""
+    """Return a line that says which protections this machine has."""
     found = _probe(sys.executable)
     held = [f"{name} by {_BY[name].format(**found)}" for name in _PROTECTIONS if name in found["held"]]
     missing = [name for name in _PROTECTIONS if name not in found["held"]]

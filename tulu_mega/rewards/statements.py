@@ -1,4 +1,4 @@
-"""Whose the names in a test are: the test's own, its prompt's, Python's, or the judged program's."""
+"""The owners of a test's names: the test itself, its prompt, Python, or the judged program."""
 
 from __future__ import annotations
 

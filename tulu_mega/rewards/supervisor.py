@@ -1,4 +1,4 @@
-"""The judge's end of a sandbox: starts its supervisor and hears what became of each test, by a clock of its own."""
+"""The judge's end of a sandbox: it starts the supervisor and receives each test's outcome, under time limits of its own."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _END_S = 3.0
-"""For a supervisor that has said all to end by itself, and for one that was killed."""
+"""Seconds for a supervisor to end by itself after its last message, and after it was killed."""
 _MOST_WORDS = 1 << 16
 
 
 @dataclass
 class Heard:
-    """What a supervisor said."""
+    """The messages of a supervisor."""
 
     started: bool = False
     """the program was about to run: from then on it may be to blame"""
     messages: list[dict[str, Any]] = field(default_factory=list)
     late: bool = False
-    """it was given up for its time"""
+    """whether its time ran out"""
     trouble: str = ""
-    """why there is no more, where it has not said all"""
+    """why messages are missing; empty where all came"""
 
 
 def hear(
@@ -101,7 +101,7 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_words(process: subprocess.Popen[bytes]) -> str:
-    """Of a supervisor that has closed its output: what it said last, or how it ended."""
+    """Return the last message of a supervisor that has closed its output, or how it ended."""
     _wait(process)
     os.set_blocking(process.stderr.fileno(), False)
     with suppress(BlockingIOError):

@@ -1,4 +1,4 @@
-"""What a verifier is given and what it answers."""
+"""A verifier's input and its verdict."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Verdict:
     score: float | None
     """None exactly when there is an ``error``; any number may be given (see `numbers.number`), and is a float then."""
     detail: str = ""
-    """What was found and what was expected, for people."""
+    """The found and the expected answer, for people."""
     error: str | None = None
     parts: dict[str, float] = field(default_factory=dict)
     """Verifier -> its own score, before its weight. One that is named again is ``name#2``: each judgement has its own entry."""
     kind: str = ""
-    """What the response brought about beside a wrong answer ("time", "memory", "tampered"...), for which it has lost score.
+    """Why the response lost score other than by a wrong answer ("time", "memory", "tampered"...).
     Counted in metrics; never a reason to leave the response out."""
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from tulu_mega.rl.states import estimates, figures, values_of, with_estimates, w
 from tulu_mega.train.step_clock import StepClock
 
 Estimated = Mapping[int, tuple[TokenEstimates, np.ndarray]]
-"""By response: its estimates and the values of its states."""
+"""For each response, by number: its estimates and the values of its states."""
 
 
 class ActorCritic(Learner):
@@ -65,7 +65,7 @@ class ActorCritic(Learner):
 
     @property
     def _apart(self) -> bool:
-        """Whether the value model's layout wants packs of its own."""
+        """Return whether the value model's layout needs packs of its own."""
         mine, theirs = self._value.engine, self._policy.engine
         return mine.topology != theirs.topology or pack_alignment(mine.settings) != pack_alignment(theirs.settings)
 
@@ -122,7 +122,8 @@ class ActorCritic(Learner):
         return [[with_estimates(pack, found, whiten, cut_off, policy.aggregation, most) for pack in part] for part in batches]
 
     def _cut_off(self, collected: Collected) -> frozenset[int]:
-        """Numbers of the responses that filled their room: no state is behind their last token, though it be one that ends."""
+        """Numbers of the responses that reached the longest length: no state follows their last token, even if it ends a
+        response."""
         most = self._settings.sampling.max_tokens
         full = (
             one.number
@@ -165,7 +166,7 @@ class ActorCritic(Learner):
 
     @staticmethod
     def _told(updates: list[PolicyUpdate]) -> dict[str, float]:
-        """Metrics of the value model's updates: means over them, the last's learning rate."""
+        """Return metrics of the value model's updates: means over the updates, and the last learning rate."""
         many = max(len(updates), 1)
         return {
             "value_loss": sum(each.loss.loss for each in updates) / many,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from tulu_mega.records import PackedBatch, Response, TokenizedRow
 from tulu_mega.train.adapter_reference import AdapterReference
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.scoring import flops_of
+
+_MOST = 300.0
+"""Differences of log-probabilities are cut here, so that squares of their ratios are numbers."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +99,42 @@ def with_column(batches: list[PackedBatch], column: str, found: Sequence[Tensor]
     return [batch.with_columns(**{column: each.cpu()}) for batch, each in zip(batches, found, strict=True)] if found else batches
 
 
-def differences(batches: Iterable[PackedBatch]) -> dict[int, tuple[float, float]]:
-    """Mean and largest |sampler's log-probability - trainer's by the same weights| of each response, by its number.
+class Compared(NamedTuple):
+    """A response's log-probabilities by the sampler, compared with the trainer's by the weights before the step."""
+
+    mean: float
+    """mean absolute difference"""
+    largest: float
+    """largest of these"""
+    weights: float
+    """sum of the ratios of the trainer's probabilities to the sampler's, as no cap has cut them"""
+    squares: float
+    """sum of their squares"""
+    tokens: int
+
+
+def effective_share(compared: Iterable[Compared]) -> float:
+    """The effective sample size of the ratios' weights, over the number of tokens: 1 where all are equal."""
+    weights = squares = 0.0
+    tokens = 0
+    for one in compared:
+        weights, squares, tokens = weights + one.weights, squares + one.squares, tokens + one.tokens
+    return weights**2 / (squares * tokens)
+
+
+def differences(batches: Iterable[PackedBatch]) -> dict[int, Compared]:
+    """The comparison of each response's log-probabilities, by its number.
 
     Args:
         batches: whole packs with the columns ``sampler_logp_T`` and ``old_logp_T``.
     """
     found = {}
     for batch in batches:
-        apart_T = (batch.column("sampler_logp_T") - batch.column("old_logp_T")).abs()
+        apart_T = batch.column("old_logp_T") - batch.column("sampler_logp_T")
         for segment, number in enumerate(batch.rows_S.tolist()):
             if number >= 0:
-                apart = apart_T[(batch.segments_T == segment) & batch.loss_mask_T]
-                found[number] = float(apart.mean()), float(apart.max())
+                own_T = (batch.segments_T == segment) & batch.loss_mask_T
+                apart, ratios = apart_T[own_T].abs(), apart_T[own_T].double().clamp(max=_MOST).exp()
+                told = (float(each) for each in (apart.mean(), apart.max(), ratios.sum(), ratios.square().sum()))
+                found[number] = Compared(*told, len(ratios))
     return found

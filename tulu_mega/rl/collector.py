@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tulu_mega.distributed.collectives import Crew, from_lead
+from tulu_mega.rl import under_way
 from tulu_mega.rl.batches import TrainedResponse
-from tulu_mega.rl.scheduler import Group, Scheduler, StepRollouts
+from tulu_mega.rl.rollouts import Group, StepRollouts
+from tulu_mega.rl.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,19 @@ class Collector:
     Args:
         crew: the other ranks follow in what generation and judging need them for.
         scheduler: rank 0's.
+        beside: whether servers are asked while ranks train (`train.max_policy_lag`).
     """
 
-    def __init__(self, crew: Crew, scheduler: Scheduler | None):
-        self._crew, self._scheduler = crew, scheduler
-        self._before: dict[str, Any] | None = None
+    def __init__(self, crew: Crew, scheduler: Scheduler | None, beside: bool = False):
+        self._crew, self._scheduler, self._beside = crew, scheduler, beside
 
     def collect(self, step: int) -> Collected:
-        """Collect judged responses of the newest weights.
+        """Collect the judged responses that a step trains on.
 
         Args:
             step: steps done before; the version of the weights.
         """
         rollouts = None
-        if self._scheduler:
-            self._before = self._scheduler.state
 
         def work() -> list[list[TrainedResponse]]:
             nonlocal rollouts
@@ -56,13 +56,22 @@ class Collector:
         groups = self._crew.share(work)
         return Collected(groups, rollouts)
 
+    def quiet(self) -> None:
+        """Wait until no server is at work, so that weights may change."""
+
+        def work() -> None:
+            self._scheduler.quiet()
+
+        if self._beside:
+            self._crew.share(work)
+
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint keeps, from rank 0. A collective."""
         return from_lead(self._scheduler.state if self._scheduler else None)
 
-    def state_before(self) -> dict[str, Any]:
-        """As `state`, of before the step that was collected last: one that came to no end is collected anew from there."""
-        return from_lead(self._before)
+    def files(self) -> dict[str, bytes]:
+        """Return what a checkpoint keeps beside it, by file name: what is answered and not trained on. Rank 0 alone has any."""
+        return under_way.files(self._scheduler) if self._scheduler else {}
 
 
 def numbered(rollouts: StepRollouts) -> Iterator[tuple[int, Group, int]]:

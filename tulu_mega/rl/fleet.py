@@ -42,6 +42,7 @@ class Fleet:
         self._addresses: list[ServerAddress] = []
         self._connection: Connection | None = None
         self._client: RolloutClient | None = None
+        self._note = ""
 
     def __enter__(self) -> Fleet:
         return self
@@ -94,7 +95,10 @@ class Fleet:
         except UserError as error:  # on every rank
             raise CutOff(error.problems) from None
         if dist.get_rank() == 0:
-            self._client = RolloutClient(self._addresses, self._settings)
+            self._client = RolloutClient(self._addresses, self._settings, self._connection.adapter)
+            if (note := self._connection.streams.note) and note != self._note:
+                print(note, flush=True)
+            self._note = note
 
     def _attached(self) -> tuple[list[ServerAddress], list[str]]:
         """The servers, or why there are none, which every rank is to hear."""
@@ -120,6 +124,8 @@ class FleetClient:
 
     def __init__(self, fleet: Fleet, repair: Callable[[int], SyncReport]):
         self._fleet, self._repair = fleet, repair
+        self._failures = 0
+        """of `attempt`, in a row"""
 
     def generate(
         self,
@@ -146,3 +152,33 @@ class FleetClient:
                 self._repair(version)
                 fleet._mark("generation")
         raise AssertionError("unreachable")
+
+    def attempt(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        version: int,
+        numbers: Sequence[int] | None = None,
+        done: Callable[[int, list[Response]], None] | None = None,
+    ) -> list[list[Response]]:
+        """As :meth:`RolloutClient.generate`, in whichever thread, while the ranks do something else; not while they push.
+
+        Raises:
+            ServerFailure: no server is left to answer.
+        """
+        answers = self._fleet._client.generate(prompts, sampling, version, numbers, done)
+        self._failures = 0
+        return answers
+
+    def failed(self, failure: ServerFailure) -> None:
+        """Have a server started again that failed an `attempt`; the next push gives it weights.
+
+        Raises:
+            CutOff: that happened too often in a row.
+        """
+        self._failures += 1
+        if self._failures > self._fleet._settings.restarts:
+            raise CutOff(f"{failure}; it failed {self._failures} times, see the servers' logs")
+        print(f"{failure}; its prompts are asked again, of the next weights", flush=True)
+        self._fleet._mark("having servers started again")
+        self._fleet._restart({failure.url: failure.reason})

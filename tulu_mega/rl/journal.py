@@ -10,7 +10,7 @@ from tulu_mega.data.json_text import readable_line
 from tulu_mega.data.prompts import Prompt
 from tulu_mega.launch.run_files import named, write_whole
 from tulu_mega.rl.judging import JudgedResponse
-from tulu_mega.rl.scheduler import Evaluation, StepRollouts
+from tulu_mega.rl.rollouts import Evaluation, StepRollouts
 from tulu_mega.train.metrics import json_number
 
 FOLDER = "rollouts"

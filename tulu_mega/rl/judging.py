@@ -46,12 +46,13 @@ class JudgedResponse:
 
 
 def count_kinds(name: str, judged: Iterable[JudgedResponse]) -> dict[str, int]:
-    """How many responses lost score for what they brought about, by kind: ``{"zeros_time": 2}``. What nobody did is not named."""
+    """Count the responses that lost score other than by a wrong answer, by kind: ``{"zeros_time": 2}``. Kinds without a response
+    are left out."""
     return dict(sorted(Counter(f"{name}_{one.verdict.kind}" for one in judged if one.verdict.kind).items()))
 
 
 def reward_spec(settings: RewardSettings) -> RewardSpec:
-    """The part of the settings that verifiers need."""
+    """Return the part of the settings that verifiers need."""
     return RewardSpec(
         weights=dict(settings.weights),
         custom=dict(settings.custom),
@@ -138,5 +139,6 @@ class Rewards:
 
 
 def _failed(verdict: Verdict, what: str) -> Verdict:
-    """The verdict of a response whose reward would poison its batch: an error, with what the verifiers said."""
+    """Turn a verdict whose reward is no finite number into an error that keeps the verifiers' words: the number would spoil its
+    batch."""
     return replace(verdict, score=None, error=f"{what}; expected {EXPECTED}")

@@ -19,7 +19,7 @@ from tulu_mega.layout.flops import training_flops
 from tulu_mega.records import PackedBatch
 from tulu_mega.resilience.guards import Guards
 from tulu_mega.rl import journal
-from tulu_mega.rl.batches import differences, packed, scored, split, with_column
+from tulu_mega.rl.batches import Compared, differences, packed, scored, split, with_column
 from tulu_mega.rl.collector import Collected
 from tulu_mega.train.adapter_reference import AdapterReference
 from tulu_mega.train.batch_loss import BatchLoss
@@ -44,8 +44,8 @@ class Learned:
     updates: list[PolicyUpdate] = field(default_factory=list)
     spike: str = ""
     """Description of the spike that ends the run; the update with the spike and the step's later ones were left out."""
-    differences: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """On rank 0, by response, mean and largest |log-probability by the sampler less that by the trainer|."""
+    differences: dict[int, Compared] = field(default_factory=dict)
+    """On rank 0, by response, how far sampler and trainer are apart."""
     packed_tokens: int = 0
     """Tokens of this data-parallel rank's packs, padding included."""
     own_tokens: int = 0
@@ -218,10 +218,11 @@ class Learner:
         )
         return f"{name} of step {step}: {spike}" if spike else ""
 
-    def _differences(self, batches: Iterable[list[PackedBatch]]) -> dict[int, tuple[float, float]]:
-        """Gather the differences on rank 0 from the ranks that see log-probabilities. A collective."""
+    def _differences(self, batches: Iterable[list[PackedBatch]]) -> dict[int, Compared]:
+        """Gather the comparisons on rank 0 from the ranks that see log-probabilities. A collective."""
         mine = differences(itertools.chain.from_iterable(batches)) if self._sees else {}
-        return {number: value for part in gathered_at_lead(mine) for number, value in part.items()}
+        found = {number: value for part in gathered_at_lead(mine) for number, value in part.items()}
+        return dict(sorted(found.items()))
 
     @property
     def _sees(self) -> bool:

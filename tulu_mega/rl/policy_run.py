@@ -22,7 +22,7 @@ from tulu_mega.objectives.policy import PolicyObjective
 from tulu_mega.pins.record import first_day
 from tulu_mega.process import Collections
 from tulu_mega.resilience.guards import Guards
-from tulu_mega.rl import journal
+from tulu_mega.rl import journal, under_way
 from tulu_mega.rl.collector import Collected, Collector
 from tulu_mega.rl.evaluator import Evaluator
 from tulu_mega.rl.fleet import CutOff, Fleet, FleetClient
@@ -31,9 +31,9 @@ from tulu_mega.rl.learner import Learned, Learner, Trained
 from tulu_mega.rl.prompts import Prompts, read, write_rejects
 from tulu_mega.rl.reporter import Reporter
 from tulu_mega.rl.reward_model import RewardModelScores
-from tulu_mega.rl.scheduler import Generates, Scheduler
+from tulu_mega.rl.scheduler import Scheduler
+from tulu_mega.train.adapter_figures import adapter_figures
 from tulu_mega.train.adapter_reference import AdapterReference
-from tulu_mega.train.checkpoint import Checkpoint
 from tulu_mega.train.engine import Engine
 from tulu_mega.train.profiling import StepProfiler
 from tulu_mega.train.run import Beside, Run, opened_session
@@ -121,7 +121,9 @@ class Policy:
         return self.learner.learn(step, collected)
 
     def sync(self, version: int) -> SyncReport:
-        """Give the servers the newest weights."""
+        """Give the servers the newest weights, once they have answered what they are asked."""
+        with self.clock.part("waiting"):
+            self.collector.quiet()
         with self.clock.part("sync"):
             return self.fleet.push(version)
 
@@ -135,8 +137,9 @@ class Policy:
     def report(self, done: int, collected: Collected, learned: Learned, sync: SyncReport, heldout: dict[str, float]) -> None:
         """Write the step's line in metrics.jsonl, and its responses."""
         guards = self.guards.after_step(done)
+        figures = {**heldout, **adapter_figures(self.run.session.engine)}
         if self.reporter:
-            self.reporter.report(done, collected, learned, sync, heldout, guards)
+            self.reporter.report(done, collected, learned, sync, figures, guards)
 
     def save(self, done: int, learned: Learned) -> None:
         """Save a checkpoint, when one is due: weights, optimizer, place among the prompts.
@@ -171,14 +174,10 @@ class Policy:
         except CutOff as cut:
             if done == self.done:
                 raise
-            state = {**self.guards.state, **self.learner.state}
             if learned is not None:
                 self.report(done, collected, learned, SyncReport(done, 0.0, 0.0, 0), {})
-                state["prompts"] = self.collector.state()
-            else:
-                state["prompts"] = self.collector.state_before()
             told = f"step {done} is saved: the same command goes on from there once the servers answer"
-            self.saves.end(done, state, CutOff([*cut.problems, told]))
+            self.saves.end(done, self._state(), CutOff([*cut.problems, told]))
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and export the model in Hugging Face format."""
@@ -221,7 +220,6 @@ def opened_policy(settings: PolicyRunSettings, world: World, method: Method) -> 
         crew = Crew({"push": fleet.push, "reward": scores})
         objective = method.objective
         guards = run.guards(found, spike_signals=("grad_norm",))
-        saves = run.saves(steps, guards)
         clock = StepClock(session.watch.at)
         learner = method.learner(Trained(engine, objective, reference), beside, guards, clock)
         if found:
@@ -232,7 +230,12 @@ def opened_policy(settings: PolicyRunSettings, world: World, method: Method) -> 
             ask = partial(crew.do, "reward") if scores else None
             rewards = stack.enter_context(Rewards(settings.rewards, prompts.verifiers, prompts.tokenizer, ask))
             client = FleetClient(fleet, partial(crew.do, "push"))
-            scheduler = _scheduler(settings, prompts, client, rewards, method.estimator, found)
+            scheduler = Scheduler(prompts.train, client, rewards, method.estimator, settings, prompts.ends, steps)
+            if found:
+                under_way.restore(scheduler, rewards, found.state["prompts"], found.step, found.path)
+        collector = Collector(crew, scheduler, settings.train.max_policy_lag > 0)
+        saves = run.saves(steps, guards, collector.files)
+        if lead:
             write_settings(settings, run.run_dir / CONFIG)
             log = stack.enter_context(run.metrics(steps, start))
             write_rejects(prompts)
@@ -247,7 +250,7 @@ def opened_policy(settings: PolicyRunSettings, world: World, method: Method) -> 
             steps=steps,
             guards=guards,
             clock=clock,
-            collector=Collector(crew, scheduler),
+            collector=collector,
             learner=learner,
             fleet=fleet,
             evaluator=Evaluator(crew, run.run_dir, every, start, steps, scheduler, heldout, log),
@@ -263,21 +266,6 @@ def _reference(session: Session, run: Run) -> Engine | AdapterReference:
         return session.beside(session.settings.model.path, reward=False).engine
     run.initial_weights()
     return AdapterReference(session.engine)
-
-
-def _scheduler(
-    settings: PolicyRunSettings,
-    prompts: Prompts,
-    generator: Generates,
-    rewards: Rewards,
-    estimator: AdvantageEstimator,
-    found: Checkpoint | None,
-) -> Scheduler:
-    """Make rank 0's scheduler, at the place among the prompts that the checkpoint has."""
-    scheduler = Scheduler(prompts.train, generator, rewards, estimator, settings, prompts.ends)
-    if found:
-        scheduler.state = found.state["prompts"]
-    return scheduler
 
 
 def _announce(session: Session, settings: PolicyRunSettings, prompts: Prompts, start: int, steps: int) -> None:

@@ -35,15 +35,15 @@ class Prompts:
     heldout: PromptSet | None
     tokenizer: PreTrainedTokenizerFast
     template: Template
-    """that the prompts were made by"""
+    """template by which the prompts were made"""
     ends: tuple[int, ...]
     """tokens that end a response"""
     told: list[str]
-    """what of the rows is not used, a line each"""
+    """parts of the rows that are not used, a line each"""
     verifiers: list[str]
     """names of the verifiers that the rows need"""
     sources: dict[str, list[dict[str, Any]]]
-    """by setting, what was drawn from where: of :meth:`tulu_mega.data.sources.Rows.sources`"""
+    """for each setting the sources of its rows, as :meth:`tulu_mega.data.sources.Rows.sources` has them"""
     rejects: Path
     """file that lists the rows which are not used"""
 
@@ -96,7 +96,8 @@ def read(settings: PolicyRunSettings, day: str | None = None) -> Prompts:
 
 
 def _unserved(judge: Judge, prompts: PromptSet) -> list[str]:
-    """A line where tests need what the verifier of programs does not serve."""
+    """Return a line about tests that need objects, which the verifier of programs does not serve; none where there are no such
+    tests."""
     asked = [(prompt.where, judge.unserved(prompt.dataset, prompt.ground_truth)) for prompt in prompts.prompts]
     found = [f"{', '.join(names)} in {where}" for where, names in asked if names]
     if not found:

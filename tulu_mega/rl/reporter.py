@@ -9,6 +9,7 @@ from pathlib import Path
 from tulu_mega.config import PolicyRunSettings
 from tulu_mega.resilience.guards import GuardReport
 from tulu_mega.rl import journal
+from tulu_mega.rl.batches import effective_share
 from tulu_mega.rl.collector import Collected, numbered
 from tulu_mega.rl.learner import Learned
 from tulu_mega.train.batch_loss import BatchLoss
@@ -55,7 +56,7 @@ class Reporter:
         notable = learned.spike or not collected.groups
         if notable or done % self.settings.train.rollouts_every == 0 or done == self.steps:
             places = {number: (group.place, at) for number, group, at in numbered(collected.rollouts)}
-            differences = {places[number]: value for number, value in learned.differences.items()}
+            differences = {places[number]: (one.mean, one.largest) for number, one in learned.differences.items()}
             means = learned.advantages
             means = None if means is None else {places[number]: value for number, value in means.items()}
             journal.write_rollouts(Path(self.settings.run_dir), done, collected.rollouts, differences, means)
@@ -73,6 +74,8 @@ class Reporter:
         extra = {
             **over_updates([each.loss for each in updates], [each.tokens for each in updates], self.largest),
             **collected.rollouts.figures(),
+            **({"effective_samples": effective_share(learned.differences.values())} if learned.differences else {}),
+            "seconds_generation": collected.rollouts.generating + seconds.get("waiting", 0.0),
             **learned.figures,
             **heldout,
             "seconds_scoring": seconds.get("scoring", 0.0),
@@ -80,7 +83,7 @@ class Reporter:
             "seconds_evaluation": seconds.get("evaluation", 0.0),
             "sync_gigabytes_per_second": sync.gigabytes_per_second,
             "trainer_idle": 1 - computed / whole,
-            "sampler_idle": 1 - collected.rollouts.generating / whole,
+            "sampler_idle": 1 - collected.rollouts.answering / whole,
             "tokens_spared": sum(learned.repeated) / max(tokens, 1),
             "updates": len(updates),
         }

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from tulu_mega.config import PolicyRunSettings
 from tulu_mega.data.prompts import Prompt, PromptSet, PromptStream
 from tulu_mega.inference.sampling import Sampling
-from tulu_mega.objectives.advantages import AdvantageEstimator, GroupAdvantages, penalised
+from tulu_mega.objectives.advantages import AdvantageEstimator, penalised
 from tulu_mega.records import Response
 from tulu_mega.rewards.verdict import Verdict
-from tulu_mega.rl.judging import JudgedResponse, Rewards, count_kinds
+from tulu_mega.rl.admission import Admission
+from tulu_mega.rl.judging import JudgedResponse, Rewards
+from tulu_mega.rl.rollouts import Answers, Evaluation, Group, Round, StepRollouts
+from tulu_mega.weight_transfer.server import ServerFailure
+from tulu_mega.weight_transfer.waiting import in_daemon_thread
 
 Done = Callable[[int, list[Response]], None]
 
 
 class Generates(Protocol):
-    """Answers prompts, as :class:`tulu_mega.inference.client.RolloutClient` does."""
+    """Answers prompts, as :class:`tulu_mega.rl.fleet.FleetClient` does."""
 
     def generate(
         self,
@@ -32,87 +37,26 @@ class Generates(Protocol):
         done: Done | None = None,
     ) -> list[list[Response]]: ...
 
+    def attempt(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        version: int,
+        numbers: Sequence[int] | None = None,
+        done: Done | None = None,
+    ) -> list[list[Response]]: ...
 
-@dataclass(frozen=True)
-class Group:
-    """A prompt, the responses to it and their advantages."""
-
-    place: int
-    """the prompt's index in the stream of prompts"""
-    prompt: Prompt
-    judged: list[JudgedResponse]
-    advantages: GroupAdvantages
-
-
-@dataclass
-class StepRollouts:
-    """The responses of a step, and the time they took."""
-
-    version: int
-    """version of the weights that answered"""
-    groups: list[Group] = field(default_factory=list)
-    """the groups that are trained on, in the order of the stream"""
-    left_out: list[Group] = field(default_factory=list)
-    """the groups that nothing can be learned from"""
-    generating: float = 0.0
-    """seconds that the servers took"""
-    judging: float = 0.0
-    """seconds that verifiers and reward model took after the servers had answered"""
-    rounds: int = 0
-    """times that prompts were asked: once, and once for each refill"""
-
-    def figures(self) -> dict[str, float]:
-        """Metrics of all responses of the step, including those that are not trained on; lengths count trained tokens."""
-        groups = [*self.groups, *self.left_out]
-        every = [one for group in groups for one in group.judged]
-        valid = [one for one in every if one.verdict.score is not None]
-        rewards = [reward for group in groups for reward in group.advantages.rewards if reward is not None]
-        lengths = [one.response.num_trained for one in every]
-        tokens = sum(lengths)
-        return {
-            "reward": _mean(rewards),
-            "solve_rate": _mean(float(one.solved) for one in valid),
-            "response_length": _mean(lengths),
-            "response_length_max": max(lengths, default=0),
-            "truncated": _mean(float(one.response.finish_reason == "length") for one in every),
-            "verifier_failures": len(every) - len(valid),
-            **count_kinds("zeros", every),
-            "responses": len(every),
-            "groups": len(self.groups),
-            "equal_groups": sum(not group.advantages.informative for group in groups),
-            "refills": self.rounds - 1,
-            "generated_tokens": tokens,
-            "generated_tokens_per_second": tokens / max(self.generating, 1e-9),
-            "seconds_generation": self.generating,
-            "seconds_rewards": self.judging,
-        }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The most probable responses to held-out prompts."""
-
-    prompts: PromptSet
-    judged: list[JudgedResponse]
-
-    def figures(self) -> dict[str, float]:
-        """Mean score and share solved of the responses that could be judged; lengths and truncation of all."""
-        valid = [one for one in self.judged if one.verdict.score is not None]
-        return {
-            "heldout_score": _mean(one.verdict.score for one in valid),
-            "heldout_solve_rate": _mean(float(one.solved) for one in valid),
-            "heldout_length": _mean(one.response.num_trained for one in self.judged),
-            "heldout_truncated": _mean(float(one.response.finish_reason == "length") for one in self.judged),
-            "heldout_verifier_failures": len(self.judged) - len(valid),
-            **count_kinds("heldout_zeros", self.judged),
-        }
+    def failed(self, failure: ServerFailure) -> None: ...
 
 
 class Scheduler:
-    """Asks the prompts of each step. Synchronous: all responses of a step are drawn from the weights that it begins with.
+    """Asks the prompts of each step of the weights that it begins with, or of up to `train.max_policy_lag` steps before.
 
-    Reproducible: prompts and the random stream of each response follow from the seed and the place in the stream of prompts.
-    That place is the only state.
+    Reproducible: prompts and the random stream of each response follow from the seed and the place in the stream of prompts, and
+    the prompts that weights of a version are asked follow from the verdicts on those asked before, not from when these came. All
+    prompts that are asked at once go to the servers together, so that a batch decides its own rounding.
+
+    With a lag, a thread asks servers while the caller trains; :meth:`quiet` waits for it before the servers' weights change.
 
     Args:
         prompts: the prompts that are drawn.
@@ -122,6 +66,7 @@ class Scheduler:
         settings: the run's.
         ends: tokens that end a response, besides those that the servers' model directory names: the tokenizer's eos. Servers
             know no tokenizer.
+        steps: of the whole run, beyond which nothing is asked; None: there is no last one.
     """
 
     def __init__(
@@ -132,37 +77,79 @@ class Scheduler:
         estimator: AdvantageEstimator,
         settings: PolicyRunSettings,
         ends: tuple[int, ...],
+        steps: int | None = None,
     ):
         self._prompts, self._generator, self._rewards, self._settings = prompts, generator, rewards, settings
         self._estimator, self._ends = estimator, ends
         self._stream = PromptStream(len(prompts), settings.seed, settings.data.shuffle)
-        self._place = 0
+        self._last = None if steps is None else steps - 1
+        self._line = self._begun(0, 0)
+        self._rounds: deque[Round] = deque()
+        """asked, of which no verdict has been looked at yet"""
+        self._groups: dict[int, Group] = {}
+        """judged, of steps to come"""
 
     @property
     def state(self) -> dict[str, Any]:
-        """The state that a checkpoint keeps."""
-        return {"place": self._place}
+        """The state that a checkpoint keeps beside what is :attr:`under_way`. No servers may be at work; see `quiet`."""
+        return {"place": self._line.place, "line": self._line.state}
 
-    @state.setter
-    def state(self, state: dict[str, Any]) -> None:
-        self._place = state["place"]
+    @property
+    def under_way(self) -> tuple[list[Group], list[Round]]:
+        """What is answered and not trained on: judged groups, and rounds of which no verdict has been looked at."""
+        return [self._groups[place] for place in sorted(self._groups)], list(self._rounds)
 
-    def next(self, version: int) -> StepRollouts:
-        """Ask as many prompts as a step takes; in the place of those that teach nothing, others, `train.refills` times.
+    def restore(self, state: Mapping[str, Any], step: int, groups: Sequence[Group] = (), rounds: Sequence[Round] = ()) -> None:
+        """Go on from a checkpoint.
 
         Args:
-            version: version of the weights that are to answer.
+            state: as it was.
+            step: steps done.
+            groups, rounds: what was under way.
+        """
+        self._line = self._begun(step, state["place"])
+        if "line" in state:  # those of before have the place alone
+            self._line.restore(state["line"])
+        self._groups, self._rounds = {group.place: group for group in groups}, deque(rounds)
+
+    def next(self, version: int) -> StepRollouts:
+        """The groups of a step, in the order of the stream; in the place of those that teach nothing, others, up to
+        `train.refills` times. Then servers are asked for later steps, as far as the lag allows, while the caller goes on.
+
+        Verdicts may be late by a whole step where the lag is 2 or more: only those that this step needs are waited for.
+
+        Args:
+            version: steps done, which is the version of the newest weights.
 
         Raises:
             ServerFailure: no server answers.
         """
-        train = self._settings.train
         step = StepRollouts(version)
-        while step.rounds <= train.refills and len(step.groups) < train.prompts:
-            for group in self._round(train.prompts - len(step.groups), step):
-                worth = group.advantages.informative if train.filter_equal else any(group.advantages.trained)
-                (step.groups if worth else step.left_out).append(group)
+        patience = min(max(self._line.lag, 1), 2)
+        while self._rounds and self._rounds[0].version <= version - patience:
+            self._settle(step)
+        while not self._line.closed(version):
+            if not self._rounds:
+                self._ask(step)
+            self._settle(step)
+        self._take(step)
+        if count := self._line.room(version, self._last):
+            places = self._line.admit(count, version)
+            self._rounds.append(Round(version, places, in_daemon_thread(partial(self._drawn, places, version, True))))
         return step
+
+    def quiet(self) -> None:
+        """Wait until the servers have answered what they are asked; prompts that they failed to answer will be asked again.
+
+        Raises:
+            UserError: what the prompts have that no server takes, or the servers failed too often.
+        """
+        try:
+            for each in self._rounds:
+                each.answers.result()
+        except ServerFailure as failure:  # of the last one: the others were waited for before it was asked
+            self._line.withdraw(self._rounds.pop().places.start)
+            self._generator.failed(failure)
 
     def evaluate(self, prompts: PromptSet, version: int) -> Evaluation:
         """The most probable response to each prompt, judged by its verifiers.
@@ -174,15 +161,70 @@ class Scheduler:
             ServerFailure: no server answers.
         """
         sampling = Sampling(max_tokens=self._settings.sampling.max_tokens, stop_ids=self._ends)
-        answers, verdicts = self._answered(prompts.prompts, sampling, version)
-        judged = self._rewards.finish(answers, verdicts, greedy=True)
+        found = self._answered(prompts.prompts, sampling, version)
+        judged = self._rewards.finish(found.responses, found.verdicts, greedy=True)
         return Evaluation(prompts, [one for (one,) in judged])
 
-    def _round(self, count: int, step: StepRollouts) -> list[Group]:
-        """Ask the next prompts of the stream, and add the time it takes to the step."""
+    def prompt(self, place: int) -> Prompt:
+        """The prompt at a place of the stream."""
+        return self._prompts[self._stream[place]]
+
+    def _begun(self, step: int, place: int) -> Admission:
+        train = self._settings.train
+        return Admission(train.prompts, train.max_policy_lag, train.refills + 1, step, place)
+
+    def _ask(self, step: StepRollouts) -> None:
+        """Have the prompts answered that a step needs next, and wait for the responses."""
+        version, places = step.version, self._line.admit(self._line.need, step.version)
+        answers: Future[Answers] = Future()
+        try:
+            answers.set_result(self._drawn(places, version))
+        except BaseException:
+            self._line.withdraw(places.start)
+            raise
+        step.generating += answers.result().seconds
+        self._rounds.append(Round(version, places, answers))
+
+    def _settle(self, step: StepRollouts) -> None:
+        """Wait for the verdicts on the prompts that were asked first, and note which are worth training on.
+
+        Args:
+            step: waits for them.
+        """
+        settings = self._settings
+        asked = self._rounds[0]
+        answers, places = asked.answers.result(), asked.places
+        began = time.perf_counter()
+        judged = self._rewards.finish(answers.responses, answers.verdicts)
+        self._rounds.popleft()
+        step.judging += time.perf_counter() - began
+        rewards = [self._rewards_of(*each) for each in zip(places, judged, strict=True)]
+        if settings.rewards.shuffle and settings.sampling.samples == 1:
+            rewards = [[reward] for reward in self._dealt([reward for (reward,) in rewards], places[0])]
+        for each in zip(places, judged, rewards, strict=True):
+            group = self._groups[each[0]] = self.group(*each, answers.seconds / len(places))
+            self._line.tell(group.place, self._worth(group))
+
+    def _take(self, step: StepRollouts) -> None:
+        """Give a step its groups."""
+        share = self._line.take(step.version)
+        step.rounds = share.rounds
+        for place in range(share.first, share.end):
+            group = self._groups.pop(place)
+            (step.groups if self._worth(group) else step.left_out).append(group)
+            step.answering += group.seconds
+
+    def _worth(self, group: Group) -> bool:
+        """Whether a group is trained on."""
+        return group.advantages.informative if self._settings.train.filter_equal else any(group.advantages.trained)
+
+    def _drawn(self, places: range, version: int, beside: bool = False) -> Answers:
+        """The responses to the prompts at some places.
+
+        Args:
+            beside: in a thread beside training, in which servers that fail cannot be given weights and asked again.
+        """
         settings = self._settings.sampling
-        places = list(range(self._place, self._place + count))
-        prompts = [self._prompts[self._stream[place]] for place in places]
         sampling = Sampling(
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
@@ -191,30 +233,26 @@ class Scheduler:
             seed=self._settings.seed,
             stop_ids=self._ends,
         )
-        began = time.perf_counter()
-        answers, verdicts = self._answered(prompts, sampling, step.version, places)
-        generated = time.perf_counter()
-        judged = self._rewards.finish(answers, verdicts)
-        step.generating += generated - began
-        step.judging += time.perf_counter() - generated
-        step.rounds += 1
-        self._place += count
-        rewards = [self._rewards_of(*each) for each in zip(places, judged, strict=True)]
-        if self._settings.rewards.shuffle and settings.samples == 1:
-            rewards = [[reward] for reward in self._dealt([reward for (reward,) in rewards], places[0])]
-        return [self._group(*each) for each in zip(places, prompts, judged, rewards, strict=True)]
+        return self._answered([self.prompt(place) for place in places], sampling, version, list(places), beside)
 
     def _answered(
-        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, numbers: Sequence[int] | None = None
-    ) -> tuple[list[list[Response]], list[list[Future[Verdict]]]]:
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        version: int,
+        numbers: Sequence[int] | None = None,
+        beside: bool = False,
+    ) -> Answers:
         """The responses to each prompt and their future verdicts; verifiers work while other prompts are still answered."""
         verdicts: dict[int, list[Future[Verdict]]] = {}
 
         def done(index: int, responses: list[Response]) -> None:
             verdicts[index] = self._rewards.begin(prompts[index], responses)
 
-        answers = self._generator.generate([prompt.ids for prompt in prompts], sampling, version, numbers, done)
-        return answers, [verdicts[index] for index in range(len(prompts))]
+        began = time.perf_counter()
+        ask = self._generator.attempt if beside else self._generator.generate
+        answers = ask([prompt.ids for prompt in prompts], sampling, version, numbers, done)
+        return Answers(answers, [verdicts[index] for index in range(len(prompts))], time.perf_counter() - began)
 
     def _rewards_of(self, place: int, judged: list[JudgedResponse]) -> list[float | None]:
         """The rewards of the responses to a prompt, penalties for length among them.
@@ -232,16 +270,16 @@ class Scheduler:
         random.Random(f"{self._settings.seed} {place}").shuffle(rewards)
         return rewards
 
-    def _group(self, place: int, prompt: Prompt, judged: list[JudgedResponse], rewards: list[float | None]) -> Group:
-        """The responses to a prompt with their advantages."""
+    def group(self, place: int, judged: list[JudgedResponse], rewards: list[float | None], seconds: float) -> Group:
+        """The responses to the prompt at a place, with their advantages.
+
+        Args:
+            rewards: what these are estimated from.
+            seconds: see `Group`.
+        """
         masked = [cut and self._settings.policy.overlong == "mask" for cut in _cut_off(judged)]
-        return Group(place, prompt, judged, self._estimator(rewards, masked))
+        return Group(place, self.prompt(place), judged, self._estimator(rewards, masked), seconds)
 
 
 def _cut_off(judged: Sequence[JudgedResponse]) -> list[bool]:
     return [one.response.finish_reason == "length" for one in judged]
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0

@@ -1,4 +1,4 @@
-"""The states and actions of responses in their packs: what a value model learns, laid by token."""
+"""The states and actions of responses in their packs, by token: the data of a value model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Trace:
     """Where a response's actions and states lie in its pack."""
 
     number: int
-    """of the response"""
+    """number of the response"""
     segment: int
     actions: Tensor
     """int64 [n], the positions that predict its trained tokens"""
     states: Tensor
-    """int64 [n + 1], the same and that of its last trained token; [n] where room ran out"""
+    """int64 [n + 1], the actions' positions and that of the last trained token; [n] where the response was cut off"""
 
 
 def traces(batch: PackedBatch, cut_off: Set[int]) -> list[Trace]:
@@ -62,7 +62,7 @@ def values_of(batches: Iterable[PackedBatch], cut_off: Set[int]) -> dict[int, np
 
 
 def with_values(batch: PackedBatch, values: Mapping[int, np.ndarray], cut_off: Set[int]) -> PackedBatch:
-    """The pack with the column ``old_values_T``, as if the value model had read this pack.
+    """Return the pack with the column ``old_values_T``, filled by response: the value model may have read other packs.
 
     Args:
         values: of :func:`values_of`, for each of the pack's responses.

@@ -331,7 +331,7 @@ class Engine:
             model.train(was)
 
     def _wholes(self, shares: list[Tensor], micro_batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """Of every micro-batch the whole pack's values, on the stage that has any."""
+        """Return the whole pack's values of every micro-batch, on the stage that has any."""
         if self.topology.context == 1:
             return shares
         return [self._whole(share, batch) for share, batch in zip(shares, micro_batches, strict=False)]

@@ -11,6 +11,7 @@ from tulu_mega.data.loader import PackedLoader, StepData
 from tulu_mega.errors import UserError
 from tulu_mega.process import Collections
 from tulu_mega.resilience.guards import Guards
+from tulu_mega.train.adapter_figures import adapter_figures
 from tulu_mega.train.batch_loss import BatchLoss
 from tulu_mega.train.engine import Engine, Objective, Update
 from tulu_mega.train.metrics import MetricsLog, StepRecord, StepSeconds
@@ -100,8 +101,9 @@ class Fit:
             self._end_before(step, spike, data)
         heldout = self._evaluated(done)
         report = guards.after_step(done)
+        figures = {**heldout, **adapter_figures(self.engine)}
         if self.log:
-            self.log.step(self._record(done, data, loss, update, seconds, heldout), report)
+            self.log.step(self._record(done, data, loss, update, seconds, figures), report)
         known = None if heldout else Known(asked, writing)  # an evaluation takes its time
         self.saves.after_step(done, lambda: guards.state, known=known)
 
@@ -135,7 +137,7 @@ class Fit:
         return heldout.evaluate(self.engine), time.perf_counter() - began
 
     def _record(
-        self, done: int, data: StepData, loss: BatchLoss, update: Update, seconds: StepSeconds, heldout: dict[str, float]
+        self, done: int, data: StepData, loss: BatchLoss, update: Update, seconds: StepSeconds, figures: dict[str, float]
     ) -> StepRecord:
         return StepRecord(
             step=done,
@@ -149,7 +151,7 @@ class Fit:
             seconds=seconds,
             extra={
                 **loss.metrics,
-                **heldout,
+                **figures,
                 "sequences": data.sequences,
                 "schedule_efficiency": data.schedule_efficiency,
             },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -155,16 +155,17 @@ class Run:
             guards.restore(found.state)
         return guards
 
-    def saves(self, steps: int, guards: Guards) -> SaveSchedule:
+    def saves(self, steps: int, guards: Guards, files: Callable[[], Mapping[str, bytes]] = dict) -> SaveSchedule:
         """Make the schedule of the run's checkpoints.
 
         Args:
             steps: steps of the whole run.
             guards: ask for a checkpoint when the run is to stop.
+            files: as for `Saver`.
         """
         wanted = self.settings.checkpoint
         told = partial(tell, self.run_dir / FILE)
-        saver = Saver(self.engines, self.checkpoints, wanted.keep, wanted.format, wanted.asynchronous, told)
+        saver = Saver(self.engines, self.checkpoints, wanted.keep, wanted.format, wanted.asynchronous, told, files)
         return SaveSchedule(saver, wanted.every, steps, guards.stop_requested)
 
     def profiler(self, start: int) -> StepProfiler:

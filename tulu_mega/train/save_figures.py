@@ -21,7 +21,7 @@ _EVERY = 0.005
 
 @dataclass(frozen=True)
 class SaveFigures:
-    """Of one save, the largest of all ranks."""
+    """Figures of one save, the largest over all ranks."""
 
     step: int
     seconds: float

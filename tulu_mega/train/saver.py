@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ class Saver:
         format: of the optimizers' state.
         asynchronous: whether training goes on while files are written.
         told: is called on rank 0 with what each save took.
+        files: gives the content of further small files of a checkpoint by their names; asked on rank 0 in each save.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Saver:
         format: Format,
         asynchronous: bool,
         told: Callable[[SaveFigures], None] = lambda _figures: None,
+        files: Callable[[], Mapping[str, bytes]] = dict,
     ):
-        self._told = told
+        self._told, self._files = told, files
         self._engines, self._directory, self._keep, self._format = engines, directory, keep, format
         self._lead = next(iter(engines.values()))
         device = self._lead.platform.device  # a new thread's is GPU 0, on which every rank of the machine would take memory
@@ -89,6 +91,8 @@ class Saver:
                     clean(directory)
                     for name in self._engines:
                         place(partial_directory, self._engines, name).mkdir(parents=True, exist_ok=True)
+                    for name, content in self._files().items():
+                        (partial_directory / name).write_bytes(content)
             for name, engine in self._engines.items():
                 sharded = self._sharded(engine, place(partial_directory, self._engines, name), what)
                 pending.saves.append(sharded)

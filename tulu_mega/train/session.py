@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +44,10 @@ from tulu_mega.platforms import Platform
 from tulu_mega.resilience.watchdog import Watchdog
 from tulu_mega.train import checkpoint
 from tulu_mega.train.engine import Engine
+from tulu_mega.weight_transfer.adapters import apart_obstacles
+from tulu_mega.weight_transfer.base import identity
 from tulu_mega.weight_transfer.counterpart import Model
-from tulu_mega.weight_transfer.sender import Sender, stream_dtype
+from tulu_mega.weight_transfer.sender import Apart, Sender, stream_dtype
 
 
 @dataclass(frozen=True)
@@ -164,14 +168,24 @@ class Session:
         Args:
             rollout: what the servers take.
         """
-        place, engine, weights = self.topology, self.engine, None
+        place, engine, weights, apart = self.topology, self.engine, None, None
+        config, dtype = engine.hf.to_dict(), stream_dtype(self.settings.model.dtype, rollout.dtype)
+        stream = partial(LiveWeights, dtype=dtype, kernels=self.settings.model.kernels)
         if place.first_copy:
-            dtype = stream_dtype(self.settings.model.dtype, rollout.dtype)
-            fp8, kernels = rollout.quantization == "fp8", self.settings.model.kernels
-            weights = LiveWeights(self.shard(engine.hf.to_dict()), dtype, fp8=fp8, kernels=kernels)
+            weights = stream(self.shard(config), fp8=rollout.quantization == "fp8")
+        if engine.lora and rollout.adapters == "auto" and not apart_obstacles(told := self._adapter_config()):
+            base = identity(self.source, str(dtype).removeprefix("torch.")) if self.lead else ""
+            adapters = frozen = None
+            if place.first_copy:
+                adapters, frozen = stream(self._thin(config)), stream(replace(self.shard(config), merged=lambda each: each))
+            apart = Apart(told, adapters, base, frozen)
         sends = place.gives_whole_tensors
-        model = Model.asked(self.settings.model.path, self.settings.model.dtype, rollout.dtype, engine.hf.to_dict())
-        return Sender(model, weights, sends, place.pipeline_rank, engine.platform.device, engine.at, self._settle)
+        model = Model.asked(self.settings.model.path, self.settings.model.dtype, rollout.dtype, config)
+        return Sender(model, weights, sends, place.pipeline_rank, engine.platform.device, engine.at, self._settle, apart)
+
+    def _adapter_config(self) -> dict[str, Any]:
+        """What adapter_config.json says of the adapters."""
+        return adapter_config(self.settings.model.path, self.engine.lora, self.engine.reward)
 
     def export(
         self,
@@ -209,9 +223,7 @@ class Session:
         engine, config = self.engine, self.engine.hf.to_dict()
         engine.at("export")
         engine.settle()
-        lora = engine.lora
-        told = adapter_config(self.settings.model.path, lora, engine.reward)
-        export_adapters(self._thin(config), directory, dtype, told)
+        export_adapters(self._thin(config), directory, dtype, self._adapter_config())
 
 
 @contextlib.contextmanager

@@ -63,13 +63,16 @@ class Door:
 
 
 def _about(scope: Scope) -> dict[str, Any]:
-    """Answers `ABOUT`: incarnation, longest sequence, vocabulary, a word that no other process has, model and versions."""
-    model = scope["app"].state.vllm_config.model_config
+    """Answers `ABOUT`: incarnation, longest sequence, vocabulary, the largest rank of adapters that it holds apart from its
+    weights (0: it holds none), a word that no other process has, model and versions."""
+    config = scope["app"].state.vllm_config
+    model, lora = config.model_config, config.lora_config
     here = Model(str(model.model), str(model.dtype).removeprefix("torch."), shape(model.hf_config.to_dict()))
     return {
         "incarnation": _incarnation(),
         "longest": model.max_model_len,
         "vocabulary": model.get_vocab_size(),
+        "lora_rank": lora.max_lora_rank if lora else 0,
         "process": _PROCESS,
         **told(here),
     }

@@ -16,10 +16,14 @@ import json
 from typing import Any
 
 from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, body
+from tulu_mega.vllm_plugin.gate import ADAPTER
+from tulu_mega.weight_transfer.adapters import ID, NAME, path
 
 ROUTE = "/inference/tulu_mega/batch"
-"""POST ``{"prompts": [{"token_ids", "sampling_params"}, ...]}``. Answers a line of JSON for each prompt, as they end: ``{"place",
-"choices": [{"index", "token_ids", "logprobs", "finish_reason", "weight_versions"}, ...]}``; ``{"error"}`` ends it early."""
+"""POST ``{"prompts": [{"token_ids", "sampling_params", "adapter"}, ...]}``; where ``adapter``, a name, is left out the model
+itself answers. Answers a line of JSON for each prompt, as they end: ``{"place", "adapter", "choices": [{"index", "token_ids",
+"logprobs", "finish_reason", "weight_versions"}, ...]}``, where ``adapter`` is the path of the one that answered or null;
+``{"error"}`` ends it early."""
 
 
 MAX_BODY = 1 << 30
@@ -45,7 +49,7 @@ class Batches:
         asked = scope[ASKED]["prompts"]
         await body(receive, MAX_BODY)  # what comes after it is that the client has gone
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/x-ndjson")]})
-        answering = asyncio.create_task(self._answer(scope["app"].state.engine_client, asked, send))
+        answering = asyncio.create_task(self._answer(scope["app"].state, asked, send))
         leaving = asyncio.create_task(_left(receive))
         try:
             await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
@@ -54,15 +58,16 @@ class Batches:
                 task.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
-    async def _answer(self, engine: Any, asked: list[dict[str, Any]], send: Send) -> None:
+    async def _answer(self, state: Any, asked: list[dict[str, Any]], send: Send) -> None:
+        engine = state.engine_client
         names = [f"tulu-mega-{next(self._numbers)}" for _ in asked]
         waiting: dict[asyncio.Task[Any], int] = {}
         try:
-            collectors = await self._add(engine, names, asked)
+            collectors = await self._add(engine, names, asked, adapters(state))
             waiting |= {asyncio.create_task(_finished(collector)): place for place, collector in enumerate(collectors)}
             while waiting:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                lines = [_line({"place": waiting[task], "choices": _choices(task.result())}) for task in done]
+                lines = [_told(waiting[task], task.result()) for task in done]
                 for task in done:
                     del waiting[task]
                 await send({"type": "http.response.body", "body": b"".join(lines), "more_body": True})
@@ -77,8 +82,12 @@ class Batches:
                 await asyncio.shield(engine.abort([names[place] for place in waiting.values()]))
         await send({"type": "http.response.body", "body": b""})
 
-    async def _add(self, engine: Any, names: list[str], asked: list[dict[str, Any]]) -> list[Any]:
-        """Puts all prompts into the engine before it computes any of them."""
+    async def _add(self, engine: Any, names: list[str], asked: list[dict[str, Any]], adapters: dict[str, Any]) -> list[Any]:
+        """Puts all prompts into the engine before it computes any of them.
+
+        Args:
+            adapters: by name, as vLLM has them in a request.
+        """
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -91,13 +100,40 @@ class Batches:
             try:
                 for name, one in zip(names, asked, strict=True):
                     parameters = SamplingParams(**one["sampling_params"], logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
-                    collectors.append(await engine.add_request(name, tokens_input(one["token_ids"]), parameters))
+                    adapter = adapters[one["adapter"]] if "adapter" in one else None
+                    prompt = tokens_input(one["token_ids"])
+                    collectors.append(await engine.add_request(name, prompt, parameters, lora_request=adapter))
             except BaseException:
                 await asyncio.shield(engine.abort(names[: len(collectors)]))
                 raise
             finally:
                 await asyncio.shield(engine.resume_generation())
             return collectors
+
+
+def adapter_names(state: Any) -> set[str]:
+    """What requests may name: the trainer's adapter, once it has come, and those that the server was started with.
+
+    Args:
+        state: of vLLM's application.
+    """
+    begun = getattr(getattr(state, "openai_serving_models", None), "lora_requests", {})
+    return {*begun, *([] if getattr(state, ADAPTER, None) is None else [NAME])}
+
+
+def adapters(state: Any) -> dict[str, Any]:
+    """The same as vLLM has them in a request, by name."""
+    from vllm.lora.request import LoRARequest
+
+    found = dict(state.openai_serving_models.lora_requests)
+    if (version := getattr(state, ADAPTER, None)) is not None:
+        found[NAME] = LoRARequest(NAME, ID, path(version))
+    return found
+
+
+def _told(place: int, output: Any) -> bytes:
+    adapter = output.lora_request.lora_path if output.lora_request else None
+    return _line({"place": place, "adapter": adapter, "choices": _choices(output)})
 
 
 async def _finished(collector: Any) -> Any:

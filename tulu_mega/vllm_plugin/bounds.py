@@ -13,7 +13,7 @@ from typing import Any
 
 from tulu_mega.outside.json_input import read_json_text
 from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, body, refuse
-from tulu_mega.vllm_plugin.batch_route import ASKED, MAX_BODY, ROUTE
+from tulu_mega.vllm_plugin.batch_route import ASKED, MAX_BODY, ROUTE, adapter_names
 
 METHODS = frozenset(("weights_status", "arrived_checksums"))
 """Methods of workers that may be called through ``/collective_rpc``: those that only report."""
@@ -89,9 +89,13 @@ def _batch(asked: Any, scope: Scope) -> Problem:
     prompts = asked.get("prompts") if type(asked) is dict else None
     if type(prompts) is not list or set(asked) != {"prompts"}:
         return 'expected {"prompts": [...]}'
+    known = adapter_names(scope["app"].state)
     for place, prompt in enumerate(prompts):
-        if type(prompt) is not dict or set(prompt) != {"token_ids", "sampling_params"}:
-            return f'prompt {place}: expected {{"token_ids", "sampling_params"}}'
+        if type(prompt) is not dict or set(prompt) - {"adapter"} != {"token_ids", "sampling_params"}:
+            return f'prompt {place}: expected {{"token_ids", "sampling_params"}} and at most "adapter"'
+        if "adapter" in prompt and (type(prompt["adapter"]) is not str or prompt["adapter"] not in known):
+            here = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            return f"prompt {place}: this server has no adapter {str(prompt['adapter'])[:100]!r}; {here}"
         if problem := _prompt(prompt, scope):
             return f"prompt {place}: {problem}"
     return None
@@ -177,9 +181,9 @@ def _method(asked: Any, _scope: Scope) -> Problem:
     return None
 
 
-def _holds(name: str, kind: type) -> Check:
+def _holds(name: str, kind: type, optional: bool = False) -> Check:
     def check(asked: Any, _scope: Scope) -> Problem:
-        if type(asked) is dict and set(asked) == {name} and type(asked[name]) is kind:
+        if type(asked) is dict and set(asked) == {name} and (type(asked[name]) is kind or (optional and asked[name] is None)):
             return None
         return f"expected an object of {name} alone, of type {kind.__name__}"
 
@@ -206,7 +210,7 @@ ROUTES: dict[tuple[str, str], Check | None] = {
     ("POST", "/init_weight_transfer_engine"): _holds("init_info", dict),
     ("POST", "/start_weight_update"): None,
     ("POST", "/update_weights"): _holds("update_info", dict),
-    ("POST", "/finish_weight_update"): _holds("weight_version", str),
+    ("POST", "/finish_weight_update"): _holds("weight_version", str, optional=True),  # null after a rehearsal
     ("POST", RPC): _method,
     ("POST", GENERATE): _generate,
     ("POST", ROUTE): _batch,

@@ -15,8 +15,12 @@ from tulu_mega.vllm_plugin.asgi import App, Receive, Scope, Send, refuse
 BACKEND = "tulu_mega"
 """Our weight transfer engine's name in vLLM's registries."""
 ASK_SECONDS = 60.0
+ADAPTER = "tulu_mega_adapter"
+"""Name in the server's state of the version of the trainer's adapter that requests may name; None or nothing: there is none."""
 KIND = "WeightsError"
 """Type of the errors that it answers."""
+_BETWEEN = "the weights of this server are being updated, or an update of them broke; ask another"
+_BARE = "this server was started with random weights, and no trainer has sent it others yet; ask another"
 SERVING = ("/v1/", "/inference/", "/generate")
 """Beginnings of the routes that use the model."""
 
@@ -34,11 +38,14 @@ def server_arguments() -> list[str]:
 
 
 class WeightsGate:
-    """Middleware: an update begins only on a paused server and finishes only if it came whole; nothing is served meanwhile."""
+    """Middleware: an update begins only on a paused server and finishes only if it came whole; nothing is served meanwhile, nor
+    by random weights before the first update."""
 
     def __init__(self, app: App):
         self._app = app
         self._updating = False
+        self._started_whole: bool | None = None
+        """whether the server read weights when it started; None until the workers are asked"""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -46,28 +53,37 @@ class WeightsGate:
             refusal = None
             try:
                 if scope["method"] == "POST":
-                    refusal = await self._refusal(path, scope["app"].state.engine_client)
+                    state = scope["app"].state
+                    refusal = await self._refusal(path, state)
+                    if self._started_whole is None and path.startswith(SERVING):
+                        workers = await _asked(state.engine_client, "weights_status")
+                        self._started_whole = all(worker["whole"] for worker in workers)
+                        self._updating |= not self._started_whole
             except TimeoutError:
                 await refuse(send, 503, f"the workers of this server have not answered for {ASK_SECONDS:g} s; ask another", KIND)
                 return
             if self._updating and path.startswith(SERVING):
-                why = "the weights of this server are being updated, or an update of them broke; ask another"
-                await refuse(send, 503, why, KIND)
+                await refuse(send, 503, _BARE if self._started_whole is False else _BETWEEN, KIND)
                 return
             if refusal is not None:
                 await refuse(send, 409, refusal, KIND)
                 return
         await self._app(scope, receive, send)
 
-    async def _refusal(self, path: str, engine: Any) -> str | None:
+    async def _refusal(self, path: str, state: Any) -> str | None:
         """Why a request is not handed on."""
+        engine = state.engine_client
         if path == "/start_weight_update":
             return await self._may_start(engine)
         if path == "/finish_weight_update":
-            return await _unless_all(engine, "committed")
+            return _unless_all(await _asked(engine, "weights_status"), "committed")
         if path == "/resume":
-            refusal = await _unless_all(engine, "whole")
-            self._updating = self._updating and refusal is not None
+            # what vLLM threw out when the update ended is put back by all workers, or none of them serves
+            workers = await _asked(engine, "place_adapter")
+            refusal = _unless_all(workers, "whole")
+            if refusal is None:
+                self._updating, self._started_whole = False, True
+            setattr(state, ADAPTER, workers[0]["adapter"] if refusal is None else None)
             return refusal
         return None
 
@@ -75,23 +91,23 @@ class WeightsGate:
         if not await engine.is_paused():
             return "the server is not paused: POST /pause first"
         self._updating = True
-        if any(worker["open"] for worker in await _status(engine)):
+        if any(worker["open"] for worker in await _asked(engine, "weights_status")):
             await engine.finish_weight_update()  # of a trainer that went away; vLLM opens no second one beside it
         return None
 
 
-async def _status(engine: Any) -> list[dict[str, Any]]:
-    """
+async def _asked(engine: Any, method: str) -> list[dict[str, Any]]:
+    """What all workers answer.
+
     Raises:
         TimeoutError: the workers do not answer.
     """
     # the engine itself goes on waiting for their replies: it would take those that come too late for other calls'
-    return await asyncio.wait_for(engine.collective_rpc("weights_status"), ASK_SECONDS)
+    return await asyncio.wait_for(engine.collective_rpc(method), ASK_SECONDS)
 
 
-async def _unless_all(engine: Any, state: str) -> str | None:
+def _unless_all(workers: list[dict[str, Any]], state: str) -> str | None:
     """What is wrong, unless all workers are in a state."""
-    workers = await _status(engine)
     wrong = [worker for worker in workers if not worker[state]]
     if not wrong:
         return None

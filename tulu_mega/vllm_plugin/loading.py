@@ -16,6 +16,8 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from tulu_mega.weight_transfer.ledger import Ledger
 
 logger = init_logger("vllm.tulu_mega")  # vLLM shows its own loggers only
+_WRAPPED = ".base_layer."
+"""In the names of weights that have places for adapters beside them; vLLM loads them by their names without it."""
 
 
 class ModelLoader:
@@ -41,7 +43,8 @@ class ModelLoader:
         """Take the model apart for loading; it must not compute before `finish`."""
         self._loaded = set()
         initialize_layerwise_reload(self._model)
-        self._expected = {name for name, _ in self._model.named_parameters()} - self._tied.keys() - _cache_scales(self._model)
+        held = {name.replace(_WRAPPED, ".") for name, _ in self._model.named_parameters()}
+        self._expected = held - self._tied.keys() - _cache_scales(self._model)
 
     def load(self, tensors: list[tuple[str, Tensor]], buffer: Tensor, ledger: Ledger) -> None:
         """Loads a bucket's tensors and learns which of vLLM's parameters each goes into.
@@ -152,6 +155,7 @@ def _half_loaded(model: nn.Module) -> Iterable[str]:
             continue  # complete, or without weights of its own
         want = _loadable(layer, info.load_numel_total)
         if info.load_numel < want:
+            name = name.removesuffix(_WRAPPED.rstrip("."))
             yield f"vLLM's layer {name} got {info.load_numel} of its {want} weights: the manifest lacks what it is made of"
 
 

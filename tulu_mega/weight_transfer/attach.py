@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from tulu_mega.bridge.stream import LiveWeights
 from tulu_mega.config import RolloutSettings
 from tulu_mega.distributed.collectives import from_lead, gathered, reason
 from tulu_mega.errors import UserError
+from tulu_mega.weight_transfer.adapters import NAME
 from tulu_mega.weight_transfer.control import ServerControl, each_server
 from tulu_mega.weight_transfer.counterpart import between, differences
-from tulu_mega.weight_transfer.protocol import SLOTS, Bucket, Expected, Manifest
-from tulu_mega.weight_transfer.sender import Sender, sender_buckets
+from tulu_mega.weight_transfer.protocol import SLOTS, Bucket
+from tulu_mega.weight_transfer.sender import Sender
 from tulu_mega.weight_transfer.server import ServerAddress, is_local
+from tulu_mega.weight_transfer.streams import Streams, lacking
+from tulu_mega.weight_transfer.streams import chosen as chosen_streams
 from tulu_mega.weight_transfer.transports import Endpoint, Outbox, Transport, chosen
 
 
@@ -56,10 +58,8 @@ class Connection:
     """
 
     sender: Sender
-    manifest: Manifest
-    """every tensor of the model; empty on ranks without weights"""
-    buckets: Sequence[Bucket]
-    """Buckets of this rank's pipeline stage, the same on all of its tensor ranks; empty on ranks without weights."""
+    streams: Streams
+    """what the servers are sent"""
     whole_buckets: bool
     """whether a bucket is filled as a whole, with one message a tensor rank: buckets and parameters lie on a GPU. Else tensor by
     tensor"""
@@ -69,6 +69,15 @@ class Connection:
     """None on ranks that send to no server"""
     lost: Mapping[str, str]
     """url -> what went wrong, of servers that never attached"""
+    urls: frozenset[str]
+    """all servers, on every rank"""
+    lacking: set[str]
+    """urls of servers that get `streams.first` before the next update, the same on every rank"""
+
+    @property
+    def adapter(self) -> str | None:
+        """Return what requests name that are to be answered by the trained model; None where it is all that there is."""
+        return NAME if self.streams.every.adapter else None
 
     def close(self) -> None:
         """Release buffers and connections; the servers stay as they are."""
@@ -98,21 +107,21 @@ def attach(sender: Sender, servers: Sequence[ServerAddress], settings: RolloutSe
     local = not sender.sends or all(is_local(server.url) for server in servers)
     senders = [each for each in gathered((sender.pipeline_rank, dist.get_rank(), local) if sender.sends else None) if each]
     transport = chosen(settings.transport, sender.device.type, all(near for _, _, near in senders))
-    manifest: dict[str, Expected] = {}
-    buckets: list[Bucket] = []
-    if sender.weights is not None:
-        manifest = _manifest(sender.weights, {stage: rank for stage, rank, _ in senders})
-        buckets = sender_buckets(dist.get_rank(), sender.weights.held_names(), manifest, settings.bucket_mib * 2**20)
     met, lost = from_lead(each_server(led.values(), _meet))
-    problems = [_of_other_kind(url, fp8) for url, (_, fp8, _) in met.items() if fp8 != (settings.quantization == "fp8")]
-    for url, (_, _, about) in met.items():
-        problems += differences(url, about, sender.model, transport)
-    if problems := problems or between({url: about for url, (_, _, about) in met.items()}):
+    about = {url: each.about for url, each in met.items()}
+    problems = [_of_other_kind(url, each.fp8) for url, each in met.items() if each.fp8 != (settings.quantization == "fp8")]
+    for url, told in about.items():
+        problems += differences(url, told, sender.model, transport)
+    if problems := problems or between(about):
         raise UserError(problems)
-    workers = {url: count for url, (count, _, _) in met.items()}
+    workers = {url: each.workers for url, each in met.items()}
+    streams = chosen_streams(sender, about, {stage: rank for stage, rank, _ in senders}, settings.bucket_mib)
+    # rank 0 alone knows the word for the weights, and all have to send the same
+    needing = set(from_lead(lacking(sender.apart, {url: each.base for url, each in met.items()}) if streams.first else []))
     sending, endpoints, problem = None, {}, None
     if sender.sends:
         try:
+            buckets = [*streams.every.buckets, *(streams.first.buckets if needing else ())]
             sending, endpoints = _opened(transport, sender, buckets, controls, workers, timeout)
         except (OSError, RuntimeError) as error:
             problem = f"rank {dist.get_rank()}: the buffers for sending weights cannot be set up: {reason(error)}"
@@ -122,7 +131,8 @@ def attach(sender: Sender, servers: Sequence[ServerAddress], settings: RolloutSe
     endpoints_of = {url: {str(rank): theirs[url] for rank, theirs, _ in every} for url in workers}
     refused = _attached(sending, [led[url] for url in workers if url in led], endpoints_of, timeout)
     lost = first_reasons(gathered({**lost, **refused}))
-    return Connection(sender, manifest, buckets, transport.device == "cuda", led, sending, lost)
+    urls = frozenset(each.url for each in servers)
+    return Connection(sender, streams, transport.device == "cuda", led, sending, lost, urls, needing)
 
 
 def first_reasons(told: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -134,21 +144,22 @@ def first_reasons(told: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return reasons
 
 
-def _manifest(weights: LiveWeights, ranks: Mapping[int, int]) -> dict[str, Expected]:
-    """Every tensor of the model, and which rank sends it.
+class _Met(NamedTuple):
+    """A server as it is found."""
 
-    Args:
-        ranks: pipeline stage -> rank that sends it.
-    """
-    return {
-        meta.name: Expected(meta.shape, str(meta.dtype).removeprefix("torch."), ranks[weights.stage_of[meta.name]])
-        for meta in weights.metadata()
-    }
+    workers: int
+    fp8: bool
+    """whether their layers are FP8 blocks"""
+    base: str
+    """`base.identity` of the weights that all of them have; empty where they have several, or weights of nobody knows where"""
+    about: dict[str, Any]
+    """its description of itself"""
 
 
-def _meet(control: ServerControl) -> tuple[int, bool, dict[str, Any]]:
-    """Ask a server for its workers' number, whether their layers are FP8 blocks, and its description of itself."""
-    return control.world_size(), all(worker["fp8"] for worker in control.weights_status()), control.about()
+def _meet(control: ServerControl) -> _Met:
+    workers, status = control.world_size(), control.weights_status()
+    bases = {str(worker.get("base", "")) for worker in status}
+    return _Met(workers, all(worker["fp8"] for worker in status), bases.pop() if len(bases) == 1 else "", control.about())
 
 
 def _of_other_kind(url: str, fp8: bool) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -70,22 +70,34 @@ class Bucket:
         return max((place.offset + place.nbytes for place in self.places), default=0)
 
 
-def begin_message(version: int, manifest: Manifest, load: bool) -> dict[str, Any]:
+class Begin(NamedTuple):
+    """What an update is to bring."""
+
+    version: int
+    load: bool
+    """False for a rehearsal: everything is received and compared, the model keeps its weights."""
+    manifest: Manifest
+    adapter: dict[str, Any]
+    """Of an update that brings a low-rank adapter: the content of its adapter_config.json. Empty for whole weights."""
+    base: str
+    """Of whole weights that adapters are going to be put beside: `base.identity` of them. Else empty."""
+
+
+def begin_message(
+    version: int, manifest: Manifest, load: bool, adapter: Mapping[str, Any] | None = None, base: str = ""
+) -> dict[str, Any]:
+    """Arguments are the fields of `Begin`."""
+    told = {name: asdict(each) for name, each in manifest.items()}
+    return {"begin": {"version": version, "load": load, "manifest": told, "adapter": dict(adapter or {}), "base": base}}
+
+
+def read_begin(message: Any) -> Begin:
     """
-    Args:
-        load: False for a rehearsal: everything is received and compared, the model keeps its weights.
-    """
-    return {"begin": {"version": version, "load": load, "manifest": {name: asdict(each) for name, each in manifest.items()}}}
-
-
-def read_begin(message: Any) -> tuple[int, bool, dict[str, Expected]]:
-    """Version, whether to load, manifest.
-
     Raises:
         ValueError: it is no such message.
     """
-    version, load, manifest = _fields(message, version=int, load=bool, manifest=dict)
-    return version, load, {name: _expected(name, each) for name, each in manifest.items()}
+    version, load, manifest, adapter, base = _fields(message, version=int, load=bool, manifest=dict, adapter=dict, base=str)
+    return Begin(version, load, {name: _expected(name, each) for name, each in manifest.items()}, adapter, base)
 
 
 def _expected(name: str, told: Any) -> Expected:

@@ -30,6 +30,7 @@ from tulu_mega.weight_transfer.protocol import (
     view,
 )
 from tulu_mega.weight_transfer.server import ServerFailure
+from tulu_mega.weight_transfer.streams import Stream
 from tulu_mega.weight_transfer.waiting import in_daemon_thread
 
 _SLACK_SECONDS = 30.0
@@ -55,10 +56,12 @@ class SyncReport:
 
 
 def push(connection: Connection, version: int, load: bool = True) -> SyncReport:
-    """Send every server the current weights, under a version. Every rank calls it.
+    """Send every server the current weights, or of a model with adapters that servers hold apart the adapters alone, under a
+    version. Every rank calls it.
 
     Each server is paused, updated, has its prefix cache emptied and serves again; it generates nothing meanwhile. A server that
-    fails stays paused and refuses to serve until a whole update has arrived.
+    fails stays paused and refuses to serve until a whole update has arrived. One that has other weights than those that the
+    adapters are for gets these first.
 
     Args:
         load: False for a rehearsal, which `tools/bench_sync.py` times: the workers throw away what they received and hashed, and
@@ -70,12 +73,43 @@ def push(connection: Connection, version: int, load: bool = True) -> SyncReport:
     connection.sender.at("sending weights")
     start = time.perf_counter()
     connection.sender.settle()
-    failed = dict(connection.lost)
-    begin = begin_message(version, connection.manifest, load)
-    failed = from_lead(failed | each_server(_left(connection.led, failed), partial(_begin, message=begin))[1])
+    streams, failed, seconds, nbytes = connection.streams, dict(connection.lost), 0.0, 0
+    needing = connection.lacking - failed.keys()
+    if load and needing:
+        others = dict.fromkeys(connection.urls - needing, "")
+        label = f"weights that adapters {version} are for"
+        told, seconds = _pass(connection, streams.first, version, load, failed | others, label, serve=False)
+        failed |= {url: why for url, why in told.items() if url not in others}
+        connection.lacking.difference_update(needing - failed.keys())
+        nbytes = streams.first.nbytes
+    failed, streaming = _pass(connection, streams.every, version, load, failed, str(version) if load else None)
+    told = (time.perf_counter() - start, seconds + streaming, nbytes + streams.every.nbytes)
+    return SyncReport(version, *from_lead(told), failed)
+
+
+def _pass(
+    connection: Connection,
+    stream: Stream,
+    version: int,
+    load: bool,
+    failed: Mapping[str, str],
+    label: str | None,
+    serve: bool = True,
+) -> tuple[dict[str, str], float]:
+    """Brings one stream to all servers but those that failed.
+
+    Args:
+        label: version that the servers' answers bear from then on; None changes nothing.
+        serve: whether the servers serve again afterwards.
+
+    Returns:
+        url -> what went wrong, with those that had failed; seconds of the streaming alone. The same on every rank.
+    """
+    begin = begin_message(version, stream.manifest, load, stream.adapter, stream.base)
+    failed = from_lead({**failed, **each_server(_left(connection.led, failed), partial(_begin, message=begin))[1]})
     checksums, problem, began = {}, None, time.perf_counter()
     try:
-        checksums, mine = stream(connection, version, failed)
+        checksums, mine = fill_and_send(connection, stream, version, failed)
         failed |= mine
     except Exception as error:  # whatever it is, the servers must not be left to wait and the ranks must end together
         problem = f"rank {dist.get_rank()}: its weights could not be sent: {reason(error)}"
@@ -88,17 +122,17 @@ def push(connection: Connection, version: int, load: bool = True) -> SyncReport:
         each_server(_left(connection.led, failed), lambda control: control.update_weights(abandon))
     else:
         commit = commit_message(version, {name: value for each, _, _ in told for name, value in each.items()})
-        label = str(version) if load else None
-        failed |= each_server(_left(connection.led, failed), partial(_finish, commit=commit, label=label))[1]
+        finish = partial(_finish, commit=commit, label=label, serve=serve)
+        failed |= each_server(_left(connection.led, failed), finish)[1]
     failed = from_lead(failed)
     if problems:
         raise UserError(problems)
-    nbytes = sum(expected.nbytes for expected in connection.manifest.values())
-    seconds, streaming, nbytes = from_lead((time.perf_counter() - start, streaming, nbytes))
-    return SyncReport(version, seconds, streaming, nbytes, failed)
+    return failed, streaming
 
 
-def stream(connection: Connection, version: int, lost: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+def fill_and_send(
+    connection: Connection, stream: Stream, version: int, lost: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Fills this rank's buckets one after the other and, where it has a sending end, sends each to every server.
 
     A buffer is filled again once all servers have loaded what it held and its checksums are taken.
@@ -111,17 +145,17 @@ def stream(connection: Connection, version: int, lost: Mapping[str, str]) -> tup
     """
     sending = connection.sending
     if sending is None:
-        for bucket in connection.buckets:
-            for _ in _filled(connection, bucket):
+        for bucket in stream.buckets:
+            for _ in _filled(connection, stream, bucket):
                 pass
         return {}, {}
     failed: dict[str, str] = {}
     hashes: dict[str, Future[str]] = {}
     under_way: list[list[Future]] = [[] for _ in range(SLOTS)]
     try:
-        for bucket in connection.buckets:
+        for bucket in stream.buckets:
             _await(under_way[bucket.slot], failed)
-            for name, tensor in _filled(connection, bucket):
+            for name, tensor in _filled(connection, stream, bucket):
                 hashes[name] = sending.hasher.submit(checksum, tensor)
             sending.outbox.filled(bucket.slot)
             urls = [control.url for control in _left(sending.controls, {**lost, **failed})]
@@ -133,13 +167,13 @@ def stream(connection: Connection, version: int, lost: Mapping[str, str]) -> tup
     return {name: each.result() for name, each in hashes.items()}, failed
 
 
-def _filled(connection: Connection, bucket: Bucket) -> Iterator[tuple[str, Tensor | None]]:
+def _filled(connection: Connection, stream: Stream, bucket: Bucket) -> Iterator[tuple[str, Tensor | None]]:
     """Fill a bucket and yield its tensors as they become whole. Tensor ranks other than the first yield None for each."""
-    weights, names = connection.sender.weights, [place.name for place in bucket.places]
+    weights, names = stream.weights, [place.name for place in bucket.places]
     wholes: list[Tensor | None] = [None] * len(names)
     if connection.sending is not None:
         buffer = connection.sending.outbox.buffer(bucket.slot)
-        wholes = [view(buffer, place, connection.manifest[place.name]) for place in bucket.places]
+        wholes = [view(buffer, place, stream.manifest[place.name]) for place in bucket.places]
     if connection.whole_buckets:
         weights.fill_together(names, wholes)
     for name, whole in zip(names, wholes, strict=True):
@@ -201,11 +235,12 @@ def _begin(control: ServerControl, message: dict[str, Any]) -> None:
     control.check_workers()
 
 
-def _finish(control: ServerControl, commit: dict[str, Any], label: str | None) -> None:
+def _finish(control: ServerControl, commit: dict[str, Any], label: str | None, serve: bool) -> None:
     control.update_weights(commit)
     control.check_workers()
     control.finish_weight_update(label)
     if label is not None and (told := control.weight_info().get("weight_version")) != label:
         raise ServerFailure(control.url, f"serves weights of version {told!r} after an update to {label!r}")
-    control.reset_prefix_cache()
-    control.resume()
+    if serve:
+        control.reset_prefix_cache()
+        control.resume()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,20 @@ from tulu_mega.weight_transfer.protocol import Bucket, Manifest, plan_buckets
 _SMALL_BUCKET = 16 * 2**20
 _BUCKETS = 5
 """A model of fewer bytes than this many of the largest buckets gets smaller buckets, so that filling and loading overlap."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """What a rank brings beside where low-rank adapters may travel without the weights that they are for."""
+
+    config: Mapping[str, Any]
+    """The content of their adapter_config.json."""
+    adapters: LiveWeights | None
+    """This rank's part of them; None on ranks that hold copies of another rank's."""
+    base: str
+    """`base.identity` of the weights that they are for; on rank 0 alone."""
+    weights: LiveWeights | None
+    """This rank's part of these, for servers that have others."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,8 @@ class Sender:
     """Reports progress and what begins; see `watchdog.Watchdog.at`."""
     settle: Callable[[], None]
     """Waits until the parameters are those of the last update."""
+    apart: Apart | None = None
+    """Of a model with adapters that servers may hold apart. `weights` has them merged."""
 
 
 def stream_dtype(model: str, servers: str) -> torch.dtype:

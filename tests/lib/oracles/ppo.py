@@ -6,6 +6,8 @@ Nothing here is of the product. State t of a response is before its token t, one
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,16 @@ class Masks:
 
 
 def advantages_and_returns(
-    masks: Masks, score: Tensor, logp: Tensor, ref_logp: Tensor, values: Tensor, beta: float, lam: float, gamma: float = 1.0
+    masks: Masks,
+    score: Tensor,
+    logp: Tensor,
+    ref_logp: Tensor,
+    values: Tensor,
+    beta: float,
+    lam: float | Tensor,
+    gamma: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """[B, R] each: advantages whitened over all actions, and returns from those that are not."""
+    """[B, R] each: advantages whitened over all actions, and returns from those that are not. A lam may be [B], of responses."""
     values = torch.where(masks.of_value, values, 0)
     rewards = torch.where(masks.of_policy, -beta * (logp - ref_logp), 0)
     rewards[torch.arange(len(score)), masks.scored_at] += score
@@ -49,15 +58,35 @@ def mean_of_means(losses: Tensor, mask: Tensor) -> Tensor:
     return (torch.where(mask, losses, 0).sum(1) / mask.sum(1)).mean()
 
 
-def value_loss(masks: Masks, values: Tensor, old_values: Tensor, returns: Tensor, clip: float, coefficient: float) -> Tensor:
-    """Half the larger of two squares, clipped and not."""
-    bounded = torch.clamp(values, old_values - clip, old_values + clip)
+def mean(losses: Tensor, mask: Tensor) -> Tensor:
+    """Over all columns of all responses."""
+    return losses[mask].mean()
+
+
+def value_loss(
+    masks: Masks,
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    clip: float,
+    coefficient: float,
+    reduced: Callable[[Tensor, Tensor], Tensor] = mean_of_means,
+) -> Tensor:
+    """Half the larger of two squares, clipped and not; half the square where nothing is clipped."""
+    bounded = torch.clamp(values, old_values - clip, old_values + clip) if clip else values
     larger = torch.maximum((values - returns) ** 2, (bounded - returns) ** 2)
-    return coefficient * mean_of_means(0.5 * larger, masks.of_value)
+    return coefficient * reduced(0.5 * larger, masks.of_value)
 
 
-def policy_loss(masks: Masks, logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> Tensor:
+def policy_loss(
+    masks: Masks,
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    clip: float,
+    reduced: Callable[[Tensor, Tensor], Tensor] = mean_of_means,
+) -> Tensor:
     """The clipped surrogate."""
     ratio = (logp - old_logp).exp()
     larger = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
-    return mean_of_means(larger, masks.of_policy)
+    return reduced(larger, masks.of_policy)

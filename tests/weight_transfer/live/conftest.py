@@ -31,6 +31,6 @@ def models(tmp_path_factory) -> Callable[[str], tuple[str, str]]:
 @pytest.fixture(scope="package")
 def servers(models, tmp_path_factory) -> Iterator[Servers]:
     with Servers(tmp_path_factory.mktemp("servers")) as found:
-        for family, tensor in (("Llama", 2), ("Qwen 3", 1)):  # beside one another: each alone takes as long
-            found.start(models(family)[0], tensor)
+        for family, tensor, rank in (("Llama", 2, 8), ("Qwen 3", 1, 0)):  # beside one another: each alone takes as long
+            found.start(models(family)[0], tensor, lora_rank=rank)
         yield found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,23 @@ def generated(server: ServerAddress, rollout: RolloutSettings, version: int) -> 
 
 def _difference(made: Session, responses: list[Response]) -> float:
     """Largest absolute difference of log-probabilities of what was sampled."""
+    return max(
+        abs(ours - theirs)
+        for scores, each in zip(scored(made, made.engine.score, responses), responses, strict=True)
+        for ours, theirs in zip(scores, each.sampler_logp, strict=True)
+    )
+
+
+def scored(made: Session, score: Callable[..., list[torch.Tensor]], responses: list[Response]) -> list[list[float]]:
+    """Log-probabilities of what was sampled, by a trainer; every rank calls it.
+
+    Args:
+        score: as `Engine.score`.
+    """
     batch = [TokenizedRow(row, each.token_ids, each.token_ids) for row, each in enumerate(responses)]
-    micro = jobs.share(made, batch, 2)
+    micro = jobs.share(made, batch, 2, 1024)
     found: dict[int, list[float]] = {}
-    for packed, logp in zip(micro, made.engine.score(micro), strict=False):
+    for packed, logp in zip(micro, score(micro), strict=False):
         for row, at in zip(packed.rows_S.tolist(), packed.cu_seqlens_S1.tolist(), strict=False):
             if row >= 0:
                 found[row] = logp[at : at + len(batch[row].input_ids) - 1].tolist()
@@ -104,15 +117,10 @@ def _difference(made: Session, responses: list[Response]) -> float:
     dist.all_gather_object(told, found)
     scores = {row: values for each in told for row, values in each.items()}
     assert scores.keys() == set(range(len(responses)))
-    return max(
-        abs(ours - theirs)
+    return [
+        [score for score, label in zip(scores[row], each.labels[1:], strict=True) if label != IGNORE]
         for row, each in enumerate(responses)
-        for ours, theirs in zip(
-            [score for score, label in zip(scores[row], each.labels[1:], strict=True) if label != IGNORE],
-            each.sampler_logp,
-            strict=True,
-        )
-    )
+    ]
 
 
 def push_in_small_buckets(

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -31,11 +32,21 @@ class Senders:
 
     Args:
         tensors: what is sent.
+        model: directory, of adapters alone too.
         left_out: tensors that no manifest mentions.
         extra: tensors sent beside.
+        adapter: of adapters, the content of adapter_config.json.
     """
 
-    def __init__(self, server: ServerAddress, model: str, left_out: tuple[str, ...] = (), extra: dict[str, Tensor] | None = None):
+    def __init__(
+        self,
+        server: ServerAddress,
+        model: str,
+        left_out: tuple[str, ...] = (),
+        extra: dict[str, Tensor] | None = None,
+        adapter: dict[str, Any] | None = None,
+    ):
+        self._adapter = adapter
         self.control = ServerControl(server.url, server.key, 60)
         (file,) = Path(model).glob("*.safetensors")
         self.tensors = {name: tensor for name, tensor in load_file(file).items() if name not in left_out} | (extra or {})
@@ -52,7 +63,7 @@ class Senders:
     def begin(self, version: int) -> None:
         self.control.pause()
         self.control.start_weight_update()
-        self.control.update_weights(begin_message(version, self.manifest, True))
+        self.control.update_weights(begin_message(version, self.manifest, True, self._adapter))
 
     def send(self, version: int, rank: int, names: list[str] | None = None, flip: str | None = None) -> None:
         """One sender's tensors, or some of them.

@@ -19,7 +19,7 @@ class Servers:
     def __init__(self, root: Path):
         self._root = root
         self._stack = contextlib.ExitStack()
-        self._found: dict[ServerOptions, ServerPool] = {}
+        self._found: dict[tuple[str, int, str, bool], ServerPool] = {}
 
     def __enter__(self) -> Servers:
         return self
@@ -27,30 +27,36 @@ class Servers:
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
 
-    def start(self, model: str, tensor: int, dtype: str = "float32", fp8: bool = False) -> ServerPool:
-        """Returns at once."""
-        options = ServerOptions(
-            model, dtype=dtype, tensor=tensor, fp8=fp8, max_model_len=256, concurrency=16, extra=tuple(server_arguments())
-        )
-        if options not in self._found:
+    def start(self, model: str, tensor: int, dtype: str = "float32", fp8: bool = False, lora_rank: int = 0) -> ServerPool:
+        """Returns at once.
+
+        Args:
+            lora_rank: of adapters that the server holds apart, if it is not there yet.
+        """
+        key = model, tensor, dtype, fp8
+        sizes = dict(tensor=tensor, max_model_len=256, concurrency=16)
+        options = ServerOptions(model, dtype=dtype, fp8=fp8, lora_rank=lora_rank, extra=tuple(server_arguments()), **sizes)
+        if key not in self._found:
             directory = self._root / f"pool_{len(self._found)}"
             directory.mkdir(parents=True)
             cores = core_shares([0, 1], 1, tensor)
             pool = self._stack.enter_context(ServerPool(options, directory, cores=cores, restarts=0, start_timeout=580))
-            self._found[options] = pool
-        return self._found[options]
+            self._found[key] = pool
+        return self._found[key]
 
-    def get(self, model: str, tensor: int, dtype: str = "float32", fp8: bool = False) -> ServerAddress:
+    def get(self, model: str, tensor: int, dtype: str = "float32", fp8: bool = False, lora_rank: int = 0) -> ServerAddress:
         """The server, ready; its model has whatever weights the last test gave it."""
-        (address,) = self.start(model, tensor, dtype, fp8).wait()
+        (address,) = self.start(model, tensor, dtype, fp8, lora_rank).wait()
         return address
 
 
 @contextlib.contextmanager
-def one(model: str, directory: Path, tensor: int = 1, dtype: str = "float32", fp8: bool = False) -> Iterator[ServerAddress]:
+def one(
+    model: str, directory: Path, tensor: int = 1, dtype: str = "float32", fp8: bool = False, lora_rank: int = 0
+) -> Iterator[ServerAddress]:
     """A server for one test alone."""
     with Servers(directory) as servers:
-        yield servers.get(model, tensor, dtype, fp8)
+        yield servers.get(model, tensor, dtype, fp8, lora_rank)
 
 
 def is_paused(control: ServerControl) -> bool:

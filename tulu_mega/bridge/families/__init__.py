@@ -32,7 +32,7 @@ def family_for(config: Config) -> Family:
 
 def _of_its_type(family: Family, config: Config) -> Family:
     """The family, whose layers transformers builds too: it goes by ``model_type``, vLLM and we by ``architectures``."""
-    expected = family.architecture.partition("For")[0].lower()
+    expected = family.model_type or family.architecture.partition("For")[0].lower()
     if (kind := config.get("model_type", expected)) != expected:
         raise UserError(
             f"config.json: architectures = {family.architecture}, but model_type = {str(kind)[:100]!r}, expected {expected!r}; "

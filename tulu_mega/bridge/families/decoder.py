@@ -69,12 +69,13 @@ _LARGEST, _MOST = 1 << 31, {"num_hidden_layers": 10_000}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-def sizes(config: Config, written: Iterable[str] = ()) -> dict[str, int]:
+def sizes(config: Config, written: Iterable[str] = (), biases: Iterable[str] = ()) -> dict[str, int]:
     """Vocabulary, hidden, ffn, queries, keys, head and groups of a decoder.
 
     Args:
         config: the model's config.json.
         written: keys beside the usual that config.json must have, because no value of theirs follows from others.
+        biases: which of ``attention_bias`` and ``mlp_bias`` may be true: the family's table has these biases.
 
     Raises:
         UserError: with everything about the sizes that is missing or does not fit together.
@@ -89,7 +90,7 @@ def sizes(config: Config, written: Iterable[str] = ()) -> dict[str, int]:
     wrong += [
         f"config.json: {name} = true is not supported; only models without these biases are"
         for name in ("attention_bias", "mlp_bias")
-        if config.get(name)
+        if config.get(name) and name not in biases
     ]
     if config.get("quantization_config"):
         wrong.append(

@@ -108,5 +108,5 @@ def found(directory: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
-    """As configs are written."""
+    """Return a config's content as the bytes of its file."""
     return json.dumps(content, indent=2).encode() + b"\n"

@@ -36,14 +36,14 @@ def read_into(file: BinaryIO, offset: int, target: Tensor) -> None:
 
 
 def begin_writing_out(file: BinaryIO, start: int) -> None:
-    """Lets the disk begin with what was written from a place on, instead of all at once when the file is synced."""
+    """Have the disk begin to write what was written from a place on, instead of all of it when the file is synced."""
     file.flush()
     # of written pages this is what it comes to on Linux; they are dropped only where they are on disk already
     _advise(file, start, file.tell() - start, "POSIX_FADV_DONTNEED")
 
 
 def begin_reading(mapped: Tensor) -> None:
-    """Lets the disk begin with a contiguous view into a mapped file, whose pages would otherwise come as they are touched."""
+    """Have the disk begin to read a contiguous view into a mapped file, whose pages would otherwise come as they are touched."""
     libc = _libc()
     if libc is not None and mapped.nbytes:
         before = mapped.data_ptr() % mmap.PAGESIZE

@@ -149,7 +149,7 @@ class HfCheckpoint:
         return mapped[box.slices]
 
     def close(self) -> None:
-        """Lets the mapped files go (views keep theirs)."""
+        """Release the mapped files (views keep theirs)."""
         self._open_files.clear()
 
 

@@ -26,7 +26,7 @@ from tulu_mega.errors import UserError
 
 INDEX = ".metadata"
 MAX_BYTES = 4 << 30
-"""Of an index. One of 405B parameters saved by a thousand ranks has some hundred megabytes."""
+"""Most bytes of an index. One of 405B parameters saved by a thousand ranks has some hundred megabytes."""
 _MAX_OBJECT = 1 << 30
 _AGAIN = "convert or save it again"
 _PARTS = (

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 from tulu_mega.outside.json_input import parse_json
 
 MAX_JSON_BYTES = 256 << 20
-"""Of a JSON file. The index of a model of 405B parameters, the largest that is read so, has a quarter of a megabyte."""
+"""Most bytes of a JSON file. The index of a model of 405B parameters, the largest that is read so, has a quarter of a
+megabyte."""
 _KINDS = {
     stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a character device", stat.S_IFBLK: "a block device", stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a directory",

@@ -10,14 +10,14 @@ from tulu_mega.data.messages import short
 
 
 class Useless(Exception):
-    """A row in order that nothing can be learned from; its text is the reason."""
+    """Raised for a well-formed row from which nothing can be learned; the text is the reason."""
 
 
 def pair_of(instruction: Any, completions: Any) -> tuple[str, str]:
     """The better and the worse response.
 
-    The better is the one of the highest score, the first of several. The worse is one of those that score less; which, the
-    instruction's text decides, as by lot: always the worst would make pairs easier than the answers are.
+    The better is the one of the highest score, the first of several. The worse is one of those that score less; the instruction's
+    text picks one as if by lot, since always taking the worst would make pairs too easy.
 
     Raises:
         ValueError: a column of another form.
@@ -28,7 +28,7 @@ def pair_of(instruction: Any, completions: Any) -> tuple[str, str]:
     if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
         raise ValueError(f"completions is {short(completions)}; expected a list of objects with response and scores")
     if len(completions) < 2:
-        raise ValueError(f"has {len(completions)} completions; expected at least two, to choose of")
+        raise ValueError(f"has {len(completions)} completions; expected at least two to choose from")
     for number, one in enumerate(completions, 1):
         if not isinstance(one.get("response"), str):
             raise ValueError(f"completion {number} has the response {short(one.get('response'))}; expected text")

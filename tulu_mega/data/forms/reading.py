@@ -24,9 +24,9 @@ class Read(NamedTuple):
 
     row: Row
     form: FormName
-    """that it had"""
+    """name of the form that the row had"""
     unused: tuple[str, ...] = ()
-    """columns that what was read stands in the place of"""
+    """columns that are not used because the columns that were read hold the same"""
 
 
 def read(row: Row, kind: Kind, named: FormName = "auto") -> Read:
@@ -54,7 +54,7 @@ def read(row: Row, kind: Kind, named: FormName = "auto") -> Read:
 
 
 def _left_out(name: str, column: object, made: object) -> bool:
-    """Whether a column says something that is not in what stands in its place."""
+    """Return whether an unused column holds something that the row as read does not."""
     try:
         return column is not None and turns(column, name) != made
     except ValueError:

@@ -13,14 +13,14 @@ from tulu_mega.data.forms.turns import Row, answer, asked, instructed, is_shareg
 from tulu_mega.data.messages import short
 
 Kind = Literal["conversation", "pair", "prompt"]
-"""What a row is wanted as: a conversation to learn, a pair of them, or what is to be answered."""
+"""What rows are used as: a conversation to learn, a pair of conversations, or a prompt to answer."""
 
 _SIDES = ("chosen", "rejected")
 _TALKS = ("conversations", "conversation")
 
 
 def as_it_is(row: Row, columns: list[str]) -> Row:
-    """A row that needs no reading."""
+    """Return the row unchanged."""
     return {}
 
 
@@ -30,13 +30,13 @@ class Form:
 
     name: FormName
     needed: tuple[tuple[str, ...], ...]
-    """columns that make it; of several in one place any does, the first that is there counts"""
+    """columns that a row of the form has; where an entry lists several names, the first one that the row has counts"""
     read: Callable[[Row, list[str]], Row]
-    """what the needed columns, by their names in this row, and those beside them come to; a further one that it read is None"""
+    """makes the row of its columns; a column that was read and is no longer needed becomes None"""
     beside: tuple[str, ...] = ()
-    """further columns that it reads"""
+    """further columns that the form reads"""
     fits: Callable[[Row], bool] = lambda row: True
-    """whether what is in them is of the form"""
+    """whether the columns' values are of the form"""
 
     def columns(self, row: Row) -> list[str] | None:
         """The needed columns by their names in a row; None where it lacks one."""
@@ -66,7 +66,7 @@ def _pair(row: Row, columns: list[str]) -> Row:
 
 
 def _answers_to(row: Row, columns: list[str]) -> Row:
-    """Two answers, behind the talk that they follow; those that hold it themselves need none."""
+    """Return a pair of a row's two answers, behind the conversation that they follow where they do not hold it themselves."""
     made: Row = {name: answer(row[name], name) for name in _SIDES}
     talk = _talk(row)
     if talk is None and not all(any(_is_asking(message) for message in messages) for messages in made.values()):
@@ -115,7 +115,7 @@ def _texts(row: Row) -> bool:
 
 
 def _talk(row: Row) -> str | None:
-    """The column of what chosen and rejected follow."""
+    """Return the column with the conversation that chosen and rejected follow."""
     return next((name for name in (*_TALKS, "messages", "prompt") if row.get(name) is not None), None)
 
 
@@ -141,7 +141,7 @@ def _dialogue(row: Row) -> bool:
 
 
 def _stands_alone(row: Row) -> bool:
-    """Whether a talk is all there is, and not what a chosen and a rejected answer follow."""
+    """Return whether the row has a conversation alone, without a chosen and a rejected answer to it."""
     return any(row.get(name) is None for name in _SIDES)
 
 

@@ -40,11 +40,11 @@ class Match:
     """A training row that holds rows of an evaluation."""
 
     row: int
-    """of the training rows, counted from 0"""
+    """number of the training row, counted from 0"""
     evaluation: int
-    """which one, counted from 0"""
+    """number of the evaluation, counted from 0"""
     rows: np.ndarray
-    """int64, of the evaluation, counted from 0"""
+    """int64, numbers of the evaluation's rows, counted from 0"""
     shares: np.ndarray
     """share of each one's words that is held, 0..1"""
 
@@ -98,7 +98,7 @@ class Matcher:
 
 @dataclass(frozen=True)
 class _Search:
-    """What a worker process does."""
+    """The work of a worker process."""
 
     rows: Rows
     matcher: Matcher
@@ -216,7 +216,7 @@ def decontaminate(settings: DecontaminateSettings) -> None:
 
 
 class _Counts:
-    """What is found in a set."""
+    """Counts of what was found in a set."""
 
     def __init__(self, evaluations: int):
         self.contaminated: set[int] = set()
@@ -229,7 +229,7 @@ class _Counts:
 
     @property
     def left_out(self) -> set[int]:
-        """Rows that a cleaned set has not."""
+        """Return the rows that a cleaned set leaves out."""
         return self.contaminated | self.unread
 
     def add(self, match: Match) -> None:
@@ -263,7 +263,7 @@ def opened(settings: DecontaminateSettings) -> tuple[list[Rows], Rows]:
 
 
 def check(settings: DecontaminateSettings, evaluations: list[Rows], train: Rows) -> None:
-    """Sees whether every row has text in the fields that are named, and whether the output is to be written.
+    """Check that every row has text in the named fields, and that the output can be written.
 
     Raises:
         UserError: with the first rows of each set that have none.

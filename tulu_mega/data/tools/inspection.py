@@ -56,7 +56,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that is shown."""
+    """Everything that the command shows."""
 
     model: str
     template: str
@@ -67,7 +67,7 @@ class Inspection:
     """as :meth:`tulu_mega.data.sources.Rows.sources`, with the rows used and their tokens"""
     rejected: dict[str, int]
     rejects: list[Reject]
-    """the first of them; one that is drawn several times once"""
+    """the first rejected rows; a row that is drawn several times is listed once"""
     truncated: int
     cut: int
     """tokens cut off, over all rows"""

@@ -58,7 +58,7 @@ def mix(settings: DataMixSettings) -> None:
 
 
 def drawn(settings: DataMixSettings) -> Rows:
-    """The rows of settings that say whether they are pairs.
+    """Open the rows that settings draw, once ``pairs`` is set.
 
     Raises:
         UserError: sources or amounts are not to be used.
@@ -68,7 +68,7 @@ def drawn(settings: DataMixSettings) -> Rows:
 
 
 def check(rows: Rows) -> None:
-    """Sees whether each row is a JSON object.
+    """Check that each row is a JSON object.
 
     Raises:
         UserError: with the first rows that are none.

@@ -1,4 +1,4 @@
-"""Which runs of words two collections of texts have in common."""
+"""Runs of words that two collections of texts have in common."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class NgramIndex:
 
 
 def _whole(stream: np.ndarray, ngram: int) -> np.ndarray:
-    """Where n-grams begin that hold no 0."""
+    """Return where the n-grams without a 0 begin."""
     if len(stream) < ngram:
         return np.empty(0, np.int64)
     zeros = np.concatenate([[0], np.cumsum(stream == 0)])

@@ -14,13 +14,13 @@ from tulu_mega.errors import UserError
 OfARun = TypeVar("OfARun", DataInspectSettings, DataMixSettings)
 
 _LOOKED_AT = 100
-"""Rows at most, until one can be read."""
+"""Most rows that are tried until one can be read."""
 
 
 def of_its_kind(settings: OfARun) -> OfARun:
-    """The settings with ``pairs`` said and ``data`` of that kind; by the first row that can be read where they do not say.
+    """Return the settings with ``pairs`` set, by the first readable row where it is unset, and ``data`` of the matching class.
 
-    A row that is both counts as a conversation. Of what is wrong with the rows nothing is told here.
+    A row that is both counts as a conversation. Malformed rows are reported elsewhere.
     """
     if settings.pairs is not None:
         return settings
@@ -31,9 +31,9 @@ def of_its_kind(settings: OfARun) -> OfARun:
 
 
 def stages_of(table: Any) -> list[str]:
-    """The stages that train on rows such as the first that [data] of a settings file names; none where it cannot be read.
+    """Return the stages that train on rows like the first one of [data] in a settings file; none where it cannot be read.
 
-    What lies on the hub is not fetched for that.
+    Data sets of the hub are not fetched for this.
     """
     with suppress(ValueError):  # pydantic's included
         named = table if isinstance(table, dict) else {"train": table}

@@ -1,4 +1,4 @@
-"""Whether boxes make up a whole, each place of it once."""
+"""A check that boxes cover a tensor exactly once."""
 
 from __future__ import annotations
 

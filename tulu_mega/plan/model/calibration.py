@@ -27,11 +27,11 @@ RATES = Rates(products=0.5881, tensor_exposed=0.7417)
 
 @dataclass(frozen=True)
 class Published:
-    """A run somebody measured."""
+    """A published, measured run."""
 
     name: str
     architecture: str
-    """of `examples/architectures`"""
+    """name in `examples/architectures`"""
     gpus: int
     batch: int
     length: int
@@ -45,7 +45,7 @@ class Published:
     user_buffers: bool = True
     """tensor-parallel messages overlap products"""
     overlap: bool = True
-    """of gradients and parameters with passes"""
+    """whether gradients and parameters are communicated during passes"""
     grad_bytes: int = 2
 
     def job(self, config: Mapping[str, Any]) -> Job:
@@ -135,7 +135,7 @@ OUTSIDE = (
         grad_bytes=4,
     ),
 )
-"""Runs that the plan does not come near, and why."""
+"""Runs that the plan misses by far, and why."""
 
 
 def predicted(run: Published, config: Mapping[str, Any], rates: Rates = RATES) -> float:

@@ -1,4 +1,4 @@
-"""Which kernels a trainer's layers run with: on them depends what is kept for the backward pass, and how much memory passes."""
+"""The kernels of a trainer's layers, which decide the memory that is kept for the backward pass and the memory traffic."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tulu_mega.plan.model.parameters import ITEMSIZE
 
 @dataclass(frozen=True)
 class Kernels:
-    """Of a layer, as the defaults have them on GPUs with Transformer Engine."""
+    """The kernels of a layer; the defaults are those on GPUs with Transformer Engine."""
 
     transformer_engine: bool = True
-    """its layers, else the local ones"""
+    """whether layers are Transformer Engine's, else the local ones"""
     own_attention: bool = False
     """FlashAttention's or torch's for packed rows, which take the values as they lie in the projection's result"""
     activation: bool = True

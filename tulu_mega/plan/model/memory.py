@@ -65,7 +65,7 @@ class RankMemory:
     communication: float
     """tensor-parallel gathers; the layers that FSDP has gathered"""
     beside: float
-    """weights of further models: the reference of a policy, a reward model; of adapters, those that a run began with"""
+    """weights of further models of the same size: the reference of a policy; of adapters, those that a run began with"""
     sync: float
     """buckets of weights on their way to servers, on tensor rank 0 of the first replica"""
     allocator: float
@@ -75,6 +75,8 @@ class RankMemory:
     """weights, gradients and optimizer of a value model that trains beside, and NCCL's buffers for groups of its own"""
     value_passes: float = 0.0
     """what its passes take above the policy's, in whose place they come"""
+    rewards: float = 0.0
+    """weights of a reward model that scores responses"""
 
     @property
     def parts(self) -> dict[str, float]:

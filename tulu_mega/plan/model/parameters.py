@@ -31,9 +31,9 @@ class Shard:
     shape: Shape
     part: Part
     replicated: bool
-    """every tensor rank holds all of it"""
+    """whether every tensor rank holds all of it"""
     copy: bool = False
-    """a head that is the embedding, which the first stage holds too: under pipeline parallelism only"""
+    """whether it is a head tied to the embedding of the first stage: under pipeline parallelism only"""
 
     @property
     def count(self) -> int:
@@ -49,7 +49,7 @@ class Parameters:
     layers: int = 0
     """matrices and biases of the layers, without norms"""
     norms: int = 0
-    """of the layers, and the final one"""
+    """elements of the layers' norms and of the final one"""
     head: int = 0
 
     @property

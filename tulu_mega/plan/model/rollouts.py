@@ -1,4 +1,4 @@
-"""vLLM servers: what lies in a GPU's memory, how long a step's responses take, how long new weights are on their way.
+"""vLLM servers: the memory of a GPU, the time of a step's responses, the time of a weight transfer.
 
 Decoding reads all weights and the keys and values of every sequence once a token; that or the arithmetic, whichever is longer, is
 a decoding step (Pope et al., arXiv 2211.05102). The constants here are estimates: nothing of this was calibrated.
@@ -18,7 +18,7 @@ from tulu_mega.plan.model.job import Job, sizes_of
 from tulu_mega.plan.model.parameters import model_parameters
 
 STEP = 3e-3
-"""Seconds a decoding step takes beside the GPU's work: scheduling, sampling, log-probabilities, HTTP."""
+"""Seconds of a decoding step beside the GPU's work: scheduling, sampling, log-probabilities, HTTP."""
 COLLECTIVE = 15e-6
 """Seconds of a small all-reduce within a node, two a layer."""
 WORKING = 4 * 2**30
@@ -40,7 +40,7 @@ class Servers:
     concurrency: int
     """responses that a server computes at once, if its memory holds their keys and values"""
     share: float
-    """of a GPU's memory that vLLM takes"""
+    """share of a GPU's memory that vLLM takes"""
     itemsize: int
     """bytes of a weight, and of a key or value"""
     bucket: int
@@ -48,11 +48,11 @@ class Servers:
     fp8: bool = False
     """the layers' matrices take a byte an element"""
     elsewhere: bool = False
-    """on other hosts than the trainer, or told to take weights as if"""
+    """whether they are on other hosts than the trainer, or take weights as if they were"""
 
     @property
     def gpus(self) -> int:
-        """Of all servers."""
+        """Return the number of GPUs of all servers."""
         return self.count * self.tensor
 
 
@@ -67,9 +67,9 @@ class ServerMemory:
     sync: float
     """weights as they arrive, beside what vLLM takes: a buffer for each sender, and what waits until its layer is complete"""
     room: float
-    """that vLLM leaves, for these"""
+    """memory that vLLM leaves for arriving weights"""
     tokens: int
-    """whose keys and values the servers' GPUs together hold, of one server"""
+    """number of tokens whose keys and values fit into one server's GPUs"""
 
 
 def server_memory(config: Mapping[str, Any], servers: Servers, job: Job | None = None) -> ServerMemory:
@@ -110,12 +110,12 @@ def cache_bytes(config: Mapping[str, Any], servers: Servers) -> float:
 
 
 def _weight_bytes(config: Mapping[str, Any], servers: Servers) -> float:
-    """Of a whole model, as a server has it and as it travels; scales are a 4,000th of what they are for."""
+    """Return the bytes of a whole model in a server and in transfer; scales add a 4,000th."""
     return model_parameters(config) * servers.itemsize - _saved(config, servers)
 
 
 def _saved(config: Mapping[str, Any], servers: Servers) -> float:
-    """Bytes that the layers' matrices are short of `itemsize` an element."""
+    """Return the bytes that FP8 saves in the layers' matrices."""
     matrices = matmul_parameters(config) - config["hidden_size"] * head_columns(config)
     return (servers.itemsize - 1) * matrices if servers.fp8 else 0.0
 
@@ -123,7 +123,7 @@ def _saved(config: Mapping[str, Any], servers: Servers) -> float:
 def generation_seconds(
     config: Mapping[str, Any], servers: Servers, prompts: Sequence[int], responses: Sequence[int], rates: Rates
 ) -> float:
-    """Until the last response of a batch is there.
+    """Return the seconds until the last response of a batch has come.
 
     Every server takes its share in order and computes as many at once as it may; a response that ends makes room for the next.
 

@@ -1,4 +1,4 @@
-"""What is in a step: lengths like those of Tulu 3's data, packed as the trainer packs them."""
+"""The sequences of a step: lengths like those of Tulu 3's data, packed as the trainer packs them."""
 
 from __future__ import annotations
 

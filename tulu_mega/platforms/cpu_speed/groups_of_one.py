@@ -12,14 +12,14 @@ import torch.distributed as dist
 
 
 def install() -> None:
-    """Has megatron-core leave out the collectives that would change nothing."""
+    """Make megatron-core skip the collectives of a single rank, which change nothing."""
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
     buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
 
 
 def unless_alone(collective: Callable) -> Callable:
-    """The collective, except that it does nothing where one rank would send its memory to itself and wait for that."""
+    """Wrap a collective so that it returns at once where a rank would only send its memory to itself."""
 
     def call(output, given, *args, group=None, async_op=False, **kwargs):
         in_place = output.data_ptr() == given.data_ptr() and output.numel() == given.numel()

@@ -1,4 +1,4 @@
-"""megatron-core without what takes seconds to import and serves nothing here."""
+"""An import of megatron-core without parts that take seconds to import and are not used here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tulu_mega.process import plain, uncollected
 
 
 def import_megatron() -> None:
-    """Imports megatron-core; call it before anything else does. Nothing, where it is not installed.
-
-    It finds no wandb, which only its own inference engine would report to (0.8 s of CPU). Where torch has no CUDA, the functions
+    """Imports megatron-core; call it before anything else does. Does nothing where megatron-core is not installed. wandb is
+    hidden from megatron-core, whose own inference engine alone reports to it (0.8 s of CPU). Where torch has no CUDA, the
+    functions
     that it hands to `torch.compile` as it is imported are left as they are (2 s): the layers built there call none of them unless
     asked to.
     """
@@ -34,5 +34,5 @@ def import_megatron() -> None:
 
 
 def _as_it_is(function: Callable | None = None, **_options) -> Callable:
-    """In the place of `torch.compile`, called or as a decorator."""
+    """Return the function unchanged. Stands in for `torch.compile`, called or as a decorator."""
     return _as_it_is if function is None else function

@@ -33,7 +33,7 @@ class _Product(torch.autograd.Function):
 
 
 class _ByProduct:
-    """Mixed into megatron-core's linear layers at the place where they multiply."""
+    """A mix-in for megatron-core's linear layers that replaces their matrix product."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options) -> Tensor:
         if not serves(weight) or not weight.requires_grad:

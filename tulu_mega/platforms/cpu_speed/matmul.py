@@ -17,14 +17,14 @@ from torch import Tensor
 from tulu_mega.platforms.cpu_speed.served import serves
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Variables that bound what oneDNN and torch's layer above it keep of each shape, half a megabyte and more; read at the first
-product. Packs are of all lengths: by default (1,024 each) a process grew by 10 MB/s."""
+"""Environment variables that bound the caches of oneDNN and of torch's layer above it, which keep half a megabyte and more for
+each shape; they are read at the first product. Packs are of all lengths: by default (1,024 each) a process grew by 10 MB/s."""
 SHAPES = 64
-"""What a micro-batch uses again, layer by layer, is some ten."""
+"""Shapes to keep; the layers of a micro-batch share some ten."""
 
 
 def bound_caches() -> None:
-    """Bounds oneDNN's caches, unless the user has. Nothing after this process's first product."""
+    """Bound oneDNN's caches unless the user has set them. It has no effect after this process's first product."""
     for name in CACHES:
         os.environ.setdefault(name, str(SHAPES))
 

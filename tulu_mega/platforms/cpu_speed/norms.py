@@ -12,7 +12,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _InFewPasses(torch.autograd.Function):
-    """Goes over memory in few passes, where torch makes a chain of operations of the norm and keeps what they make."""
+    """The norm in few passes over memory; torch computes it by a chain of operations and keeps their results."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

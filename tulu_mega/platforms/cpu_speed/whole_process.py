@@ -1,4 +1,4 @@
-"""What concerns a process as a whole."""
+"""The parts of this package that concern a process as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When two answers of mathematics say the same: as text, as numbers, or by math-verify."""
+"""Equality of two mathematical answers: as text, as numbers, or by math-verify."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tulu_mega.rewards.mathematics.numbers import computable, differ, is_number,
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off; the pool keeps time
 
 LONGEST = 400
-"""Characters. No answer of MATH is near it, and parsing costs more than linearly."""
+"""Most characters of an answer that is parsed. No answer of MATH is near it, and parsing costs more than linearly."""
 _DEEPEST, _MOST_POWERS = 12, 20  # nesting; the parser's time grows with the powers of both
 SECONDS = 5.0
 """CPU time of a comparison, as in the published code; what takes longer is not equal."""
@@ -41,7 +41,7 @@ _CONFIG = [LatexExtractionConfig(normalization_config=NormalizationConfig(
 
 
 def equivalent(expected: str, answer: str, given_as_answer: bool = True, unevaluated: bool = False) -> bool:
-    """Whether two pieces of LaTeX say the same, as :class:`tulu_mega.rewards.verifiers.math.MathAnswer` describes.
+    """Return whether two pieces of LaTeX are equal, as :class:`tulu_mega.rewards.verifiers.math.MathAnswer` defines it.
 
     Args:
         given_as_answer: False for a mere formula, which may restate the question: where a numeral is expected, it must be one.
@@ -101,13 +101,13 @@ def _same_value(left: Latex, right: Latex) -> bool:
 
 
 def _another_percentage(left: Latex, right: Latex) -> bool:
-    """Whether a percentage answers a number from 0 to 1 without the sign: then 50% is 0.5, and 0.5% is not."""
+    """Return whether `right` is a percentage and `left` a number from 0 to 1 without the sign: 50% is 0.5, and 0.5% is not."""
     value = number_of(left.simple)
     return right.percent and not left.percent and value is not None and 0 < value[0] <= 1
 
 
 def _undone(expected: str, answer: str, given_as_answer: bool) -> bool:
-    """Whether the answer leaves to be calculated what was asked for: the question restated is no answer."""
+    """Return whether the answer is not calculated: a restatement of the question is no answer."""
     if _UNDONE.search(answer) and not _UNDONE.search(expected):
         return True
     if not _NUMERAL.fullmatch(expected):
@@ -119,7 +119,7 @@ def _undone(expected: str, answer: str, given_as_answer: bool) -> bool:
 
 
 def _tangled(text: str) -> bool:
-    """Whether an answer is nested as no answer is."""
+    """Return whether an answer is nested more deeply than real answers are."""
     depth = deepest = 0
     for character in text:
         depth += (character in "{([") - (character in "})]")

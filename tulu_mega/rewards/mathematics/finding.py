@@ -1,4 +1,4 @@
-"""Where a reply gives its answer. Every scan reads the reply once: replies are long, and policies write anything."""
+"""Searches for the answer in a reply. Every scan reads the reply once: replies are long, and policies write anything."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _CLOSES = {"\\)": "\\(", "\\]": "\\["}
 
 @dataclass(frozen=True)
 class Candidate:
-    """What may be the answer."""
+    """A piece of the reply that may be its answer."""
 
     text: str
     given_as_answer: bool
-    """boxed or behind the phrase; otherwise it is merely the last formula or the whole reply"""
+    """whether it is boxed or follows the phrase; otherwise it is the last formula or the whole reply"""
 
 
 def candidates(response: str) -> list[Candidate]:
@@ -50,7 +50,7 @@ def candidates(response: str) -> list[Candidate]:
 
 
 Ways = list[list[Candidate]]
-"""Ways to read what stands in a place: one is enough, if all of its candidates are right."""
+"""Readings of one place, each a list of candidates; the place is right if all candidates of one reading are."""
 
 
 def answers(response: str) -> list[Ways]:
@@ -81,7 +81,8 @@ def _listed(parts: list[str], given_as_answer: bool) -> Ways:
 
 
 def _boxes(response: str) -> Ways | None:
-    """The last box, or the list that the last ones make; None without a box, no way where it is not closed or taken back."""
+    """Return the readings of the last box, or of the list that the last boxes form; None without a box, and no reading where the
+    last box is not closed or is taken back."""
     if (last := _box(response, len(response))) is None:
         return None
     if not last.text or _TAKEN_BACK.match(response, last.end):
@@ -117,7 +118,7 @@ class _Span:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last ``\\boxed{...}`` or ``\\fbox{...}`` holds, braces balanced; of ``\\boxed 5`` what follows, up to ``$``.
+    """Return the content of the last ``\\boxed{...}`` or ``\\fbox{...}``, braces balanced; of ``\\boxed 5`` the text up to ``$``.
 
     None without a box or when the last one is not closed.
     """
@@ -144,7 +145,7 @@ def _box(text: str, before: int) -> _Span | None:
 
 
 def _phrase(response: str) -> list[str]:
-    """Of what the last "Final Answer: The final answer is" says, the first formula, and the whole where that is more."""
+    """Return the first formula behind the last "Final Answer: The final answer is", and the whole sentence where it has more."""
     said = _said(response)
     if not said:
         return []
@@ -153,7 +154,7 @@ def _phrase(response: str) -> list[str]:
 
 
 def _said(response: str) -> str:
-    """What the last "Final Answer: The final answer is" says."""
+    """Return the text behind the last "Final Answer: The final answer is"."""
     found = None
     for found in _PHRASE.finditer(response):  # noqa: B007  the last one
         pass

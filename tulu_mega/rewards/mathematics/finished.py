@@ -1,4 +1,4 @@
-"""Whether an answer is calculated as far as its ground truth is."""
+"""A check that an answer is calculated as far as its ground truth is."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OPERATIONS = tuple(
         r"\\[bp]?mod(?![a-zA-Z])",
     )
 )
-"""Kinds of what can be left to be calculated; what the ground truth has of a kind the answer may have too."""
+"""Kinds of operations that an answer may leave uncalculated, if the ground truth has one of the same kind."""
 
 
 def finished(expected: str, answer: str) -> bool:
@@ -63,7 +63,7 @@ def finished(expected: str, answer: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    """Without one pair of brackets around all of it."""
+    """Return the text without a pair of brackets that encloses all of it."""
     for opening, closing in (("(", ")"), ("\\{", "\\}"), ("{", "}")):
         inner = text[len(opening) : len(text) - len(closing)]
         if text.startswith(opening) and text.endswith(closing) and not set(inner) & set("(){}"):
@@ -78,7 +78,7 @@ def _chain(text: str) -> list[tuple[str, str]]:
 
 
 def _agree(chain: list[tuple[str, str]]) -> bool:
-    """Whether all numerals of a chain have one value, those behind ``\\approx`` to the places that they are written with."""
+    """Return whether all numerals of a chain have one value; those behind ``\\approx`` count to their last written place."""
     numbers = [(sign, text, value) for sign, text in chain if (value := number_of(text)) is not None]
     for (_, _, left), (sign, text, right) in zip(numbers, numbers[1:], strict=False):
         if numbers_equal(left, right):

@@ -99,10 +99,10 @@ class Latex:
     text: str
     """what a parser gets: spaces kept, no units, no text commands, no sign of per cent"""
     unit: str
-    """the unit behind it, one name for all spellings; empty without one, or with none of the common ones"""
+    """name of the unit behind the value, the same for all spellings; empty without a common unit"""
     percent: bool
     half: str
-    """``a`` or ``p``, of a time before or after noon"""
+    """``a`` or ``p`` for a time before or after noon"""
 
     @property
     def listed(self) -> str:

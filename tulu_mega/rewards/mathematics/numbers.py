@@ -45,7 +45,7 @@ def numbers_equal(left: Number, right: Number) -> bool:
 
 
 def computable(value: Any) -> bool:
-    """Whether what was parsed can be computed at all: ``9^{9^{9}}`` cannot."""
+    """Return whether a parsed value is small enough to be computed: ``9^{9^{9}}`` is not."""
     return _digits(value) <= _MOST_DIGITS
 
 
@@ -113,7 +113,7 @@ def _close(left: Any, right: Any) -> bool:
 
 
 def _digits(value: Any) -> float:
-    """A bound for the decimal digits of what was parsed, infinite where it is beyond all use."""
+    """Return an upper bound of a parsed value's decimal digits; infinity where no useful bound is known."""
     if isinstance(value, sympy.Integer):
         return int(value).bit_length() * 0.302 + 1
     if isinstance(value, sympy.Rational):

@@ -1,4 +1,4 @@
-"""Words behind a value: units, which do not count, and what is part of the value."""
+"""Words behind a value: units, which are dropped, and words that belong to the value."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def factor_of(words: str) -> tuple[int, str]:
 
 
 def is_unit(words: str, upright: bool) -> bool:
-    """Whether words name what is counted or measured.
+    """Return whether words are a unit or a counted thing.
 
     Args:
         upright: they are marked as text. Bare letters are variables as a rule: then each must be a known unit, or long.

@@ -1,4 +1,4 @@
-"""Asks the judged program's process on behalf of a test, and believes none of its answers beyond what they are."""
+"""A test's end of the channel to the judged program's process. It trusts nothing in the answers: they are data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _POWERS = frozenset(
 _POWERFUL = frozenset(
     "os posix sys io _io gc inspect ctypes _ctypes subprocess shutil importlib pathlib signal runpy code".split()
 )
-"""Functions and modules' functions with which the program would work in the test's process."""
+"""Functions through which the program could act in the test's process if the test passed one on."""
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 
 
@@ -40,7 +40,7 @@ class Client:
         self._exceptions: dict[str, type[BaseException]] = {}
         self._instances: dict[int, Instance] = {}
         self.asked = 0
-        """Questions that may have changed what the program holds: all but those for a name."""
+        """Number of questions that may have changed the program's state: all but those for a name."""
         self.trouble: tuple[str, str] | None = None
         """Kind and words of the first thing that ends the test, whatever the test makes of it."""
 
@@ -50,7 +50,7 @@ class Client:
         return Over(detail)
 
     def tampered(self, what: object) -> Over:
-        return self.over("tampered", f"the program's process answered with what is no answer: {what}")
+        return self.over("tampered", f"the program's process sent a malformed answer: {what}")
 
     def hear_start(self) -> None:
         """Waits until the program's own code has run."""
@@ -245,7 +245,8 @@ class Client:
         return self.over("left", "the program left before the test was through")
 
     def _wait(self, event: int) -> None:
-        """Until the channel can be read or written; prints meanwhile, lest the program waits for a reader."""
+        """Wait until the channel can be read or written, and copy output meanwhile, so that the program never waits for a
+        reader."""
         poll = select.poll()
         poll.register(self._channel, event)
         poll.register(self._output, select.POLLIN)
@@ -254,7 +255,7 @@ class Client:
                 poll.unregister(self._output)
 
     def _print(self) -> bool:
-        """Gives what the program has printed to the test's standard output; whether there may be more."""
+        """Copy the program's output to the test's standard output; return whether more may come."""
         while True:
             try:
                 part = os.read(self._output, 1 << 16)

@@ -1,4 +1,4 @@
-"""A process gives up its rights for good."""
+"""Functions by which a process gives up its rights for good."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 
 
 def confine(limits: dict, directory: str | None, readable: list[str]) -> list[str]:
-    """Takes this process's rights away; which protections hold: "files" and "calls".
+    """Take this process's rights away; return the protections that hold: "files", "calls".
 
     Args:
         limits: ``cpu_s``, ``memory_mb`` and ``file_mb``.
@@ -48,7 +48,7 @@ def confine(limits: dict, directory: str | None, readable: list[str]) -> list[st
 
 
 def drop_capabilities() -> None:
-    """Every set of capabilities becomes empty; that of a process without any is so already."""
+    """Empty every set of capabilities of this process."""
     _LIBC.prctl(_CAP_AMBIENT, 4, 0, 0, 0)
     for number in range(64):
         if _LIBC.prctl(_CAPBSET_DROP, number, 0, 0, 0):
@@ -60,7 +60,7 @@ def drop_capabilities() -> None:
 
 
 def restrict_calls() -> bool:
-    """Installs the seccomp filter for this process and its threads; whether it could."""
+    """Install the seccomp filter for this process and its threads; return whether that worked."""
     program = calls.seccomp_filter(os.getpid())
     if program is None:
         return False
@@ -74,7 +74,7 @@ def restrict_calls() -> bool:
 
 
 def landlock_version() -> int:
-    """Of the kernel's Landlock; 0 where there is none."""
+    """Return the version of the kernel's Landlock; 0 without Landlock."""
     return max(_LIBC.syscall(444, None, 0, 1), 0)
 
 

@@ -103,7 +103,7 @@ class _Attempt:
         self._begun = time.monotonic()
 
     def script(self, test: dict, deadline: float) -> dict:
-        """The program alone on its input; its output is compared here."""
+        """Run the program on the test's input and compare its output here."""
         name = os.path.join(os.getcwd(), "input")
         with open(name, "wb") as given:
             given.write(test["input"].encode("utf-8", "replace"))
@@ -125,7 +125,7 @@ class _Attempt:
         return {"passed": True, "kind": "", "detail": ""}
 
     def statement(self, test: dict, config: dict, deadline: float) -> dict:
-        """The test in one process, the program in another."""
+        """Run the test in one process and the program in another."""
         ours, theirs = socket.socketpair()
         read, write = os.pipe()
         report_read, report_write = os.pipe()
@@ -165,7 +165,7 @@ class _Attempt:
             os.close(descriptor)
 
     def _reason(self, result: dict, deadline: float) -> dict | None:
-        """Why the program did not end by itself, or None."""
+        """Return why the program did not end by itself; None where it did."""
         match result["why"]:
             case "time":
                 return _failed("time", f"ran longer than {deadline - self._begun:.1f} s")
@@ -178,7 +178,7 @@ class _Attempt:
         return _failed("crash", f"ended by signal {-result['status']}") if result["status"] < 0 else None
 
     def _evaluate(self, test: dict, config: dict, channel: int, output: int, report: int) -> None:
-        """In the test's process."""
+        """Evaluate the test. Runs in the test's process."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
@@ -203,7 +203,7 @@ def _failed(kind: str, detail: str) -> dict:
 
 
 def _collect(read: int, deadline: float, most: int) -> tuple[bytes, str | None]:
-    """What comes until the end; and "time" when the deadline came first, "output" when it was more than ``most``."""
+    """Read to the end; also return "time" where the deadline came first, "output" where more than ``most`` bytes came."""
     parts, poll = bytearray(), select.poll()
     poll.register(read, select.POLLIN)
     while True:
@@ -218,7 +218,7 @@ def _collect(read: int, deadline: float, most: int) -> tuple[bytes, str | None]:
 
 
 def _end(pid: int) -> int:
-    """Ends the test's process; its signal, or 0. Bounded."""
+    """End the test's process within a bounded time; return the signal that ended it, or 0."""
     end = time.monotonic() + _FINISH_S
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

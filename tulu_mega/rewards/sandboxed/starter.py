@@ -64,7 +64,7 @@ class Starter:
         return answer or {"status": -signal.SIGKILL, "why": "time"}
 
     def _answer(self, deadline: float) -> dict | None:
-        """What became of the program; None where nothing is told before the deadline."""
+        """Return how the program ended; None where no answer comes before the deadline."""
         while _readable(self._socket, deadline - time.monotonic()):
             answer = self._socket.recv(1 << 12)
             if not answer:
@@ -140,7 +140,7 @@ def _watch(child: int, asks: socket.socket, request: dict) -> dict:
 
 
 def _excess(child: int, request: dict, threads: bool = True) -> str:
-    """What a program has too much of: "threads" or "disk"."""
+    """Return which limit a program exceeds, "threads" or "disk"; an empty text where none."""
     if threads and _threads(child) > request["threads"]:
         return "threads"
     most = request["disk_mb"] << 20

@@ -1,4 +1,4 @@
-"""What stands for the program's functions, objects and iterators in a test."""
+"""Stand-ins in a test for the program's functions, objects and iterators."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 
 class Over(BaseException):
-    """The test is over and has not passed. A test's bare ``except`` does not save it: see ``Client.trouble``."""
+    """Raised when the test has failed for good. A bare ``except`` of the test does not save it: see ``Client.trouble``."""
 
 
 class Client(Protocol):
-    """What asks the program's process on a stub's behalf."""
+    """The channel through which a stub calls the program's process."""
 
     def over(self, kind: str, detail: str) -> Over: ...
 
@@ -28,7 +28,7 @@ class Client(Protocol):
 
 
 class _Refusing:
-    """What no object of the program may decide for a test: truth, equality, order."""
+    """Refuses operations that no object of the program may decide for a test: truth, equality, order."""
 
     _client: Client
     _target: list

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MOST_BYTES = 16 << 20
-"""Of a message."""
+"""Most bytes of a message."""
 MOST_DEPTH = 100
 _PLAIN_INT = 1 << 63
 _SEQUENCES = {list: "l", tuple: "t", set: "s", frozenset: "f"}
@@ -24,11 +24,11 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Untold(Exception):
-    """A value of this type does not go over."""
+    """Raised for a value whose type is not sent."""
 
 
 class Malformed(Exception):
-    """What came is no message of ours."""
+    """Raised for bytes that are no valid message."""
 
 
 class Encoder:
