@@ -45,7 +45,7 @@ VALUES = MODELS | {("tulu3", "70b"): "llama3.1_8b", ("tulu3", "405b"): "llama3.1
 RECIPES = [EXAMPLES / recipe / size / f"{stage}.toml" for recipe, size in MODELS for stage in STAGES]
 RECIPES.append(EXAMPLES / "tulu3/405b/sft_fp8.toml")
 PPO = [EXAMPLES / f"{each}/ppo.toml" for each in ("tulu3/8b", "tulu3/70b", "tulu3/405b", "olmo2/7b", "olmo2/13b")]
-ADAPTERS = [EXAMPLES / f"tulu3/{each}.toml" for each in ("8b/sft_lora", "8b/grpo_lora")]
+ADAPTERS = [EXAMPLES / f"tulu3/{each}.toml" for each in ("8b/sft_lora", "8b/grpo_lora", "70b/dpo_qlora", "405b/sft_qlora")]
 RECIPES += PPO + ADAPTERS
 # learning rates, warm-up and batch as published, by size: SFT and DPO of Tulu 3, which all but the OLMo rates share
 RATES = {
@@ -129,7 +129,7 @@ def test_a_recipe_fits_its_gpus(file):
     """On the GPUs its head names: the layout's own, or eight; 405B generates on H200s."""
     recipe, size = file.parts[-3:-1]
     asked = {"config": [str(file)], "model": str(EXAMPLES / "architectures" / MODELS[recipe, size])}
-    if (recipe, size) == ("tulu3", "8b"):
+    if (recipe, size) == ("tulu3", "8b") or file in ADAPTERS:
         asked["gpus"] = 8
     if stage(file) == "ppo":
         asked["value"] = {"path": str(EXAMPLES / "architectures" / VALUES[recipe, size])}
@@ -339,7 +339,7 @@ def test_adapters_train_in_the_same_run_at_ten_times_the_rate(file):
     for each in (plain, thin):  # where it lies and how it is cut, which changes nothing
         for table in ("run_dir", "parallel"):
             del each[table]
-        del each["model"]["recompute"], each["data"]["pack_length"]
+        del each["model"]["recompute"], each["data"]["pack_length"], each["checkpoint"]["asynchronous"]
         each["train"].pop("micro_batches", None)
     assert thin == plain
 

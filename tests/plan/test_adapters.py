@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lib import dry_jobs, jobs, lora_jobs, world
+from tests.lib import dry_jobs, jobs, lora_jobs, quantized_jobs, world
 from tests.lib.layouts import size
 from tests.plan.test_dry_run import config_of, forked, settings
 from tulu_mega import cli
@@ -17,6 +17,8 @@ from tulu_mega.bridge.adapters import adapter_family
 from tulu_mega.bridge.families import family_for
 from tulu_mega.config import ParallelSettings
 from tulu_mega.config.lora import LoraSettings
+from tulu_mega.config.recompute import recomputed
+from tulu_mega.errors import UserError
 from tulu_mega.layout.hardware import GPUS
 from tulu_mega.plan.dry_run import check
 from tulu_mega.plan.model.calibration import RATES
@@ -131,6 +133,32 @@ def test_elements_and_bytes_of_llama_8b():
 def test_llama_405b_lies_on_two_nodes_in_bf16():
     cut = job("llama3.1_405b", ParallelSettings(tensor=8, pipeline=2), lora=LoraSettings())
     assert memory_by_rank(cut)[0].weights == pytest.approx(50.9e9, rel=0.01)
+
+
+def test_four_bits_a_weight_lie_on_one_node():
+    """4.127 bits of each of the layers' matrices with their scales quantized, 4.5 without; 70B and 405B on 8 H100."""
+    for model, parallel in (("llama3.1_70b", ParallelSettings(tensor=2)), ("llama3.1_405b", ParallelSettings(tensor=8))):
+        plain = job(model, parallel, lora=LoraSettings(), recompute=recomputed("full", None))
+        for double, bits in ((True, 4.127), (False, 4.5)):
+            lora = LoraSettings(base_precision="nf4", double_quantization=double)
+            rank, before = (memory_by_rank(each)[0] for each in (dataclasses.replace(plain, lora=lora), plain))
+            layers = plain.held[0].layers
+            assert 8 * (rank.weights - before.weights + 2 * layers) / layers == pytest.approx(bits, abs=1e-3)
+            assert rank.total < 0.95 * plain.gpu.memory < before.total
+            assert rank.working > before.working  # the matrix that is made whole
+
+
+def test_the_dry_run_counts_blocks_to_the_byte(tmp_path):
+    quantized_jobs.make_model(str(tmp_path / "model"))
+    layout, lora = {"tensor": 2, "pipeline": 2}, {"base_precision": "nf4", "rank": 3}
+    asked = settings("sft", layout, model={"path": "m", "dtype": "bf16"}, lora=lora)
+    found = forked(tmp_path / "dry", asked, config_of(tmp_path / "model"), 4)
+    assert found.problems == ()
+    held = world.run(4, quantized_jobs.held, str(tmp_path / "model"), layout, LoraSettings(**lora))
+    assert [report.parameter_bytes for report in found.ranks] == held
+    uneven = settings("sft", {"tensor": 4}, lora=lora)
+    with pytest.raises(UserError, match="o_proj has 128 columns over 4 tensor ranks, expected whole blocks of 64 on each"):
+        forked(tmp_path / "uneven", uneven, config_of(tmp_path / "model"), 4)
 
 
 def test_frozen_weights_have_one_product_backward():

@@ -42,6 +42,7 @@ JOBS = {
     "FP8": job("llama3.1_8b", ParallelSettings(tensor=2), fp8=True, entropy=True),
     "no sequence parallelism": job("llama3.1_8b", ParallelSettings(tensor=2, sequence=False)),
     "adapters": job("llama3.1_8b", ParallelSettings(tensor=2), lora=LoraSettings(rank=64)),
+    "four bits": job("llama3.1_70b", ParallelSettings(tensor=8), lora=LoraSettings(base_precision="nf4")),
     "DoRA": job("llama3.1_70b", ParallelSettings(tensor=4, pipeline=2), lora=LoraSettings(targets=["q_proj"], dora=True)),
     **{run.name: run.job(content(run.architecture)) for run in CALIBRATION + HELD_OUT + HELD_OUT_BF16},
 }

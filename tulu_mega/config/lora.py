@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,12 @@ from tulu_mega.config.sections import PositiveInt, Section
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Matrices of a decoder's layer, by the last part of their names in Hugging Face's models."""
 ALL = "all-linear"
+NF4_BLOCK = 64
+"""Weights that share a scale."""
+NF4_GROUP = 256
+"""Scales that share one."""
+_OF_THE_BASE = ("adapter", "base_precision", "double_quantization")
+"""What a directory of adapters does not say."""
 _WEIGHT = ".weight"
 
 
@@ -39,6 +45,12 @@ class LoraSettings(Section):
     """Other ranks: regular expressions for the ends of names, such as `k_proj` or `layers\\.[0-3]\\..*`, the first that fits."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Other alphas, found alike."""
+
+    base_precision: Literal["model", "nf4"] = "model"
+    """What the layers' frozen matrices are held as: of `model.dtype`, or four bits a weight in blocks of 64 (QLoRA, arXiv
+    2305.14314), made whole of that type a layer at a time."""
+    double_quantization: bool = True
+    """Quantize the blocks' scales as well: 4.13 bits a weight instead of 4.5."""
 
     @field_validator("targets")
     @classmethod
@@ -67,9 +79,25 @@ class LoraSettings(Section):
 
     @model_validator(mode="after")
     def _the_adapter_says_it(self) -> LoraSettings:
-        if self.adapter and (given := sorted(self.model_fields_set - {"adapter"})):
+        if self.adapter and (given := sorted(self.model_fields_set - set(_OF_THE_BASE))):
             raise ValueError(f"lora.adapter = {self.adapter!r} decides about {', '.join(given)}, too; leave these out")
         return self
+
+    @property
+    def quantized(self) -> bool:
+        """Whether frozen matrices are quantized."""
+        return self.base_precision != "model"
+
+    @property
+    def bits(self) -> float:
+        """Of a quantized weight: its own, its share of a scale, and of a scale of scales."""
+        scale = 8 + 32 / NF4_GROUP if self.double_quantization else 32
+        return 4 + scale / NF4_BLOCK
+
+    @property
+    def of_the_base(self) -> dict[str, Any]:
+        """What a directory of adapters does not say."""
+        return {name: value for name, value in self if name in _OF_THE_BASE}
 
     def has(self, matrix: str) -> bool:
         """Whether a matrix has an adapter.

@@ -161,6 +161,11 @@ class PolicyRunSettings(RunSettings):
     @model_validator(mode="after")
     def _servers_can_be(self) -> PolicyRunSettings:
         check_servers(self.model, self.rollout)
+        if self.lora and self.lora.quantized and self.rollout.adapters != "merged":
+            raise ValueError(
+                f"lora.base_precision = {self.lora.base_precision!r} needs rollout.adapters = 'merged', got "
+                f"{self.rollout.adapters!r}: servers' own weights are not what the trainer's blocks stand for"
+            )
         if self.lora and self.rollout.quantization == "fp8":
             raise ValueError("[lora] does not go with rollout.quantization = 'fp8' yet, as weights go out merged; leave it out")
         return self

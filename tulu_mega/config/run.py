@@ -129,6 +129,8 @@ class RunSettings(EngineSettings):
 
     @model_validator(mode="after")
     def _adapters_lie_beside_plain_weights(self) -> RunSettings:
+        if self.lora and self.lora.quantized and self.precision.recipe is not None:
+            raise ValueError("lora.base_precision does not go with precision.fp8: blocks are made whole for bf16; leave one out")
         if self.lora and self.precision.fp8_param_gather:
             raise ValueError("[lora] does not go with precision.fp8_param_gather: frozen weights are gathered once; leave it out")
         return self

@@ -30,6 +30,7 @@ def build_model(
     reward: bool = False,
     shares: bool = False,
     apart: bool = False,
+    without_weights: bool = False,
 ) -> list[PolicyModel] | list[RewardModel]:
     """The layers, embedding and head this rank holds, a model for each of its virtual pipeline stages (VPP; else one).
 
@@ -39,6 +40,7 @@ def build_model(
         reward: whether the head gives a score for each token instead of log-probabilities.
         shares: whether sequences are to share prefixes within a pack.
         apart: whether norms are to be modules of their own in Transformer Engine's layers, too.
+        without_weights: whether linear layers take no memory for weights, in whose place others come.
 
     Raises:
         UserError: when the model cannot be built under this layout.
@@ -49,7 +51,20 @@ def build_model(
     again = computed_again(settings, transformer_engine).modules
     stages = [None] if topology.virtual == 1 else range(topology.virtual)
     return [
-        _chunk(hf, config, transformer_engine, attention, topology, platform, reward, settings.model, again, apart, stage)
+        _chunk(
+            hf,
+            config,
+            transformer_engine,
+            attention,
+            topology,
+            platform,
+            reward,
+            settings.model,
+            again,
+            apart,
+            stage,
+            without_weights,
+        )
         for stage in stages
     ]
 
@@ -91,10 +106,11 @@ def _chunk(
     again: Collection[str],
     apart: bool,
     vp_stage: int | None,
+    without_weights: bool,
 ) -> PolicyModel | RewardModel:
     arguments = dict(
         config=config,
-        transformer_layer_spec=block_spec(config, hf, transformer_engine, attention, again, vp_stage, apart),
+        transformer_layer_spec=block_spec(config, hf, transformer_engine, attention, again, vp_stage, apart, without_weights),
         vocab_size=padded_vocab(hf.vocab_size, topology.tensor),
         max_sequence_length=hf.max_position_embeddings,
         pre_process=topology.first_stage and not vp_stage,

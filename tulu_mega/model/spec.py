@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from tulu_mega.errors import UserError
 from tulu_mega.model.attention import PackedAttention, by_segments
 from tulu_mega.model.attention_choice import Attention
+from tulu_mega.model.emptied import without_weight
 from tulu_mega.model.hf_config import layer_needs
 from tulu_mega.model.lean_mlp import LeanMLP
 from tulu_mega.model.norms import AddNormed, ProjectionNorm, RMSNorm
@@ -49,17 +50,19 @@ def block_spec(
     modules: frozenset[str] = frozenset(),
     vp_stage: int | None = None,
     apart: bool = False,
+    without_weights: bool = False,
 ) -> TransformerBlockSubmodules:
     """Layers and final norm of this pipeline stage, or of the chunk `vp_stage` of it.
 
     Args:
         modules: modules that are computed again in the backward pass; see `Recomputed.modules`.
         apart: whether norms are modules of their own in Transformer Engine's layers too.
+        without_weights: whether linear layers are megatron-core's and take no memory for weights, in whose place others come.
 
     Raises:
         UserError: when the family's layers have none of those.
     """
-    layer, norm = layer_spec(config, hf, transformer_engine, attention, modules, apart)
+    layer, norm = layer_spec(config, hf, transformer_engine, attention, modules, apart, without_weights)
     return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
 
 
@@ -70,12 +73,13 @@ def layer_spec(
     attention: Attention,
     modules: frozenset[str] = frozenset(),
     apart: bool = False,
+    without_weights: bool = False,
 ) -> tuple[ModuleSpec, type]:
     """A layer as the model's family needs it, and the class of its norms.
 
     Args:
         attention: of `choose_attention`.
-        modules, apart: as for `block_spec`.
+        modules, apart, without_weights: as for `block_spec`.
 
     Raises:
         UserError: when the family's layers have none of those.
@@ -123,6 +127,10 @@ def layer_spec(
         parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
         attending.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = plain_linear  # Transformer Engine's have the norm in
         parts.self_attn_bda = parts.mlp_bda = ModuleSpec(AddNormed, {"config": config, "norm": norm})
+    if without_weights:
+        rows, columns = map(without_weight, linear_layers())
+        attending.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = rows
+        attending.submodules.linear_proj = parts.mlp.submodules.linear_fc2 = columns
     if needs.ropes:
         attending.module = OwnRopeAttention
         attending.params = attending.params | {"ropes": ropes(hf)}

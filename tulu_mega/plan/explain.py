@@ -19,6 +19,7 @@ from tulu_mega.plan.model.costs import (
     collective_bytes,
     head_passes,
     layer_products,
+    layer_unpacked,
     pairs,
     peak,
     tensor_exposed,
@@ -57,17 +58,14 @@ def memory_terms(job: Job, rank: RankMemory) -> list[Term]:
     state = rank.optimizer * shards / trained.value if trained.value else 0.0
     what = "P of adapters" if job.lora else "P"
     formulas = {
-        "weights": ("bytes x P", n(rank.weights / held.value) * held),
+        "weights": _weights(job, rank, held),
         "gradients": (f"bytes x {what}", n(rank.gradients / trained.value if trained.value else 0.0) * trained),
         "optimizer": (
             f"(main parameter, moments, but for what main memory has; bf16 gradients in float32) x {what} / (DP x CP)",
             n(state) * trained / n(shards),
         ),
         "activations": ("T x layers in flight x bytes kept of a token, below", n(round(rank.activations / kept)) * n(kept)),
-        "working": (
-            "largest T x (what is made again + a layer's gradients)",
-            n(job.longest) * (n(again) + (grown + n(job.adapter_work.deltas / parallel.context) if job.lora else grown)),
-        ),
+        "working": _working(job, n(again), grown),
         "log_probs": _head(job, rank),
         "pipeline": ("4 T h b / (s CP)", n(4) * hidden / n(own)),
         "outputs": ("T h b / (s CP) x stages' results in flight", n(round(rank.outputs))),
@@ -85,6 +83,23 @@ def memory_terms(job: Job, rank: RankMemory) -> list[Term]:
         "rewards": ("bytes x parameters of the reward model", n(job.itemsize) * n(round(rank.rewards / job.itemsize))),
     }
     return [Term(name, name.replace("_", "-"), *formulas[name]) for name, value in rank.parts.items() if value]
+
+
+def _working(job: Job, again: Number, grown: Number) -> tuple[str, Number]:
+    """Of the layer that is computed."""
+    formula = "largest T x (what is made again + a layer's gradients)"
+    if job.lora is None:
+        return formula, n(job.longest) * (again + grown)
+    made = n(job.longest) * (again + (grown + n(job.adapter_work.deltas / job.parallel.context)))
+    return (formula + " + the weight made whole", made + n(job.made_whole)) if job.blocks else (formula, made)
+
+
+def _weights(job: Job, rank: RankMemory, held: Number) -> tuple[str, Number]:
+    """Of the model and its adapters."""
+    if not job.blocks:
+        return "bytes x P", n(rank.weights / held.value) * held
+    layers = job.held[rank.rank].layers
+    return "bytes x P, but bits / 8 of what lies in blocks", n(job.itemsize) * n(held.value - layers) + n(job.blocks) * n(layers)
 
 
 def _beside(job: Job, rank: RankMemory, base: Number, trained: Number) -> tuple[str, Number]:
@@ -256,4 +271,11 @@ def _of_adapters(job: Job, packs: Number, tokens: Number, twice: Number, layers:
             "lengths of weights' rows",
             "M x bytes x L, forward / (share x memory's rate)",
             packs * n(work.lengths) * twice / (n(RATES.memory) * n(job.gpu.bandwidth)),
+        )
+    if job.blocks:
+        yield Term(
+            "elementwise",
+            "weights made whole of blocks",
+            "M x bytes x L, forward and backward / (share x memory's rate)",
+            packs * n(layer_unpacked(job)) * (twice + layers) / (n(RATES.memory) * n(job.gpu.bandwidth)),
         )

@@ -9,6 +9,7 @@ from functools import reduce
 from operator import add
 
 from tulu_mega.errors import UserError
+from tulu_mega.layout.blocks import block_problems
 from tulu_mega.layout.division import layout_problems, server_problems
 from tulu_mega.layout.fp8 import fp8_problems, rollout_fp8_problems
 from tulu_mega.plan.model.calibration import RATES
@@ -233,6 +234,7 @@ def _beside(question: Question) -> list[str]:
 def _of_layout(question: Question) -> list[str]:
     """What does not divide of a model that trains, or is scored with."""
     wrong = layout_problems(question.config, question.settings.parallel)
+    wrong += block_problems(question.config, question.lora, question.settings.parallel)
     return wrong or fp8_problems(question.config, question.settings)
 
 

@@ -100,7 +100,7 @@ def layouts(question: Question) -> Iterator[ParallelSettings]:
                     shares = world // (tensor * pipeline)
                     state = 6 + 12 / shares if question.settings.model.dtype == "bf16" else 8 + 8 / shares
                     if question.lora:
-                        state = ITEMSIZE[question.settings.model.dtype]
+                        state = question.lora.bits / 8 if question.lora.quantized else ITEMSIZE[question.settings.model.dtype]
                     if matrices / (tensor * pipeline) * state > question.gpu.memory:  # of a mean rank
                         continue
                     yield given.model_copy(

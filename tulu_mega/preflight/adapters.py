@@ -6,6 +6,7 @@ from tulu_mega.bridge.adapter_fit import fitting, remarks
 from tulu_mega.bridge.adapters import adapted
 from tulu_mega.bridge.families import family_for
 from tulu_mega.config import RunSettings
+from tulu_mega.layout.blocks import block_problems
 from tulu_mega.pins.directories import Directory
 from tulu_mega.preflight import run
 from tulu_mega.preflight.findings import Findings
@@ -20,6 +21,8 @@ def problems(settings: RunSettings, findings: Findings, reward: bool = False) ->
     lora, config = settings.lora, findings.config
     if not lora:
         return
+    if config:
+        findings.problems += block_problems(config, lora, settings.parallel)
     if not lora.adapter:
         if config:
             findings.problems += [f"lora.{each}" for each in lora.unmatched(adapted(family_for(config), config))]

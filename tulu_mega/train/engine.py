@@ -35,6 +35,7 @@ from tulu_mega.model.gpt import PolicyModel
 from tulu_mega.model.lora import attach
 from tulu_mega.model.messages import PackMessages
 from tulu_mega.model.packed import packed_seq_params
+from tulu_mega.model.quantized import quantize_layers
 from tulu_mega.model.reward import RewardModel
 from tulu_mega.platforms import Platform
 from tulu_mega.records import LossOutput, PackedBatch, Reads, TokenOutput, sent
@@ -107,12 +108,15 @@ class Engine:
     ):
         self.hf, self.settings, self.topology, self.platform, self.reward = hf, settings, topology, platform, reward
         with topology.entered():
-            chunks = build_model(hf, settings, topology, platform, reward, shares, apart=lora is not None)
+            quantized = lora is not None and lora.quantized
+            chunks = build_model(hf, settings, topology, platform, reward, shares, lora is not None, quantized)
         self.chunks: list[PolicyModel] | list[RewardModel] = chunks
         """this rank's part of the model: one chunk, or as many as it has virtual pipeline stages"""
         self.lora = lora
         if lora:
             with topology.entered():
+                if lora.quantized:
+                    quantize_layers(chunks, lora, family_for(hf.to_dict()), hf.to_dict(), topology)
                 attach(chunks, lora, family_for(hf.to_dict()), hf.to_dict(), topology)
         self.temperature, self.at, self.shares = temperature, at, shares
         self.ddp: list[DistributedDataParallel] = []

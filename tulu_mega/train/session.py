@@ -89,6 +89,11 @@ class Session:
         self.engine.at("loading weights")
         family = family_for(read_config(self.source))
         drawn = (HEAD,) if self.engine.reward and not family.reward else ()
+        if is_megatron(self.source) and self.engine.lora and self.engine.lora.quantized:
+            raise UserError(
+                f"model.path = {self.settings.model.path!r}: is in Megatron's format, and lora.base_precision = "
+                f"{self.engine.lora.base_precision!r} reads Hugging Face's; convert it: tulu-mega convert --to hf"
+            )
         if is_megatron(self.source):
             checkpoint.load_weights(self.engine, self.source, leave=drawn)
         else:

@@ -145,7 +145,7 @@ def resolved(lora: LoraSettings | None) -> LoraSettings | None:
     """
     if lora is None or lora.adapter is None:
         return lora
-    return settings_of(lora.adapter).model_copy(update={"adapter": lora.adapter})
+    return settings_of(lora.adapter).model_copy(update=lora.of_the_base)
 
 
 def write_adapters(final: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from tulu_mega.config.lora import LoraSettings
 from tulu_mega.config.workload import Workload
 from tulu_mega.distributed import topology
 from tulu_mega.distributed.topology import Topology
+from tulu_mega.model.quantized import BlockWeight
 from tulu_mega.plan.dry_run.record import RankReport, Sending, Shard, Stored, Training
 from tulu_mega.platforms import Platform
 from tulu_mega.platforms.offload import HostOptimizer
@@ -102,7 +103,13 @@ def report(
 def _shards(engine: Engine, adapters: bool) -> tuple[Shard, ...]:
     """The parameters of a rank's model, or what trains beside them."""
     return tuple(
-        Shard(name, tuple(parameter.shape), parameter.itemsize, bool(getattr(parameter, "tensor_model_parallel", False)))
+        Shard(
+            name,
+            tuple(parameter.shape),
+            parameter.itemsize,
+            bool(getattr(parameter, "tensor_model_parallel", False)),
+            parameter.held_bytes if isinstance(parameter, BlockWeight) else 0,
+        )
         for chunk in engine.chunks
         for name, parameter in exportable(chunk, adapters)
     )

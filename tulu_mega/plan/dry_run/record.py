@@ -20,6 +20,8 @@ class Shard:
     itemsize: int
     cut: bool
     """marked as cut over tensor ranks, as the gradient's norm is told; otherwise the same on all of them"""
+    blocks: int = 0
+    """bytes, where it is quantized"""
 
     @property
     def elements(self) -> int:
@@ -29,7 +31,7 @@ class Shard:
     @property
     def nbytes(self) -> int:
         """Of the shard."""
-        return self.elements * self.itemsize
+        return self.blocks or self.elements * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class RankReport:
     def read(cls, told: dict[str, Any]) -> RankReport:
         """From JSON."""
         shards, adapters = (
-            tuple(Shard(each["name"], tuple(each["shape"]), each["itemsize"], each["cut"]) for each in told[kind])
+            tuple(Shard(each["name"], tuple(each["shape"]), each["itemsize"], each["cut"], each["blocks"]) for each in told[kind])
             for kind in ("shards", "adapters")
         )
         stored = tuple(

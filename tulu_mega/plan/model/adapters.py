@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tulu_mega.bridge.adapters import ROOT, adapter_family
 from tulu_mega.bridge.families import family_for
@@ -16,9 +16,6 @@ from tulu_mega.bridge.rules import Cut
 from tulu_mega.config.lora import LoraSettings
 from tulu_mega.distributed.grid import ShardGrid
 from tulu_mega.plan.model.parameters import Shard
-
-if TYPE_CHECKING:
-    from tulu_mega.plan.model.job import Job
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -77,8 +74,8 @@ class AdapterWork:
 NONE = AdapterWork(0, 0, 0, 0, 0, 0, 0)
 
 
-def adapter_work(job: Job) -> AdapterWork:
-    """Of a job's adapters.
+def adapter_work(config: Mapping[str, Any], lora: LoraSettings | None, tensor: int, sequence: bool, itemsize: int) -> AdapterWork:
+    """What the adapters of a layer of mean kind do.
 
     Forward A reads its input (once for matrices that have it in common); B's product is written, joined to its neighbours' where
     the layer has several (a read and a write) and added (two reads and a write). Backward the gradient is read for B and for the
@@ -88,29 +85,34 @@ def adapter_work(job: Job) -> AdapterWork:
 
     Kernels: for each of megatron-core's matrices one product with A, joining and adding, for each adapter a scaling and a product
     with B, and a message between tensor ranks.
+
+    Args:
+        config, lora: as for :func:`adapters_by_layer`; None, nothing is done.
+        tensor, sequence: ranks, and whether they share the tokens.
+        itemsize: bytes of an activation.
     """
-    if job.lora is None:
+    if lora is None:
         return NONE
-    family, t, item = family_for(job.config), job.parallel.tensor, job.itemsize
-    own = t if job.sequence else 1
-    layers, sizes = job.config["num_hidden_layers"], family.sizes(job.config)
+    family, t, item = family_for(config), tensor, itemsize
+    own = t if sequence else 1
+    layers, sizes = config["num_hidden_layers"], family.sizes(config)
     flops = forward = backward = kept = launches = lengths = 0.0
     deltas: dict[str, float] = {}
     for rule, layer in ((rule, layer) for rule in family.rules for layer in range(layers) if "{i}" in rule.megatron[0]):
         names = {pattern.format(i=layer): dims for pattern, dims in rule.hf.items()}
-        found = {name: dims for name, dims in names.items() if job.lora.has(name)}
+        found = {name: dims for name, dims in names.items() if lora.has(name)}
         if not found:
             continue
         by_columns = rule.cut is Cut.ROW
         wide, tall = (t, own) if by_columns else (own, t)  # what shares out columns and rows of a token's product
         into = sizes[next(iter(found.values()))[1]] / wide
         for name, (out, dims_into) in found.items():
-            rank, rows = job.lora.rank_of(name), sizes[out] / tall
+            rank, rows = lora.rank_of(name), sizes[out] / tall
             flops += 2 * rank * (into + rows)
             forward += item * (4 if by_columns else 6) * rows
             backward += item * 3 * rows
             kept += item * rank / (own if by_columns else 1)
-            if job.lora.dora:
+            if lora.dora:
                 kept += item * rows
                 forward += item * 2 * rows
                 backward += item * 4 * rows

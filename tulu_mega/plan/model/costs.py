@@ -117,18 +117,19 @@ def layer_cost(job: Job, pack: Pack, rates: Rates) -> LayerCost:
     product, result_forward, result_backward, accumulated = layer_products(job, tokens)
     speed, memory = rates.products * peak(job), rates.memory * job.gpu.bandwidth
     between_forward, between_backward = (each * tokens / memory for each in bytes_between(job))
+    made = layer_unpacked(job)
     adapters, narrow = job.adapter_work, rates.products * (job.gpu.fp32 if job.dtype == "fp32" else job.gpu.bf16)
     forward = Cost(
         product / speed + tokens * adapters.flops / narrow,
         attention_forward,
-        between_forward + result_forward / memory + (tokens * adapters.forward + adapters.lengths) / memory,
+        between_forward + result_forward / memory + (tokens * adapters.forward + adapters.lengths + made) / memory,
         tensor_forward,
         max(0.0, context_forward - attention_forward),
     )
     backward = Cost(
         backward_products(job) * product / speed + 2 * tokens * adapters.flops / narrow,
         attention_backward,
-        between_backward + (result_backward + accumulated) / memory + tokens * adapters.backward / memory,
+        between_backward + (result_backward + accumulated) / memory + (tokens * adapters.backward + made) / memory,
         tensor_backward,
         max(0.0, context_backward - attention_backward),
     )
@@ -238,6 +239,17 @@ def layer_products(job: Job, tokens: float) -> tuple[float, float, float, float]
     accumulated = 2 * job.grad_bytes + (0 if job.kernels.weight_gradients else 2 * item)
     summed = sum(job.adapters) / sum(job.layers) if job.lora else weights
     return 2 * tokens * weights, results, gradients, accumulated * summed
+
+
+def layer_unpacked(job: Job) -> float:
+    """Bytes that pass through memory to make a layer's quantized weights whole, once forward and once backward: bytes read and
+    widened to integers, levels looked up in float32, times their scales, to the weights' type. As torch does it step by step; one
+    kernel would move 2.5 a weight."""
+    return _UNPACKED * sum(held.layers for held in job.held) / sum(job.layers) if job.blocks else 0.0
+
+
+_UNPACKED = 0.5 + 2 + 2 + 4 + 4 + 4 + 4 + 2
+"""Of a weight."""
 
 
 def backward_products(job: Job) -> int:

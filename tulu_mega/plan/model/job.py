@@ -137,6 +137,16 @@ class Job:
         """The adapters' parameters on a tensor rank, by layer of the whole model."""
         return adapters_by_layer(self.config, self.lora, self.parallel.tensor) if self.lora else []
 
+    @property
+    def blocks(self) -> float:
+        """Bytes of a quantized weight of the layers; 0 where none is."""
+        return self.lora.bits / 8 if self.lora and self.lora.quantized else 0.0
+
+    @property
+    def made_whole(self) -> float:
+        """Bytes of the largest weight that is made whole of blocks, one at a time."""
+        return self.itemsize * 2 * self.size.ffn * self.size.hidden / self.parallel.tensor if self.blocks else 0.0
+
     @cached_property
     def trained(self) -> tuple[int, ...]:
         """Elements that have gradients on every pipeline rank: all, or the adapters and a reward model's head."""
@@ -148,7 +158,7 @@ class Job:
     @cached_property
     def adapter_work(self) -> AdapterWork:
         """What the adapters do."""
-        return adapter_work(self)
+        return adapter_work(self.config, self.lora, self.parallel.tensor, self.sequence, self.itemsize)
 
     @cached_property
     def size(self) -> Sizes:

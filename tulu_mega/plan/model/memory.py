@@ -115,6 +115,8 @@ def rank_memory(job: Job, rank: int, beside: int = 0, bucket: int = 0, copies: i
     sharded = job.data if job.fsdp else 1
     shards = job.shards if parallel.distributed_optimizer else 1
     weights = (held.total + job.adapters[rank]) * job.itemsize
+    if job.blocks:
+        weights += held.layers * (job.blocks - job.itemsize)
     if job.fp8_weights:  # a byte, and a transposed one that Hopper's products want
         weights += held.layers * (2 - job.itemsize)
     elif job.fp8:  # cast once a step, beside the parameters
@@ -142,7 +144,7 @@ def rank_memory(job: Job, rank: int, beside: int = 0, bucket: int = 0, copies: i
         gradients=trained * job.grad_bytes / sharded,
         optimizer=trained * (job.state_bytes * (1 - job.host_share) + _copies(job)) / shards,
         activations=tallest,
-        working=tokens * (again + (grown + job.adapter_work.deltas) / parallel.context),
+        working=tokens * (again + (grown + job.adapter_work.deltas) / parallel.context) + job.made_whole,
         log_probs=_head_bytes(job) if last else 0.0,
         pipeline=4 * hidden / (parallel.tensor if job.sequence else 1) if parallel.pipeline > 1 else 0.0,
         outputs=outputs,
