@@ -23,7 +23,7 @@ def multi_tensor_l2norm(_chunk_size, _overflow: Tensor, tensor_lists: list[list[
     [tensors] = tensor_lists
     if all(each.dtype == torch.float32 for each in tensors):
         return get_total_norm(tensors).view(1), None
-    norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in tensors]  # of bf16 torch would round each, and the sum
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in tensors]  # torch would round each to bf16
     return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 
 
