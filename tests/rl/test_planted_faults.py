@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.acceptance
-
 ROOT = Path(__file__).parents[2]
 LIMIT = 600
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(2 * LIMIT)]
 ARITHMETIC = "tests/rl/test_actor_critic.py"
 LAYOUT = "tests/rl/test_actor_critic_ranks.py::test_layout_equals_autograd"
 APART = "tests/rl/test_actor_critic_ranks.py::test_a_layout_of_the_value_models_own_equals_autograd"
@@ -137,3 +136,4 @@ def test_a_planted_fault_is_noticed(copy, fault):
         for file, source in before.items():
             (copy / "tulu_mega" / file).write_text(source)
     assert ended.returncode == 1 and "failed" in ended.stdout, ended.stdout[-3000:] + ended.stderr[-2000:]
+    assert "Timeout" not in ended.stdout, f"too slow to say whether it is noticed: {ended.stdout[-3000:]}"
