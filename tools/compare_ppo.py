@@ -138,16 +138,19 @@ def table(found: dict[str, dict[int, Curve]]) -> str:
             told = ", ".join(f"{mean:.2f}" for mean in ends)
             lines.append(f"| {kind} | {seed} | {each.solved[0][1]:.1%} | {each.at(most):.1%} of {most:,} | {told} |")
         if gains:
-            mean, error = paired(gains, [0.0] * len(gains))
-            gained.append(f"{kind}, gain over the start, {len(gains)} seeds: {mean:+.1%}, standard error {error:.1%}")
+            gained.append(f"{kind}, gain over the start: {_told(gains, [0.0] * len(gains))}")
     lines += ["", *gained]
     pairs = sorted(grpo.keys() & found.get("ppo", {}).keys())
     if pairs:
         both = [(found["ppo"][seed], grpo[seed]) for seed in pairs]
         ends = [[one.at(min(each.solved[-1][0] for each in pair)) for one in pair] for pair in both]
-        mean, error = paired([ppo for ppo, _ in ends], [other for _, other in ends])
-        lines.append(f"PPO less GRPO at equal tokens, {len(pairs)} pairs: {mean:+.1%}, standard error {error:.1%}")
+        lines.append(f"PPO less GRPO at equal tokens: {_told([ppo for ppo, _ in ends], [other for _, other in ends])}")
     return "\n".join(lines)
+
+
+def _told(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    mean, error = paired(ours, theirs)
+    return f"{mean:+.1%}, one seed" if len(ours) == 1 else f"{mean:+.1%}, standard error {error:.1%} of {len(ours)} seeds"
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def test_runs_that_ended_are_told_and_not_started_again(tool, tmp_path):
     }
     told = tool.table(found)
     assert sorted(found["ppo"]) == [0, 1]
-    assert "PPO less GRPO at equal tokens, 2 pairs: +20.0%, standard error 10.0%" in told
-    assert "ppo, gain over the start, 2 seeds: +60.0%, standard error 5.0%" in told
+    assert "PPO less GRPO at equal tokens: +20.0%, standard error 10.0% of 2 seeds" in told
+    assert "ppo, gain over the start: +60.0%, standard error 5.0% of 2 seeds" in told
     assert not tool.ended(tool.directory(tmp_path, "ppo", 0), 2) and tool.ended(tool.directory(tmp_path, "ppo", 0), None)
     assert "| ppo | 1 | 25.0% | 90.0% of 100 | 0.50, 0.50 |" in told and "| grpo | 0 | 25.0% | 70.0% of 100 |  |" in told
