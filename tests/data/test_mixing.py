@@ -239,7 +239,7 @@ def test_runs_share_what_is_in_the_cache(settings, tmp_path, monkeypatch):
     assert not [path for path in cache.iterdir() if path.name.endswith((".link", ".partial"))]
     (tmp_path / "three" / "data").mkdir(parents=True)
     (tmp_path / "three" / "data" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other than tokenised data"):
         prepare(data, model, tmp_path / "three" / "data", progress=False)
 
 

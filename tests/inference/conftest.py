@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lib.fake_server import serve as serve
+
 
 @pytest.fixture(scope="session")
 def model(tiny) -> Path:

@@ -130,7 +130,7 @@ def trained(directory: str, layout: dict[str, Any], lora: dict[str, Any], out: s
         optim = OptimSettings(name="sgd", lr=LR, schedule="constant", warmup=0.0, clip=0.0, weight_decay=0.0)
         engine.prepare_training(optim, STEPS)
         blocks = [each for chunk in engine.chunks for each in chunk.parameters() if isinstance(each, BlockWeight)]
-        wholes = [like for each in blocks for like in (each.dequantize(), each.dequantize().t())]
+        wholes = [like for each in blocks for like in (each.whole(), each.whole().t())]
         seen: dict[str, Any] = {"losses": [], "norms": [], "whole": 0}
 
         def pack(tensor: Tensor) -> Tensor:

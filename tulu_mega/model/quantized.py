@@ -123,7 +123,7 @@ class BlockWeight(Tensor):
             each.largest = largest[low : high + 1].clone()
 
     @torch.no_grad()
-    def dequantize(self, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
+    def whole(self, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
         """The numbers that the blocks stand for, or some rows of them."""
         start, stop, _ = rows.indices(self.shape[0])
         out = torch.empty(stop - start, self.shape[1], dtype=dtype or self.dtype, device=self.device)
@@ -144,7 +144,7 @@ class BlockWeight(Tensor):
 
     def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
         rows, *columns = box if isinstance(box, tuple) else (box,)
-        return self.dequantize(rows=rows)[(slice(None), *columns)]
+        return self.whole(rows=rows)[(slice(None), *columns)]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # results are no weights of blocks
 
@@ -159,7 +159,7 @@ class BlockWeight(Tensor):
             return same
         if func.overloadpacket.__name__.endswith("_") and args and isinstance(args[0], cls):
             raise RuntimeError(f"{func}: a quantized weight is not written in place; quantize_() takes other numbers")
-        args, kwargs = tree_map_only(cls, cls.dequantize, (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

@@ -188,6 +188,8 @@ _MEGATRON = (
     Name("model/gpt.py",
          "megatron.core.models.common.language_module.language_module.LanguageModule.compute_language_model_loss", "overridden",
          "where GPTModel turns logits into a loss, we give log-probabilities"),
+    Name("model/quantized.py", "torch.utils._pytree.tree_map_only", "read",
+         "an operation's arguments with weights of blocks made whole, wherever they lie in lists"),
     Name("model/reward.py",
          "megatron.core.models.common.language_module.language_module.LanguageModule.compute_language_model_loss", "overridden",
          "where GPTModel turns logits into a loss, we give scores"),
