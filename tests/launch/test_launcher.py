@@ -167,7 +167,7 @@ LAUNCHER = """
     ("number", "status", "told"),
     [
         (signal.SIGKILL, -signal.SIGKILL, ""),
-        (signal.SIGTERM, 128 + signal.SIGTERM, "asked to end: nothing was done yet that is not saved"),  # before the first step
+        (signal.SIGTERM, 128 + signal.SIGTERM, "asked to end: no finished step was unsaved"),  # before the first step
         (signal.SIGINT, 128 + signal.SIGINT, "interrupted: nothing is kept"),
         (signal.SIGHUP, 128 + signal.SIGTERM, "SIGHUP, the terminal was closed: the run is asked to end"),  # as by SIGTERM
     ],
