@@ -22,6 +22,9 @@ def told(content: object, **changes: object) -> bytes:
 
 
 FOUND = {
+    "results.json: a task of a long name": (
+        run_files, "report: results.json", told({"tasks": {"9" * 300: next(iter(RESULTS["tasks"].values()))}})
+    ),
     "ifeval's function is a list": (answers, "verifier ifeval", told({"dataset": "ifeval", "response": "x",
                                                                      "ground_truth": {"func_name": [], "N": 3}})),
     "config: architectures a number": (model_files, "config.json", told(LLAMA, architectures=5)),

@@ -210,11 +210,9 @@ def _rollouts(directory: Path, last: int, count: int) -> list[dict[str, Any]]:
 def _evaluation(directory: Path, tasks: dict[str, Any], samples: int) -> Evaluation:
     shown: dict[str, list[dict[str, Any]]] = {}
     known = {name: task for name, task in tasks.items() if shows_task(task)}
-    for task in known:
-        file = directory / f"samples/{task}.jsonl"
-        if not file.is_file():
-            continue
-        with file.open(encoding="utf-8", errors="replace") as lines:
+    files = {file.stem: file for file in (directory / "samples").glob("*.jsonl") if file.is_file()}  # names may be no file's
+    for task in filter(files.__contains__, known):
+        with files[task].open(encoding="utf-8", errors="replace") as lines:
             for line in islice(lines, samples):
                 try:
                     record = read_json_text(line)
