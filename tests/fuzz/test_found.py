@@ -22,6 +22,7 @@ def told(content: object, **changes: object) -> bytes:
 
 
 FOUND = {
+    "metrics: a number beyond JSON's": (run_files, "metrics.jsonl of a resumed run", b'{"step": 2, "loss": 1e999}\n'),
     "results.json: a task of a long name": (
         run_files, "report: results.json", told({"tasks": {"9" * 300: next(iter(RESULTS["tasks"].values()))}})
     ),

@@ -94,7 +94,8 @@ def most_memory() -> int:
 
 
 def tell(file: Path, figures: SaveFigures) -> None:
-    """Adds a save's figures to the line of its step in metrics.jsonl, if it has one. A full disk costs no more than them."""
+    """Adds a save's figures to the line of its step in metrics.jsonl, if it has one. A full disk costs no more than them, nor does a
+    number in that line which JSON has not."""
     told = {"save_seconds": figures.seconds, "save_waited_seconds": figures.waited}
     if figures.memory is not None:
         told["save_memory_gib"] = figures.memory / 2**30
@@ -107,9 +108,10 @@ def tell(file: Path, figures: SaveFigures) -> None:
         # of a step that was saved twice, as one is before which a run stops, the figures may be shorter the second time
         line = line.ljust(len(lines[at].decode()) - 1) + "\n"
         _replace_end(file, b"".join(lines[at:]), b"".join([line.encode(), *lines[at + 1 :]]))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         what = f"step {figures.step}: what its save took cannot be added to {file}"
-        print(f"warning: {what} ({error.strerror})", file=sys.stderr, flush=True)
+        why = error.strerror if isinstance(error, OSError) else error
+        print(f"warning: {what} ({why})", file=sys.stderr, flush=True)
 
 
 def _replace_end(file: Path, old: bytes, new: bytes) -> None:
