@@ -94,8 +94,8 @@ def most_memory() -> int:
 
 
 def tell(file: Path, figures: SaveFigures) -> None:
-    """Adds a save's figures to the line of its step in metrics.jsonl, if it has one. A full disk costs no more than them, nor does a
-    number in that line which JSON has not."""
+    """Adds a save's figures to the line of its step in metrics.jsonl, if it has one. A full disk costs no more than them, nor
+    does a number in that line which JSON has not."""
     told = {"save_seconds": figures.seconds, "save_waited_seconds": figures.waited}
     if figures.memory is not None:
         told["save_memory_gib"] = figures.memory / 2**30
