@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.fuzz import answers, messages, model_files, rows, run_files
@@ -21,7 +23,14 @@ def told(content: object, **changes: object) -> bytes:
     return json.dumps({**content, **changes} if isinstance(content, dict) else content).encode()
 
 
+def array(rows: list[list[int]]) -> bytes:
+    written = io.BytesIO()
+    np.save(written, np.array(rows))
+    return written.getvalue()
+
+
 FOUND = {
+    "origins: a source that is none": (run_files, "tokenised rows: origins.npy", array([[130, 1]])),
     "metrics: a number beyond JSON's": (run_files, "metrics.jsonl of a resumed run", b'{"step": 2, "loss": 1e999}\n'),
     "results.json: a task of a long name": (
         run_files, "report: results.json", told({"tasks": {"9" * 300: next(iter(RESULTS["tasks"].values()))}})

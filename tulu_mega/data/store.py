@@ -100,6 +100,8 @@ class TokenStore:
     def where(self, row: int) -> str:
         """File and line of a sequence, as :meth:`tulu_mega.data.sources.Rows.where`."""
         source, number = self.origins[row].tolist()
+        if not 0 <= source < len(self.sources):
+            return f"{self.directory}: sequence {row}, whose source is not among those that its meta.json names"
         return f"{self.sources[source]['source']} {self.sources[source]['unit']} {number}"
 
     def rejects(self) -> Iterator[Reject]:
