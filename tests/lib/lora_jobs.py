@@ -63,20 +63,8 @@ def peft_matches(names: list[str], targets: list[Any], patterns: list[dict[str, 
     return has, [[each.get(get_pattern_key(each.keys(), name), 11) for name in names] for each in patterns]
 
 
-def peft_truth(kind: str, root: str, how: dict[str, Any], optimizer: str = "sgd") -> dict[str, Any]:
-    """Makes a model and adapters in ROOT/model and ROOT/adapter, trains these, and leaves ROOT/trained and ROOT/merged.
-
-    Returns:
-        losses and norms of the steps.
-    """
-    families.make_language_model(f"{root}/model", kind)
-    model = peft_model(f"{root}/model", how)
-    model.save_pretrained(f"{root}/adapter")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if optimizer == "sgd":
-        steps = torch.optim.SGD(trained, lr=LR)
-    else:
-        steps = torch.optim.AdamW(trained, lr=ADAMW_LR, weight_decay=0.1)
+def stepped(model: torch.nn.Module, trained: list[torch.Tensor], steps: torch.optim.Optimizer) -> dict[str, Any]:
+    """Makes `STEPS` steps over the jobs' sequences, a sequence at a time; losses and gradient norms."""
     seen: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
         model.zero_grad()
@@ -91,6 +79,24 @@ def peft_truth(kind: str, root: str, how: dict[str, Any], optimizer: str = "sgd"
         seen["losses"].append(float(total) / tokens)
         seen["norms"].append(float(torch.sqrt(sum(each.grad.double().pow(2).sum() for each in trained))))
         steps.step()
+    return seen
+
+
+def peft_truth(kind: str, root: str, how: dict[str, Any], optimizer: str = "sgd") -> dict[str, Any]:
+    """Makes a model and adapters in ROOT/model and ROOT/adapter, trains these, and leaves ROOT/trained and ROOT/merged.
+
+    Returns:
+        losses and norms of the steps.
+    """
+    families.make_language_model(f"{root}/model", kind)
+    model = peft_model(f"{root}/model", how)
+    model.save_pretrained(f"{root}/adapter")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if optimizer == "sgd":
+        steps = torch.optim.SGD(trained, lr=LR)
+    else:
+        steps = torch.optim.AdamW(trained, lr=ADAMW_LR, weight_decay=0.1)
+    seen = stepped(model, trained, steps)
     model.save_pretrained(f"{root}/trained")
     model.merge_and_unload().save_pretrained(f"{root}/merged")
     return seen

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tests.lib import jobs, lora_jobs
@@ -15,7 +14,6 @@ from tulu_mega.config import OptimSettings
 from tulu_mega.config.lora import LoraSettings
 from tulu_mega.model.quantized import BlockWeight
 from tulu_mega.objectives.sft import SftObjective
-from tulu_mega.records import IGNORE
 
 LR, STEPS = 0.05, 3
 
@@ -100,20 +98,7 @@ def truth(root: str, how: dict[str, Any], biased: bool) -> dict[str, Any]:
     model.save_pretrained(f"{root}/adapter")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     steps = torch.optim.SGD(trained.values(), lr=LR)
-    seen: dict[str, Any] = {"losses": [], "norms": []}
-    for step in range(STEPS):
-        model.zero_grad()
-        total, tokens = torch.zeros((), dtype=torch.float64), 0
-        for sequence in jobs.sequences(model.config.vocab_size, seed=3 + step):
-            ids, labels = torch.tensor(sequence.input_ids), torch.tensor(sequence.labels)
-            logits = model(ids[None]).logits[0, :-1]
-            mask = labels[1:] != IGNORE
-            total = total + F.cross_entropy(logits[mask], ids[1:][mask], reduction="sum").double()
-            tokens += int(mask.sum())
-        (total / tokens).backward()
-        seen["losses"].append(float(total) / tokens)
-        seen["norms"].append(float(torch.sqrt(sum(each.grad.double().pow(2).sum() for each in trained.values()))))
-        steps.step()
+    seen = lora_jobs.stepped(model, list(trained.values()), steps)
     model.save_pretrained(f"{root}/trained")
     return seen
 
