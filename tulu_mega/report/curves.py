@@ -121,7 +121,8 @@ CHARTS = (
         (("sampler_difference", "mean"),),
         zero=True,
     ),
-    Chart("lag", "Age of the responses", "steps", (("policy_lag", "mean"), ("policy_lag_max", "largest")), usual=0, zero=True),
+    Chart("lag", "Age of the responses", "steps, mean", (("policy_lag", "mean"),), usual=0, zero=True),
+    Chart("lag_max", "Age of the oldest response", "steps", (("policy_lag_max", "largest"),), usual=0, zero=True),
     Chart(
         "effective_samples",
         "Effective sample size",
