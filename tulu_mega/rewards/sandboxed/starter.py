@@ -123,7 +123,7 @@ def _watch(child: int, asks: socket.socket, request: dict) -> dict:
             if asks.recv(16) != _STOP:
                 os.kill(child, signal.SIGKILL)
                 os._exit(0)
-            why = "time"
+            why = _excess(child, request) or "time"  # what it took since it was looked at last counts, too
         else:
             why = _excess(child, request)
         if why:
@@ -136,7 +136,9 @@ def _watch(child: int, asks: socket.socket, request: dict) -> dict:
         if time.monotonic() > end:
             return {"status": -signal.SIGKILL, "why": why}
         time.sleep(0.01)
-    return {"status": os.waitstatus_to_exitcode(result[1]), "why": why or _excess(child, request, threads=False)}
+    if why in ("", "time"):
+        why = _excess(child, request, threads=False) or why
+    return {"status": os.waitstatus_to_exitcode(result[1]), "why": why}
 
 
 def _excess(child: int, request: dict, threads: bool = True) -> str:
